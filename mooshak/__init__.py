@@ -1,0 +1,3 @@
+"""What both frameworks share; imports neither of them."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,435 @@
+"""The configuration: strict dataclasses, read from YAML, changed by `--section.key value`.
+
+Every command builds its parser with `parser()` and reads its arguments with `parse()`. Keys that
+nobody knows are errors that name the nearest known key, wherever they stand.
+"""
+
+import difflib
+import functools
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import jsonargparse
+import yaml
+
+from mooshak.errors import InputError
+
+Dtype: TypeAlias = Literal["float64", "float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model: what `config.json` holds beside the weights."""
+
+    architecture: Literal["mooshak"] = "mooshak"
+    """Which block the layers are made of."""
+    vocab_size: int = 64128
+    """Rows of the embedding and of the output head; a multiple of 64."""
+    dim: int = 4096
+    """Width of the residual stream."""
+    n_layers: int = 8
+    """Number of layers."""
+    n_heads: int = 32
+    """Number of query heads."""
+    n_kv_heads: int | None = None
+    """Number of key/value heads (null: as many as query heads)."""
+    head_dim: int | None = None
+    """Width of a head (null: dim / n_heads)."""
+    hidden_dim: int = 11008
+    """Width inside the MLP."""
+    max_seq_len: int = 2048
+    """Longest sequence, in tokens."""
+    norm_eps: float = 1e-5
+    """Epsilon of RMSNorm."""
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
+    rope_scaling: dict[str, Any] | None = None
+    """Rescaling of the rotary frequencies; the mooshak architecture has none."""
+    tie_embeddings: bool = False
+    """Use the embedding as output head; the mooshak architecture does not."""
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "dim", "n_layers", "n_heads", "hidden_dim", "max_seq_len"):
+            _require(getattr(self, name) > 0, f"model.{name} must be positive")
+        if self.head_dim is None:
+            _require(
+                self.dim % self.n_heads == 0,
+                f"model.dim {self.dim} is not divisible by model.n_heads {self.n_heads}; "
+                "change one of them or set model.head_dim",
+            )
+            object.__setattr__(self, "head_dim", self.dim // self.n_heads)
+        if self.n_kv_heads is None:
+            object.__setattr__(self, "n_kv_heads", self.n_heads)
+        _require(self.K % 2 == 0, f"model.head_dim {self.K} must be even: RoPE rotates pairs")
+        _require(self.G > 0 and self.n_heads % self.G == 0,
+                 f"model.n_heads {self.n_heads} is not a multiple of model.n_kv_heads {self.G}")
+        _require(self.norm_eps > 0, "model.norm_eps must be positive")
+        # Without an output projection the concatenated heads are added to the residual stream.
+        _require(self.n_heads * self.K == self.dim,
+                 f"model.n_heads x model.head_dim = {self.n_heads * self.K} must be model.dim "
+                 f"{self.dim}: the mooshak architecture has no output projection")
+        _require(self.rope_scaling is None and not self.tie_embeddings,
+                 "the mooshak architecture has neither rope_scaling nor tie_embeddings; unset them")
+
+    @property
+    def G(self) -> int:
+        """Number of key/value heads."""
+        assert self.n_kv_heads is not None
+        return self.n_kv_heads
+
+    @property
+    def K(self) -> int:
+        """Width of a head."""
+        assert self.head_dim is not None
+        return self.head_dim
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Canonical name -> shape of every parameter, in torch `[out, in]` layout, in model order."""
+        shapes: dict[str, tuple[int, ...]] = {"embeddings.weight": (self.vocab_size, self.dim)}
+        for i in range(self.n_layers):
+            layer = f"layers.{i}."
+            shapes[layer + "attention.wq.weight"] = (self.n_heads * self.K, self.dim)
+            shapes[layer + "attention.wk.weight"] = (self.G * self.K, self.dim)
+            shapes[layer + "attention.wv.weight"] = (self.G * self.K, self.dim)
+            shapes[layer + "mlp_norm.weight"] = (self.dim,)
+            shapes[layer + "mlp.w1.weight"] = (self.hidden_dim, self.dim)
+            shapes[layer + "mlp.w2.weight"] = (self.dim, self.hidden_dim)
+            shapes[layer + "mlp.w3.weight"] = (self.hidden_dim, self.dim)
+            shapes[layer + "output_norm.weight"] = (self.dim,)
+        shapes["lm_head.weight"] = (self.vocab_size, self.dim)
+        return shapes
+
+    def parameter_count(self) -> int:
+        """Number of parameters."""
+        return sum(_product(shape) for shape in self.parameter_shapes().values())
+
+    def flops_per_token(self, sequence_length: int) -> int:
+        """FLOPs of forward and backward for one token: 6 per weight that multiplies, and attention.
+
+        Attention is counted in full, without the causal half, as PaLM (arXiv:2204.02311, app. B) does.
+        """
+        shapes = self.parameter_shapes()
+        matmul = sum(_product(s) for n, s in shapes.items() if len(s) == 2 and n != "embeddings.weight")
+        return 6 * matmul + 12 * self.n_layers * self.n_heads * self.K * sequence_length
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """The tokenizer: a SentencePiece model, trained when it is missing."""
+
+    path: str = "data/demo/tokenizer.model"
+    """The SentencePiece model file."""
+    vocab_size: int = 64128
+    """Pieces to train; the model's vocabulary is this, rounded up to a multiple of 64."""
+    character_coverage: float = 1.0
+    """Share of the characters that get a piece of their own; the rest are bytes."""
+    training_bytes: int = 200_000_000
+    """Most bytes of text to train on, taken from the sources by weight."""
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One stream of documents."""
+
+    name: str
+    """Name of the source: of its folder of token shards, and in the reports."""
+    kind: Literal["tales", "text", "jsonl", "parquet", "huggingface"] = "tales"
+    """tales (built in), text (a document a file), jsonl, parquet, or huggingface (`datasets`)."""
+    language: str = "en"
+    """Language tag (hi, en, ...): validation is reported per language."""
+    weight: float = 1.0
+    """Share in the training mixture, relative to the other sources' weights."""
+    path: str = ""
+    """Glob of the files, or the name of the Hugging Face dataset."""
+    column: str = "text"
+    """Field (jsonl) or column (parquet, huggingface) that holds the text."""
+    subset: str | None = None
+    """Hugging Face: the configuration (`name=`) or directory (`data_dir=`) of the dataset."""
+    split: str = "train"
+    """Hugging Face: the split."""
+    documents: int | None = None
+    """Take at most so many documents; for tales, the number that is written (null: 1000)."""
+    seed: int = 0
+    """tales: seed of the tales. The same seed in two languages gives the same tales."""
+
+    def __post_init__(self) -> None:
+        _require(bool(re.fullmatch(r"[A-Za-z0-9_.-]+", self.name)),
+                 f"data.sources name {self.name!r} must be letters, digits, '_', '-' and '.'")
+        _require(self.weight > 0, f"weight of source {self.name} must be positive")
+        _require(self.kind == "tales" or bool(self.path), f"source {self.name} needs a path")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The corpus and how it becomes batches."""
+
+    dir: str = "data/demo"
+    """Where the token shards are kept."""
+    sources: list[SourceConfig] = field(
+        default_factory=lambda: [
+            SourceConfig("tales-hi", language="hi"),
+            SourceConfig("tales-en", language="en"),
+        ]
+    )
+    """The sources, mixed by weight."""
+    normalize_nfc: bool = True
+    """Bring text to Unicode NFC (ZWJ and ZWNJ are kept)."""
+    drop_empty: bool = True
+    """Drop documents without a visible character."""
+    deduplicate: bool = True
+    """Drop exact copies of documents within a source."""
+    validation_fraction: float = 0.02
+    """Share of the documents held out for validation, chosen by a hash of their text."""
+    max_broken_lines: int = 100
+    """JSONL: broken lines to skip and count before giving up."""
+    shard_tokens: int = 2**24
+    """Tokens per shard."""
+    workers: int = 0
+    """Grain worker processes that read ahead (0: a thread in the training process)."""
+
+    def __post_init__(self) -> None:
+        names = [source.name for source in self.sources]
+        _require(bool(names), "data.sources is empty; name at least one source")
+        _require(len(set(names)) == len(names), f"data.sources has a name twice: {names}")
+        _require(0 <= self.validation_fraction < 1, "data.validation_fraction must be in [0, 1)")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with decoupled weight decay on matrices (arXiv:1711.05101) and clipping by global norm."""
+
+    learning_rate: float = 3e-4
+    """Peak learning rate."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay, on matrices only."""
+    clip_norm: float = 1.0
+    """Largest global norm of the gradient."""
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The learning rate as a function of the step."""
+
+    kind: Literal["cosine", "wsd", "constant"] = "cosine"
+    """cosine, wsd (warm-up, stable, decay; arXiv:2404.06395) or constant, all after a warm-up."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up."""
+    decay_fraction: float = 0.2
+    """wsd: the share of the steps in which the rate decays at the end."""
+    final_fraction: float = 0.1
+    """Learning rate at the end, as a share of the peak."""
+    total_steps: int | None = None
+    """Steps that the schedule is laid out for (null: train.steps)."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The training loop."""
+
+    steps: int = 1000
+    """Optimizer steps in all, those before a resume included."""
+    batch_size: int = 8
+    """Sequences per step, over all processes."""
+    sequence_length: int | None = None
+    """Tokens per sequence (null: model.max_seq_len)."""
+    accumulation: int = 1
+    """Micro-batches per step, whose gradients are added up."""
+    dtype: Dtype = "float32"
+    """float64, float32, or bfloat16 (matmuls in bf16; parameters, norms, softmax and loss in fp32)."""
+    loss_chunk: int = 2048
+    """Tokens whose logits are in memory at once."""
+    log_every: int = 1
+    """Steps between lines of the metrics."""
+    stop_at: int | None = None
+    """Save and stop after this step, as if interrupted; the schedule is not touched."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the work is spread over devices."""
+
+    strategy: Literal["single", "ddp", "auto"] = "auto"
+    """torch: single, ddp, or auto (ddp under torchrun)."""
+    mesh: str = ""
+    """JAX: axes and sizes, like data=2; --mesh is short for it (empty: all devices on data)."""
+    cpu_devices: int | None = None
+    """JAX on CPU: how many devices the processor is cut into (null: as many as the mesh needs)."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What is kept of a run."""
+
+    every: int = 500
+    """Steps between checkpoints; the last step is always kept (0: only the last)."""
+    keep: int = 2
+    """How many of the newest checkpoints stay; the best by validation loss stays too."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Validation during training."""
+
+    every: int = 250
+    """Steps between validations (0: never)."""
+    sequences: int = 64
+    """Validation sequences per language."""
+    batch_size: int = 8
+    """Sequences per forward pass."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The run and where it lives."""
+
+    dir: str = "runs/default"
+    """The run directory: metrics, resolved config, checkpoints."""
+    seed: int = 0
+    """Seed of the initial weights and of the order of the data."""
+    progress: bool = True
+    """Show a progress bar."""
+    tensorboard: bool = True
+    """Write TensorBoard events too."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides a run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        train, model = self.train, self.model
+        if train.sequence_length is None:
+            train = replace(train, sequence_length=model.max_seq_len)
+            object.__setattr__(self, "train", train)
+        if self.schedule.total_steps is None:
+            object.__setattr__(self, "schedule", replace(self.schedule, total_steps=train.steps))
+        _require(self.T <= model.max_seq_len,
+                 f"train.sequence_length {self.T} is more than model.max_seq_len {model.max_seq_len}")
+        _require(train.accumulation > 0 and train.batch_size % train.accumulation == 0,
+                 f"train.batch_size {train.batch_size} is not divisible by train.accumulation "
+                 f"{train.accumulation}")
+
+    @property
+    def T(self) -> int:
+        """Tokens per training sequence."""
+        assert self.train.sequence_length is not None
+        return self.train.sequence_length
+
+
+SECTIONS = tuple(f.name for f in fields(Config))
+
+
+def parser(description: str) -> jsonargparse.ArgumentParser:
+    """A parser that knows `--config FILE` and every `--section.key`; a command adds its own options."""
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    result = jsonargparse.ArgumentParser(description=description, exit_on_error=False)
+    result.add_argument("--config", action="config", help="a YAML file with the sections below")
+    result.add_class_arguments(Config)
+    return result
+
+
+def parse(
+    arguments: jsonargparse.ArgumentParser, argv: Sequence[str] | None = None
+) -> tuple[Config, jsonargparse.Namespace]:
+    """The resolved configuration and the command's own options.
+
+    Raises `InputError` for a file that is not there, an unknown key or a value of another type.
+    """
+    try:
+        namespace = arguments.parse_args(list(sys.argv[1:] if argv is None else argv))
+        values = arguments.instantiate(namespace)
+    except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
+        raise InputError(_explain(str(error))) from error
+    config = Config(**{name: values[name] for name in SECTIONS})
+    return config, values
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration in a YAML file, with `--section.key value` overrides on top."""
+    return parse(parser(""), ["--config", str(path), *overrides])[0]
+
+
+def dump(config: Config) -> str:
+    """The configuration as YAML; `load` reads it back as the same configuration."""
+    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def model_to_json(model: ModelConfig) -> str:
+    """The text of `config.json`."""
+    return json.dumps(asdict(model), indent=2) + "\n"
+
+
+def model_from_json(text: str, where: str) -> ModelConfig:
+    """The model that a `config.json` describes. Raises `InputError`; `where` names the file in it."""
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{where} is not JSON: {error}") from error
+    if not isinstance(values, Mapping):
+        raise InputError(f"{where} is not a JSON object")
+    known = {f.name for f in fields(ModelConfig)}
+    if unknown := sorted(set(values) - known):
+        raise InputError(f"{where}: unknown key {unknown[0]!r}{_nearest(unknown[0], known)}")
+    if missing := sorted({"vocab_size", "dim", "n_layers", "n_heads", "hidden_dim"} - set(values)):
+        raise InputError(f"{where}: key {missing[0]!r} is missing; is this a Mooshak checkpoint?")
+    try:
+        return ModelConfig(**values)
+    except TypeError as error:
+        raise InputError(f"{where}: {error}") from error
+
+
+def _explain(message: str) -> str:
+    """jsonargparse's message on one line, with the nearest known key where a key is unknown."""
+    for pattern, prefix in (
+        (r"unrecognized arguments: --([\w.\-]+)", "option --"),
+        (r"Group '([\w.]+)' does not accept option '([\w.]+)'", "key "),
+        (r"[Kk]ey '?\"?([\w.]+)'?\"? is not expected", "key "),
+        (r"does not accept (?:nested )?(?:option|key) '([\w.]+)'", "key "),
+    ):
+        if match := re.search(pattern, message):
+            key = ".".join(match.groups())
+            return f"unknown {prefix}{key}{_nearest(key, _known_keys())}"
+    return message
+
+
+@functools.cache
+def _known_keys() -> tuple[str, ...]:
+    sections = {f.name: f.default_factory for f in fields(Config)}
+    keys = [f"{s}.{f.name}" for s, make in sections.items() for f in fields(make())]  # type: ignore
+    return (*SECTIONS, *keys, "config", "mesh", "resume")
+
+
+def _nearest(key: str, known: Sequence[str] | set[str]) -> str:
+    near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.0)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _require(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise InputError(otherwise)
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    return functools.reduce(lambda a, b: a * b, shape, 1)

@@ -1,0 +1,38 @@
+"""How a command ends when its input is wrong: one line that says what and what to do, exit code 2."""
+
+import functools
+import sys
+from collections.abc import Callable
+
+
+class InputError(Exception):
+    """What the user gave cannot be used. The message is one line: what is wrong, and what to do."""
+
+
+def command(main: Callable[..., None]) -> Callable[..., None]:
+    """Wrap a command's `main`, so that an `InputError` becomes `error: ...` and exit code 2.
+
+    A full disk counts as input: the user has to make room, and a traceback would not say so.
+    """
+
+    @functools.wraps(main)
+    def wrapped(*args: object, **kwargs: object) -> None:
+        try:
+            main(*args, **kwargs)
+        except InputError as error:
+            sys.exit(_fail(str(error)))
+        except OSError as error:
+            if error.errno not in _DISK_ERRORS:
+                raise
+            sys.exit(_fail(f"{error.strerror}: {error.filename or 'while writing'}; free some space"))
+
+    return wrapped
+
+
+# ENOSPC and EDQUOT: no space left on the device, disk quota exceeded.
+_DISK_ERRORS = (28, 122)
+
+
+def _fail(message: str) -> int:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return 2
