@@ -1,0 +1,88 @@
+"""Initial weights: a pure function of (seed, parameter name, element), any slice on its own.
+
+Element i of a parameter is made from block i of a Philox-4x64 stream (Salmon et al., SC 2011)
+whose key is a hash of the seed and the name. The four 64-bit words of the block are sixteen 16-bit
+uniforms; their centred sum is the weight (Irwin-Hall: normal to within 0.08 in excess kurtosis).
+Sums of integers and one multiplication have the same bits on every machine; a normal variate by
+logarithm or rejection has not, or has no element i.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from mooshak.config import ModelConfig
+
+# A block holds sixteen uniforms on 0 .. 65535.
+_MEAN = 16 * 65535 / 2
+_STD = math.sqrt(16 * (65536**2 - 1) / 12)
+# Elements made at once: 32 bytes of Philox output each.
+_CHUNK = 1 << 18
+
+
+def initial_std(model: ModelConfig, name: str) -> float:
+    """Standard deviation of a matrix's initial weights; 0.0 for a norm's gain, which starts at one.
+
+    | parameter              | std            | because                                              |
+    |------------------------|----------------|------------------------------------------------------|
+    | embeddings             | 1              | the first attention reads them without a norm, and   |
+    |                        |                | every later one reads unit RMS from output_norm      |
+    | wq, wk, wv, w1, w3, w2 | 1 / sqrt(in)   | keeps unit variance                                  |
+    | lm_head                | 0.1 / sqrt(in) | logits near 0: the loss starts at log(vocab_size)    |
+    """
+    shape = model.parameter_shapes()[name]
+    if len(shape) == 1:
+        return 0.0
+    if name == "embeddings.weight":
+        return 1.0
+    return (0.1 if name == "lm_head.weight" else 1.0) / math.sqrt(shape[1])
+
+
+def initial_weight(
+    model: ModelConfig,
+    seed: int,
+    name: str,
+    rows: slice = slice(None),
+    dtype: np.dtype | type = np.float32,
+    std: float | None = None,
+) -> np.ndarray:
+    """Rows of the initial value of parameter `name`, in canonical `[out, in]` layout.
+
+    `std` replaces the table's standard deviation; with it gains are drawn too, around one
+    (parity models: weights of 0.02 and gains of one hide faults).
+    """
+    shape = model.parameter_shapes()[name]
+    start, stop, _ = rows.indices(shape[0])
+    shape = (max(stop - start, 0), *shape[1:])
+    scale = initial_std(model, name) if std is None else std
+    mean = 1.0 if len(shape) == 1 else 0.0
+    if scale == 0.0:
+        return np.full(shape, mean, dtype)
+    width = math.prod(shape[1:])
+    result = np.empty(math.prod(shape), dtype)
+    for offset in range(0, result.size, _CHUNK):
+        count = min(_CHUNK, result.size - offset)
+        z = standard(f"{seed}:{name}", start * width + offset, count)
+        result[offset : offset + count] = mean + scale * z
+    return result.reshape(shape)
+
+
+def initial_weights(
+    model: ModelConfig,
+    seed: int,
+    dtype: np.dtype | type = np.float32,
+    std: float | None = None,
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(canonical name, initial value) of every parameter, one at a time."""
+    for name in model.parameter_shapes():
+        yield name, initial_weight(model, seed, name, dtype=dtype, std=std)
+
+
+def standard(stream: str, start: int, count: int) -> np.ndarray:
+    """Elements start .. start + count of a stream of mean 0 and variance 1, float64."""
+    key = np.frombuffer(hashlib.blake2b(stream.encode(), digest_size=16).digest(), "<u8")
+    words = np.random.Philox(key=key, counter=start).random_raw(4 * count)
+    sums = words.astype("<u8", copy=False).view("<u2").reshape(count, 16).sum(1, dtype=np.int64)
+    return (sums - _MEAN) / _STD
