@@ -1,0 +1,1 @@
+"""The canonical Mooshak in PyTorch; imports neither mooshak_jax nor JAX."""

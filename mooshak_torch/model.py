@@ -1,0 +1,214 @@
+"""The model in PyTorch. Its mirror, class for class, is mooshak_jax/model.py.
+
+Shapes stand in the names: B batch, T time, S time of the keys, D model width, H query heads,
+G key/value heads, K head width, F MLP width, V vocabulary.
+
+A model of float64 computes in float64 throughout. In bfloat16 the parameters stay float32, matrices
+are multiplied in bfloat16, and norms, rotary angles, softmax and loss are computed in float32.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mooshak.config import Dtype, ModelConfig
+from mooshak.initial import initial_weights
+from mooshak.rope import rope_tables
+
+COMPUTE = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+PARAMETERS = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.float32}
+
+
+class Linear(nn.Module):
+    """y = x W^T, in the dtype of x. Weight [out, in]."""
+
+    def __init__(self, n_in: int, n_out: int, dtype: torch.dtype):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_out, n_in, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class Embedding(nn.Module):
+    """The row of each token. Weight [V, D]."""
+
+    def __init__(self, n_tokens: int, dim: int, dtype: torch.dtype):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_tokens, dim, dtype=dtype))
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        return F.embedding(tokens_BT, self.weight)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * gain (arXiv:1910.07467), in at least float32, cast once at the end. Weight [D]."""
+
+    def __init__(self, dim: int, eps: float, dtype: torch.dtype):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim, dtype=dtype))
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        wide_BTD = x_BTD.to(self.weight.dtype)
+        scale_BT1 = torch.rsqrt(wide_BTD.square().mean(-1, keepdim=True) + self.eps)
+        return (wide_BTD * scale_BT1 * self.weight).to(x_BTD.dtype)
+
+
+class Rope(nn.Module):
+    """Rotary position embedding (arXiv:2104.09864), halves rotated, in at least float32."""
+
+    def __init__(self, model: ModelConfig, dtype: torch.dtype):
+        super().__init__()
+        cos, sin = rope_tables(model)
+        self.register_buffer("cos", torch.tensor(cos, dtype=dtype), persistent=False)
+        self.register_buffer("sin", torch.tensor(sin, dtype=dtype), persistent=False)
+
+    def forward(self, x_BTHK: Tensor, positions_BT: Tensor) -> Tensor:
+        cos_BT1k = self.cos[positions_BT].unsqueeze(2)
+        sin_BT1k = self.sin[positions_BT].unsqueeze(2)
+        a_BTHk, b_BTHk = x_BTHK.to(cos_BT1k.dtype).chunk(2, dim=-1)
+        rotated = (a_BTHk * cos_BT1k - b_BTHk * sin_BT1k, b_BTHk * cos_BT1k + a_BTHk * sin_BT1k)
+        return torch.cat(rotated, dim=-1).to(x_BTHK.dtype)
+
+
+class KVCache:
+    """Keys and values of one layer at every position, [B, S, G, K] each, zeros where none was yet."""
+
+    def __init__(self, model: ModelConfig, batch: int, length: int, like: Tensor):
+        shape = (batch, length, model.G, model.K)
+        self.k_BSGK = like.new_zeros(shape)
+        self.v_BSGK = like.new_zeros(shape)
+
+    def update(self, k_BTGK: Tensor, v_BTGK: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Put new keys and values at their positions; returns all of them."""
+        rows_B1 = torch.arange(len(positions_BT), device=positions_BT.device).unsqueeze(1)
+        self.k_BSGK[rows_B1, positions_BT] = k_BTGK
+        self.v_BSGK[rows_B1, positions_BT] = v_BTGK
+        return self.k_BSGK, self.v_BSGK
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions, heads concatenated, no output projection."""
+
+    def __init__(self, model: ModelConfig, dtype: torch.dtype):
+        super().__init__()
+        self.head_dim = model.K
+        self.wq = Linear(model.dim, model.n_heads * model.K, dtype)
+        self.wk = Linear(model.dim, model.G * model.K, dtype)
+        self.wv = Linear(model.dim, model.G * model.K, dtype)
+
+    def forward(
+        self, x_BTD: Tensor, rope: Rope, positions_BT: Tensor, cache: KVCache | None = None
+    ) -> Tensor:
+        q_BTHK = rope(self.wq(x_BTD).unflatten(-1, (-1, self.head_dim)), positions_BT)
+        k_BTGK = rope(self.wk(x_BTD).unflatten(-1, (-1, self.head_dim)), positions_BT)
+        v_BTGK = self.wv(x_BTD).unflatten(-1, (-1, self.head_dim))
+        if cache is None:
+            return self.attend(q_BTHK, k_BTGK, v_BTGK, None).flatten(-2)
+        k_BSGK, v_BSGK = cache.update(k_BTGK, v_BTGK, positions_BT)
+        # A query sees the keys at its own position and before; what lies after is not written yet.
+        keys_S = torch.arange(k_BSGK.shape[1], device=x_BTD.device)
+        mask_B1TS = (keys_S <= positions_BT.unsqueeze(-1)).unsqueeze(1)
+        return self.attend(q_BTHK, k_BSGK, v_BSGK, mask_B1TS).flatten(-2)
+
+    @staticmethod
+    def attend(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask_B1TS: Tensor | None) -> Tensor:
+        """softmax(q k^T / sqrt(K)) v; a causal mask unless another is given. Returns [B, T, H, K]."""
+        q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BSGK, v_BSGK))
+        grouped = q.shape[1] != k.shape[1]
+        out_BHTK = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask_B1TS, is_causal=mask_B1TS is None, enable_gqa=grouped
+        )
+        return out_BHTK.transpose(1, 2)
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv:2002.05202): W2 (silu(W1 x) * W3 x)."""
+
+    def __init__(self, model: ModelConfig, dtype: torch.dtype):
+        super().__init__()
+        self.w1 = Linear(model.dim, model.hidden_dim, dtype)
+        self.w2 = Linear(model.hidden_dim, model.dim, dtype)
+        self.w3 = Linear(model.dim, model.hidden_dim, dtype)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x_BTD)) * self.w3(x_BTD))
+
+
+class Block(nn.Module):
+    """One layer: h = x + Attention(x); y = RMSNorm_out(h + MLP(RMSNorm_mlp(h)))."""
+
+    def __init__(self, model: ModelConfig, dtype: torch.dtype):
+        super().__init__()
+        self.attention = Attention(model, dtype)
+        self.mlp_norm = RMSNorm(model.dim, model.norm_eps, dtype)
+        self.mlp = MLP(model, dtype)
+        self.output_norm = RMSNorm(model.dim, model.norm_eps, dtype)
+
+    def forward(
+        self, x_BTD: Tensor, rope: Rope, positions_BT: Tensor, cache: KVCache | None = None
+    ) -> Tensor:
+        h_BTD = x_BTD + self.attention(x_BTD, rope, positions_BT, cache)
+        return self.output_norm(h_BTD + self.mlp(self.mlp_norm(h_BTD)))
+
+
+class Model(nn.Module):
+    """The language model. Parameters have the canonical names."""
+
+    def __init__(self, model: ModelConfig, dtype: Dtype = "float32"):
+        super().__init__()
+        self.config, self.dtype = model, dtype
+        parameters = PARAMETERS[dtype]
+        self.embeddings = Embedding(model.vocab_size, model.dim, parameters)
+        self.rope = Rope(model, parameters)
+        self.layers = nn.ModuleList(Block(model, parameters) for _ in range(model.n_layers))
+        self.lm_head = Linear(model.dim, model.vocab_size, parameters)
+
+    def hidden(
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor | None = None,
+        caches: list[KVCache] | None = None,
+        trace: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Output of the last layer, [B, T, D]; `trace` collects the embedding and every layer."""
+        if positions_BT is None:
+            positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+            positions_BT = positions_T.expand(tokens_BT.shape)
+        x_BTD = self.embeddings(tokens_BT).to(COMPUTE[self.dtype])
+        if trace is not None:
+            trace.append(x_BTD)
+        for i, layer in enumerate(self.layers):
+            x_BTD = layer(x_BTD, self.rope, positions_BT, None if caches is None else caches[i])
+            if trace is not None:
+                trace.append(x_BTD)
+        return x_BTD
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor | None = None,
+        caches: list[KVCache] | None = None,
+        trace: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Logits [B, T, V], in at least float32."""
+        logits_BTV = self.lm_head(self.hidden(tokens_BT, positions_BT, caches, trace))
+        return logits_BTV.to(PARAMETERS[self.dtype])
+
+
+def make_caches(model: Model, batch: int, length: int) -> list[KVCache]:
+    """Empty key/value caches of all layers, for positions 0 .. length - 1."""
+    like = model.embeddings.weight.to(COMPUTE[model.dtype])[:0]
+    return [KVCache(model.config, batch, length, like) for _ in range(model.config.n_layers)]
+
+
+def initialize(model: Model, seed: int, std: float | None = None) -> Model:
+    """Fill the parameters from the counter-based initialiser; returns the model."""
+    parameters = dict(model.named_parameters())
+    dtype = torch.empty(0, dtype=PARAMETERS[model.dtype]).numpy().dtype
+    with torch.no_grad():
+        for name, value in initial_weights(model.config, seed, dtype, std):
+            parameters.pop(name).copy_(torch.from_numpy(value))
+    assert not parameters, f"parameters without an initial value: {list(parameters)}"
+    return model
