@@ -1,0 +1,122 @@
+"""Checkpoints of the torch side: DCP (torch.distributed.checkpoint), asynchronous, resharding.
+
+The state has the canonical names: `params.{name}`, `exp_avg.{name}`, `exp_avg_sq.{name}`.
+"""
+
+import logging
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from mooshak import interchange
+from mooshak.checkpoints import kind_of, readable
+from mooshak.config import Dtype
+from mooshak.errors import InputError
+from mooshak.interchange import Checkpoint
+from mooshak_torch.model import Model
+from mooshak_torch.optimizer import moments, set_step
+
+# DCP warns that there is no process group; one process needs none.
+warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
+logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
+
+
+def start_saving(model: Model, optimizer: torch.optim.Optimizer, path: Path) -> Callable[[], None]:
+    """Take a snapshot and write it to `path` in the background; returns the function that waits."""
+    state = {"params": dict(model.named_parameters()), **moments(model, optimizer)}
+    future: Any = dcp.async_save(state, checkpoint_id=path / "dcp")
+    return future.result
+
+
+def restore(model: Model, optimizer: torch.optim.Optimizer, path: Path) -> None:
+    """Fill the model and the optimizer from a training checkpoint of any kind."""
+    with readable(path, "torch") as source_path:
+        source = open_checkpoint(source_path)
+        state: dict[str, Tensor] = dict(model.named_parameters())
+        for moment, tensors in moments(model, optimizer).items():
+            state |= {f"{moment}.{name}": tensor for name, tensor in tensors.items()}
+        _fill(state, source)
+    assert source.trainer_state is not None
+    set_step(optimizer, source.trainer_state["step"])
+
+
+def load(path: str | Path, dtype: Dtype) -> Model:
+    """The model of a checkpoint of any kind, without the optimizer."""
+    with readable(Path(path), "torch") as source_path:
+        source = open_checkpoint(source_path)
+        model = Model(source.model, dtype)
+        _fill(dict(model.named_parameters()), source)
+    return model
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a DCP checkpoint, or an interchange directory. Raises `InputError` if it is not whole."""
+    if kind_of(path) == "safetensors":
+        return interchange.open_checkpoint(path)
+    model, state = interchange.read_description(path)
+    reader = dcp.FileSystemReader(path / "dcp")
+    try:
+        metadata = reader.read_metadata().state_dict_metadata
+    except Exception as error:
+        raise InputError(f"{path / 'dcp'} has no readable .metadata: {error}") from error
+    tensors = {
+        key.removeprefix("params."): (_numpy_dtype(entry.properties.dtype), tuple(entry.size))
+        for key, entry in metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    interchange.check_tensors(path, model, tensors)
+
+    def read(key: str) -> np.ndarray:
+        name = key if key.startswith(interchange.MOMENTS) else f"params.{key}"
+        entry = metadata[name]
+        assert isinstance(entry, TensorStorageMetadata)
+        tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+        try:
+            dcp.load({name: tensor}, storage_reader=reader, no_dist=True)
+        except Exception as error:
+            raise InputError(f"{path}: tensor {key} cannot be read; the checkpoint is truncated") from error
+        return _to_numpy(tensor)
+
+    return Checkpoint(path, "torch", model, state, tensors, read)
+
+
+def write_checkpoint(path: Path, source: Checkpoint) -> None:
+    """Write a checkpoint of any kind as DCP; `path` exists only when it is complete."""
+    with interchange.new_directory(path) as directory:
+        interchange.write_description(directory, source.model, source.trainer_state)
+        state = {
+            (key if key.startswith(interchange.MOMENTS) else f"params.{key}"): _to_torch(source.read(key))
+            for key in source.tensors
+        }
+        dcp.save(state, checkpoint_id=directory / "dcp", no_dist=True)
+
+
+def _fill(state: dict[str, Tensor], source: Checkpoint) -> None:
+    with torch.no_grad():
+        for key, tensor in state.items():
+            if key not in source.tensors or source.tensors[key][1] != tuple(tensor.shape):
+                raise InputError(f"{source.path}: tensor {key} is not the model's")
+            tensor.copy_(_to_torch(source.read(key)))
+
+
+def _numpy_dtype(dtype: torch.dtype) -> np.dtype:
+    return _to_numpy(torch.empty(0, dtype=dtype)).dtype
+
+
+def _to_numpy(tensor: Tensor) -> np.ndarray:
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.uint16).numpy().view(interchange.DTYPES["BF16"])
+    return tensor.numpy()
+
+
+def _to_torch(array: np.ndarray) -> Tensor:
+    if array.dtype == interchange.DTYPES["BF16"]:
+        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(np.ascontiguousarray(array))

@@ -1,0 +1,1 @@
+"""The only package that sees both frameworks: converts between them and proves them equal."""
