@@ -1,0 +1,1 @@
+"""From sources to batches: documents (`sources`), token shards (`shards`), batches (`batches`)."""

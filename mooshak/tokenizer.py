@@ -1,0 +1,294 @@
+"""The tokenizer: text to token ids and back, without loss, for every Unicode string.
+
+A SentencePiece BPE model (arXiv:1808.06226) without normalisation, dummy prefix or whitespace
+clean-up; characters without a piece become their UTF-8 bytes. So `decode(encode(text)) == text`,
+which the models published for Hindi do not give: NFKC changes Devanagari. The specials and the
+chat markers are control symbols: no text encodes to them.
+
+    python -m mooshak.tokenizer train  --config configs/demo.yaml
+    python -m mooshak.tokenizer encode --config configs/demo.yaml "नमस्ते दुनिया"
+    python -m mooshak.tokenizer decode --tokenizer.path tokenizer.model 1 302 17
+    python -m mooshak.tokenizer report --config configs/demo.yaml
+"""
+
+import hashlib
+import io
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+
+from mooshak.config import Config, parse, parser
+from mooshak.errors import InputError, command
+from mooshak.files import locked, write_atomically
+
+CHAT_MARKERS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+
+# SentencePiece writes a space as this character. Where the text itself holds it, it must be
+# bytes, or decoding would give a space.
+_SPACE_MARK = "\u2581"
+# Longest line that is shown to the trainer, in characters (at most 4 bytes each).
+_LINE = 4096
+
+
+class Tokenizer:
+    """A SentencePiece model file, as a lossless map between text and token ids."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            model = self.path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            raise InputError(
+                f"tokenizer {path} is missing; "
+                "train it with `python -m mooshak.tokenizer train --config FILE`"
+            ) from None
+        except IsADirectoryError:
+            raise InputError(f"tokenizer {path} is a directory; name the model file") from None
+        self.fingerprint = hashlib.sha256(model).hexdigest()
+        """SHA-256 of the model file."""
+        try:
+            # An empty file is a valid message of no pieces.
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=model or b"-")
+        except RuntimeError:
+            raise InputError(
+                f"tokenizer {path} is not a SentencePiece model, or is cut short; "
+                "delete it and train or copy it again"
+            ) from None
+        self.vocab_size: int = self._model.vocab_size()
+        """Number of pieces."""
+        self.padded_vocab_size = -(-self.vocab_size // 64) * 64
+        """Number of pieces, rounded up to a multiple of 64: rows of the embedding."""
+        self.bos_id: int = self._model.bos_id()
+        self.eos_id: int = self._model.eos_id()
+        self.pad_id: int = self._model.pad_id() if self._model.pad_id() >= 0 else self.eos_id
+        self._space_mark = [self.id_of(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
+
+    def id_of(self, piece: str) -> int:
+        """The id of a piece, such as `<|user|>`. Raises `InputError` when there is none."""
+        id = self._model.piece_to_id(piece)
+        if self._model.id_to_piece(id) != piece:
+            raise InputError(f"tokenizer {self.path} has no piece {piece}; train one with it")
+        return id
+
+    def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
+        """Token ids of a text, with <s> before it and </s> after it when asked for."""
+        ids = self.encode_batch([text], threads=1)[0]
+        return [self.bos_id] * bos + ids + [self.eos_id] * eos
+
+    def encode_batch(self, texts: list[str], threads: int = 1) -> list[list[int]]:
+        """Token ids of many texts, encoded in parallel."""
+        parts = [part for text in texts for part in text.split(_SPACE_MARK)]
+        try:
+            encoded = self._model.encode(parts, num_threads=threads)
+        except RuntimeError:
+            for text in texts:
+                if surrogate := re.search("[\ud800-\udfff]", text):
+                    raise InputError(
+                        f"the text has a lone surrogate, U+{ord(surrogate[0]):04X}, at character "
+                        f"{surrogate.start()}; it is not Unicode text, read it as UTF-8"
+                    ) from None
+            raise
+        if len(parts) == len(texts):
+            return encoded
+        following = iter(encoded)
+        result = []
+        for text in texts:
+            ids = next(following)
+            for _ in range(text.count(_SPACE_MARK)):
+                ids += self._space_mark + next(following)
+            result.append(ids)
+        return result
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of token ids. Incomplete UTF-8 becomes U+FFFD; specials stand for no text."""
+        pieces = [int(id) for id in ids]
+        if pieces and not 0 <= min(pieces) <= max(pieces) < self.padded_vocab_size:
+            raise InputError(
+                f"token ids must be in 0 .. {self.padded_vocab_size - 1}, "
+                f"got {min(pieces)} .. {max(pieces)}; is this the model's own tokenizer?"
+            )
+        return self._model.decode([id for id in pieces if id < self.vocab_size])
+
+    def token_bytes(self) -> np.ndarray:
+        """Bytes of text that each id stands for, int32 [padded_vocab_size]; specials have none."""
+        result = np.zeros(self.padded_vocab_size, np.int32)
+        for id in range(self.vocab_size):
+            if self._model.is_byte(id):
+                result[id] = 1
+            elif not self._model.is_control(id) and not self._model.is_unknown(id):
+                piece = self._model.id_to_piece(id)
+                result[id] = len(piece.replace(_SPACE_MARK, " ").encode())
+        return result
+
+
+def ensure(config: Config) -> Tokenizer:
+    """The tokenizer of a configuration, trained first when its file is missing.
+
+    Raises `InputError` when it does not fit the model's vocabulary.
+    """
+    path = Path(config.tokenizer.path)
+    if not path.exists():
+        with locked(path.with_name(f".{path.name}.lock")):
+            if not path.exists():  # Another process may have trained it while this one waited.
+                train(config)
+    tokenizer = Tokenizer(path)
+    if tokenizer.padded_vocab_size != config.model.vocab_size:
+        raise InputError(
+            f"tokenizer {path} has {tokenizer.vocab_size} pieces, the model's vocab_size is "
+            f"{config.model.vocab_size}; set model.vocab_size to {tokenizer.padded_vocab_size}, "
+            "or delete the tokenizer and train it with another tokenizer.vocab_size"
+        )
+    return tokenizer
+
+
+def train(config: Config) -> None:
+    """Train a tokenizer on text of the sources and write it to `tokenizer.path`.
+
+    The same text gives the same file, bit for bit.
+    """
+    settings, model = config.tokenizer, io.BytesIO()
+    lines = _training_lines(config)
+    first = next(lines, None)
+    if first is None:
+        raise InputError("data.sources have no text to train a tokenizer on; check their paths")
+
+    def all_lines() -> Iterator[str]:
+        yield first
+        yield from lines
+
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=all_lines(),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=settings.vocab_size,
+            character_coverage=settings.character_coverage,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            split_digits=True,
+            max_sentence_length=4 * _LINE,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=3,
+            control_symbols=list(CHAT_MARKERS),
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        wanted = f"tokenizer.vocab_size {settings.vocab_size}"
+        if match := re.search(r"too high .* value <= (\d+)", str(error)):
+            raise InputError(
+                f"{wanted} is too large for the text of the sources; at most {match[1]} "
+                "pieces can be made of it: lower it, or add text"
+            ) from error
+        if match := re.search(r"required_chars\. \d+ vs (\d+)", str(error)):
+            raise InputError(
+                f"{wanted} is too small: bytes, specials and the characters of the text are "
+                f"{match[1]} pieces; raise it, or lower tokenizer.character_coverage"
+            ) from error
+        raise
+    write_atomically(Path(settings.path), model.getvalue())
+
+
+def _training_lines(config: Config) -> Iterator[str]:
+    """Lines of the training documents: from each source its share by weight of the bytes."""
+    from mooshak.data.sources import documents, in_validation
+
+    weights = sum(source.weight for source in config.data.sources)
+    for source in config.data.sources:
+        left = config.tokenizer.training_bytes * source.weight / weights
+        for text in documents(source, config):
+            if in_validation(text, config.data.validation_fraction):
+                continue
+            left -= len(text.encode())
+            if left < 0:
+                break
+            for line in text.split("\n"):
+                # A line that is too long would be dropped by the trainer: cut it instead.
+                yield from (line[at : at + _LINE] for at in range(0, len(line), _LINE))
+
+
+def _report(config: Config, tokenizer: Tokenizer, most: int) -> None:
+    """Print how many tokens each language costs, and the words that cost the most."""
+    from itertools import islice
+
+    import rich
+    from rich.table import Table
+
+    from mooshak.data.sources import documents
+
+    table = Table(title=f"{tokenizer.path}: {tokenizer.vocab_size} pieces")
+    for title in ("language", "documents", "bytes per token", "tokens per word", "worst words"):
+        table.add_column(title, justify="left" if title in ("language", "worst words") else "right")
+    for language in dict.fromkeys(source.language for source in config.data.sources):
+        texts = [
+            text
+            for source in config.data.sources
+            if source.language == language
+            for text in islice(documents(source, config), most)
+        ]
+        tokens = sum(map(len, tokenizer.encode_batch(texts)))
+        # With the space before it, as a word mostly stands in the text.
+        words = Counter(" " + word for text in texts for word in text.split())
+        if not tokens or not words:
+            raise InputError(f"the sources have no text in language {language}; check their paths")
+        lengths = dict(zip(words, map(len, tokenizer.encode_batch(list(words)))))
+        per_word = sum(lengths[word] * count for word, count in words.items()) / words.total()
+        worst = sorted(lengths, key=lambda word: (-lengths[word], word))[:5]
+        table.add_row(
+            language,
+            f"{len(texts):,}",
+            f"{sum(len(text.encode()) for text in texts) / tokens:.2f}",
+            f"{per_word:.2f}",
+            ", ".join(f"{word[1:][:24]} ({lengths[word]})" for word in worst),
+        )
+    rich.print(table)
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """`python -m mooshak.tokenizer train|encode|decode|report`."""
+    arguments = parser("Train a tokenizer, use it, or report how well it fits the languages.")
+    arguments.add_argument("action", choices=["train", "encode", "decode", "report"])
+    arguments.add_argument(
+        "input", nargs="*", help="encode: texts, decode: token ids (default: standard input)"
+    )
+    arguments.add_argument(
+        "--documents", type=int, default=1000, help="report: documents read from each source"
+    )
+    config, options = parse(arguments, argv)
+    if options.action == "train":
+        train(config)
+        tokenizer = Tokenizer(config.tokenizer.path)
+        print(f"{tokenizer.path}: {tokenizer.vocab_size} pieces")
+        return
+    tokenizer = Tokenizer(config.tokenizer.path)
+    if options.action == "report":
+        _report(config, tokenizer, options.documents)
+    elif options.action == "encode":
+        for text in options.input or [_standard_input()]:
+            print(*tokenizer.encode(text))
+    else:
+        words = options.input or _standard_input().split()
+        if wrong := [word for word in words if not re.fullmatch(r"\d+", word)]:
+            raise InputError(f"{wrong[0]!r} is not a token id; give numbers, as encode prints them")
+        # What came from a pipe goes on exactly; an answer on the command line is a line.
+        sys.stdout.write(tokenizer.decode([int(word) for word in words]) + "\n" * bool(options.input))
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"standard input is not UTF-8: {error}") from None
+
+
+if __name__ == "__main__":
+    main()
