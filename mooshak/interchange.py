@@ -56,8 +56,11 @@ class Checkpoint:
 
 def check_tensors(
     path: Path, model: ModelConfig, tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]]
-) -> None:
-    """Raises `InputError` unless the tensors are exactly those of the model, moments all or none."""
+) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+    """The tensors in the model's order, moments last.
+
+    Raises `InputError` unless they are exactly those of the model, moments all or none.
+    """
     shapes = model.parameter_shapes()
     expected = dict(shapes)
     if any(key.startswith(MOMENTS) for key in tensors):
@@ -72,6 +75,7 @@ def check_tensors(
             )
     if left_over := sorted(set(tensors) - set(expected)):
         raise InputError(f"{path}: tensor {left_over[0]} belongs to no parameter of the model")
+    return {key: tensors[key] for key in expected}
 
 
 def read_description(path: Path) -> tuple[ModelConfig, dict[str, Any] | None]:
@@ -111,7 +115,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     for file in [*_weight_files(path), *path.glob("optimizer.safetensors")]:
         for key, described in _header(file).items():
             where[key], tensors[key] = file, described
-    check_tensors(path, model, tensors)
+    tensors = check_tensors(path, model, tensors)
 
     def read(key: str) -> np.ndarray:
         with safe_open(where[key], framework="numpy") as file:

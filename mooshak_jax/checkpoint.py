@@ -132,7 +132,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         places[key] = (part, *rest)
         shape = tuple(entry.shape)
         tensors[key] = (np.dtype(entry.dtype), shape[::-1] if LEAVES.get(rest[-1]) else shape)
-    interchange.check_tensors(path, model, tensors)
+    tensors = interchange.check_tensors(path, model, tensors)
 
     def read(key: str) -> np.ndarray:
         item: Any = jax.ShapeDtypeStruct((), tensors[key][0])

@@ -71,7 +71,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         for key, entry in metadata.items()
         if isinstance(entry, TensorStorageMetadata)
     }
-    interchange.check_tensors(path, model, tensors)
+    tensors = interchange.check_tensors(path, model, tensors)
 
     def read(key: str) -> np.ndarray:
         name = key if key.startswith(interchange.MOMENTS) else f"params.{key}"
