@@ -12,22 +12,21 @@ from mooshak.schedule import decays
 from mooshak_jax.checkpoint import canonical_name
 
 
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """AdamW (arXiv:1711.05101) without the learning rate, which `apply_updates` multiplies in."""
-    return optax.chain(
-        optax.scale_by_adam(config.beta1, config.beta2, config.eps),
-        optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
-    )
+def adamw(state: dict[str, Any], grads: Any, learning_rate: Array, config: OptimizerConfig) -> dict:
+    """One step of AdamW (arXiv:1711.05101).
 
+    `state` has `params`, `exp_avg`, `exp_avg_sq` (trees alike) and `step`, the steps done.
+    """
+    adam = optax.scale_by_adam(config.beta1, config.beta2, config.eps)
+    past = optax.ScaleByAdamState(state["step"], state["exp_avg"], state["exp_avg_sq"])
+    updates, new = adam.update(grads, past)
 
-def decay_mask(params: Any) -> Any:
-    """True where weight decay applies."""
-    return jax.tree.map_with_path(lambda path, _: decays(canonical_name(path)), params)
+    def apply(path: tuple, parameter: Array, update: Array) -> Array:
+        decay = config.weight_decay if decays(canonical_name(path)) else 0.0
+        return parameter - learning_rate.astype(parameter.dtype) * (update + decay * parameter)
 
-
-def apply_updates(params: Any, updates: Any, learning_rate: Array) -> Any:
-    """params - learning_rate * updates, in the dtype of the parameters."""
-    return jax.tree.map(lambda p, u: p - learning_rate.astype(p.dtype) * u, params, updates)
+    params = jax.tree.map_with_path(apply, state["params"], updates)
+    return {"params": params, "exp_avg": new.mu, "exp_avg_sq": new.nu, "step": new.count}
 
 
 def clip_gradients(grads: Any, max_norm: float) -> tuple[Any, Array]:

@@ -1,7 +1,7 @@
-"""Cross entropy that never holds the logits of more than a chunk of tokens.
+"""Cross entropy that never holds the logits of more than a chunk of positions.
 
 The gradients are made in the forward pass, chunk by chunk, so no logits are kept or made twice.
-Shapes: N tokens, C tokens of a chunk, D model width, V vocabulary.
+Shapes: B batch, T time, C positions of a chunk, N = B x C tokens, D model width, V vocabulary.
 """
 
 from typing import Any
@@ -13,45 +13,44 @@ from torch import Tensor
 IGNORE = -100
 
 
-def cross_entropy(x_ND: Tensor, w_VD: Tensor, labels_N: Tensor, chunk: int) -> Tensor:
+def cross_entropy(x_BTD: Tensor, w_VD: Tensor, labels_BT: Tensor, chunk: int) -> Tensor:
     """Sum of -log p(label) over the tokens, in nats; labels of `IGNORE` count nothing.
 
-    `x_ND` are hidden states in the compute dtype and `w_VD` the output head, whose dtype (at least
-    float32) is that of the softmax and of the sum. The caller divides by the number of labels.
+    `x_BTD` are hidden states in the compute dtype and `w_VD` the output head, whose dtype (at least
+    float32) is that of the softmax and of the sum. `chunk` is the number of tokens whose logits are
+    in memory at once. The caller divides by the number of labels.
     """
-    return _ChunkedCrossEntropy.apply(x_ND, w_VD, labels_N, chunk)
+    return _ChunkedCrossEntropy.apply(x_BTD, w_VD, labels_BT, max(1, chunk // len(x_BTD)))
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x_ND: Tensor, w_VD: Tensor, labels_N: Tensor, chunk: int
-    ) -> Tensor:
+    def forward(ctx: Any, x_BTD: Tensor, w_VD: Tensor, labels_BT: Tensor, step: int) -> Tensor:
         differentiate = any(ctx.needs_input_grad[:2])
         total = w_VD.new_zeros(())
-        dx_ND = torch.zeros_like(x_ND) if differentiate else None
-        dw_VD = torch.zeros_like(w_VD) if differentiate else None
-        narrow_VD = w_VD.to(x_ND.dtype)
-        for start in range(0, len(x_ND), chunk):
-            x_CD, labels_C = x_ND[start : start + chunk], labels_N[start : start + chunk]
-            counts_C = labels_C != IGNORE
-            targets_C1 = labels_C.where(counts_C, 0).unsqueeze(1)
-            logits_CV = F.linear(x_CD, narrow_VD).to(w_VD.dtype)
-            log_z_C1 = logits_CV.logsumexp(1, keepdim=True)
-            losses_C1 = log_z_C1 - logits_CV.gather(1, targets_C1)
-            total += (losses_C1.squeeze(1) * counts_C).sum()
-            if dx_ND is not None and dw_VD is not None:
+        dx_BTD, dw_VD = torch.empty_like(x_BTD), torch.zeros_like(w_VD)
+        narrow_VD = w_VD.to(x_BTD.dtype)
+        for start in range(0, x_BTD.shape[1], step):
+            here = slice(start, start + step)
+            x_ND, labels_N = x_BTD[:, here].flatten(0, 1), labels_BT[:, here].flatten()
+            counts_N1 = (labels_N != IGNORE).unsqueeze(1)
+            targets_N1 = labels_N.unsqueeze(1).where(counts_N1, 0)
+            logits_NV = F.linear(x_ND, narrow_VD).to(w_VD.dtype)
+            log_z_N1 = logits_NV.logsumexp(1, keepdim=True)
+            losses_N1 = log_z_N1 - logits_NV.gather(1, targets_N1)
+            total += (losses_N1 * counts_N1).sum()
+            if differentiate:
                 # d loss / d logits = softmax - one_hot(label).
-                d_CV = logits_CV.sub_(log_z_C1).exp_()
-                d_CV.scatter_add_(1, targets_C1, torch.full_like(losses_C1, -1.0))
-                d_CV = d_CV.mul_(counts_C.unsqueeze(1)).to(x_ND.dtype)
-                dx_ND[start : start + chunk] = d_CV @ narrow_VD
-                dw_VD += (d_CV.T @ x_CD).to(w_VD.dtype)
+                d_NV = logits_NV.sub_(log_z_N1).exp_()
+                d_NV.scatter_add_(1, targets_N1, torch.full_like(losses_N1, -1.0))
+                d_NV = d_NV.mul_(counts_N1).to(x_BTD.dtype)
+                dx_BTD[:, here] = (d_NV @ narrow_VD).unflatten(0, (len(x_BTD), -1))
+                dw_VD += (d_NV.T @ x_ND).to(w_VD.dtype)
         if differentiate:
-            ctx.save_for_backward(dx_ND, dw_VD)
+            ctx.save_for_backward(dx_BTD, dw_VD)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        dx_ND, dw_VD = ctx.saved_tensors
-        return (dx_ND * grads[0]).to(dx_ND.dtype), dw_VD * grads[0], None, None
+        dx_BTD, dw_VD = ctx.saved_tensors
+        return (dx_BTD * grads[0]).to(dx_BTD.dtype), dw_VD * grads[0], None, None

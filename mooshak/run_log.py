@@ -1,0 +1,173 @@
+"""The run directory: what was run, with what, and every step's metrics."""
+
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mooshak.config import Config, dump
+
+# Dense bf16 peaks in FLOP/s, from the vendors' data sheets.
+PEAK_FLOPS = {
+    "A100": 312e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+}
+
+
+class RunLog:
+    """Writes `metrics.jsonl`, TensorBoard events and a progress bar; silent where `main` is false."""
+
+    def __init__(self, config: Config, start_step: int, main: bool, device: str, n_devices: int):
+        self.config, self.main = config, main
+        self.directory = Path(config.run.dir)
+        self.flops_per_step = (
+            config.model.flops_per_token(config.T) * config.T * config.train.batch_size
+        )
+        peak = next((peak for name, peak in PEAK_FLOPS.items() if name in device), None)
+        self.peak = peak and peak * n_devices
+        if not main:
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
+        replace_text(self.directory / "config.yaml", dump(config))
+        replace_text(self.directory / "environment.json", json.dumps(environment(), indent=2) + "\n")
+        _truncate(self.directory / "metrics.jsonl", start_step)
+        self.file = (self.directory / "metrics.jsonl").open("a")
+        self.events: Any = None
+        if config.run.tensorboard:
+            from tensorboard.summary import Writer
+
+            self.events = Writer(str(self.directory / "tensorboard"))
+        self.progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[status]}"),
+            disable=not config.run.progress,
+        )
+        self.progress.start()
+        steps = config.train.steps
+        self.task = self.progress.add_task("training", total=steps, completed=start_step, status="")
+
+    def log(self, step: int, seconds: float, metrics: dict[str, float]) -> None:
+        """Record a step (`step` steps are done now) that took `seconds`."""
+        if not self.main:
+            return
+        tokens = self.config.train.batch_size * self.config.T
+        line = {"step": step, **metrics, "tokens_per_second": tokens / seconds}
+        if self.peak:
+            line["mfu"] = self.flops_per_step / seconds / self.peak
+        line["time"] = time.time()
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+        if self.events is not None:
+            for name, value in line.items():
+                if name not in ("step", "time"):
+                    self.events.add_scalar(name, value, step)
+        status = f"loss {metrics['loss']:.4f}  {line['tokens_per_second']:,.0f} tokens/s"
+        self.progress.update(self.task, completed=step, status=status)
+
+    def close(self) -> None:
+        """Flush everything and put the progress bar down."""
+        if self.main:
+            self.progress.stop()
+            self.file.close()
+            if self.events is not None:
+                self.events.close()
+
+
+class StopRequest:
+    """Set by SIGTERM or SIGINT: the run saves and ends. A second signal ends it at once."""
+
+    def __init__(self) -> None:
+        self.received = False
+
+    def __bool__(self) -> bool:
+        return self.received
+
+
+@contextmanager
+def stop_request() -> Iterator[StopRequest]:
+    """Catch SIGTERM and SIGINT inside the block."""
+    request = StopRequest()
+    previous: dict[signal.Signals, Any] = {}
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        if request.received:
+            signal.signal(number, previous[signal.Signals(number)])
+            signal.raise_signal(number)
+        request.received = True
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        previous[number] = signal.signal(number, receive)
+    try:
+        yield request
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit and command line: what is needed to run the same again."""
+    names = ("torch", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    versions = {}
+    for name in (*names, "sentencepiece", "safetensors"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    here = Path(__file__).parent
+    git = subprocess.run(
+        ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"],
+        capture_output=True,
+        text=True,
+    )
+    return {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "git_commit": git.stdout.strip() or None,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processors": os.cpu_count(),
+        "versions": versions,
+    }
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file under a temporary name and rename it, so that it is never half there."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The lines of a `metrics.jsonl`; one cut off in the middle of writing is left out."""
+    lines = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
+
+
+def _truncate(path: Path, step: int) -> None:
+    """Drop the lines after `step`: the run goes on from there and writes them again."""
+    if path.is_file():
+        kept = [line for line in read_metrics(path) if line["step"] <= step]
+        replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))

@@ -1,0 +1,179 @@
+"""Train the model in PyTorch.
+
+python -m mooshak_torch.train --config configs/demo.yaml
+torchrun --nproc-per-node 2 -m mooshak_torch.train --config configs/demo.yaml
+"""
+
+import os
+import time
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mooshak import checkpoints, config as configuration
+from mooshak.checkpoints import Checkpoints
+from mooshak.config import Config
+from mooshak.errors import command
+from mooshak.evaluation import bits_per_byte
+from mooshak.run_log import RunLog, stop_request
+from mooshak.schedule import learning_rate
+from mooshak_torch.checkpoint import open_checkpoint, restore, start_saving
+from mooshak_torch.loss import cross_entropy
+from mooshak_torch.model import Model, initialize
+from mooshak_torch.optimizer import clip_gradients, make_optimizer
+from mooshak_torch.parallel import Parallel, make_parallel
+
+
+def train(config: Config, resume: str = "auto") -> None:
+    """Train until `train.steps` are done, a signal comes, or `train.stop_at` is reached."""
+    from mooshak.data.batches import train_batches, validation_sequences
+    from mooshak.data.shards import ensure
+
+    parallel = make_parallel(config)
+    precise()
+    tokenizer = ensure(config)
+    path = checkpoints.resume_from(config, resume)
+    model = Model(config.model, config.train.dtype)
+    optimizer = make_optimizer(model.to(parallel.device), config.optimizer)
+    step = 0
+    if path is None:
+        initialize(model, config.run.seed)
+    else:
+        with checkpoints.readable(path, "torch") as readable:
+            source = open_checkpoint(readable)
+            step = checkpoints.check_resume(config, source, tokenizer.fingerprint)
+            restore(model, optimizer, readable)
+    objective = parallel.wrap(Objective(model, config.train.loss_chunk))
+    validation = validation_sequences(config) if config.evaluate.every else {}
+    batches = train_batches(config, step, parallel.rank, parallel.world)
+    saver = Checkpoints(config, parallel.main)
+    device = torch.cuda.get_device_name() if parallel.device.type == "cuda" else "cpu"
+    log = RunLog(config, step, parallel.main, device, parallel.world)
+    last = min(config.train.steps, config.train.stop_at or config.train.steps)
+    validation_loss: float | None = None
+    stopped = False
+    try:
+        with stop_request() as stop:
+            while step < last and not stopped:
+                start = time.perf_counter()
+                rate = learning_rate(config, step)
+                batch = torch.from_numpy(np.asarray(next(batches))).to(parallel.device).long()
+                loss, norm = train_step(objective, optimizer, batch, rate, config, parallel)
+                step += 1
+                flags = parallel.sum(torch.stack([loss, loss.new_tensor(float(bool(stop)))]))
+                stopped = flags[1].item() > 0
+                metrics = {"loss": flags[0].item(), "learning_rate": rate, "grad_norm": norm.item()}
+                metrics |= memory(parallel.device)
+                seconds = time.perf_counter() - start
+                if validation and step % config.evaluate.every == 0 or validation and step == last:
+                    losses = {
+                        language: evaluate(model, sequences, config, parallel)
+                        for language, sequences in validation.items()
+                    }
+                    sizes = {k: s[:, 1:].size for k, s in validation.items()}
+                    validation_loss = sum(losses.values()) / sum(sizes.values())
+                    metrics["validation_loss"] = validation_loss
+                    for language, nats in losses.items():
+                        metrics[f"bits_per_byte_{language}"] = bits_per_byte(
+                            nats, validation[language], tokenizer.token_bytes()
+                        )
+                if step % config.train.log_every == 0 or step == last:
+                    log.log(step, seconds, metrics)
+                saver.raise_failure()
+                every = config.checkpoint.every
+                if step == last or stopped or (every and step % every == 0):
+                    state = checkpoints.trainer_state(
+                        config, step, "torch", tokenizer.fingerprint, validation_loss
+                    )
+                    saver.save(state, lambda path: start_saving(model, optimizer, path))
+            saver.finish()
+    finally:
+        log.close()
+        parallel.close()
+    if parallel.main:
+        if stopped and step < config.train.steps:
+            print(f"stopped after step {step}, saved; the same command continues (--resume auto)")
+        else:
+            print(f"step {step} of {config.train.steps} done; checkpoint {saver.directory / str(step)}")
+
+
+class Objective(nn.Module):
+    """The model and its loss in one module, as DDP wants them."""
+
+    def __init__(self, model: Model, chunk: int):
+        super().__init__()
+        self.model, self.chunk = model, chunk
+
+    def forward(self, batch_BS: Tensor) -> Tensor:
+        """Summed cross entropy in nats of tokens 1 .. S - 1, each given those before it."""
+        hidden_BTD = self.model.hidden(batch_BS[:, :-1])
+        return cross_entropy(hidden_BTD, self.model.lm_head.weight, batch_BS[:, 1:], self.chunk)
+
+
+def train_step(
+    objective: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch_BS: Tensor,
+    rate: float,
+    config: Config,
+    parallel: Parallel,
+) -> tuple[Tensor, Tensor]:
+    """One optimizer step on this process's rows of the batch, [B, T + 1] tokens.
+
+    Returns this process's part of the mean loss (the parts add up) and the gradient's norm.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    parts = batch_BS.chunk(config.train.accumulation)
+    n_tokens = batch_BS[:, 1:].numel() * parallel.world
+    loss = torch.zeros((), dtype=next(objective.parameters()).dtype, device=batch_BS.device)
+    for i, part in enumerate(parts):
+        with parallel.without_reduction(objective, i < len(parts) - 1):
+            part_loss = objective(part) / n_tokens
+            # DDP averages over the processes, and the parts are to be added.
+            (part_loss * parallel.world).backward()
+        loss += part_loss.detach()
+    norm = clip_gradients(objective.parameters(), config.optimizer.clip_norm)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    return loss, norm
+
+
+@torch.no_grad()
+def evaluate(model: Model, sequences_NS: np.ndarray, config: Config, parallel: Parallel) -> float:
+    """Summed cross entropy, in nats, of all tokens but the first of each sequence."""
+    total = torch.zeros((), dtype=torch.float64, device=parallel.device)
+    rows = config.evaluate.batch_size
+    mine_NS = torch.from_numpy(sequences_NS[parallel.rank :: parallel.world]).long()
+    for batch_BS in mine_NS.to(parallel.device).split(rows):
+        total += Objective(model, config.train.loss_chunk)(batch_BS)
+    return parallel.sum(total).item()
+
+
+def precise() -> None:
+    """float32 means float32: no TF32 in matrix products."""
+    torch.set_float32_matmul_precision("highest")
+
+
+def memory(device: torch.device) -> dict[str, float]:
+    """Peak memory in bytes: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return {"memory_bytes": float(torch.cuda.max_memory_allocated(device))}
+    import resource
+
+    return {"memory_bytes": 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+
+
+@command
+def main() -> None:
+    # Grain imports JAX, which must not take hold of the GPU here.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    parser = configuration.parser(__doc__.split("\n")[0])
+    parser.add_argument("--resume", default="auto", help="auto, never, or a checkpoint's directory")
+    config, arguments = configuration.parse(parser)
+    train(config, arguments.resume)
+
+
+if __name__ == "__main__":
+    main()
