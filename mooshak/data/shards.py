@@ -1,0 +1,349 @@
+"""Token shards: every document is tokenised once and kept as flat arrays of token ids on disk.
+
+    DIR/{source}/train-00000.npy, train-00001.npy, ..., validation-00000.npy, ..., manifest.json
+
+A document is <s> tokens </s>; documents stand one after the other. The shards are plain .npy files,
+read through memory maps: any window of tokens is reachable at once, no library is needed to read
+them, and the sequence length can change without tokenising again. (A record format such as
+ArrayRecord fixes the record, and with it the sequence length.)
+
+The manifest is written last. A source whose manifest is there is whole; one whose manifest was made
+of other settings, another tokenizer or other files is made again, and replaced when the new one is
+whole. While a source is being made it lives in DIR/{source}~partial, with its finished shards in
+progress.json, and goes on from there after an interruption.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import shutil
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mooshak import tokenizer as tokenizers
+from mooshak.config import Config, SourceConfig
+from mooshak.data.sources import documents, in_validation, input_size
+from mooshak.errors import InputError
+from mooshak.files import locked, write_atomically
+from mooshak.tokenizer import Tokenizer
+
+SPLITS = ("train", "validation")
+
+# Characters that are tokenised in one call, spread over the cores.
+_BATCH = 4_000_000
+
+
+def ensure(config: Config, progress: bool = True) -> tuple[Tokenizer, dict[str, dict[str, Any]]]:
+    """The tokenizer and the manifest of every source; makes what is missing and reuses the rest.
+
+    Any number of processes may call it at once: one works, the others wait and reuse.
+    """
+    tokenizer = tokenizers.ensure(config)
+    return tokenizer, prepare(config, tokenizer, progress)
+
+
+def prepare(
+    config: Config, tokenizer: Tokenizer, progress: bool = True
+) -> dict[str, dict[str, Any]]:
+    """Tokenise the sources that are not tokenised yet. The manifests, by source."""
+    sources = config.data.sources
+    # What is whole needs no lock: it may be on a disk that this process cannot write to.
+    if any(_stale(source, config, tokenizer) for source in sources):
+        with locked(Path(config.data.dir) / ".lock"):
+            for source in sources:
+                if reason := _stale(source, config, tokenizer):
+                    if progress:
+                        print(f"source {source.name}: {reason}; tokenising")
+                    _prepare_source(source, config, tokenizer, progress)
+    return {source.name: read_manifest(Path(config.data.dir) / source.name) for source in sources}
+
+
+class TokenShards:
+    """One split of a source: its tokens as one long array, memory-mapped."""
+
+    def __init__(self, directory: str | Path, split: str) -> None:
+        self.directory, self.split = Path(directory), split
+        self._shards = []
+        for shard in read_manifest(self.directory)["shards"]:
+            if shard["split"] == split:
+                if reason := _damage(self.directory, shard):
+                    raise InputError(
+                        f"{reason}; run `python -m mooshak.data prepare --config FILE` to mend it"
+                    )
+                self._shards.append(np.load(self.directory / shard["file"], mmap_mode="r"))
+        self._starts = list(accumulate(map(len, self._shards), initial=0))
+
+    def __reduce__(self) -> tuple:
+        # A memory map pickles as its content; another process opens the files itself.
+        return TokenShards, (self.directory, self.split)
+
+    def __len__(self) -> int:
+        """Number of tokens."""
+        return self._starts[-1]
+
+    def window(self, start: int, length: int) -> np.ndarray:
+        """Tokens start .. start + length - 1, int32 [length], across shards where needed."""
+        if not 0 <= start <= start + length <= len(self):
+            raise IndexError(f"window {start} + {length} of {len(self)} tokens")
+        result = np.empty(length, np.int32)
+        done, index = 0, bisect_right(self._starts, start) - 1
+        while done < length:
+            offset = start + done - self._starts[index]
+            part = self._shards[index][offset : offset + length - done]
+            result[done : done + len(part)] = part
+            done, index = done + len(part), index + 1
+        return result
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of a source. Raises `InputError` when the source is not prepared."""
+    path = directory / "manifest.json"
+    try:
+        return _read_json(path)
+    except FileNotFoundError:
+        raise InputError(
+            f"{path} is missing; make it with `python -m mooshak.data prepare --config FILE`"
+        ) from None
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON ({error}); delete it and prepare again") from error
+
+
+def totals(manifest: dict[str, Any], split: str) -> dict[str, int]:
+    """Tokens, documents and bytes of text of a split."""
+    shards = [shard for shard in manifest["shards"] if shard["split"] == split]
+    return {key: sum(shard[key] for shard in shards) for key in ("tokens", "documents", "bytes")}
+
+
+def _identity(source: SourceConfig, config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What the shards of a source are made of; shards of another identity are of no use."""
+    of_source = asdict(source)
+    for key in ("name", "weight"):  # They change the mixture, not the tokens.
+        del of_source[key]
+    cleaning = ("normalize_nfc", "drop_empty", "deduplicate")
+    return {
+        "format_version": 1,
+        "tokenizer": tokenizer.fingerprint,
+        "source": of_source,
+        "cleaning": {key: getattr(config.data, key) for key in cleaning},
+        "validation_fraction": config.data.validation_fraction,
+        "shard_tokens": config.data.shard_tokens,
+        "input": input_size(source),
+    }
+
+
+def _stale(source: SourceConfig, config: Config, tokenizer: Tokenizer) -> str | None:
+    """Why a source has to be tokenised (again), or None."""
+    directory = Path(config.data.dir) / source.name
+    try:
+        manifest = _read_json(directory / "manifest.json")
+    except FileNotFoundError:
+        return "not prepared yet"
+    except ValueError:
+        return "the manifest is damaged"
+    wanted = _identity(source, config, tokenizer)
+    for key, value in wanted.items():
+        if key == "input" and value is None:
+            continue  # The files need not be there any more.
+        if manifest.get(key) != value:
+            return f"the shards in {directory} were made with another {key}"
+    return next(filter(None, (_damage(directory, shard) for shard in manifest["shards"])), None)
+
+
+def _damage(directory: Path, shard: dict[str, Any], checksum: bool = False) -> str | None:
+    """What is wrong with a shard's file, or None. The checksum needs all of it to be read."""
+    path = directory / shard["file"]
+    try:
+        tokens = np.load(path, mmap_mode="r")
+    except FileNotFoundError:
+        return f"shard {path} is missing"
+    except (ValueError, EOFError, OSError):
+        return f"shard {path} is cut short or not an .npy file"
+    if tokens.shape != (shard["tokens"],) or tokens.dtype != shard["dtype"]:
+        return f"shard {path} is not the one in the manifest"
+    if path.stat().st_size != shard["file_bytes"]:
+        return f"shard {path} has another size than in the manifest"
+    if checksum and hashlib.sha256(path.read_bytes()).hexdigest() != shard["sha256"]:
+        return f"shard {path} has another checksum than in the manifest"
+    return None
+
+
+def _prepare_source(
+    source: SourceConfig, config: Config, tokenizer: Tokenizer, progress: bool
+) -> None:
+    """Tokenise a source in its ~partial directory, then put it in its place."""
+    directory = Path(config.data.dir) / source.name
+    partial, old = (directory.with_name(f"{source.name}~{state}") for state in ("partial", "old"))
+    identity = _identity(source, config, tokenizer)
+    if _made_of(directory / "manifest.json", identity):
+        # The right shards, some of them damaged: go on from those that are good.
+        shutil.rmtree(partial, ignore_errors=True)
+        os.replace(directory / "manifest.json", directory / "progress.json")
+        os.replace(directory, partial)
+    done = _finished_shards(partial, identity)
+    if not done:
+        shutil.rmtree(partial, ignore_errors=True)
+    elif progress:
+        print(f"source {source.name}: {len(done)} finished shards are reused")
+    partial.mkdir(parents=True, exist_ok=True)
+    for shard in _write_shards(source, config, tokenizer, partial, done, progress):
+        done.append(shard)
+        _write_json(partial / "progress.json", {**identity, "shards": done})
+    if not done:
+        raise InputError(f"source {source.name} gave no documents; check its path and column")
+    known = {"progress.json", *(shard["file"] for shard in done)}
+    for path in partial.iterdir():
+        if path.name not in known:  # Left by an interrupted write.
+            path.unlink()
+    shutil.rmtree(old, ignore_errors=True)
+    os.replace(partial / "progress.json", partial / "manifest.json")
+    if directory.exists():
+        os.replace(directory, old)
+    os.replace(partial, directory)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _finished_shards(partial: Path, identity: dict[str, Any]) -> list[dict[str, Any]]:
+    """The shards that an interrupted run finished: of each split, those before the first bad one."""
+    name = "progress.json" if (partial / "progress.json").exists() else "manifest.json"
+    if not _made_of(partial / name, identity):
+        return []
+    good, bad = [], set()
+    for shard in _read_json(partial / name)["shards"]:
+        if shard["split"] not in bad and _damage(partial, shard, checksum=True) is None:
+            good.append(shard)
+        else:
+            bad.add(shard["split"])
+    return good
+
+
+@dataclass
+class _Split:
+    """The shard of a split that is being filled."""
+
+    name: str
+    index: int = 0
+    skip: int = 0
+    """Documents of the source, of either split, that this split's finished shards lie within."""
+    arrays: list[np.ndarray] = field(default_factory=list)
+    tokens: int = 0
+    bytes: int = 0
+
+
+def _write_shards(
+    source: SourceConfig,
+    config: Config,
+    tokenizer: Tokenizer,
+    directory: Path,
+    done: list[dict[str, Any]],
+    progress: bool,
+) -> Iterator[dict[str, Any]]:
+    """Write the shards that are not in `done`, and describe each once it is on the disk."""
+    dtype = np.dtype(np.uint32 if tokenizer.vocab_size > 65535 else np.uint16)
+    splits = {}
+    for name in SPLITS:
+        mine = [shard for shard in done if shard["split"] == name]
+        splits[name] = _Split(name, len(mine), mine[-1]["documents_read"] if mine else 0)
+
+    def write(split: _Split, read: int) -> dict[str, Any]:
+        buffer = io.BytesIO()
+        np.save(buffer, np.concatenate(split.arrays))
+        content = buffer.getvalue()
+        shard = {
+            "file": f"{split.name}-{split.index:05d}.npy",
+            "split": split.name,
+            "tokens": split.tokens,
+            "documents": len(split.arrays),
+            "bytes": split.bytes,
+            "dtype": dtype.name,
+            "file_bytes": len(content),
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "documents_read": read,
+        }
+        write_atomically(directory / shard["file"], content)
+        splits[split.name] = _Split(split.name, split.index + 1)
+        return shard
+
+    read = 0
+    with _progress_bar(source, progress) as advance:
+        for first, texts in _batches(documents(source, config)):
+            chosen = []
+            for read, text in enumerate(texts, first + 1):
+                held_out = in_validation(text, config.data.validation_fraction)
+                name = SPLITS[held_out]
+                if read > splits[name].skip:
+                    chosen.append((read, name, text))
+            encoded = tokenizer.encode_batch([text for _, _, text in chosen], os.cpu_count() or 1)
+            for (number, name, text), ids in zip(chosen, encoded):
+                split = splits[name]
+                split.arrays.append(np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], dtype))
+                split.tokens += len(split.arrays[-1])
+                split.bytes += len(text.encode())
+                if split.tokens >= config.data.shard_tokens:
+                    yield write(split, number)
+            advance(len(texts), sum(len(ids) for ids in encoded))
+        for split in list(splits.values()):
+            if split.arrays:
+                yield write(split, read)
+
+
+def _batches(texts: Iterator[str]) -> Iterator[tuple[int, list[str]]]:
+    """Lists of documents, each with the number of documents before it."""
+    first, batch, size = 0, [], 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= _BATCH:
+            yield first, batch
+            first, batch, size = first + len(batch), [], 0
+    if batch:
+        yield first, batch
+
+
+@contextlib.contextmanager
+def _progress_bar(source: SourceConfig, show: bool) -> Iterator[Any]:
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:,} documents, {task.fields[tokens]:,} tokens"),
+        TimeElapsedColumn(),
+    )
+    total = source.documents or (1000 if source.kind == "tales" else None)
+    with Progress(*columns, disable=not show) as bar:
+        task = bar.add_task(f"tokenising {source.name}", total=total, tokens=0)
+
+        def advance(documents: int, tokens: int) -> None:
+            tokens += bar.tasks[task].fields["tokens"]
+            bar.update(task, advance=documents, tokens=tokens)
+
+        yield advance
+
+
+def _made_of(path: Path, identity: dict[str, Any]) -> bool:
+    """Whether a manifest (or progress) file is there, readable, and of this identity."""
+    try:
+        found = _read_json(path)
+    except (FileNotFoundError, ValueError):
+        return False
+    return {key: found.get(key) for key in identity} == identity
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    content = json.loads(path.read_text())
+    if not isinstance(content, dict) or "shards" not in content:
+        raise ValueError("not a manifest")
+    return content
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
