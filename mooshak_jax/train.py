@@ -1,0 +1,230 @@
+"""Train the model in JAX.
+
+python -m mooshak_jax.train --config configs/demo.yaml --mesh data=2
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from mooshak import checkpoints, config as configuration
+from mooshak.checkpoints import Checkpoints
+from mooshak.config import Config
+from mooshak.errors import command
+from mooshak.evaluation import bits_per_byte
+from mooshak.interchange import MOMENTS
+from mooshak.run_log import RunLog, stop_request
+from mooshak.schedule import learning_rate
+from mooshak_jax.checkpoint import (
+    abstract_params,
+    graph,
+    initialize,
+    join,
+    open_checkpoint,
+    restore,
+    start_saving,
+)
+from mooshak_jax.loss import cross_entropy
+from mooshak_jax.model import PARAMETERS, Model
+from mooshak_jax.optimizer import adamw, clip_gradients
+from mooshak_jax.parallel import Parallel, make_parallel, place
+
+State = dict[str, Any]
+"""`params`, `exp_avg` and `exp_avg_sq`, trees alike, and `step`, the optimizer steps done."""
+
+
+def train(config: Config, resume: str = "auto") -> None:
+    """Train until `train.steps` are done, a signal comes, or `train.stop_at` is reached."""
+    from mooshak.data.batches import train_batches, validation_sequences
+    from mooshak.data.shards import ensure
+
+    parallel = make_parallel(config)
+    precise(config)
+    tokenizer = ensure(config)
+    path = checkpoints.resume_from(config, resume)
+    step = 0
+    if path is None:
+        state = initial_state(initialize(config.model, config.train.dtype, config.run.seed))
+    else:
+        with checkpoints.readable(path, "jax") as readable:
+            source = open_checkpoint(readable)
+            step = checkpoints.check_resume(config, source, tokenizer.fingerprint)
+            state = restore(abstract_params(config.model, config.train.dtype), readable)
+            state["step"] = jnp.asarray(step, jnp.int32)
+    state = place(state, parallel.replicated)
+    update = make_train_step(config, parallel)
+    measure = make_evaluate(config, parallel)
+    validation = validation_sequences(config) if config.evaluate.every else {}
+    batches = train_batches(config, step, jax.process_index(), jax.process_count())
+    saver = Checkpoints(config, parallel.main)
+    log = RunLog(config, step, parallel.main, jax.devices()[0].device_kind, parallel.mesh.size)
+    last = min(config.train.steps, config.train.stop_at or config.train.steps)
+    validation_loss: float | None = None
+    stopped = False
+    try:
+        with stop_request() as stop:
+            while step < last and not stopped:
+                start = time.perf_counter()
+                rate = learning_rate(config, step)
+                batch = parallel.put(np.asarray(next(batches)))
+                state, loss, norm = update(state, batch, rate)
+                step += 1
+                stopped = bool(stop)
+                metrics = {"loss": float(loss), "learning_rate": rate, "grad_norm": float(norm)}
+                metrics |= memory()
+                seconds = time.perf_counter() - start
+                if validation and step % config.evaluate.every == 0 or validation and step == last:
+                    losses = {
+                        language: evaluate(measure, state["params"], sequences, config, parallel)
+                        for language, sequences in validation.items()
+                    }
+                    sizes = {k: s[:, 1:].size for k, s in validation.items()}
+                    validation_loss = sum(losses.values()) / sum(sizes.values())
+                    metrics["validation_loss"] = validation_loss
+                    for language, nats in losses.items():
+                        metrics[f"bits_per_byte_{language}"] = bits_per_byte(
+                            nats, validation[language], tokenizer.token_bytes()
+                        )
+                if step % config.train.log_every == 0 or step == last:
+                    log.log(step, seconds, metrics)
+                saver.raise_failure()
+                every = config.checkpoint.every
+                if step == last or stopped or (every and step % every == 0):
+                    description = checkpoints.trainer_state(
+                        config, step, "jax", tokenizer.fingerprint, validation_loss
+                    )
+                    saved = {key: state[key] for key in ("params", *MOMENTS)}
+                    saver.save(description, lambda path, saved=saved: start_saving(saved, path))
+            saver.finish()
+    finally:
+        log.close()
+    if parallel.main:
+        if stopped and step < config.train.steps:
+            print(f"stopped after step {step}, saved; the same command continues (--resume auto)")
+        else:
+            print(f"step {step} of {config.train.steps} done; checkpoint {saver.directory / str(step)}")
+
+
+def initial_state(params: Any) -> State:
+    """The state before the first step."""
+    zeros = {moment: jax.tree.map(jnp.zeros_like, params) for moment in MOMENTS}
+    return {"params": params, **zeros, "step": jnp.zeros((), jnp.int32)}
+
+
+def objective(graphdef: nnx.GraphDef, chunk: int, params: Any, batch_BS: Array) -> Array:
+    """Summed cross entropy in nats of tokens 1 .. S - 1, each given those before it."""
+    model: Model = join(graphdef, params)
+    hidden_BTD = model.hidden(batch_BS[:, :-1])
+    return cross_entropy(hidden_BTD, model.lm_head.kernel[...], batch_BS[:, 1:], chunk)
+
+
+def make_train_step(
+    config: Config, parallel: Parallel
+) -> Callable[[State, Array, float], tuple[State, Array, Array]]:
+    """The function of one optimizer step: (state, batch [B, T + 1], rate) -> (state, loss, norm).
+
+    It is compiled once and takes over the memory of the state that it is given.
+    """
+    compute = partial(objective, graph(config.model, config.train.dtype), config.train.loss_chunk)
+    n_parts = config.train.accumulation
+
+    def train_step(state: State, batch_BS: Array, rate: Array) -> tuple[State, Array, Array]:
+        n_tokens = batch_BS[:, 1:].size
+        mean = jax.value_and_grad(lambda params, part: compute(params, part) / n_tokens)
+
+        def add_part(total: Any, part_BS: Array) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, mean(state["params"], part_BS)), None
+
+        if n_parts == 1:
+            loss, grads = mean(state["params"], batch_BS)
+        else:
+            # Row r goes to part r % n_parts: every device keeps the rows that it has.
+            parts_nBS = batch_BS.reshape(-1, n_parts, batch_BS.shape[1]).swapaxes(0, 1)
+            zero = jnp.zeros((), PARAMETERS[config.train.dtype])
+            nothing = (zero, jax.tree.map(jnp.zeros_like, state["params"]))
+            (loss, grads), _ = jax.lax.scan(add_part, nothing, parts_nBS)
+        grads, norm = clip_gradients(grads, config.optimizer.clip_norm)
+        return adamw(state, grads, rate, config.optimizer), loss, norm
+
+    whole, rows = parallel.replicated, parallel.rows
+    compiled = jax.jit(
+        train_step,
+        in_shardings=(whole, rows, whole),
+        out_shardings=(whole, whole, whole),
+        donate_argnums=0,
+    )
+    dtype = PARAMETERS[config.train.dtype]
+    return lambda state, batch_BS, rate: compiled(state, batch_BS, np.asarray(rate, dtype))
+
+
+def make_evaluate(config: Config, parallel: Parallel) -> Callable[[Any, Array], Array]:
+    """The compiled function (params, batch [B, T + 1]) -> summed cross entropy in nats."""
+    compute = partial(objective, graph(config.model, config.train.dtype), config.train.loss_chunk)
+    whole, rows = parallel.replicated, parallel.rows
+    return jax.jit(compute, in_shardings=(whole, rows), out_shardings=whole)
+
+
+def evaluate(
+    measure: Callable[[Any, Array], Array],
+    params: Any,
+    sequences_NS: np.ndarray,
+    config: Config,
+    parallel: Parallel,
+) -> float:
+    """Summed cross entropy, in nats, of all tokens but the first of each sequence."""
+    n_devices = parallel.mesh.size
+    rows = -(-config.evaluate.batch_size // n_devices) * n_devices
+    total = 0.0
+    for start in range(0, len(sequences_NS), rows):
+        batch_BS = sequences_NS[start : start + rows].astype(np.int32)
+        # Rows are added to make a whole batch: a first token alone, then labels that do not count.
+        missing = rows - len(batch_BS)
+        filler_BS = np.full((missing, batch_BS.shape[1]), IGNORED_ROW, np.int32)
+        batch_BS = np.concatenate([batch_BS, filler_BS])
+        mine = np.array_split(batch_BS, jax.process_count())[jax.process_index()]
+        total += float(measure(params, parallel.put(mine)))
+    return total
+
+
+IGNORED_ROW = -100
+"""As a label it counts nothing; as an input it reads some row of the embedding, to no effect."""
+
+
+def precise(config: Config) -> None:
+    """float32 means float32 on every device, and float64 exists where it is asked for."""
+    jax.config.update("jax_default_matmul_precision", "highest")
+    if config.train.dtype == "float64":
+        jax.config.update("jax_enable_x64", True)
+
+
+def memory() -> dict[str, float]:
+    """Peak memory in bytes: of the first device, or of this process."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return {"memory_bytes": float(stats["peak_bytes_in_use"])}
+    import resource
+
+    return {"memory_bytes": 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+
+
+@command
+def main() -> None:
+    parser = configuration.parser(__doc__.split("\n")[0])
+    parser.add_argument("--resume", default="auto", help="auto, never, or a checkpoint's directory")
+    parser.add_argument("--mesh", default="", help="short for --parallel.mesh, like data=2")
+    config, arguments = configuration.parse(parser)
+    if arguments.mesh:
+        config = replace(config, parallel=replace(config.parallel, mesh=arguments.mesh))
+    train(config, arguments.resume)
+
+
+if __name__ == "__main__":
+    main()
