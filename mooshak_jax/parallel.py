@@ -46,12 +46,9 @@ def make_parallel(config: Config) -> Parallel:
     devices or the batch.
     """
     sizes = parse_mesh(config.parallel.mesh)
-    wanted = config.parallel.cpu_devices or max(sizes.get("data", 1), 1)
-    try:
+    wanted = config.parallel.cpu_devices or sizes.get("data", 1)
+    if wanted > jax.config.jax_num_cpu_devices and not _initialized():
         jax.config.update("jax_num_cpu_devices", wanted)
-    except RuntimeError:
-        # The devices are there already; whether they suffice is checked below.
-        pass
     devices = jax.devices()
     data = sizes.get("data", -1)
     if data == -1:
@@ -79,6 +76,13 @@ def parse_mesh(text: str) -> dict[str, int]:
             raise InputError(f"mesh {text!r}: expected axis=size with the axes {', '.join(AXES)}")
         sizes[match[1]] = int(match[2])
     return sizes
+
+
+def _initialized() -> bool:
+    """Whether the devices are counted already, after which a CPU is not cut again."""
+    from jax._src import xla_bridge
+
+    return xla_bridge.backends_are_initialized()
 
 
 def place(tree: Any, sharding: NamedSharding) -> Any:

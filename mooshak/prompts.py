@@ -1,0 +1,80 @@
+"""From prompts to padded token ids, and back to text: what both `generate` commands share."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mooshak.config import ModelConfig
+from mooshak.errors import InputError
+from mooshak.tokenizer import Tokenizer
+
+
+def complete(
+    args: argparse.Namespace, model: ModelConfig, generate: Callable[..., np.ndarray]
+) -> None:
+    """Tokenise the prompts, generate, and print each text up to its end of text."""
+    tokenizer = Tokenizer(find_tokenizer(Path(args.checkpoint), args.tokenizer))
+    if tokenizer.padded_vocab_size != model.vocab_size:
+        raise InputError(
+            f"the tokenizer has {tokenizer.vocab_size} pieces, the model's vocabulary is "
+            f"{model.vocab_size}; name the right one with --tokenizer"
+        )
+    prompts = [tokenizer.encode(text, bos=True) for text in args.prompt]
+    ids = generate(prompts, args.tokens, args.temperature, args.top_p, args.seed)
+    for prompt, row in zip(prompts, ids, strict=True):
+        print(text_of(tokenizer, [*prompt, *row.tolist()]))
+        print()
+
+
+def text_of(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """The text of token ids up to the first end of text."""
+    ids = list(ids)
+    end = ids.index(tokenizer.eos_id) if tokenizer.eos_id in ids else len(ids)
+    return tokenizer.decode(ids[:end])
+
+
+def padded(
+    prompts: Sequence[Sequence[int]], new_tokens: int, model: ModelConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts as int32 [B, T], padded at the end with 0, and their lengths, int64 [B]."""
+    lengths_B = np.array([len(prompt) for prompt in prompts], np.int64)
+    if not len(prompts) or lengths_B.min() == 0:
+        raise InputError("a prompt is empty; it needs one token at least")
+    if (longest := int(lengths_B.max()) + new_tokens) > model.max_seq_len:
+        raise InputError(
+            f"prompt and continuation are {longest} tokens, the model has {model.max_seq_len} "
+            "positions; use fewer --tokens or a shorter prompt"
+        )
+    tokens_BT = np.zeros((len(prompts), int(lengths_B.max())), np.int32)
+    for row, prompt in zip(tokens_BT, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return tokens_BT, lengths_B
+
+
+def find_tokenizer(checkpoint: Path, given: str | None) -> Path:
+    """The tokenizer of a checkpoint: the one given, the one inside, or that of its run."""
+    if given:
+        return Path(given)
+    inside = checkpoint / "tokenizer.model"
+    if inside.is_file():
+        return inside
+    config = checkpoint.parent.parent / "config.yaml"
+    if config.is_file():
+        from mooshak.config import load
+
+        return Path(load(config).tokenizer.path)
+    raise InputError(f"{checkpoint} has no tokenizer.model; name one with --tokenizer")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of both `generate` commands."""
+    parser.add_argument("checkpoint", help="a checkpoint of any kind")
+    parser.add_argument("--prompt", action="append", required=True, help="text; may be repeated")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens to generate")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--top-p", type=float, default=1.0, help="sample from this much probability")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling noise")
+    parser.add_argument("--dtype", choices=["float64", "float32", "bfloat16"], default="float32")
+    parser.add_argument("--tokenizer", help="tokenizer.model, if the checkpoint has none")

@@ -1,0 +1,84 @@
+"""Generate text with the PyTorch model.
+
+python -m mooshak_torch.generate RUN/checkpoints/600 --prompt "एक समय की बात है"
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mooshak.errors import command
+from mooshak.prompts import add_options, complete, padded
+from mooshak.sampling import noise
+from mooshak_torch.checkpoint import load
+from mooshak_torch.model import Model, make_caches
+
+
+@torch.no_grad()
+def generate(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> np.ndarray:
+    """Continue prompts of token ids, each at its own position; returns int32 [prompts, new_tokens].
+
+    Temperature 0 is greedy. Raises `InputError` when a prompt is empty or the text would outgrow
+    the model's positions.
+    """
+    tokens_BT, lengths_B = padded(prompts, new_tokens, model.config)
+    uniform_BT = np.stack([noise(seed, b, new_tokens) for b in range(len(prompts))])
+    device = model.lm_head.weight.device
+    caches = make_caches(model, len(prompts), tokens_BT.shape[1] + new_tokens)
+    positions_B = torch.from_numpy(lengths_B).to(device) - 1
+    rows_B = torch.arange(len(prompts), device=device)
+    positions_BT = torch.arange(tokens_BT.shape[1], device=device).expand(tokens_BT.shape)
+    logits_BTV = model(torch.from_numpy(tokens_BT).to(device).long(), positions_BT, caches)
+    logits_BV = logits_BTV[rows_B, positions_B]
+    out = []
+    for t in range(new_tokens):
+        uniform_B = torch.from_numpy(uniform_BT[:, t]).to(device)
+        token_B = sample(logits_BV, uniform_B, temperature, top_p)
+        out.append(token_B)
+        positions_B = positions_B + 1
+        logits_BV = model(token_B.unsqueeze(1), positions_B.unsqueeze(1), caches)[:, 0]
+    return torch.stack(out, dim=1).cpu().numpy().astype(np.int32)
+
+
+def sample(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: float) -> Tensor:
+    """Next tokens: the largest logit, or the inverse CDF over the sorted probabilities.
+
+    Computed in float64, whatever the model's dtype: a uniform number between two close sums would
+    fall on different sides otherwise.
+    """
+    if temperature == 0.0:
+        return logits_BV.argmax(-1)
+    p_BV = torch.softmax(logits_BV.double() / temperature, dim=-1)
+    sorted_BV, order_BV = torch.sort(p_BV, dim=-1, descending=True, stable=True)
+    sums_BV = sorted_BV.cumsum(-1)
+    # The nucleus (arXiv:1904.09751): the fewest tokens that reach top_p.
+    nucleus_B = torch.sum(sums_BV < top_p, -1).clamp(max=sums_BV.shape[1] - 1)
+    mass_B1 = sums_BV.gather(1, nucleus_B.unsqueeze(1))
+    rank_B = torch.sum(sums_BV <= uniform_B.unsqueeze(1) * mass_B1, -1).minimum(nucleus_B)
+    return order_BV.gather(1, rank_B.unsqueeze(1)).squeeze(1)
+
+
+@command
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add_options(parser)
+    args = parser.parse_args()
+    model = load(Path(args.checkpoint), args.dtype)
+    if torch.cuda.is_available():
+        model = model.cuda()
+    complete(args, model.config, lambda *sampling: generate(model, *sampling))
+
+
+if __name__ == "__main__":
+    main()

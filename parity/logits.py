@@ -1,0 +1,73 @@
+"""Write one framework's logits of given tokens.
+
+python -m parity.logits SRC --backend torch|jax --tokens T.npy --dtype float64 --out L.npy
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+import numpy as np
+
+from mooshak.config import Dtype, ModelConfig
+from mooshak.errors import InputError, command
+
+
+def logits(source: Path, backend: str, tokens_BT: np.ndarray, dtype: Dtype) -> np.ndarray:
+    """Logits [batch, time, vocab] of int tokens [batch, time] under the checkpoint `source`."""
+    if backend == "torch":
+        import torch
+
+        from mooshak_torch.checkpoint import load as load_torch
+
+        model = load_torch(source, dtype)
+        check_tokens(tokens_BT, model.config)
+        with torch.no_grad():
+            return model(torch.from_numpy(tokens_BT.astype(np.int64))).numpy()
+    import jax
+
+    from mooshak_jax.checkpoint import graph, join
+    from mooshak_jax.checkpoint import load as load_jax
+
+    jax.config.update("jax_enable_x64", True)
+    config, params = load_jax(source, dtype)
+    check_tokens(tokens_BT, config)
+    return np.asarray(join(graph(config, dtype), params)(tokens_BT.astype(np.int32)))
+
+
+def check_tokens(tokens_BT: np.ndarray, model: ModelConfig) -> None:
+    """Raises `InputError` unless these are token ids of the model, [batch, time]."""
+    if tokens_BT.ndim != 2 or tokens_BT.dtype.kind not in "iu" or not tokens_BT.size:
+        raise InputError(
+            f"tokens are {tokens_BT.dtype} of shape {list(tokens_BT.shape)}; "
+            "expected integers [batch, time]"
+        )
+    if tokens_BT.min() < 0 or tokens_BT.max() >= model.vocab_size:
+        raise InputError(f"a token is outside of the vocabulary, 0 .. {model.vocab_size - 1}")
+    if tokens_BT.shape[1] > model.max_seq_len:
+        raise InputError(f"{tokens_BT.shape[1]} tokens are more than {model.max_seq_len} positions")
+
+
+@command
+def main() -> None:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("source", type=Path, help="a checkpoint of any kind")
+    parser.add_argument("--backend", choices=["torch", "jax"], required=True)
+    parser.add_argument("--tokens", type=Path, required=True, help=".npy, int [batch, time]")
+    parser.add_argument("--dtype", choices=["float64", "float32", "bfloat16"], default="float32")
+    parser.add_argument("--out", type=Path, required=True, help=".npy, [batch, time, vocab]")
+    args = parser.parse_args()
+    try:
+        tokens_BT = np.load(args.tokens, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{args.tokens} is not a .npy file of tokens: {error}") from error
+    result = logits(args.source, args.backend, tokens_BT, args.dtype)
+    temporary = args.out.with_name(f".{args.out.name}.{os.getpid()}.npy")
+    np.save(temporary, result)
+    temporary.replace(args.out)
+    print(f"{args.out}: {result.dtype} {list(result.shape)} from {args.backend}")
+
+
+if __name__ == "__main__":
+    main()
