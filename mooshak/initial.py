@@ -25,7 +25,7 @@ _CHUNK = 1 << 18
 
 
 def initial_std(model: ModelConfig, name: str) -> float:
-    """Standard deviation of a matrix's initial weights; 0.0 for a norm's gain, which starts at one.
+    """Standard deviation of a matrix's initial weights.
 
     | parameter              | std            | because                                              |
     |------------------------|----------------|------------------------------------------------------|
@@ -34,12 +34,10 @@ def initial_std(model: ModelConfig, name: str) -> float:
     | wq, wk, wv, w1, w3, w2 | 1 / sqrt(in)   | keeps unit variance                                  |
     | lm_head                | 0.1 / sqrt(in) | logits near 0: the loss starts at log(vocab_size)    |
     """
-    shape = model.parameter_shapes()[name]
-    if len(shape) == 1:
-        return 0.0
     if name == "embeddings.weight":
         return 1.0
-    return (0.1 if name == "lm_head.weight" else 1.0) / math.sqrt(shape[1])
+    n_in = model.parameter_shapes()[name][1]
+    return (0.1 if name == "lm_head.weight" else 1.0) / math.sqrt(n_in)
 
 
 def initial_weight(
@@ -48,18 +46,17 @@ def initial_weight(
     name: str,
     rows: slice = slice(None),
     dtype: np.dtype | type = np.float32,
-    std: float | None = None,
+    gain_std: float = 0.0,
 ) -> np.ndarray:
     """Rows of the initial value of parameter `name`, in canonical `[out, in]` layout.
 
-    `std` replaces the table's standard deviation; with it gains are drawn too, around one
-    (parity models: weights of 0.02 and gains of one hide faults).
+    `gain_std` draws the gains of norms around one (parity models: gains of one hide faults).
     """
     shape = model.parameter_shapes()[name]
     start, stop, _ = rows.indices(shape[0])
     shape = (max(stop - start, 0), *shape[1:])
-    scale = initial_std(model, name) if std is None else std
-    mean = 1.0 if len(shape) == 1 else 0.0
+    is_gain = len(shape) == 1
+    mean, scale = (1.0, gain_std) if is_gain else (0.0, initial_std(model, name))
     if scale == 0.0:
         return np.full(shape, mean, dtype)
     width = math.prod(shape[1:])
@@ -75,11 +72,11 @@ def initial_weights(
     model: ModelConfig,
     seed: int,
     dtype: np.dtype | type = np.float32,
-    std: float | None = None,
+    gain_std: float = 0.0,
 ) -> Iterator[tuple[str, np.ndarray]]:
     """(canonical name, initial value) of every parameter, one at a time."""
     for name in model.parameter_shapes():
-        yield name, initial_weight(model, seed, name, dtype=dtype, std=std)
+        yield name, initial_weight(model, seed, name, dtype=dtype, gain_std=gain_std)
 
 
 def standard(stream: str, start: int, count: int) -> np.ndarray:

@@ -72,12 +72,12 @@ def fill(abstract: Any, read: Callable[[str], np.ndarray], shardings: Any = None
     return jax.tree.map_with_path(leaf, *trees)
 
 
-def initialize(model: ModelConfig, dtype: Dtype, seed: int, std: float | None = None) -> Any:
+def initialize(model: ModelConfig, dtype: Dtype, seed: int, gain_std: float = 0.0) -> Any:
     """The parameters from the counter-based initialiser."""
     kind = np.dtype(PARAMETERS[dtype])
     return fill(
         abstract_params(model, dtype),
-        lambda name: initial_weight(model, seed, name, dtype=kind, std=std),
+        lambda name: initial_weight(model, seed, name, dtype=kind, gain_std=gain_std),
     )
 
 

@@ -222,5 +222,5 @@ class Model(nnx.Module):
 def make_caches(model: Model, batch: int, length: int) -> list[KVCache]:
     """Empty key/value caches of all layers, for positions 0 .. length - 1."""
     shape = (batch, length, model.config.G, model.config.K)
-    zeros = jnp.zeros(shape, COMPUTE[model.dtype])
-    return [(zeros, zeros) for _ in range(model.config.n_layers)]
+    dtype = COMPUTE[model.dtype]
+    return [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(model.config.n_layers)]

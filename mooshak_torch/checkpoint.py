@@ -42,7 +42,7 @@ def restore(model: Model, optimizer: torch.optim.Optimizer, path: Path) -> None:
         state: dict[str, Tensor] = dict(model.named_parameters())
         for moment, tensors in moments(model, optimizer).items():
             state |= {f"{moment}.{name}": tensor for name, tensor in tensors.items()}
-        _fill(state, source)
+        fill(state, source)
     assert source.trainer_state is not None
     set_step(optimizer, source.trainer_state["step"])
 
@@ -52,7 +52,7 @@ def load(path: str | Path, dtype: Dtype) -> Model:
     with readable(Path(path), "torch") as source_path:
         source = open_checkpoint(source_path)
         model = Model(source.model, dtype)
-        _fill(dict(model.named_parameters()), source)
+        fill(dict(model.named_parameters()), source)
     return model
 
 
@@ -98,7 +98,8 @@ def write_checkpoint(path: Path, source: Checkpoint) -> None:
         dcp.save(state, checkpoint_id=directory / "dcp", no_dist=True)
 
 
-def _fill(state: dict[str, Tensor], source: Checkpoint) -> None:
+def fill(state: dict[str, Tensor], source: Checkpoint) -> None:
+    """Copy the checkpoint's tensors into those of `state`, which has the same keys."""
     with torch.no_grad():
         for key, tensor in state.items():
             if key not in source.tensors or source.tensors[key][1] != tuple(tensor.shape):

@@ -203,12 +203,12 @@ def make_caches(model: Model, batch: int, length: int) -> list[KVCache]:
     return [KVCache(model.config, batch, length, like) for _ in range(model.config.n_layers)]
 
 
-def initialize(model: Model, seed: int, std: float | None = None) -> Model:
+def initialize(model: Model, seed: int, gain_std: float = 0.0) -> Model:
     """Fill the parameters from the counter-based initialiser; returns the model."""
     parameters = dict(model.named_parameters())
     dtype = torch.empty(0, dtype=PARAMETERS[model.dtype]).numpy().dtype
     with torch.no_grad():
-        for name, value in initial_weights(model.config, seed, dtype, std):
+        for name, value in initial_weights(model.config, seed, dtype, gain_std):
             parameters.pop(name).copy_(torch.from_numpy(value))
     assert not parameters, f"parameters without an initial value: {list(parameters)}"
     return model
