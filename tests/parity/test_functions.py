@@ -1,0 +1,185 @@
+"""The ladder from operation to training step: torch and JAX against each other, in float64.
+
+The sizes all differ, and grouped heads are among them: a missing transpose cannot pass.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from mooshak.config import ModelConfig
+from mooshak_jax import checkpoint as jax_checkpoint
+from mooshak_jax import loss as jax_loss
+from mooshak_jax import parallel as jax_parallel
+from mooshak_jax import train as jax_train
+from mooshak_torch import loss as torch_loss
+from mooshak_torch.model import Model
+from parity import check
+from parity.convert import convert
+
+MODEL = ModelConfig(vocab_size=192, dim=24, n_layers=3, n_heads=3, hidden_dim=40, max_seq_len=48)
+GROUPED = ModelConfig(
+    vocab_size=128, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=20, max_seq_len=40
+)
+
+
+@pytest.mark.parametrize("model", [MODEL, GROUPED], ids=["full heads", "grouped heads"])
+def test_every_line_of_the_check_passes(model: ModelConfig) -> None:
+    source = check.drawn(model)
+    lines = list(check.check(source, source, batch=4, time=30, decode=20))
+    assert len(lines) > 15
+    assert [line for line in lines if not line.passed] == []
+
+
+@pytest.mark.parametrize(
+    "fault",
+    ["layers.1.attention.wq.weight", "layers.0.mlp_norm.weight", "lm_head.weight"],
+)
+def test_the_check_fails_when_one_element_of_one_tensor_differs(fault: str) -> None:
+    source = check.drawn(MODEL)
+
+    def read(name: str) -> np.ndarray:
+        value = source.read(name)
+        if name == fault:
+            value.flat[5] += 1e-6
+        return value
+
+    lines = list(check.check(source, replace(source, read=read), batch=2, time=30, decode=8))
+    failed = {line.name for line in lines if not line.passed}
+    assert {"logits", "every gradient", "loss"} <= failed
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_training_steps_agree_on_meshes(devices: int, accumulation: int) -> None:
+    source = check.drawn(MODEL)
+    tokens = np.random.default_rng(1).integers(0, 192, (10, 4, 31), dtype=np.int32)
+    config = check._training_config(MODEL, tokens.shape, "float64")
+    config = replace(config, train=replace(config.train, accumulation=accumulation))
+    truth, losses = check._torch_steps(source, config, tokens)
+    config = replace(config, parallel=replace(config.parallel, mesh=f"data={devices}"))
+    params, other_losses = check._jax_steps(source, config, tokens)
+    assert np.allclose(losses, other_losses, rtol=1e-13, atol=0)
+    assert max(check.distance(params[name], truth[name]) for name in truth) < check.FLOAT64
+
+
+def full_torch(x: torch.Tensor, w: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    logits = (x @ w.T).flatten(0, 1)
+    return torch.nn.functional.cross_entropy(logits, labels.flatten(), reduction="sum")
+
+
+@pytest.mark.parametrize("chunk", [1, 6, 14, 1000])
+def test_chunked_loss_and_its_gradients_equal_the_plain_loss(chunk: int) -> None:
+    random = np.random.default_rng(0)
+    x, w = random.normal(size=(2, 7, 5)), random.normal(size=(11, 5))
+    labels = random.integers(0, 11, (2, 7))
+    labels[0, 3] = torch_loss.IGNORE
+    tx, tw = (torch.tensor(a, requires_grad=True) for a in (x, w))
+    truth = full_torch(tx, tw, torch.tensor(labels))
+    truth_grads = torch.autograd.grad(truth * 3, (tx, tw))
+    ours = torch_loss.cross_entropy(tx, tw, torch.tensor(labels), chunk)
+    grads = torch.autograd.grad(ours * 3, (tx, tw))
+    assert torch.allclose(ours, truth, rtol=1e-14)
+    for a, b in zip(grads, truth_grads, strict=True):
+        assert torch.allclose(a, b, rtol=1e-12, atol=1e-14)
+
+    def scaled(x: jax.Array, w: jax.Array) -> jax.Array:
+        return 3 * jax_loss.cross_entropy(x, w, jnp.asarray(labels), chunk)
+
+    mirror, (gx, gw) = jax.value_and_grad(scaled, (0, 1))(jnp.asarray(x), jnp.asarray(w.T))
+    assert np.isclose(mirror, 3 * truth.item(), rtol=1e-14)
+    assert np.allclose(gx, truth_grads[0], rtol=1e-12, atol=1e-14)
+    assert np.allclose(gw.T, truth_grads[1], rtol=1e-12, atol=1e-14)
+    plain = jax_loss.cross_entropy(jnp.asarray(x), jnp.asarray(w.T), jnp.asarray(labels), chunk)
+    assert np.isclose(plain, truth.item(), rtol=1e-14)
+
+
+def test_bfloat16_is_as_far_from_float64_on_both_sides() -> None:
+    source = check.drawn(MODEL)
+    tokens = np.random.default_rng(1).integers(0, 192, (2, 30), dtype=np.int32)
+    truth = check._torch_forward(source, "float64", tokens)[0]
+    distances = [
+        check.distance(forward(source, "bfloat16", tokens)[0], truth)
+        for forward in (check._torch_forward, check._jax_forward)
+    ]
+    assert 1e-4 < min(distances) < 0.1
+    assert max(distances) < 2 * min(distances)
+
+
+def test_initial_weights_have_the_same_bits_on_both_sides() -> None:
+    from mooshak_torch.model import initialize
+
+    ours = initialize(Model(MODEL, "float32"), 7)
+    theirs = check._canonical(jax_checkpoint.initialize(MODEL, "float32", 7))
+    for name, parameter in ours.named_parameters():
+        assert np.array_equal(parameter.detach().numpy(), theirs[name]), name
+
+
+def test_full_model_has_the_canonical_names_and_shapes_on_both_sides() -> None:
+    full = ModelConfig()
+    with torch.device("meta"):
+        ours = {name: tuple(p.shape) for name, p in Model(full).named_parameters()}
+    assert ours == full.parameter_shapes()
+    leaves = jax.tree_util.tree_leaves_with_path(jax_checkpoint.abstract_params(full, "float32"))
+    theirs = {}
+    for path, leaf in leaves:
+        transposed = jax_checkpoint.LEAVES[path[-1].key]
+        theirs[jax_checkpoint.canonical_name(path)] = leaf.shape[::-1] if transposed else leaf.shape
+    assert theirs == full.parameter_shapes()
+
+
+def test_evaluation_is_the_same_with_a_rest_that_fills_no_batch() -> None:
+    from mooshak_torch.parallel import make_parallel
+    from mooshak_torch.train import evaluate
+
+    source = check.drawn(MODEL)
+    sequences = np.random.default_rng(2).integers(0, 192, (5, 31), dtype=np.int32)
+    config = check._training_config(MODEL, (1, 4, 31), "float64")
+    config = replace(config, parallel=replace(config.parallel, mesh="data=2"))
+    config = replace(config, evaluate=replace(config.evaluate, batch_size=3))
+    truth = evaluate(check._torch_model(source, "float64"), sequences, config, make_parallel(config))
+    mesh = jax_parallel.make_parallel(config)
+    measure = jax_train.make_evaluate(config, mesh)
+    params = jax_parallel.place(check._jax_params(source, "float64"), mesh.replicated)
+    assert np.isclose(jax_train.evaluate(measure, params, sequences, config, mesh), truth, rtol=1e-13)
+
+
+def test_greedy_decoding_of_prompts_of_different_lengths_equals_one_by_one() -> None:
+    from mooshak_torch.generate import generate
+
+    model = check._torch_model(check.drawn(MODEL), "float64")
+    prompts = [[1, 5, 9], [7], [1, 2, 3, 4, 5, 6]]
+    together = generate(model, prompts, 12)
+    assert [generate(model, [prompt], 12)[0].tolist() for prompt in prompts] == together.tolist()
+
+
+@pytest.mark.parametrize("kind", ["torch", "jax", "safetensors"])
+def test_a_training_state_keeps_its_bits_through_every_format(kind: str, tmp_path: Path) -> None:
+    from mooshak.interchange import MOMENTS, write_checkpoint
+    from parity.convert import open_any
+
+    drawn = check.drawn(MODEL)
+    tensors = {
+        key: (np.dtype(np.float32), shape)
+        for name, shape in MODEL.parameter_shapes().items()
+        for key, shape in [(name, shape), *((f"{m}.{name}", shape) for m in MOMENTS)]
+    }
+    state = {"format_version": 1, "step": 17, "seed": 3, "data": {"sources": []}}
+
+    def read(key: str) -> np.ndarray:
+        name = key.removeprefix("exp_avg.").removeprefix("exp_avg_sq.")
+        return (drawn.read(name) * len(key)).astype(np.float32)
+
+    write_checkpoint(
+        tmp_path / "start", replace(drawn, tensors=tensors, trainer_state=state, read=read)
+    )
+    convert(tmp_path / "start", tmp_path / "middle", kind)
+    assert open_any(tmp_path / "middle").kind == kind
+    convert(tmp_path / "middle", tmp_path / "end", "safetensors")
+    for name in ("config.json", "trainer_state.json", "model.safetensors", "optimizer.safetensors"):
+        assert (tmp_path / "start" / name).read_bytes() == (tmp_path / "end" / name).read_bytes()

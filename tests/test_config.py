@@ -1,0 +1,79 @@
+"""The configuration: what it accepts, and the one line it answers to what it does not."""
+
+from pathlib import Path
+
+import pytest
+
+from mooshak import config
+from mooshak.errors import InputError
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def test_full_model_has_exactly_2010185728_parameters() -> None:
+    assert config.load(CONFIGS / "mooshak-2b.yaml").model.parameter_count() == 2_010_185_728
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_loads_and_its_dump_loads_as_the_same(path: Path, tmp_path: Path) -> None:
+    loaded = config.load(path)
+    (tmp_path / "again.yaml").write_text(config.dump(loaded))
+    assert config.load(tmp_path / "again.yaml") == loaded
+
+
+def test_overrides_win_over_the_file() -> None:
+    loaded = config.load(CONFIGS / "demo.yaml", ["--train.steps", "7", "--run.dir", "elsewhere"])
+    assert (loaded.train.steps, loaded.run.dir, loaded.schedule.total_steps) == (7, "elsewhere", 7)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--train.stepz", "5"], "did you mean train.steps?"),
+        (["--trian.steps", "5"], "did you mean train.steps?"),
+        (["--train.steps", "many"], "train.steps"),
+        (["--train.dtype", "fp8"], "bfloat16"),
+        (["--model.n_heads", "7"], "model.n_heads 7"),
+        (["--model.rope_scaling", "{factor: 2}"], "rope_scaling"),
+        (["--train.batch_size", "7", "--train.accumulation", "2"], "train.accumulation 2"),
+        (["--train.sequence_length", "4096"], "model.max_seq_len"),
+        (["--config", "/nowhere.yaml"], "/nowhere.yaml"),
+    ],
+)
+def test_a_wrong_option_is_named(arguments: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message.replace("?", r"\?")):
+        config.parse(config.parser(""), arguments)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: {stepz: 5}", "unknown key train.stepz; did you mean train.steps"),
+        ("trian: {steps: 5}", "did you mean train.steps"),
+        ("data: {sources: [{name: a, wieght: 3}]}", "did you mean weight"),
+        ("data: [", "config"),
+    ],
+)
+def test_a_wrong_key_in_the_file_is_named(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(InputError, match=message):
+        config.load(tmp_path / "bad.yaml")
+
+
+def test_config_json_goes_round() -> None:
+    model = config.load(CONFIGS / "demo.yaml").model
+    assert config.model_from_json(config.model_to_json(model), "here") == model
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not JSON"),
+        ("[]", "not a JSON object"),
+        ('{"dimm": 3}', "did you mean dim"),
+        ('{"dim": 3}', "is missing"),
+    ],
+)
+def test_a_wrong_config_json_is_named(text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        config.model_from_json(text, "config.json")

@@ -1,0 +1,91 @@
+"""What is computed once for both frameworks: weights, RoPE tables, schedule, sampling noise."""
+
+import math
+
+import numpy as np
+import pytest
+
+from mooshak.config import Config, ModelConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from mooshak.evaluation import bits_per_byte, unigram_nats
+from mooshak.initial import initial_weight, standard
+from mooshak.rope import rope_tables
+from mooshak.sampling import noise
+from mooshak.schedule import decays, learning_rate
+
+MODEL = ModelConfig(vocab_size=128, dim=24, n_layers=2, n_heads=3, hidden_dim=40, max_seq_len=32)
+
+
+def test_initial_weights_are_a_pure_function_of_seed_name_and_element() -> None:
+    # Literal values: a change of the generator would orphan every seed in use.
+    expected = [0.92875463, -0.39952716, 0.32404594]
+    assert np.allclose(standard("0:embeddings.weight", 0, 3), expected, atol=1e-6)
+    assert not np.array_equal(standard("0:a", 0, 9), standard("1:a", 0, 9))
+    assert not np.array_equal(standard("0:a", 0, 9), standard("0:b", 0, 9))
+
+
+@pytest.mark.parametrize("rows", [slice(0, 5), slice(7, 23), slice(39, 40), slice(3, 3)])
+def test_any_slice_of_the_initial_weights_stands_on_its_own(rows: slice) -> None:
+    name = "layers.1.mlp.w1.weight"
+    assert np.array_equal(initial_weight(MODEL, 3, name)[rows], initial_weight(MODEL, 3, name, rows))
+
+
+def test_initial_weights_have_the_stated_distribution() -> None:
+    z = standard("0:x", 0, 400_000)
+    assert abs(z.mean()) < 0.01 and abs(z.var() - 1) < 0.01
+    assert abs((z**4).mean() - (3 - 6 / 80 * 16 / 15)) < 0.05  # Irwin-Hall: excess -6 / (5 n)
+    assert np.array_equal(initial_weight(MODEL, 0, "layers.0.mlp_norm.weight"), np.ones(24))
+
+
+def test_rope_tables_rotate_by_position_times_frequency() -> None:
+    cos, sin = rope_tables(MODEL)
+    assert cos.dtype == np.float64 and cos.shape == (32, 4)
+    assert math.isclose(cos[5, 1], math.cos(5 * 10000 ** (-2 / 8)), rel_tol=1e-15)
+    assert np.allclose(cos**2 + sin**2, 1)
+
+
+def schedule(kind: str) -> Config:
+    return Config(
+        model=MODEL,
+        optimizer=OptimizerConfig(learning_rate=1.0),
+        schedule=ScheduleConfig(kind=kind, warmup_steps=4, decay_fraction=0.25),  # type: ignore[arg-type]
+        train=TrainConfig(steps=20),
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "step", "expected"),
+    [
+        ("cosine", 0, 0.25),
+        ("cosine", 3, 1.0),
+        ("cosine", 12, 0.55),
+        ("cosine", 20, 0.1),
+        ("wsd", 14, 1.0),
+        ("wsd", 20, 0.1),
+        ("constant", 19, 1.0),
+    ],
+)
+def test_learning_rate(kind: str, step: int, expected: float) -> None:
+    assert math.isclose(learning_rate(schedule(kind), step), expected)
+
+
+def test_only_matrices_decay() -> None:
+    spared = [name for name in MODEL.parameter_shapes() if not decays(name)]
+    assert spared and all(len(MODEL.parameter_shapes()[name]) == 1 for name in spared)
+    assert sum(len(s) == 1 for s in MODEL.parameter_shapes().values()) == len(spared)
+
+
+def test_noise_depends_on_neither_length_nor_neighbours() -> None:
+    assert np.array_equal(noise(1, 2, 5), noise(1, 2, 50)[:5])
+    assert not np.array_equal(noise(1, 2, 5), noise(1, 3, 5))
+    assert abs(noise(0, 0, 100_000).mean() - 0.5) < 0.01
+
+
+def test_bits_per_byte_of_a_uniform_model_over_single_bytes() -> None:
+    sequences = np.zeros((3, 11), np.int32)
+    assert math.isclose(bits_per_byte(30 * math.log(256), sequences, np.ones(256, np.int32)), 8.0)
+
+
+def test_unigram_coder_on_two_equally_frequent_tokens() -> None:
+    counts = np.array([10**9, 10**9])
+    nats = unigram_nats(counts, np.array([[0, 1, 0, 1]]))
+    assert math.isclose(nats, 3 * math.log(2), rel_tol=1e-6)
