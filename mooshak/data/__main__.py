@@ -1,0 +1,54 @@
+"""Prepare the corpus, or describe it.
+
+    python -m mooshak.data prepare  --config configs/demo.yaml
+    python -m mooshak.data describe --config configs/demo.yaml
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import rich
+from rich.table import Table
+
+from mooshak.config import Config, parse, parser
+from mooshak.data.shards import ensure, read_manifest, totals
+from mooshak.errors import command
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """`python -m mooshak.data prepare|describe`."""
+    arguments = parser("Tokenise the sources into shards, or describe the shards.")
+    arguments.add_argument("action", choices=["prepare", "describe"])
+    config, options = parse(arguments, argv)
+    if options.action == "prepare":
+        ensure(config)
+    rich.print(_description(config))
+
+
+def _description(config: Config) -> Table:
+    """A row for each source: what was prepared, and its share of the training rows."""
+    table = Table(title=f"{config.data.dir}, sequences of {config.T} tokens")
+    table.add_column("source")
+    table.add_column("language")
+    for title in ("documents", "tokens", "bytes", "sequences", "share", "validation tokens"):
+        table.add_column(title, justify="right")
+    weights = sum(source.weight for source in config.data.sources)
+    for source in config.data.sources:
+        manifest = read_manifest(Path(config.data.dir) / source.name)
+        train, validation = totals(manifest, "train"), totals(manifest, "validation")
+        table.add_row(
+            source.name,
+            source.language,
+            f"{train['documents']:,}",
+            f"{train['tokens']:,}",
+            f"{train['bytes']:,}",
+            f"{max(0, (train['tokens'] - 1) // config.T):,}",
+            f"{source.weight / weights:.1%}",
+            f"{validation['tokens']:,}",
+        )
+    return table
+
+
+if __name__ == "__main__":
+    main()

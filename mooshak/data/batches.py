@@ -1,0 +1,144 @@
+"""Batches: what training step k reads is a pure function of (seed, k, configuration).
+
+Each source's tokens are cut into sequences, shuffled anew in every epoch, and mixed by weight into
+one endless list of rows. Step k reads rows k B .. k B + B - 1; processes and workers only divide
+them, so a run resumes on any number of them and the position in the data is the step.
+
+Importing this module imports Grain, which imports jax (it starts no device).
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from math import lcm
+from pathlib import Path
+
+import grain
+import numpy as np
+
+from mooshak.config import Config, SourceConfig
+from mooshak.data.shards import TokenShards
+from mooshak.errors import InputError
+
+
+def train_batches(
+    config: Config, start_step: int = 0, process: int = 0, processes: int = 1
+) -> Iterator[np.ndarray]:
+    """The batches from `start_step` on, int32 [B / processes, T + 1]: inputs and shifted targets.
+
+    Of the global batch, process p reads rows p b .. p b + b - 1, where b = B / processes.
+    """
+    B = config.train.batch_size
+    if B % processes:
+        raise InputError(
+            f"train.batch_size {B} is not divisible by {processes} processes; "
+            "change one of them"
+        )
+    if not 0 <= process < processes:
+        raise InputError(f"process {process} is not in 0 .. {processes - 1}")
+    batches = mixture(config).batch(B // processes, drop_remainder=True)
+    mine = batches.slice(slice(start_step * processes + process, None, processes))
+    dataset = mine.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8))
+    if config.data.workers > 0:
+        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(config.data.workers))
+    return iter(dataset)
+
+
+def global_batch(config: Config, step: int) -> np.ndarray:
+    """The whole batch of a step, int32 [B, T + 1]."""
+    rows, B = mixture(config), config.train.batch_size
+    return np.stack([rows[row] for row in range(step * B, step * B + B)])
+
+
+def validation_sequences(config: Config) -> dict[str, np.ndarray]:
+    """For each language the same validation sequences every time, int32 [n, T + 1].
+
+    They are spread evenly over the validation splits of the language's sources, and are at most
+    `evaluate.sequences`. Without a validation fraction there are none.
+    """
+    if config.data.validation_fraction == 0:
+        return {}
+    result = {}
+    for language in dict.fromkeys(source.language for source in config.data.sources):
+        sources = [source for source in config.data.sources if source.language == language]
+        splits = [_shards(config, source, "validation") for source in sources]
+        long_enough = [shards for shards in splits if len(shards) > config.T]
+        if not long_enough:
+            raise InputError(
+                f"the validation split in language {language} has {sum(map(len, splits))} tokens, "
+                f"a sequence needs {config.T + 1}; raise data.validation_fraction, add text, "
+                "or set it to 0 to train without validation"
+            )
+        parts = [PackedSequences(shards, config.T) for shards in long_enough]
+        every = [(part, row) for part in parts for row in range(len(part))]
+        n = min(config.evaluate.sequences, len(every))
+        chosen = [every[i * len(every) // n] for i in range(n)]
+        result[language] = np.stack([part[row] for part, row in chosen])
+    return result
+
+
+def mixture(config: Config) -> grain.MapDataset:
+    """The endless list of training rows, int32 [T + 1] each."""
+    shuffled = []
+    for source in config.data.sources:
+        sequences = PackedSequences(_shards(config, source, "train"), config.T)
+        seed = hashlib.sha256(f"{config.run.seed}/{source.name}".encode()).digest()[:4]
+        dataset = grain.MapDataset.source(sequences).shuffle(seed=int.from_bytes(seed))
+        shuffled.append(dataset.repeat())  # With another order in every epoch.
+    weights = [source.weight for source in config.data.sources]
+    return grain.MapDataset.select_from_datasets(shuffled, ByWeight(weights))
+
+
+class PackedSequences:
+    """Tokens as a list of sequences: item i is tokens i T .. i T + T, the last one shared with the
+    next item, where it is the first input after having been the last target."""
+
+    def __init__(self, shards: TokenShards, T: int) -> None:
+        self.shards, self.T = shards, T
+        if len(shards) <= T:
+            raise InputError(
+                f"the {shards.split} split in {shards.directory} has {len(shards)} tokens, a "
+                f"sequence needs {T + 1}; add text or lower train.sequence_length"
+            )
+
+    def __len__(self) -> int:
+        return (len(self.shards) - 1) // self.T
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.shards.window(index * self.T, self.T + 1)
+
+    def __repr__(self) -> str:
+        return f"PackedSequences({self.shards.directory}, {self.shards.split}, T={self.T})"
+
+
+class ByWeight(grain.transforms.DatasetSelectionMap):
+    """Which source row k comes from, and which of its rows it is.
+
+    The weights are taken as the decimal fractions they are written as and hold in every prefix:
+    of the first k rows the first source has its exact share, rounded up; of the rows that it
+    leaves, the second has its share of what is left, rounded up; and so on. (`MapDataset.mix`
+    does the same with weights that it rounds to a hundredth of the smallest.)
+    """
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        fractions = [Fraction(repr(weight)) for weight in weights]
+        scale = lcm(*(fraction.denominator for fraction in fractions))
+        self.weights = [int(fraction * scale) for fraction in fractions]
+
+    def __len__(self) -> int:
+        return 2**62
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        left, before, after = sum(self.weights), index, index + 1
+        for source, weight in enumerate(self.weights):
+            # Rows of the sources behind this one, among the first `before` and `after` rows.
+            behind_before = before * (left - weight) // left
+            behind_after = after * (left - weight) // left
+            if behind_before == behind_after:
+                return source, before - behind_before
+            left, before, after = left - weight, behind_before, behind_after
+        raise AssertionError("the last source takes every row that reaches it")
+
+
+def _shards(config: Config, source: SourceConfig, split: str) -> TokenShards:
+    return TokenShards(Path(config.data.dir) / source.name, split)
