@@ -140,7 +140,9 @@ def resume_from(config: Config, resume: str) -> Path | None:
     return path
 
 
-def trainer_state(config: Config, step: int, framework: str, tokenizer: str, loss: float | None) -> dict:
+def trainer_state(
+    config: Config, step: int, framework: str, tokenizer: str, loss: float | None
+) -> dict:
     """What `trainer_state.json` holds. `step` counts the optimizer steps done, `loss` is validation's."""
     return {
         "format_version": interchange.FORMAT_VERSION,
@@ -171,7 +173,9 @@ def check_resume(config: Config, source: interchange.Checkpoint, tokenizer: str)
                 "in the data is the step only while these stay the same"
             )
     if state["step"] > config.train.steps:
-        raise InputError(f"{path} is at step {state['step']}, after train.steps {config.train.steps}")
+        raise InputError(
+            f"{path} is at step {state['step']}, after train.steps {config.train.steps}"
+        )
     return int(state["step"])
 
 

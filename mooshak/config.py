@@ -66,15 +66,21 @@ class ModelConfig:
         if self.n_kv_heads is None:
             object.__setattr__(self, "n_kv_heads", self.n_heads)
         _require(self.K % 2 == 0, f"model.head_dim {self.K} must be even: RoPE rotates pairs")
-        _require(self.G > 0 and self.n_heads % self.G == 0,
-                 f"model.n_heads {self.n_heads} is not a multiple of model.n_kv_heads {self.G}")
+        _require(
+            self.G > 0 and self.n_heads % self.G == 0,
+            f"model.n_heads {self.n_heads} is not a multiple of model.n_kv_heads {self.G}",
+        )
         _require(self.norm_eps > 0, "model.norm_eps must be positive")
         # Without an output projection the concatenated heads are added to the residual stream.
-        _require(self.n_heads * self.K == self.dim,
-                 f"model.n_heads x model.head_dim = {self.n_heads * self.K} must be model.dim "
-                 f"{self.dim}: the mooshak architecture has no output projection")
-        _require(self.rope_scaling is None and not self.tie_embeddings,
-                 "the mooshak architecture has neither rope_scaling nor tie_embeddings; unset them")
+        _require(
+            self.n_heads * self.K == self.dim,
+            f"model.n_heads x model.head_dim = {self.n_heads * self.K} must be model.dim "
+            f"{self.dim}: the mooshak architecture has no output projection",
+        )
+        _require(
+            self.rope_scaling is None and not self.tie_embeddings,
+            "the mooshak architecture has neither rope_scaling nor tie_embeddings; unset them",
+        )
 
     @property
     def G(self) -> int:
@@ -114,7 +120,9 @@ class ModelConfig:
         Attention is counted in full, without the causal half, as PaLM (arXiv:2204.02311, app. B) does.
         """
         shapes = self.parameter_shapes()
-        matmul = sum(_product(s) for n, s in shapes.items() if len(s) == 2 and n != "embeddings.weight")
+        matmul = sum(
+            _product(s) for n, s in shapes.items() if len(s) == 2 and n != "embeddings.weight"
+        )
         return 6 * matmul + 12 * self.n_layers * self.n_heads * self.K * sequence_length
 
 
@@ -158,8 +166,10 @@ class SourceConfig:
     """tales: seed of the tales. The same seed in two languages gives the same tales."""
 
     def __post_init__(self) -> None:
-        _require(bool(re.fullmatch(r"[A-Za-z0-9_.-]+", self.name)),
-                 f"data.sources name {self.name!r} must be letters, digits, '_', '-' and '.'")
+        _require(
+            bool(re.fullmatch(r"[A-Za-z0-9_.-]+", self.name)),
+            f"data.sources name {self.name!r} must be letters, digits, '_', '-' and '.'",
+        )
         _require(self.weight > 0, f"weight of source {self.name} must be positive")
         _require(self.kind == "tales" or bool(self.path), f"source {self.name} needs a path")
 
@@ -325,11 +335,15 @@ class Config:
             object.__setattr__(self, "train", train)
         if self.schedule.total_steps is None:
             object.__setattr__(self, "schedule", replace(self.schedule, total_steps=train.steps))
-        _require(self.T <= model.max_seq_len,
-                 f"train.sequence_length {self.T} is more than model.max_seq_len {model.max_seq_len}")
-        _require(train.accumulation > 0 and train.batch_size % train.accumulation == 0,
-                 f"train.batch_size {train.batch_size} is not divisible by train.accumulation "
-                 f"{train.accumulation}")
+        _require(
+            model.max_seq_len >= self.T,
+            f"train.sequence_length {self.T} is more than model.max_seq_len {model.max_seq_len}",
+        )
+        _require(
+            train.accumulation > 0 and train.batch_size % train.accumulation == 0,
+            f"train.batch_size {train.batch_size} is not divisible by train.accumulation "
+            f"{train.accumulation}",
+        )
 
     @property
     def T(self) -> int:

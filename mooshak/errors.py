@@ -24,7 +24,9 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
         except OSError as error:
             if error.errno not in _DISK_ERRORS:
                 raise
-            sys.exit(_fail(f"{error.strerror}: {error.filename or 'while writing'}; free some space"))
+            sys.exit(
+                _fail(f"{error.strerror}: {error.filename or 'while writing'}; free some space")
+            )
 
     return wrapped
 

@@ -67,7 +67,9 @@ def check_tensors(
         expected |= {f"{moment}.{name}": shapes[name] for moment in MOMENTS for name in shapes}
     for key, shape in expected.items():
         if key not in tensors:
-            raise InputError(f"{path}: tensor {key} is missing; this is not the model of config.json")
+            raise InputError(
+                f"{path}: tensor {key} is missing; this is not the model of config.json"
+            )
         if tensors[key][1] != shape:
             raise InputError(
                 f"{path}: tensor {key} has shape {list(tensors[key][1])}, config.json says "
@@ -126,10 +128,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def write_checkpoint(path: Path, source: Checkpoint) -> None:
     """Write a checkpoint as an interchange directory; `path` exists only when it is complete."""
+    tensors = check_tensors(source.path, source.model, source.tensors)
     with new_directory(path) as directory:
         write_description(directory, source.model, source.trainer_state)
-        weights = {k: v for k, v in source.tensors.items() if not k.startswith(MOMENTS)}
-        moments = {k: v for k, v in source.tensors.items() if k.startswith(MOMENTS)}
+        weights = {k: v for k, v in tensors.items() if not k.startswith(MOMENTS)}
+        moments = {k: v for k, v in tensors.items() if k.startswith(MOMENTS)}
         _write_safetensors(directory / "model.safetensors", weights, source.read)
         if moments:
             _write_safetensors(directory / "optimizer.safetensors", moments, source.read)

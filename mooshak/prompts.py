@@ -74,7 +74,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", action="append", required=True, help="text; may be repeated")
     parser.add_argument("--tokens", type=int, default=128, help="tokens to generate")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--top-p", type=float, default=1.0, help="sample from this much probability")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, help="sample from this much probability"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling noise")
     parser.add_argument("--dtype", choices=["float64", "float32", "bfloat16"], default="float32")
     parser.add_argument("--tokenizer", help="tokenizer.model, if the checkpoint has none")

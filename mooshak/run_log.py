@@ -45,7 +45,9 @@ class RunLog:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
         replace_text(self.directory / "config.yaml", dump(config))
-        replace_text(self.directory / "environment.json", json.dumps(environment(), indent=2) + "\n")
+        replace_text(
+            self.directory / "environment.json", json.dumps(environment(), indent=2) + "\n"
+        )
         _truncate(self.directory / "metrics.jsonl", start_step)
         self.file = (self.directory / "metrics.jsonl").open("a")
         self.events: Any = None

@@ -280,7 +280,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if wrong := [word for word in words if not re.fullmatch(r"\d+", word)]:
             raise InputError(f"{wrong[0]!r} is not a token id; give numbers, as encode prints them")
         # What came from a pipe goes on exactly; an answer on the command line is a line.
-        sys.stdout.write(tokenizer.decode([int(word) for word in words]) + "\n" * bool(options.input))
+        sys.stdout.write(
+            tokenizer.decode([int(word) for word in words]) + "\n" * bool(options.input)
+        )
 
 
 def _standard_input() -> str:

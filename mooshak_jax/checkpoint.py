@@ -145,7 +145,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
         try:
             leaf = jax.tree.leaves(handler.restore(directory, args=arguments))[0]
         except Exception as error:
-            raise InputError(f"{path}: tensor {key} cannot be read; the checkpoint is truncated") from error
+            raise InputError(
+                f"{path}: tensor {key} cannot be read; the checkpoint is truncated"
+            ) from error
         return to_canonical(places[key], leaf)
 
     return Checkpoint(path, "jax", model, state, tensors, read)

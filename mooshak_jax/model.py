@@ -135,9 +135,7 @@ class Attention(nnx.Module):
         ) * (1 / math.sqrt(K))
         scores_BGRTS = jnp.where(mask_BTS[:, None, None], scores_BGRTS, -jnp.inf)
         weights_BGRTS = jax.nn.softmax(scores_BGRTS, axis=-1).astype(v_BSGK.dtype)
-        out_BTGRK = jnp.einsum(
-            "BGRTS,BSGK->BTGRK", weights_BGRTS, v_BSGK, precision=PRECISION
-        )
+        out_BTGRK = jnp.einsum("BGRTS,BSGK->BTGRK", weights_BGRTS, v_BSGK, precision=PRECISION)
         return out_BTGRK.reshape(B, T, H, K)
 
 
@@ -223,4 +221,6 @@ def make_caches(model: Model, batch: int, length: int) -> list[KVCache]:
     """Empty key/value caches of all layers, for positions 0 .. length - 1."""
     shape = (batch, length, model.config.G, model.config.K)
     dtype = COMPUTE[model.dtype]
-    return [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(model.config.n_layers)]
+    return [
+        (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(model.config.n_layers)
+    ]

@@ -31,6 +31,6 @@ def adamw(state: dict[str, Any], grads: Any, learning_rate: Array, config: Optim
 
 def clip_gradients(grads: Any, max_norm: float) -> tuple[Any, Array]:
     """The gradients times max_norm / max(norm, max_norm), and their global norm."""
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     scale = max_norm / jnp.maximum(norm, max_norm)
     return jax.tree.map(lambda g: g * scale, grads), norm

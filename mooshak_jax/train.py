@@ -15,7 +15,8 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from mooshak import checkpoints, config as configuration
+from mooshak import checkpoints
+from mooshak import config as configuration
 from mooshak.checkpoints import Checkpoints
 from mooshak.config import Config
 from mooshak.errors import command
@@ -81,7 +82,7 @@ def train(config: Config, resume: str = "auto") -> None:
                 metrics = {"loss": float(loss), "learning_rate": rate, "grad_norm": float(norm)}
                 metrics |= memory()
                 seconds = time.perf_counter() - start
-                if validation and step % config.evaluate.every == 0 or validation and step == last:
+                if (validation and step % config.evaluate.every == 0) or (validation and step == last):
                     losses = {
                         language: evaluate(measure, state["params"], sequences, config, parallel)
                         for language, sequences in validation.items()
@@ -110,7 +111,9 @@ def train(config: Config, resume: str = "auto") -> None:
         if stopped and step < config.train.steps:
             print(f"stopped after step {step}, saved; the same command continues (--resume auto)")
         else:
-            print(f"step {step} of {config.train.steps} done; checkpoint {saver.directory / str(step)}")
+            print(
+                f"step {step} of {config.train.steps} done; checkpoint {saver.directory / str(step)}"
+            )
 
 
 def initial_state(params: Any) -> State:

@@ -81,7 +81,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
         try:
             dcp.load({name: tensor}, storage_reader=reader, no_dist=True)
         except Exception as error:
-            raise InputError(f"{path}: tensor {key} cannot be read; the checkpoint is truncated") from error
+            raise InputError(
+                f"{path}: tensor {key} cannot be read; the checkpoint is truncated"
+            ) from error
         return _to_numpy(tensor)
 
     return Checkpoint(path, "torch", model, state, tensors, read)
@@ -92,7 +94,9 @@ def write_checkpoint(path: Path, source: Checkpoint) -> None:
     with interchange.new_directory(path) as directory:
         interchange.write_description(directory, source.model, source.trainer_state)
         state = {
-            (key if key.startswith(interchange.MOMENTS) else f"params.{key}"): _to_torch(source.read(key))
+            (key if key.startswith(interchange.MOMENTS) else f"params.{key}"): _to_torch(
+                source.read(key)
+            )
             for key in source.tensors
         }
         dcp.save(state, checkpoint_id=directory / "dcp", no_dist=True)

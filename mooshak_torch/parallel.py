@@ -60,7 +60,9 @@ def make_parallel(config: Config) -> Parallel:
     if strategy == "ddp" and "WORLD_SIZE" not in os.environ:
         raise InputError("parallel.strategy ddp needs processes: start with torchrun")
     if strategy == "single" and world > 1:
-        raise InputError(f"parallel.strategy single, but torchrun started {world} processes; use ddp")
+        raise InputError(
+            f"parallel.strategy single, but torchrun started {world} processes; use ddp"
+        )
     rows = config.train.batch_size
     if rows % (world * config.train.accumulation):
         raise InputError(

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mooshak import checkpoints, config as configuration
+from mooshak import checkpoints
+from mooshak import config as configuration
 from mooshak.checkpoints import Checkpoints
 from mooshak.config import Config
 from mooshak.errors import command
@@ -66,7 +67,7 @@ def train(config: Config, resume: str = "auto") -> None:
                 metrics = {"loss": flags[0].item(), "learning_rate": rate, "grad_norm": norm.item()}
                 metrics |= memory(parallel.device)
                 seconds = time.perf_counter() - start
-                if validation and step % config.evaluate.every == 0 or validation and step == last:
+                if (validation and step % config.evaluate.every == 0) or (validation and step == last):
                     losses = {
                         language: evaluate(model, sequences, config, parallel)
                         for language, sequences in validation.items()
@@ -95,7 +96,9 @@ def train(config: Config, resume: str = "auto") -> None:
         if stopped and step < config.train.steps:
             print(f"stopped after step {step}, saved; the same command continues (--resume auto)")
         else:
-            print(f"step {step} of {config.train.steps} done; checkpoint {saver.directory / str(step)}")
+            print(
+                f"step {step} of {config.train.steps} done; checkpoint {saver.directory / str(step)}"
+            )
 
 
 class Objective(nn.Module):

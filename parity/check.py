@@ -24,7 +24,15 @@ from rich.table import Table
 
 from mooshak import config as configuration
 from mooshak import interchange
-from mooshak.config import Config, Dtype, ModelConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from mooshak.config import (
+    Config,
+    Dtype,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
 from mooshak.errors import InputError, command
 from mooshak.initial import initial_weight
 from mooshak.interchange import Checkpoint
@@ -137,7 +145,10 @@ def _decoding(
                     argmax_BT = torch_model(full_BT).argmax(-1).numpy()
                 again = argmax_BT[:, prompts_BT.shape[1] - 1 : -1]
                 yield Line(
-                    "greedy tokens that differ without KV cache", dtype, float((again != ours).sum()), 0.0
+                    "greedy tokens that differ without KV cache",
+                    dtype,
+                    float((again != ours).sum()),
+                    0.0,
                 )
 
 
@@ -194,6 +205,7 @@ def _training_config(model: ModelConfig, shape: tuple[int, ...], dtype: Dtype) -
             dtype=dtype,
             loss_chunk=batch * 24,
         ),
+        parallel=ParallelConfig(mesh="data=1"),
     )
 
 
@@ -218,7 +230,7 @@ def _torch_forward(
     trace: list[torch.Tensor] = []
     with torch.no_grad():
         logits = _torch_model(source, dtype)(torch.from_numpy(tokens_BT).long(), trace=trace)
-    return logits.numpy(), [x.numpy() for x in trace]
+    return logits.numpy(), [x.double().numpy() for x in trace]
 
 
 def _jax_forward(
@@ -323,9 +335,12 @@ def write_report(lines: list[Line], directory: Path, title: str) -> None:
     report = {"source": title, "passed": all(line.passed for line in lines), "lines": rows}
     replace_text(directory / "parity.json", json.dumps(report, indent=2) + "\n")
     head = "| what | dtype | measured | allowed | other | |\n|---|---|---|---|---|---|\n"
-    replace_text(directory / "parity.md", f"# Parity of {title}\n\n" + head + "".join(
-        f"| {' | '.join(_cells(line))} |\n" for line in lines
-    ))
+    replace_text(
+        directory / "parity.md",
+        f"# Parity of {title}\n\n"
+        + head
+        + "".join(f"| {' | '.join(_cells(line))} |\n" for line in lines),
+    )
 
 
 def _cells(line: Line) -> list[str]:
@@ -351,7 +366,9 @@ def main() -> None:
     else:
         source = open_any(args.source)
     other = source if args.other is None else open_any(args.other)
-    table = Table("what", "dtype", "measured", "allowed", "other", "", title=f"parity of {args.source}")
+    table = Table(
+        "what", "dtype", "measured", "allowed", "other", "", title=f"parity of {args.source}"
+    )
     lines = []
     for line in check(source, other):
         lines.append(line)

@@ -26,7 +26,9 @@ def test_initial_weights_are_a_pure_function_of_seed_name_and_element() -> None:
 @pytest.mark.parametrize("rows", [slice(0, 5), slice(7, 23), slice(39, 40), slice(3, 3)])
 def test_any_slice_of_the_initial_weights_stands_on_its_own(rows: slice) -> None:
     name = "layers.1.mlp.w1.weight"
-    assert np.array_equal(initial_weight(MODEL, 3, name)[rows], initial_weight(MODEL, 3, name, rows))
+    assert np.array_equal(
+        initial_weight(MODEL, 3, name)[rows], initial_weight(MODEL, 3, name, rows)
+    )
 
 
 def test_initial_weights_have_the_stated_distribution() -> None:

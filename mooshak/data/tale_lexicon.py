@@ -6,8 +6,6 @@ in the line: `mouse/mice` is an irregular plural, `m inv` a masculine noun in -�
 (राजा), `hon` a respected person, who takes plural agreement.
 """
 
-import unicodedata
-from dataclasses import dataclass
 
 ANIMALS = """
 mouse/mice  | चूहा       | m | animal beast small ground gnawer

@@ -142,11 +142,15 @@ def test_evaluation_is_the_same_with_a_rest_that_fills_no_batch() -> None:
     config = check._training_config(MODEL, (1, 4, 31), "float64")
     config = replace(config, parallel=replace(config.parallel, mesh="data=2"))
     config = replace(config, evaluate=replace(config.evaluate, batch_size=3))
-    truth = evaluate(check._torch_model(source, "float64"), sequences, config, make_parallel(config))
+    truth = evaluate(
+        check._torch_model(source, "float64"), sequences, config, make_parallel(config)
+    )
     mesh = jax_parallel.make_parallel(config)
     measure = jax_train.make_evaluate(config, mesh)
     params = jax_parallel.place(check._jax_params(source, "float64"), mesh.replicated)
-    assert np.isclose(jax_train.evaluate(measure, params, sequences, config, mesh), truth, rtol=1e-13)
+    assert np.isclose(
+        jax_train.evaluate(measure, params, sequences, config, mesh), truth, rtol=1e-13
+    )
 
 
 def test_greedy_decoding_of_prompts_of_different_lengths_equals_one_by_one() -> None:
