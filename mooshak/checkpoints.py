@@ -44,7 +44,7 @@ class Checkpoints:
     ) -> None:
         """Save a training state; returns while it is still being written.
 
-        `start_writing(directory)` takes a snapshot and returns a function that waits for its writing.
+        `start_writing(directory)` takes a snapshot and returns the function that waits for it.
         Raises what stopped the save before this one.
         """
         self.finish()
@@ -142,8 +142,8 @@ def resume_from(config: Config, resume: str) -> Path | None:
 
 def trainer_state(
     config: Config, step: int, framework: str, tokenizer: str, loss: float | None
-) -> dict:
-    """What `trainer_state.json` holds. `step` counts the optimizer steps done, `loss` is validation's."""
+) -> dict[str, Any]:
+    """What `trainer_state.json` holds: `step` optimizer steps done, `loss` that of validation."""
     return {
         "format_version": interchange.FORMAT_VERSION,
         "step": step,

@@ -95,7 +95,7 @@ class ModelConfig:
         return self.head_dim
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Canonical name -> shape of every parameter, in torch `[out, in]` layout, in model order."""
+        """Canonical name -> shape of every parameter, torch `[out, in]` layout, in model order."""
         shapes: dict[str, tuple[int, ...]] = {"embeddings.weight": (self.vocab_size, self.dim)}
         for i in range(self.n_layers):
             layer = f"layers.{i}."
@@ -117,7 +117,7 @@ class ModelConfig:
     def flops_per_token(self, sequence_length: int) -> int:
         """FLOPs of forward and backward for one token: 6 per weight that multiplies, and attention.
 
-        Attention is counted in full, without the causal half, as PaLM (arXiv:2204.02311, app. B) does.
+        Attention counts in full, not by its causal half, as in PaLM (arXiv:2204.02311, app. B).
         """
         shapes = self.parameter_shapes()
         matmul = sum(
@@ -211,7 +211,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with decoupled weight decay on matrices (arXiv:1711.05101) and clipping by global norm."""
+    """AdamW (arXiv:1711.05101), with weight decay on matrices, and clipping by the global norm."""
 
     learning_rate: float = 3e-4
     """Peak learning rate."""
@@ -256,7 +256,7 @@ class TrainConfig:
     accumulation: int = 1
     """Micro-batches per step, whose gradients are added up."""
     dtype: Dtype = "float32"
-    """float64, float32, or bfloat16 (matmuls in bf16; parameters, norms, softmax and loss in fp32)."""
+    """float64, float32, or bfloat16 (matmuls in bf16; parameters, norms and loss in fp32)."""
     loss_chunk: int = 2048
     """Tokens whose logits are in memory at once."""
     log_every: int = 1
@@ -356,11 +356,11 @@ SECTIONS = tuple(f.name for f in fields(Config))
 
 
 def parser(description: str) -> jsonargparse.ArgumentParser:
-    """A parser that knows `--config FILE` and every `--section.key`; a command adds its own options."""
+    """A parser of `--config FILE` and every `--section.key`; a command adds its own options."""
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     result = jsonargparse.ArgumentParser(description=description, exit_on_error=False)
     result.add_argument("--config", action="config", help="a YAML file with the sections below")
-    # Section by section: their defaults come from the signatures, where "null: derived" is still null.
+    # Section by section: defaults come from the signatures, where a derived value is still null.
     for section in fields(Config):
         result.add_class_arguments(section.type, section.name)
     return result
@@ -398,7 +398,7 @@ def model_to_json(model: ModelConfig) -> str:
 
 
 def model_from_json(text: str, where: str) -> ModelConfig:
-    """The model that a `config.json` describes. Raises `InputError`; `where` names the file in it."""
+    """The model that a `config.json` describes. Raises `InputError` that names the file `where`."""
     try:
         values = json.loads(text)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""How a command ends when its input is wrong: one line that says what and what to do, exit code 2."""
+"""How a command ends when its input is wrong: one line with what and what to do, exit code 2."""
 
 import functools
 import sys

@@ -27,12 +27,12 @@ _CHUNK = 1 << 18
 def initial_std(model: ModelConfig, name: str) -> float:
     """Standard deviation of a matrix's initial weights.
 
-    | parameter              | std            | because                                              |
-    |------------------------|----------------|------------------------------------------------------|
-    | embeddings             | 1              | the first attention reads them without a norm, and   |
-    |                        |                | every later one reads unit RMS from output_norm      |
-    | wq, wk, wv, w1, w3, w2 | 1 / sqrt(in)   | keeps unit variance                                  |
-    | lm_head                | 0.1 / sqrt(in) | logits near 0: the loss starts at log(vocab_size)    |
+    | parameter              | std            | because                                          |
+    |------------------------|----------------|--------------------------------------------------|
+    | embeddings             | 1              | the first attention reads them without a norm;   |
+    |                        |                | every later one reads unit RMS from output_norm  |
+    | wq, wk, wv, w1, w3, w2 | 1 / sqrt(in)   | keeps unit variance                              |
+    | lm_head                | 0.1 / sqrt(in) | logits near 0: the loss starts at log(vocabulary)|
     """
     if name == "embeddings.weight":
         return 1.0

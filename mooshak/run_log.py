@@ -31,7 +31,7 @@ PEAK_FLOPS = {
 
 
 class RunLog:
-    """Writes `metrics.jsonl`, TensorBoard events and a progress bar; silent where `main` is false."""
+    """Writes `metrics.jsonl`, TensorBoard events, a progress bar; silent where `main` is false."""
 
     def __init__(self, config: Config, start_step: int, main: bool, device: str, n_devices: int):
         self.config, self.main = config, main

@@ -6,7 +6,7 @@ import numpy as np
 
 
 def noise(seed: int, sequence: int, positions: int) -> np.ndarray:
-    """Uniform numbers in [0, 1) for positions 0 .. positions - 1 of a sequence, float64 [positions].
+    """Uniform numbers in [0, 1) for the first positions of a sequence, float64 [positions].
 
     A position's number depends neither on how many are asked for nor on the batch around it.
     """

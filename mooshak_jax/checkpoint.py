@@ -6,6 +6,7 @@ directions; nothing else in the project knows.
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,10 +100,13 @@ def restore(abstract: Any, path: Path, shardings: Any = None) -> dict[str, Any]:
         source = open_checkpoint(source_path)
         state = {"params": fill(abstract, source.read, shardings)}
         for moment in interchange.MOMENTS:
-            state[moment] = fill(
-                abstract, lambda name, moment=moment: source.read(f"{moment}.{name}"), shardings
-            )
+            read = partial(_read_moment, source, moment)
+            state[moment] = fill(abstract, read, shardings)
     return state
+
+
+def _read_moment(source: Checkpoint, moment: str, name: str) -> np.ndarray:
+    return source.read(f"{moment}.{name}")
 
 
 def load(path: str | Path, dtype: Dtype) -> tuple[ModelConfig, Any]:

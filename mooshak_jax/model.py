@@ -45,7 +45,7 @@ class Embedding(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * gain (arXiv:1910.07467), in at least float32, cast once at the end. Scale [D]."""
+    """x / rms(x) * gain (arXiv:1910.07467), in at least float32, cast once. Scale [D]."""
 
     def __init__(self, dim: int, eps: float, dtype: jnp.dtype):
         self.eps = eps

@@ -47,7 +47,7 @@ def make_parallel(config: Config) -> Parallel:
     """
     sizes = parse_mesh(config.parallel.mesh)
     wanted = config.parallel.cpu_devices or sizes.get("data", 1)
-    if wanted > jax.config.jax_num_cpu_devices and not _initialized():
+    if wanted > jax.config.read("jax_num_cpu_devices") and not _initialized():
         jax.config.update("jax_num_cpu_devices", wanted)
     devices = jax.devices()
     data = sizes.get("data", -1)

@@ -49,7 +49,7 @@ def train(config: Config, resume: str = "auto") -> None:
 
     parallel = make_parallel(config)
     precise(config)
-    tokenizer = ensure(config)
+    tokenizer, _ = ensure(config)
     path = checkpoints.resume_from(config, resume)
     step = 0
     if path is None:
@@ -82,7 +82,7 @@ def train(config: Config, resume: str = "auto") -> None:
                 metrics = {"loss": float(loss), "learning_rate": rate, "grad_norm": float(norm)}
                 metrics |= memory()
                 seconds = time.perf_counter() - start
-                if (validation and step % config.evaluate.every == 0) or (validation and step == last):
+                if validation and (step % config.evaluate.every == 0 or step == last):
                     losses = {
                         language: evaluate(measure, state["params"], sequences, config, parallel)
                         for language, sequences in validation.items()
@@ -103,7 +103,7 @@ def train(config: Config, resume: str = "auto") -> None:
                         config, step, "jax", tokenizer.fingerprint, validation_loss
                     )
                     saved = {key: state[key] for key in ("params", *MOMENTS)}
-                    saver.save(description, lambda path, saved=saved: start_saving(saved, path))
+                    saver.save(description, partial(start_saving, saved))
             saver.finish()
     finally:
         log.close()
@@ -111,9 +111,7 @@ def train(config: Config, resume: str = "auto") -> None:
         if stopped and step < config.train.steps:
             print(f"stopped after step {step}, saved; the same command continues (--resume auto)")
         else:
-            print(
-                f"step {step} of {config.train.steps} done; checkpoint {saver.directory / str(step)}"
-            )
+            print(f"step {step} of {config.train.steps} done: {saver.directory / str(step)}")
 
 
 def initial_state(params: Any) -> State:

@@ -57,7 +57,7 @@ def load(path: str | Path, dtype: Dtype) -> Model:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a DCP checkpoint, or an interchange directory. Raises `InputError` if it is not whole."""
+    """Open a DCP checkpoint or an interchange directory. Raises `InputError` if it is not whole."""
     if kind_of(path) == "safetensors":
         return interchange.open_checkpoint(path)
     model, state = interchange.read_description(path)

@@ -42,7 +42,7 @@ class Embedding(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * gain (arXiv:1910.07467), in at least float32, cast once at the end. Weight [D]."""
+    """x / rms(x) * gain (arXiv:1910.07467), in at least float32, cast once. Weight [D]."""
 
     def __init__(self, dim: int, eps: float, dtype: torch.dtype):
         super().__init__()
@@ -57,6 +57,9 @@ class RMSNorm(nn.Module):
 
 class Rope(nn.Module):
     """Rotary position embedding (arXiv:2104.09864), halves rotated, in at least float32."""
+
+    cos: Tensor
+    sin: Tensor
 
     def __init__(self, model: ModelConfig, dtype: torch.dtype):
         super().__init__()
@@ -73,7 +76,7 @@ class Rope(nn.Module):
 
 
 class KVCache:
-    """Keys and values of one layer at every position, [B, S, G, K] each, zeros where none was yet."""
+    """Keys and values of one layer at every position, [B, S, G, K] each, zeros where none was."""
 
     def __init__(self, model: ModelConfig, batch: int, length: int, like: Tensor):
         shape = (batch, length, model.G, model.K)
@@ -114,7 +117,7 @@ class Attention(nn.Module):
 
     @staticmethod
     def attend(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask_B1TS: Tensor | None) -> Tensor:
-        """softmax(q k^T / sqrt(K)) v; a causal mask unless another is given. Returns [B, T, H, K]."""
+        """softmax(q k^T / sqrt(K)) v; the causal mask unless one is given. Returns [B, T, H, K]."""
         q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BSGK, v_BSGK))
         grouped = q.shape[1] != k.shape[1]
         out_BHTK = F.scaled_dot_product_attention(

@@ -14,10 +14,12 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
     """AdamW (arXiv:1711.05101) over every parameter, in two groups: with decay and without."""
     named = list(model.named_parameters())
     groups = [
-        {"params": [p for n, p in named if decays(n)], "weight_decay": config.weight_decay},
-        {"params": [p for n, p in named if not decays(n)], "weight_decay": 0.0},
+        {
+            "params": [p for name, p in named if decays(name) == decayed],
+            "weight_decay": config.weight_decay if decayed else 0.0,
+        }
+        for decayed in (True, False)
     ]
-    assert sum(len(group["params"]) for group in groups) == len(named)
     return torch.optim.AdamW(
         groups,
         lr=config.learning_rate,

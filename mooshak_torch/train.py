@@ -33,7 +33,7 @@ def train(config: Config, resume: str = "auto") -> None:
 
     parallel = make_parallel(config)
     precise()
-    tokenizer = ensure(config)
+    tokenizer, _ = ensure(config)
     path = checkpoints.resume_from(config, resume)
     model = Model(config.model, config.train.dtype)
     optimizer = make_optimizer(model.to(parallel.device), config.optimizer)
@@ -67,7 +67,7 @@ def train(config: Config, resume: str = "auto") -> None:
                 metrics = {"loss": flags[0].item(), "learning_rate": rate, "grad_norm": norm.item()}
                 metrics |= memory(parallel.device)
                 seconds = time.perf_counter() - start
-                if (validation and step % config.evaluate.every == 0) or (validation and step == last):
+                if validation and (step % config.evaluate.every == 0 or step == last):
                     losses = {
                         language: evaluate(model, sequences, config, parallel)
                         for language, sequences in validation.items()
@@ -96,9 +96,7 @@ def train(config: Config, resume: str = "auto") -> None:
         if stopped and step < config.train.steps:
             print(f"stopped after step {step}, saved; the same command continues (--resume auto)")
         else:
-            print(
-                f"step {step} of {config.train.steps} done; checkpoint {saver.directory / str(step)}"
-            )
+            print(f"step {step} of {config.train.steps} done: {saver.directory / str(step)}")
 
 
 class Objective(nn.Module):

@@ -38,6 +38,7 @@ from mooshak.initial import initial_weight
 from mooshak.interchange import Checkpoint
 from mooshak.run_log import replace_text
 from mooshak.schedule import learning_rate
+from mooshak_torch.model import Model
 from parity.convert import convert, open_any
 
 # Allowed differences, all of them. They are never loosened: see docs/parity.md.
@@ -102,7 +103,7 @@ def _forward(source: Checkpoint, other: Checkpoint, tokens_BS: np.ndarray) -> It
     yield Line("torch logits from float64", "float32", torch32, FLOAT32_LOGITS, jax32)
     yield Line("JAX logits from float64", "float32", jax32, FLOAT32_LOGITS, torch32)
     # Neither may be worse by more than the factor: a hidden TF32 or bfloat16 product would be.
-    ratio = max(torch32, jax32) / max(min(torch32, jax32), np.finfo(np.float32).eps / 16)
+    ratio = max(torch32, jax32) / max(min(torch32, jax32), float(np.finfo(np.float32).eps) / 16)
     yield Line("ratio of the two distances", "float32", ratio, FLOAT32_RATIO)
 
 
@@ -191,7 +192,7 @@ def _worst(
 
 
 def _training_config(model: ModelConfig, shape: tuple[int, ...], dtype: Dtype) -> Config:
-    """A recipe in which everything acts: clipping, decay, warm-up, decay of the rate, accumulation."""
+    """A recipe in which everything acts: clipping, weight decay, schedule, accumulation."""
     _, batch, time = shape
     return Config(
         model=model,
@@ -209,9 +210,8 @@ def _training_config(model: ModelConfig, shape: tuple[int, ...], dtype: Dtype) -
     )
 
 
-def _torch_model(source: Checkpoint, dtype: Dtype) -> torch.nn.Module:
+def _torch_model(source: Checkpoint, dtype: Dtype) -> Model:
     from mooshak_torch.checkpoint import fill
-    from mooshak_torch.model import Model
 
     model = Model(source.model, dtype)
     fill(dict(model.named_parameters()), source)
@@ -254,8 +254,9 @@ def _torch_gradients(
 
     model = _torch_model(source, config.train.dtype)
     loss = Objective(model, config.train.loss_chunk)(torch.from_numpy(batch_BS).long())
-    loss.backward()
-    return loss.item(), {name: p.grad.numpy() for name, p in model.named_parameters()}
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    grads = torch.autograd.grad(loss, parameters)
+    return loss.item(), {name: g.numpy() for name, g in zip(names, grads, strict=True)}
 
 
 def _jax_gradients(

@@ -25,6 +25,7 @@ def logits(source: Path, backend: str, tokens_BT: np.ndarray, dtype: Dtype) -> n
         with torch.no_grad():
             return model(torch.from_numpy(tokens_BT.astype(np.int64))).numpy()
     import jax
+    import jax.numpy as jnp
 
     from mooshak_jax.checkpoint import graph, join
     from mooshak_jax.checkpoint import load as load_jax
@@ -32,7 +33,7 @@ def logits(source: Path, backend: str, tokens_BT: np.ndarray, dtype: Dtype) -> n
     jax.config.update("jax_enable_x64", True)
     config, params = load_jax(source, dtype)
     check_tokens(tokens_BT, config)
-    return np.asarray(join(graph(config, dtype), params)(tokens_BT.astype(np.int32)))
+    return np.asarray(join(graph(config, dtype), params)(jnp.asarray(tokens_BT, jnp.int32)))
 
 
 def check_tokens(tokens_BT: np.ndarray, model: ModelConfig) -> None:
