@@ -1,7 +1,7 @@
 """Prepare the corpus, or describe it.
 
-    python -m mooshak.data prepare  --config configs/demo.yaml
-    python -m mooshak.data describe --config configs/demo.yaml
+python -m mooshak.data prepare  --config configs/demo.yaml
+python -m mooshak.data describe --config configs/demo.yaml
 """
 
 from collections.abc import Sequence

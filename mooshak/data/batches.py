@@ -31,8 +31,7 @@ def train_batches(
     B = config.train.batch_size
     if B % processes:
         raise InputError(
-            f"train.batch_size {B} is not divisible by {processes} processes; "
-            "change one of them"
+            f"train.batch_size {B} is not divisible by {processes} processes; change one of them"
         )
     if not 0 <= process < processes:
         raise InputError(f"process {process} is not in 0 .. {processes - 1}")
