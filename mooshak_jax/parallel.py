@@ -47,7 +47,8 @@ def make_parallel(config: Config) -> Parallel:
     """
     sizes = parse_mesh(config.parallel.mesh)
     wanted = config.parallel.cpu_devices or sizes.get("data", 1)
-    if wanted > jax.config.read("jax_num_cpu_devices") and not _initialized():
+    made: int = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]  # set at run time
+    if wanted > made and not _initialized():
         jax.config.update("jax_num_cpu_devices", wanted)
     devices = jax.devices()
     data = sizes.get("data", -1)

@@ -1,0 +1,71 @@
+"""Fixtures: a small bilingual corpus that the tests write themselves, and a tokenizer for it."""
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mooshak import tokenizer as tokenizers
+from mooshak.config import (
+    Config,
+    DataConfig,
+    EvaluateConfig,
+    ModelConfig,
+    RunConfig,
+    SourceConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
+from mooshak.tokenizer import Tokenizer
+
+HINDI = "एक चालाक चूहा जंगल में रहता था और शेर उसका दोस्त बन गया किसान ने हाथी को पानी दिया क्‍या ज्ञान श्री".split()
+ENGLISH = "a clever mouse lived in the forest and the lion became its friend; the farmer gave water".split()
+
+
+def sentence(words: list[str], random_: random.Random) -> str:
+    """A document of a few lines."""
+    lines = (random_.choices(words, k=random_.randint(5, 12)) for _ in range(random_.randint(2, 4)))
+    return "\n".join(" ".join(line) + f" {random_.randint(0, 999)}." for line in lines)
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A configuration whose sources are a JSONL file in Hindi and text files in English."""
+    root, random_ = tmp_path_factory.mktemp("corpus"), random.Random(0)
+    (root / "en").mkdir()
+    for number in range(200):
+        (root / "en" / f"{number:03}.txt").write_text(sentence(ENGLISH, random_))
+    with open(root / "hi.jsonl", "w") as file:
+        for _ in range(300):
+            text = sentence(HINDI, random_)
+            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+    sources = [
+        SourceConfig("hi", kind="jsonl", language="hi", weight=0.6, path=str(root / "hi.jsonl")),
+        SourceConfig("en", kind="text", language="en", weight=0.4, path=str(root / "en" / "*.txt")),
+    ]
+    return Config(
+        model=ModelConfig(
+            vocab_size=512, dim=32, n_layers=2, n_heads=2, hidden_dim=48, max_seq_len=32
+        ),
+        tokenizer=TokenizerConfig(path=str(root / "tokenizer.model"), vocab_size=505),
+        data=DataConfig(
+            dir=str(root / "shards"), sources=sources, validation_fraction=0.2, shard_tokens=2000
+        ),
+        train=TrainConfig(steps=10, batch_size=8),
+        evaluate=EvaluateConfig(every=5, sequences=8, batch_size=4),
+        run=RunConfig(dir=str(root / "run"), progress=False, tensorboard=False),
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tiny_config: Config) -> Tokenizer:
+    """The tokenizer of `tiny_config`."""
+    return tokenizers.ensure(tiny_config)
+
+
+@pytest.fixture
+def fresh_config(tiny_config: Config, tiny_tokenizer: Tokenizer, tmp_path: Path) -> Config:
+    """`tiny_config` with its tokenizer, and nothing prepared yet."""
+    return replace(tiny_config, data=replace(tiny_config.data, dir=str(tmp_path / "shards")))

@@ -1,0 +1,181 @@
+"""Whole runs, as commands in processes of their own: resume, signals, DDP, change of framework."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model on a little text of two languages; the first run makes tokenizer and shards."""
+    here = tmp_path_factory.mktemp("corpus")
+    for language, text in (
+        ("hi", "एक चूहा जंगल में रहता था। वह {} फल लाया।"),
+        ("en", "A mouse had {} nuts."),
+    ):
+        lines = [
+            json.dumps({"text": " ".join(text.format(i * j) for j in range(9))}) for i in range(400)
+        ]
+        (here / f"{language}.jsonl").write_text("\n".join(lines))
+    (here / "tiny.yaml").write_text(f"""
+model: {{vocab_size: 384, dim: 24, n_layers: 2, n_heads: 3, hidden_dim: 40, max_seq_len: 32}}
+tokenizer: {{path: {here}/tokenizer.model, vocab_size: 370}}
+data:
+  dir: {here}/tokens
+  validation_fraction: 0.1
+  sources:
+    - {{name: hindi, kind: jsonl, language: hi, path: "{here}/hi.jsonl", weight: 2}}
+    - {{name: english, kind: jsonl, language: en, path: "{here}/en.jsonl"}}
+optimizer: {{learning_rate: 1.0e-2}}
+schedule: {{warmup_steps: 2}}
+train: {{steps: {STEPS}, batch_size: 4, dtype: float64}}
+checkpoint: {{every: 2, keep: 2}}
+evaluate: {{every: 4, sequences: 6, batch_size: 4}}
+run: {{progress: false, tensorboard: false}}
+""")
+    return here / "tiny.yaml"
+
+
+def run(module: str, *arguments: object, launcher: tuple[str, ...] = ("-m",)) -> str:
+    """Run a command; returns what it prints. Fails with its error output."""
+    done = subprocess.run(
+        [sys.executable, *launcher, module, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def losses(directory: Path) -> list[float]:
+    """The losses of all steps; asserts that no step is missing or doubled."""
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["loss"] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def torch_run(config: Path) -> Path:
+    """The uninterrupted torch run."""
+    directory = config.parent / "torch"
+    run("mooshak_torch.train", "--config", config, "--run.dir", directory)
+    return directory
+
+
+def test_a_run_records_what_it_was(torch_run: Path) -> None:
+    curve = losses(torch_run)
+    assert len(curve) == STEPS and curve[-1] < curve[0]
+    assert {"config.yaml", "environment.json", "metrics.jsonl"} <= set(os.listdir(torch_run))
+    assert json.loads((torch_run / "environment.json").read_text())["versions"]["torch"]
+    last = json.loads((torch_run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["validation_loss"] > 0 and last["bits_per_byte_hi"] > 0 < last["bits_per_byte_en"]
+    assert sorted(os.listdir(torch_run / "checkpoints"))[-1] == str(STEPS)
+    assert len(os.listdir(torch_run / "checkpoints")) <= 3
+
+
+@pytest.mark.parametrize("framework", ["torch", "jax"])
+def test_a_resumed_run_is_the_uninterrupted_run_to_the_last_bit(
+    framework: str, config: Path, tmp_path: Path
+) -> None:
+    options = ("--config", config, "--train.dtype", "float32")
+    run(f"mooshak_{framework}.train", *options, "--run.dir", tmp_path / "whole")
+    parts = (*options, "--run.dir", tmp_path / "parts")
+    run(f"mooshak_{framework}.train", *parts, "--train.stop_at", 3)
+    run(f"mooshak_{framework}.train", *parts)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_two_ddp_processes_train_as_one(config: Path, torch_run: Path, tmp_path: Path) -> None:
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
+    arguments = ("--config", config, "--run.dir", tmp_path, "--train.accumulation", 2)
+    run("mooshak_torch.train", *arguments, launcher=launcher)
+    assert losses(tmp_path) == pytest.approx(losses(torch_run), rel=1e-12, abs=0)
+
+
+def test_a_jax_mesh_trains_as_torch(config: Path, torch_run: Path, tmp_path: Path) -> None:
+    run("mooshak_jax.train", "--config", config, "--run.dir", tmp_path, "--mesh", "data=2")
+    assert losses(tmp_path) == pytest.approx(losses(torch_run), rel=1e-12, abs=0)
+
+
+@pytest.mark.parametrize(("first", "second"), [("torch", "jax"), ("jax", "torch")])
+def test_a_run_goes_on_in_the_other_framework(
+    first: str, second: str, config: Path, torch_run: Path, tmp_path: Path
+) -> None:
+    options = ("--config", config, "--run.dir", tmp_path)
+    run(f"mooshak_{first}.train", *options, "--train.stop_at", 4)
+    run(f"mooshak_{second}.train", *options)
+    assert losses(tmp_path) == pytest.approx(losses(torch_run), rel=1e-12, abs=0)
+
+
+@pytest.mark.parametrize("framework", ["torch", "jax"])
+def test_a_signal_saves_and_says_how_to_go_on(framework: str, config: Path, tmp_path: Path) -> None:
+    arguments = ["--config", str(config), "--run.dir", str(tmp_path), "--train.steps", "100000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", f"mooshak_{framework}.train", *arguments, "--evaluate.every", "0"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    metrics = tmp_path / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0
+    assert "--resume auto" in output
+    step = len(losses(tmp_path))
+    assert (tmp_path / "checkpoints" / str(step) / "trainer_state.json").is_file()
+
+
+def test_both_frameworks_generate_the_same_text(config: Path, torch_run: Path) -> None:
+    checkpoint = torch_run / "checkpoints" / str(STEPS)
+    options = (checkpoint, "--prompt", "एक चूहा", "--prompt", "A mouse", "--tokens", 12)
+    sampled = (*options, "--temperature", 1, "--seed", 5)
+    assert run("mooshak_torch.generate", *options) == run("mooshak_jax.generate", *options)
+    assert run("mooshak_torch.generate", *sampled) == run("mooshak_jax.generate", *sampled)
+
+
+def refused(module: str, *arguments: object) -> str:
+    """Run a command that must end with exit code 2 and one line; returns the line."""
+    done = subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)], capture_output=True, text=True
+    )
+    assert done.returncode == 2, (done.returncode, done.stderr[-2000:])
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in done.stderr
+    return lines[0]
+
+
+def test_bad_input_ends_in_one_line(config: Path, torch_run: Path, tmp_path: Path) -> None:
+    here = ("--config", config, "--run.dir", tmp_path)
+    checkpoint = torch_run / "checkpoints" / str(STEPS)
+    assert "did you mean train.steps" in refused("mooshak_torch.train", "--train.stepz", 3)
+    assert "data=3" in refused("mooshak_jax.train", *here, "--mesh", "data=3")
+    assert "axis=size" in refused("mooshak_jax.train", *here, "--mesh", "date=2")
+    other = ("--model.hidden_dim", 48, "--resume", checkpoint)
+    assert "another model" in refused("mooshak_torch.train", *here, *other)
+    assert "seed" in refused("mooshak_torch.train", *here, "--run.seed", 1, "--resume", checkpoint)
+    again = ("--config", config, "--run.dir", torch_run, "--resume", "never")
+    assert "holds checkpoints" in refused("mooshak_torch.train", *again)
+    assert "exists already" in refused("parity.convert", checkpoint, torch_run)
+    assert "no checkpoint directory" in refused("parity.convert", tmp_path / "no", tmp_path / "x")
+
+
+@pytest.mark.parametrize("kind", ["torch", "jax", "safetensors"])
+def test_a_truncated_checkpoint_is_refused(kind: str, torch_run: Path, tmp_path: Path) -> None:
+    run("parity.convert", torch_run / "checkpoints" / str(STEPS), tmp_path / "copy", "--to", kind)
+    files = [p for p in (tmp_path / "copy").rglob("*") if p.is_file() and p.parent.name != "copy"]
+    largest = max(files or (tmp_path / "copy").glob("*"), key=lambda path: path.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+    refused("parity.convert", tmp_path / "copy", tmp_path / "target", "--to", "safetensors")
+    assert not (tmp_path / "target").exists()
