@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from mooshak import interchange
@@ -28,10 +30,19 @@ warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
 logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
 
 
-def start_saving(model: Model, optimizer: torch.optim.Optimizer, path: Path) -> Callable[[], None]:
-    """Take a snapshot and write it to `path` in the background; returns the function that waits."""
+def start_saving(
+    model: Model,
+    optimizer: torch.optim.Optimizer,
+    path: Path,
+    group: dist.ProcessGroup | None = None,
+) -> Callable[[], None]:
+    """Take a snapshot and write it to `path` in the background; returns the function that waits.
+
+    `group` is a process group of the saves' own: in the background they must not meet the
+    collectives of the training.
+    """
     state = {"params": dict(model.named_parameters()), **moments(model, optimizer)}
-    future: Any = dcp.async_save(state, checkpoint_id=path / "dcp")
+    future: Any = dcp.async_save(state, checkpoint_id=path / "dcp", process_group=group)
     return future.result
 
 
@@ -80,7 +91,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
         try:
             dcp.load({name: tensor}, storage_reader=reader, no_dist=True)
-        except Exception as error:
+        except (Exception, CheckpointException) as error:
             raise InputError(
                 f"{path}: tensor {key} cannot be read; the checkpoint is truncated"
             ) from error

@@ -20,6 +20,8 @@ class Parallel:
     rank: int
     world: int
     device: torch.device
+    saving: dist.ProcessGroup | None = None
+    """Process group in which checkpoints are written beside the training."""
 
     @property
     def main(self) -> bool:
@@ -75,4 +77,5 @@ def make_parallel(config: Config) -> Parallel:
         torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        return Parallel(rank, world, device, dist.new_group(backend="gloo"))
     return Parallel(rank, world, device)

@@ -6,6 +6,7 @@ torchrun --nproc-per-node 2 -m mooshak_torch.train --config configs/demo.yaml
 
 import os
 import time
+from functools import partial
 
 import numpy as np
 import torch
@@ -87,7 +88,9 @@ def train(config: Config, resume: str = "auto") -> None:
                     state = checkpoints.trainer_state(
                         config, step, "torch", tokenizer.fingerprint, validation_loss
                     )
-                    saver.save(state, lambda path: start_saving(model, optimizer, path))
+                    saver.save(
+                        state, partial(start_saving, model, optimizer, group=parallel.saving)
+                    )
             saver.finish()
     finally:
         log.close()
