@@ -85,7 +85,7 @@ class Tokenizer:
         parts = [part for text in texts for part in text.split(_SPACE_MARK)]
         try:
             encoded = self._model.encode(parts, num_threads=threads)
-        except RuntimeError:
+        except (RuntimeError, TypeError):
             for text in texts:
                 if surrogate := re.search("[\ud800-\udfff]", text):
                     raise InputError(
@@ -152,18 +152,21 @@ def train(config: Config) -> None:
     The same text gives the same file, bit for bit.
     """
     settings, model = config.tokenizer, io.BytesIO()
-    lines = _training_lines(config)
-    first = next(lines, None)
-    if first is None:
-        raise InputError("data.sources have no text to train a tokenizer on; check their paths")
+    lines = 0
+    unreadable: list[InputError] = []
 
-    def all_lines() -> Iterator[str]:
-        yield first
-        yield from lines
+    def counted() -> Iterator[str]:
+        nonlocal lines
+        try:
+            for line in _training_lines(config):
+                lines += 1
+                yield line
+        except InputError as error:  # The trainer would make a RuntimeError of it.
+            unreadable.append(error)
 
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=all_lines(),
+            sentence_iterator=counted(),
             model_writer=model,
             model_type="bpe",
             vocab_size=settings.vocab_size,
@@ -182,6 +185,10 @@ def train(config: Config) -> None:
             minloglevel=2,
         )
     except RuntimeError as error:
+        if not lines and not unreadable:
+            raise InputError("data.sources have no text to train on; check their paths") from None
+        if unreadable:
+            raise unreadable[0] from None
         wanted = f"tokenizer.vocab_size {settings.vocab_size}"
         if match := re.search(r"too high .* value <= (\d+)", str(error)):
             raise InputError(
@@ -194,6 +201,8 @@ def train(config: Config) -> None:
                 f"{match[1]} pieces; raise it, or lower tokenizer.character_coverage"
             ) from error
         raise
+    if unreadable:
+        raise unreadable[0]
     write_atomically(Path(settings.path), model.getvalue())
 
 
@@ -203,16 +212,17 @@ def _training_lines(config: Config) -> Iterator[str]:
 
     weights = sum(source.weight for source in config.data.sources)
     for source in config.data.sources:
-        left = config.tokenizer.training_bytes * source.weight / weights
+        left = int(config.tokenizer.training_bytes * source.weight / weights)
         for text in documents(source, config):
             if in_validation(text, config.data.validation_fraction):
                 continue
-            left -= len(text.encode())
-            if left < 0:
-                break
-            for line in text.split("\n"):
+            content = text.encode()[:left]
+            for line in content.decode(errors="ignore").split("\n"):
                 # A line that is too long would be dropped by the trainer: cut it instead.
                 yield from (line[at : at + _LINE] for at in range(0, len(line), _LINE))
+            left -= len(content)
+            if left <= 0:
+                break
 
 
 def _report(config: Config, tokenizer: Tokenizer, most: int) -> None:
@@ -239,7 +249,7 @@ def _report(config: Config, tokenizer: Tokenizer, most: int) -> None:
         words = Counter(" " + word for text in texts for word in text.split())
         if not tokens or not words:
             raise InputError(f"the sources have no text in language {language}; check their paths")
-        lengths = dict(zip(words, map(len, tokenizer.encode_batch(list(words)))))
+        lengths = dict(zip(words, map(len, tokenizer.encode_batch(list(words))), strict=True))
         per_word = sum(lengths[word] * count for word, count in words.items()) / words.total()
         worst = sorted(lengths, key=lambda word: (-lengths[word], word))[:5]
         table.add_row(
@@ -280,9 +290,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if wrong := [word for word in words if not re.fullmatch(r"\d+", word)]:
             raise InputError(f"{wrong[0]!r} is not a token id; give numbers, as encode prints them")
         # What came from a pipe goes on exactly; an answer on the command line is a line.
-        sys.stdout.write(
-            tokenizer.decode([int(word) for word in words]) + "\n" * bool(options.input)
-        )
+        text = tokenizer.decode([int(word) for word in words])
+        print(text, end="\n" if options.input else "")
 
 
 def _standard_input() -> str:

@@ -20,8 +20,12 @@ from mooshak.config import (
 )
 from mooshak.tokenizer import Tokenizer
 
-HINDI = "एक चालाक चूहा जंगल में रहता था और शेर उसका दोस्त बन गया किसान ने हाथी को पानी दिया क्‍या ज्ञान श्री".split()
-ENGLISH = "a clever mouse lived in the forest and the lion became its friend; the farmer gave water".split()
+HINDI = (
+    "एक चालाक चूहा जंगल में रहता था और शेर उसका दोस्त बन गया किसान ने हाथी को पानी दिया क्‍या ज्ञान श्री"
+).split()
+ENGLISH = (
+    "a clever mouse lived in the forest and the lion became its friend; the farmer gave water"
+).split()
 
 
 def sentence(words: list[str], random_: random.Random) -> str:

@@ -153,7 +153,7 @@ def test_bad_source_while_training(tiny_config: Config, tmp_path: Path):
     source = SourceConfig("bad", kind="text", path=str(tmp_path / "binary.txt"))
     for sources in ([source], [*tiny_config.data.sources, source]):
         config = replace(tiny_config, data=replace(tiny_config.data, sources=sources))
-        with pytest.raises(InputError, match="binary.txt is not UTF-8 text"):
+        with pytest.raises(InputError, match=r"binary\.txt is not UTF-8 text"):
             tokenizers.train(with_tokenizer(config, path=str(tmp_path / "t.model")))
 
 
@@ -174,7 +174,9 @@ def test_missing_file(tmp_path: Path):
         Tokenizer(tmp_path)
 
 
-def test_command_line(tiny_config: Config, tiny_tokenizer: Tokenizer, tmp_path, capsys, monkeypatch):
+def test_command_line(
+    tiny_config: Config, tiny_tokenizer: Tokenizer, tmp_path, capsys, monkeypatch
+):
     path = tmp_path / "config.yaml"
     path.write_text(dump(tiny_config))
     config = ["--config", str(path)]

@@ -198,12 +198,13 @@ def _prepare_source(
         _write_json(partial / "progress.json", {**identity, "shards": done})
     if not done:
         raise InputError(f"source {source.name} gave no documents; check its path and column")
-    known = {"progress.json", *(shard["file"] for shard in done)}
+    done.sort(key=lambda shard: shard["file"])
+    _write_json(partial / "manifest.json", {**identity, "shards": done})
+    known = {"manifest.json", *(shard["file"] for shard in done)}
     for path in partial.iterdir():
-        if path.name not in known:  # Left by an interrupted write.
+        if path.name not in known:  # The progress, and what an interrupted write left.
             path.unlink()
     shutil.rmtree(old, ignore_errors=True)
-    os.replace(partial / "progress.json", partial / "manifest.json")
     if directory.exists():
         os.replace(directory, old)
     os.replace(partial, directory)
@@ -211,7 +212,7 @@ def _prepare_source(
 
 
 def _finished_shards(partial: Path, identity: dict[str, Any]) -> list[dict[str, Any]]:
-    """The shards that an interrupted run finished: of each split, those before the first bad one."""
+    """Shards that an interrupted run finished: of each split, those before the first bad one."""
     name = "progress.json" if (partial / "progress.json").exists() else "manifest.json"
     if not _made_of(partial / name, identity):
         return []
@@ -256,7 +257,7 @@ def _write_shards(
         buffer = io.BytesIO()
         np.save(buffer, np.concatenate(split.arrays))
         content = buffer.getvalue()
-        shard = {
+        shard: dict[str, Any] = {
             "file": f"{split.name}-{split.index:05d}.npy",
             "split": split.name,
             "tokens": split.tokens,
@@ -281,7 +282,7 @@ def _write_shards(
                 if read > splits[name].skip:
                     chosen.append((read, name, text))
             encoded = tokenizer.encode_batch([text for _, _, text in chosen], os.cpu_count() or 1)
-            for (number, name, text), ids in zip(chosen, encoded):
+            for (number, name, text), ids in zip(chosen, encoded, strict=True):
                 split = splits[name]
                 split.arrays.append(np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], dtype))
                 split.tokens += len(split.arrays[-1])

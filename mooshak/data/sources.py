@@ -1,12 +1,12 @@
 """Sources of text: an iterator of cleaned documents for each kind of source.
 
-| kind        | path                         | a document is                       |
-|-------------|------------------------------|-------------------------------------|
-| tales       |                              | a tale written by `mooshak.data.tales` |
-| text        | glob                         | a UTF-8 file                        |
-| jsonl       | glob                         | the field `column` of a line        |
-| parquet     | glob                         | a value of the column `column`      |
-| huggingface | name of a dataset            | the field `column` of an example    |
+| kind        | path              | a document is                           |
+|-------------|-------------------|-----------------------------------------|
+| tales       |                   | a tale, written by `mooshak.data.tales` |
+| text        | glob              | a UTF-8 file                            |
+| jsonl       | glob              | the field `column` of a line            |
+| parquet     | glob              | a value of the column `column`          |
+| huggingface | name of a dataset | the field `column` of an example        |
 
 The order is fixed (files sorted by name), so the tokens made of it are too.
 """
@@ -60,9 +60,9 @@ def _clean(texts: Iterator[str], config: Config) -> Iterator[str]:
 
 
 def _tales(source: SourceConfig, config: Config) -> Iterator[str]:
-    from mooshak.data import tales
+    from mooshak.data.tales import documents as tale_documents
 
-    written = tales.documents(source.seed, source.documents or 1000, (source.language,))
+    written = tale_documents(source.seed, source.documents or 1000, (source.language,))
     return (text for _, text in written)
 
 

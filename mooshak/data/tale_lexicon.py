@@ -6,7 +6,6 @@ in the line: `mouse/mice` is an irregular plural, `m inv` a masculine noun in -�
 (राजा), `hon` a respected person, who takes plural agreement.
 """
 
-
 ANIMALS = """
 mouse/mice  | चूहा       | m | animal beast small ground gnawer
 squirrel    | गिलहरी     | f | animal beast small ground gnawer climber
@@ -204,8 +203,8 @@ GIRLS = """Meenu मीनू, Radha राधा, Gita गीता, Sita स�
 Kamla कमला, Neha नेहा, Tara तारा, Uma उमा, Mira मीरा, Jyoti ज्योति, Nisha निशा, Kavita कविता,
 Mala माला, Sona सोना, Chanda चंदा, Bela बेला, Rekha रेखा, Anu अनु, Gauri गौरी, Pari परी"""
 
-BOYS = """Raju राजू, Mohan मोहन, Gopal गोपाल, Ravi रवि, Amit अमित, Arjun अर्जुन, Kishan किशन, Vijay विजय,
-Golu गोलू, Chintu चिंटू, Sonu सोनू, Deepak दीपक, Hari हरि, Ramu रामू, Bablu बबलू, Nandu नंदू,
+BOYS = """Raju राजू, Mohan मोहन, Gopal गोपाल, Ravi रवि, Amit अमित, Arjun अर्जुन, Kishan किशन,
+Vijay विजय, Golu गोलू, Chintu चिंटू, Sonu सोनू, Deepak दीपक, Hari हरि, Ramu रामू, Bablu बबलू, Nandu नंदू,
 Suraj सूरज, Manoj मनोज, Anand आनंद, Kabir कबीर, Birju बिरजू, Motu मोटू, Chiku चीकू, Tinku टिंकू"""
 
 ADJECTIVES = {
@@ -224,8 +223,8 @@ ADJECTIVES = {
     "fault": "lazy आलसी, proud घमंडी, greedy लालची, selfish स्वार्थी, naughty शरारती",
     "might": "big बड़ा, strong ताकतवर, fat मोटा, huge विशाल, tall ऊँचा",
 }
-ADJECTIVES["nature"] = ADJECTIVES["nature"].replace(", distant दूर का", "").replace(
-    ", green हरा-भरा", ""
+ADJECTIVES["nature"] = (
+    ADJECTIVES["nature"].replace(", distant दूर का", "").replace(", green हरा-भरा", "")
 )
 
 NUMBERS = "two दो, three तीन, four चार, five पाँच, six छह, seven सात, eight आठ, nine नौ, ten दस"
