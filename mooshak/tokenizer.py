@@ -268,7 +268,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser("Train a tokenizer, use it, or report how well it fits the languages.")
     arguments.add_argument("action", choices=["train", "encode", "decode", "report"])
     arguments.add_argument(
-        "input", nargs="*", help="encode: texts, decode: token ids (default: standard input)"
+        "input",
+        nargs="*",
+        help="encode: texts, decode: ids, right behind the action (or standard input)",
     )
     arguments.add_argument(
         "--documents", type=int, default=1000, help="report: documents read from each source"

@@ -192,12 +192,12 @@ def test_command_line(
     Stdin.buffer = io.BytesIO(ids.encode())
     main(["decode", "--tokenizer.path", str(tiny_tokenizer.path)])
     assert capsys.readouterr().out == text
-    main(["encode", *config, "शेर", "lion"])
+    main(["encode", "शेर", "lion", *config])
     assert len(capsys.readouterr().out.splitlines()) == 2
     main(["report", *config])
     assert "tokens per word" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stopped:
-        main(["decode", *config, "seven"])
+        main(["decode", "seven", *config])
     assert stopped.value.code == 2
     assert "'seven' is not a token id" in capsys.readouterr().err
 
