@@ -21,7 +21,7 @@ _STD = math.sqrt(16 * (65536**2 - 1) / 12)
 # Every other 16 bits of a 64-bit word.
 _LANES = np.uint64(0x0000FFFF0000FFFF)
 # Elements made at once: 32 bytes of Philox output each.
-_CHUNK = 1 << 18
+_CHUNK = 1 << 14
 
 
 def initial_std(model: ModelConfig, name: str) -> float:
