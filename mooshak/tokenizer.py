@@ -31,6 +31,7 @@ CHAT_MARKERS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 # SentencePiece writes a space as this character. Where the text itself holds it, it must be
 # bytes, or decoding would give a space.
 _SPACE_MARK = "\u2581"
+_ACTIONS = ("train", "encode", "decode", "report")
 # Longest line that is shown to the trainer, in characters (at most 4 bytes each).
 _LINE = 4096
 
@@ -265,35 +266,35 @@ def _report(config: Config, tokenizer: Tokenizer, most: int) -> None:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """`python -m mooshak.tokenizer train|encode|decode|report`."""
-    arguments = parser("Train a tokenizer, use it, or report how well it fits the languages.")
-    arguments.add_argument("action", choices=["train", "encode", "decode", "report"])
+    words = list(sys.argv[1:] if argv is None else argv)
+    # The action comes first, and not as an argument: then texts may stand behind the options.
+    action = words.pop(0) if words and words[0] in _ACTIONS else None
+    arguments = parser(f"{', '.join(_ACTIONS)}: train a tokenizer, use it, or report how it fits.")
     arguments.add_argument(
-        "input",
-        nargs="*",
-        help="encode: texts, decode: ids, right behind the action (or standard input)",
+        "input", nargs="*", help="encode: texts, decode: token ids (default: standard input)"
     )
     arguments.add_argument(
         "--documents", type=int, default=1000, help="report: documents read from each source"
     )
-    config, options = parse(arguments, argv)
-    if options.action == "train":
+    config, options = parse(arguments, words)
+    if action is None:
+        raise InputError(f"the first argument says what to do; give one of {', '.join(_ACTIONS)}")
+    if action == "train":
         train(config)
-        tokenizer = Tokenizer(config.tokenizer.path)
-        print(f"{tokenizer.path}: {tokenizer.vocab_size} pieces")
-        return
     tokenizer = Tokenizer(config.tokenizer.path)
-    if options.action == "report":
+    if action == "train":
+        print(f"{tokenizer.path}: {tokenizer.vocab_size} pieces")
+    elif action == "report":
         _report(config, tokenizer, options.documents)
-    elif options.action == "encode":
+    elif action == "encode":
         for text in options.input or [_standard_input()]:
             print(*tokenizer.encode(text))
     else:
-        words = options.input or _standard_input().split()
-        if wrong := [word for word in words if not re.fullmatch(r"\d+", word)]:
+        ids = options.input or _standard_input().split()
+        if wrong := [id for id in ids if not re.fullmatch(r"\d+", id)]:
             raise InputError(f"{wrong[0]!r} is not a token id; give numbers, as encode prints them")
         # What came from a pipe goes on exactly; an answer on the command line is a line.
-        text = tokenizer.decode([int(word) for word in words])
-        print(text, end="\n" if options.input else "")
+        print(tokenizer.decode([int(id) for id in ids]), end="\n" if options.input else "")
 
 
 def _standard_input() -> str:
