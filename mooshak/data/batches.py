@@ -15,6 +15,7 @@ from pathlib import Path
 
 import grain
 import numpy as np
+from absl import flags
 
 from mooshak.config import Config, SourceConfig
 from mooshak.data.shards import TokenShards
@@ -39,6 +40,9 @@ def train_batches(
     mine = batches.slice(slice(start_step * processes + process, None, processes))
     dataset = mine.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8))
     if config.data.workers > 0:
+        # Grain's worker processes read absl's flags, which only an absl program has parsed.
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(config.data.workers))
     return iter(dataset)
 

@@ -182,7 +182,7 @@ def test_bad_parquet(tmp_path: Path):
     source = parquet(tmp_path / "a.parquet", text=["a"] * 100, number=list(range(100)))
     with pytest.raises(InputError, match="has no column 'body'; it has text, number"):
         read(replace(source, column="body"))
-    with pytest.raises(InputError, match="column 'number' of .* is int64, not text"):
+    with pytest.raises(InputError, match=r"column 'number' of .* is int64, not text"):
         read(replace(source, column="number"))
     whole = (tmp_path / "a.parquet").read_bytes()
     for content in (whole[:-20], b"hello", b"PAR1" + bytes(100) + whole[104:]):
