@@ -15,6 +15,7 @@ import hashlib
 import io
 import re
 import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -31,6 +32,9 @@ CHAT_MARKERS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 # SentencePiece writes a space as this character. Where the text itself holds it, it must be
 # bytes, or decoding would give a space.
 _SPACE_MARK = "\u2581"
+# SentencePiece splits only numbers in 0-9 into digits. A line of its own for each Devanagari digit
+# has the same effect: no piece with two of them is ever seen.
+_LINE_ENDS = re.compile("\n|(?<=[०-९])|(?=[०-९])")
 _ACTIONS = ("train", "encode", "decode", "report")
 # Longest line that is shown to the trainer, in characters (at most 4 bytes each).
 _LINE = 4096
@@ -218,7 +222,7 @@ def _training_lines(config: Config) -> Iterator[str]:
             if in_validation(text, config.data.validation_fraction):
                 continue
             content = text.encode()[:left]
-            for line in content.decode(errors="ignore").split("\n"):
+            for line in _LINE_ENDS.split(content.decode(errors="ignore")):
                 # A line that is too long would be dropped by the trainer: cut it instead.
                 yield from (line[at : at + _LINE] for at in range(0, len(line), _LINE))
             left -= len(content)
@@ -230,7 +234,7 @@ def _report(config: Config, tokenizer: Tokenizer, most: int) -> None:
     """Print how many tokens each language costs, and the words that cost the most."""
     from itertools import islice
 
-    import rich
+    from rich.console import Console
     from rich.table import Table
 
     from mooshak.data.sources import documents
@@ -252,7 +256,8 @@ def _report(config: Config, tokenizer: Tokenizer, most: int) -> None:
             raise InputError(f"the sources have no text in language {language}; check their paths")
         lengths = dict(zip(words, map(len, tokenizer.encode_batch(list(words))), strict=True))
         per_word = sum(lengths[word] * count for word, count in words.items()) / words.total()
-        worst = sorted(lengths, key=lambda word: (-lengths[word], word))[:5]
+        written = [word for word in words if _is_of_letters(word[1:])]
+        worst = sorted(written, key=lambda word: (-lengths[word], word))[:5]
         table.add_row(
             language,
             f"{len(texts):,}",
@@ -260,7 +265,16 @@ def _report(config: Config, tokenizer: Tokenizer, most: int) -> None:
             f"{per_word:.2f}",
             ", ".join(f"{word[1:][:24]} ({lengths[word]})" for word in worst),
         )
-    rich.print(table)
+    # A file or a pipe has no width that words would have to be folded to.
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def _is_of_letters(word: str) -> bool:
+    """Whether a word is of letters, vowel signs and joiners: no number, no address."""
+    return all(
+        unicodedata.category(character)[0] in "LM" or character in "\u200c\u200d"
+        for character in word
+    )
 
 
 @command

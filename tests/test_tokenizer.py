@@ -106,6 +106,18 @@ def test_training_is_deterministic(tiny_config: Config, tiny_tokenizer: Tokenize
     assert [p.name for p in (tmp_path / "new").iterdir() if p.suffix != ".lock"] == ["again.model"]
 
 
+def test_numbers_are_digits(tiny_config: Config, tmp_path: Path):
+    path = tmp_path / "numbers.txt"
+    path.write_text("सन् १९४७ में 1947 शेर\n" * 200)
+    sources = [*tiny_config.data.sources, SourceConfig("n", kind="text", path=str(path))]
+    data = replace(tiny_config.data, sources=sources, validation_fraction=0.0)
+    config = with_tokenizer(replace(tiny_config, data=data), path=str(tmp_path / "t.model"))
+    tokenizer = tokenizers.ensure(config)
+    for number in ("१९४७", "1947"):
+        ids = tokenizer.encode(number)
+        assert [tokenizer.decode([id]) for id in ids] == list(number)
+
+
 def test_validation_text_is_not_trained_on(tiny_config: Config, tmp_path: Path, monkeypatch):
     from mooshak.data.sources import documents, in_validation
 

@@ -4,10 +4,11 @@ python -m mooshak.data prepare  --config configs/demo.yaml
 python -m mooshak.data describe --config configs/demo.yaml
 """
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import rich
+from rich.console import Console
 from rich.table import Table
 
 from mooshak.config import Config, parse, parser
@@ -23,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     config, options = parse(arguments, argv)
     if options.action == "prepare":
         ensure(config)
-    rich.print(_description(config))
+    # A file or a pipe has no width that numbers would have to be folded to.
+    Console(width=None if sys.stdout.isatty() else 120).print(_description(config))
 
 
 def _description(config: Config) -> Table:
@@ -31,8 +33,8 @@ def _description(config: Config) -> Table:
     table = Table(title=f"{config.data.dir}, sequences of {config.T} tokens")
     table.add_column("source")
     table.add_column("language")
-    for title in ("documents", "tokens", "bytes", "sequences", "share", "validation tokens"):
-        table.add_column(title, justify="right")
+    for title in ("documents", "tokens", "bytes", "sequences", "share", "validation"):
+        table.add_column(title, justify="right", overflow="fold")
     weights = sum(source.weight for source in config.data.sources)
     for source in config.data.sources:
         manifest = read_manifest(Path(config.data.dir) / source.name)
