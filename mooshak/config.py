@@ -167,8 +167,9 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         _require(
-            bool(re.fullmatch(r"[A-Za-z0-9_.-]+", self.name)),
-            f"data.sources name {self.name!r} must be letters, digits, '_', '-' and '.'",
+            bool(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.name)),
+            f"data.sources name {self.name!r} names a folder: it must begin with a letter or digit, "
+            "then letters, digits, '_', '-' and '.'",
         )
         _require(self.weight > 0, f"weight of source {self.name} must be positive")
         _require(self.kind == "tales" or bool(self.path), f"source {self.name} needs a path")

@@ -52,6 +52,7 @@ def test_a_wrong_option_is_named(arguments: list[str], message: str) -> None:
         ("trian: {steps: 5}", "did you mean train.steps"),
         ("data: {sources: [{name: a, wieght: 3}]}", "did you mean weight"),
         ("data: [", "config"),
+        ("data: {sources: [{name: ..}]}", "must begin with a letter or digit"),
     ],
 )
 def test_a_wrong_key_in_the_file_is_named(text: str, message: str, tmp_path: Path) -> None:
