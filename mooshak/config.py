@@ -168,7 +168,7 @@ class SourceConfig:
     def __post_init__(self) -> None:
         _require(
             bool(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.name)),
-            f"data.sources name {self.name!r} names a folder: it must begin with a letter or digit, "
+            f"data.sources name {self.name!r} (a folder) must begin with a letter or digit, "
             "then letters, digits, '_', '-' and '.'",
         )
         _require(self.weight > 0, f"weight of source {self.name} must be positive")
