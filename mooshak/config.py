@@ -432,6 +432,7 @@ def _explain(message: str) -> str:
 
 @functools.cache
 def _known_keys() -> tuple[str, ...]:
+    # The type of a field may be a string only under postponed annotations, which are not used here.
     keys = [f"{section.name}.{f.name}" for section in fields(Config) for f in fields(section.type)]  # type: ignore[arg-type]
     return (*SECTIONS, *keys, *(f.name for f in fields(SourceConfig)), "config", "mesh", "resume")
 

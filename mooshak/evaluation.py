@@ -1,8 +1,29 @@
 """Bits per byte, and the unigram coder that a model has to beat."""
 
 import math
+from collections.abc import Callable, Mapping
 
 import numpy as np
+
+
+def validation_metrics(
+    evaluate: Callable[[np.ndarray], float],
+    validation: Mapping[str, np.ndarray],
+    token_bytes_V: np.ndarray,
+) -> dict[str, float]:
+    """`validation_loss` per token over all languages, and `bits_per_byte_{language}` of each.
+
+    `evaluate` gives the summed cross entropy in nats of sequences [N, T + 1].
+    """
+    nats = {language: evaluate(sequences) for language, sequences in validation.items()}
+    n_tokens = sum(sequences[:, 1:].size for sequences in validation.values())
+    return {
+        "validation_loss": sum(nats.values()) / n_tokens,
+        **{
+            f"bits_per_byte_{language}": bits_per_byte(nats[language], sequences, token_bytes_V)
+            for language, sequences in validation.items()
+        },
+    }
 
 
 def bits_per_byte(nats: float, sequences_NT: np.ndarray, token_bytes_V: np.ndarray) -> float:

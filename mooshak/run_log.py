@@ -6,6 +6,7 @@ import platform
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mooshak.config import Config, dump
+from mooshak.files import write_atomically
 
 # Dense bf16 peaks in FLOP/s, from the vendors' data sheets.
 PEAK_FLOPS = {
@@ -44,8 +46,8 @@ class RunLog:
         if not main:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
-        replace_text(self.directory / "config.yaml", dump(config))
-        replace_text(
+        write_atomically(self.directory / "config.yaml", dump(config))
+        write_atomically(
             self.directory / "environment.json", json.dumps(environment(), indent=2) + "\n"
         )
         _truncate(self.directory / "metrics.jsonl", start_step)
@@ -94,27 +96,17 @@ class RunLog:
                 self.events.close()
 
 
-class StopRequest:
-    """Set by SIGTERM or SIGINT: the run saves and ends. A second signal ends it at once."""
-
-    def __init__(self) -> None:
-        self.received = False
-
-    def __bool__(self) -> bool:
-        return self.received
-
-
 @contextmanager
-def stop_request() -> Iterator[StopRequest]:
-    """Catch SIGTERM and SIGINT inside the block."""
-    request = StopRequest()
+def stop_request() -> Iterator[threading.Event]:
+    """Inside the block SIGTERM and SIGINT set the event; a second signal ends the run at once."""
+    request = threading.Event()
     previous: dict[signal.Signals, Any] = {}
 
     def receive(number: int, frame: FrameType | None) -> None:
-        if request.received:
+        if request.is_set():
             signal.signal(number, previous[signal.Signals(number)])
             signal.raise_signal(number)
-        request.received = True
+        request.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         previous[number] = signal.signal(number, receive)
@@ -150,13 +142,6 @@ def environment() -> dict[str, Any]:
     }
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a file under a temporary name and rename it, so that it is never half there."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """The lines of a `metrics.jsonl`; one cut off in the middle of writing is left out."""
     lines = []
@@ -172,4 +157,4 @@ def _truncate(path: Path, step: int) -> None:
     """Drop the lines after `step`: the run goes on from there and writes them again."""
     if path.is_file():
         kept = [line for line in read_metrics(path) if line["step"] <= step]
-        replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))

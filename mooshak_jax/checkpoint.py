@@ -46,13 +46,17 @@ def to_canonical(path: Path_, array: Any) -> Any:
 
 def abstract_params(model: ModelConfig, dtype: Dtype) -> Any:
     """Shapes and dtypes of the parameters, as a tree of dicts, without allocating any."""
-    split = nnx.split(nnx.eval_shape(lambda: Model(model, dtype)), nnx.Param, ...)
-    return nnx.to_pure_dict(split[1])
+    return nnx.to_pure_dict(_split(model, dtype)[1])
 
 
 def graph(model: ModelConfig, dtype: Dtype) -> nnx.GraphDef:
-    """The model without its parameters; `apply` joins both."""
-    return nnx.split(nnx.eval_shape(lambda: Model(model, dtype)), nnx.Param, ...)[0]
+    """The model without its parameters; `join` puts both together."""
+    return _split(model, dtype)[0]
+
+
+def _split(model: ModelConfig, dtype: Dtype) -> tuple[nnx.GraphDef, Any]:
+    split = nnx.split(nnx.eval_shape(lambda: Model(model, dtype)), nnx.Param, ...)
+    return split[0], split[1]
 
 
 def join(graphdef: nnx.GraphDef, params: Any) -> Model:
@@ -60,17 +64,16 @@ def join(graphdef: nnx.GraphDef, params: Any) -> Model:
     return nnx.merge(graphdef, nnx.State(params))
 
 
-def fill(abstract: Any, read: Callable[[str], np.ndarray], shardings: Any = None) -> Any:
-    """A tree like `abstract`, its arrays read by canonical name and placed by `shardings`."""
+def fill(abstract: Any, read: Callable[[str], np.ndarray]) -> Any:
+    """A tree like `abstract`, its arrays read by canonical name."""
 
-    def leaf(path: Path_, like: jax.ShapeDtypeStruct, sharding: Any = None) -> Array:
+    def leaf(path: Path_, like: jax.ShapeDtypeStruct) -> Array:
         value = to_canonical(path, read(canonical_name(path)))
         if value.shape != like.shape:
             raise InputError(f"{canonical_name(path)} has shape {value.shape}, not {like.shape}")
-        return jax.device_put(np.ascontiguousarray(value).astype(like.dtype), sharding)
+        return jax.device_put(np.ascontiguousarray(value).astype(like.dtype))
 
-    trees = (abstract,) if shardings is None else (abstract, shardings)
-    return jax.tree.map_with_path(leaf, *trees)
+    return jax.tree.map_with_path(leaf, abstract)
 
 
 def initialize(model: ModelConfig, dtype: Dtype, seed: int, gain_std: float = 0.0) -> Any:
@@ -94,14 +97,12 @@ def start_saving(state: dict[str, Any], path: Path) -> Callable[[], None]:
     return wait
 
 
-def restore(abstract: Any, path: Path, shardings: Any = None) -> dict[str, Any]:
-    """`params`, `exp_avg` and `exp_avg_sq` of a training checkpoint of any kind."""
-    with readable(path, "jax") as source_path:
-        source = open_checkpoint(source_path)
-        state = {"params": fill(abstract, source.read, shardings)}
-        for moment in interchange.MOMENTS:
-            read = partial(_read_moment, source, moment)
-            state[moment] = fill(abstract, read, shardings)
+def restore(dtype: Dtype, source: Checkpoint) -> dict[str, Any]:
+    """`params`, `exp_avg` and `exp_avg_sq` of an open training checkpoint."""
+    abstract = abstract_params(source.model, dtype)
+    state = {"params": fill(abstract, source.read)}
+    for moment in interchange.MOMENTS:
+        state[moment] = fill(abstract, partial(_read_moment, source, moment))
     return state
 
 

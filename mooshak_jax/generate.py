@@ -50,6 +50,8 @@ def generate(
     for t in range(new_tokens):
         token_B = sample(logits_BV, jnp.asarray(uniform_BT[:, t]), temperature, top_p)
         out.append(token_B)
+        if t + 1 == new_tokens:
+            break
         positions_B = positions_B + 1
         logits_BTV, caches = _step(graphdef, params, token_B[:, None], positions_B[:, None], caches)
         logits_BV = logits_BTV[:, 0]

@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import numpy as np
@@ -84,8 +83,3 @@ def _initialized() -> bool:
     from jax._src import xla_bridge
 
     return xla_bridge.backends_are_initialized()
-
-
-def place(tree: Any, sharding: NamedSharding) -> Any:
-    """The arrays of a tree, on the mesh."""
-    return jax.device_put(tree, sharding)

@@ -20,12 +20,11 @@ from mooshak import config as configuration
 from mooshak.checkpoints import Checkpoints
 from mooshak.config import Config
 from mooshak.errors import command
-from mooshak.evaluation import bits_per_byte
+from mooshak.evaluation import validation_metrics
 from mooshak.interchange import MOMENTS
 from mooshak.run_log import RunLog, stop_request
 from mooshak.schedule import learning_rate
 from mooshak_jax.checkpoint import (
-    abstract_params,
     graph,
     initialize,
     join,
@@ -36,7 +35,7 @@ from mooshak_jax.checkpoint import (
 from mooshak_jax.loss import cross_entropy
 from mooshak_jax.model import PARAMETERS, Model
 from mooshak_jax.optimizer import adamw, clip_gradients
-from mooshak_jax.parallel import Parallel, make_parallel, place
+from mooshak_jax.parallel import Parallel, make_parallel
 
 State = dict[str, Any]
 """`params`, `exp_avg` and `exp_avg_sq`, trees alike, and `step`, the optimizer steps done."""
@@ -58,9 +57,9 @@ def train(config: Config, resume: str = "auto") -> None:
         with checkpoints.readable(path, "jax") as readable:
             source = open_checkpoint(readable)
             step = checkpoints.check_resume(config, source, tokenizer.fingerprint)
-            state = restore(abstract_params(config.model, config.train.dtype), readable)
+            state = restore(config.train.dtype, source)
             state["step"] = jnp.asarray(step, jnp.int32)
-    state = place(state, parallel.replicated)
+    state = jax.device_put(state, parallel.replicated)
     update = make_train_step(config, parallel)
     measure = make_evaluate(config, parallel)
     validation = validation_sequences(config) if config.evaluate.every else {}
@@ -78,22 +77,17 @@ def train(config: Config, resume: str = "auto") -> None:
                 batch = parallel.put(np.asarray(next(batches)))
                 state, loss, norm = update(state, batch, rate)
                 step += 1
-                stopped = bool(stop)
+                stopped = stop.is_set()
                 metrics = {"loss": float(loss), "learning_rate": rate, "grad_norm": float(norm)}
                 metrics |= memory()
                 seconds = time.perf_counter() - start
                 if validation and (step % config.evaluate.every == 0 or step == last):
-                    losses = {
-                        language: evaluate(measure, state["params"], sequences, config, parallel)
-                        for language, sequences in validation.items()
-                    }
-                    sizes = {k: s[:, 1:].size for k, s in validation.items()}
-                    validation_loss = sum(losses.values()) / sum(sizes.values())
-                    metrics["validation_loss"] = validation_loss
-                    for language, nats in losses.items():
-                        metrics[f"bits_per_byte_{language}"] = bits_per_byte(
-                            nats, validation[language], tokenizer.token_bytes()
-                        )
+                    score = partial(
+                        evaluate, measure, state["params"], config=config, parallel=parallel
+                    )
+                    measured = validation_metrics(score, validation, tokenizer.token_bytes())
+                    validation_loss = measured["validation_loss"]
+                    metrics |= measured
                 if step % config.train.log_every == 0 or step == last:
                     log.log(step, seconds, metrics)
                 saver.raise_failure()

@@ -46,14 +46,12 @@ def start_saving(
     return future.result
 
 
-def restore(model: Model, optimizer: torch.optim.Optimizer, path: Path) -> None:
-    """Fill the model and the optimizer from a training checkpoint of any kind."""
-    with readable(path, "torch") as source_path:
-        source = open_checkpoint(source_path)
-        state: dict[str, Tensor] = dict(model.named_parameters())
-        for moment, tensors in moments(model, optimizer).items():
-            state |= {f"{moment}.{name}": tensor for name, tensor in tensors.items()}
-        fill(state, source)
+def restore(model: Model, optimizer: torch.optim.Optimizer, source: Checkpoint) -> None:
+    """Fill the model and the optimizer from an open training checkpoint."""
+    state: dict[str, Tensor] = dict(model.named_parameters())
+    for moment, tensors in moments(model, optimizer).items():
+        state |= {f"{moment}.{name}": tensor for name, tensor in tensors.items()}
+    fill(state, source)
     assert source.trainer_state is not None
     set_step(optimizer, source.trainer_state["step"])
 

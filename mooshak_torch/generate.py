@@ -46,6 +46,8 @@ def generate(
         uniform_B = torch.from_numpy(uniform_BT[:, t]).to(device)
         token_B = sample(logits_BV, uniform_B, temperature, top_p)
         out.append(token_B)
+        if t + 1 == new_tokens:
+            break
         positions_B = positions_B + 1
         logits_BV = model(token_B.unsqueeze(1), positions_B.unsqueeze(1), caches)[:, 0]
     return torch.stack(out, dim=1).cpu().numpy().astype(np.int32)

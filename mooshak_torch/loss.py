@@ -28,7 +28,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, x_BTD: Tensor, w_VD: Tensor, labels_BT: Tensor, step: int) -> Tensor:
         differentiate = any(ctx.needs_input_grad[:2])
         total = w_VD.new_zeros(())
-        dx_BTD, dw_VD = torch.empty_like(x_BTD), torch.zeros_like(w_VD)
+        if differentiate:
+            dx_BTD, dw_VD = torch.empty_like(x_BTD), torch.zeros_like(w_VD)
         narrow_VD = w_VD.to(x_BTD.dtype)
         for start in range(0, x_BTD.shape[1], step):
             here = slice(start, start + step)

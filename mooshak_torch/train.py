@@ -17,7 +17,7 @@ from mooshak import config as configuration
 from mooshak.checkpoints import Checkpoints
 from mooshak.config import Config
 from mooshak.errors import command
-from mooshak.evaluation import bits_per_byte
+from mooshak.evaluation import validation_metrics
 from mooshak.run_log import RunLog, stop_request
 from mooshak.schedule import learning_rate
 from mooshak_torch.checkpoint import open_checkpoint, restore, start_saving
@@ -45,7 +45,7 @@ def train(config: Config, resume: str = "auto") -> None:
         with checkpoints.readable(path, "torch") as readable:
             source = open_checkpoint(readable)
             step = checkpoints.check_resume(config, source, tokenizer.fingerprint)
-            restore(model, optimizer, readable)
+            restore(model, optimizer, source)
     objective = parallel.wrap(Objective(model, config.train.loss_chunk))
     validation = validation_sequences(config) if config.evaluate.every else {}
     batches = train_batches(config, step, parallel.rank, parallel.world)
@@ -63,23 +63,16 @@ def train(config: Config, resume: str = "auto") -> None:
                 batch = torch.from_numpy(np.asarray(next(batches))).to(parallel.device).long()
                 loss, norm = train_step(objective, optimizer, batch, rate, config, parallel)
                 step += 1
-                flags = parallel.sum(torch.stack([loss, loss.new_tensor(float(bool(stop)))]))
+                flags = parallel.sum(torch.stack([loss, loss.new_tensor(float(stop.is_set()))]))
                 stopped = flags[1].item() > 0
                 metrics = {"loss": flags[0].item(), "learning_rate": rate, "grad_norm": norm.item()}
                 metrics |= memory(parallel.device)
                 seconds = time.perf_counter() - start
                 if validation and (step % config.evaluate.every == 0 or step == last):
-                    losses = {
-                        language: evaluate(model, sequences, config, parallel)
-                        for language, sequences in validation.items()
-                    }
-                    sizes = {k: s[:, 1:].size for k, s in validation.items()}
-                    validation_loss = sum(losses.values()) / sum(sizes.values())
-                    metrics["validation_loss"] = validation_loss
-                    for language, nats in losses.items():
-                        metrics[f"bits_per_byte_{language}"] = bits_per_byte(
-                            nats, validation[language], tokenizer.token_bytes()
-                        )
+                    score = partial(evaluate, model, config=config, parallel=parallel)
+                    measured = validation_metrics(score, validation, tokenizer.token_bytes())
+                    validation_loss = measured["validation_loss"]
+                    metrics |= measured
                 if step % config.train.log_every == 0 or step == last:
                     log.log(step, seconds, metrics)
                 saver.raise_failure()

@@ -9,7 +9,6 @@ What each line means, and why the bounds are what they are, is in docs/parity.md
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -34,9 +33,9 @@ from mooshak.config import (
     TrainConfig,
 )
 from mooshak.errors import InputError, command
+from mooshak.files import write_atomically
 from mooshak.initial import initial_weight
 from mooshak.interchange import Checkpoint
-from mooshak.run_log import replace_text
 from mooshak.schedule import learning_rate
 from mooshak_torch.model import Model
 from parity.convert import convert, open_any
@@ -295,12 +294,13 @@ def _torch_steps(
 def _jax_steps(
     source: Checkpoint, config: Config, tokens_nBS: np.ndarray
 ) -> tuple[dict[str, np.ndarray], list[float]]:
-    from mooshak_jax.parallel import make_parallel, place
+    from mooshak_jax.parallel import make_parallel
     from mooshak_jax.train import initial_state, make_train_step
 
     parallel = make_parallel(config)
     update = make_train_step(config, parallel)
-    state = place(initial_state(_jax_params(source, config.train.dtype)), parallel.replicated)
+    state = initial_state(_jax_params(source, config.train.dtype))
+    state = jax.device_put(state, parallel.replicated)
     losses = []
     for step, batch_BS in enumerate(tokens_nBS):
         state, loss, _ = update(state, parallel.put(batch_BS), learning_rate(config, step))
@@ -334,9 +334,9 @@ def write_report(lines: list[Line], directory: Path, title: str) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     rows = [asdict(line) | {"passed": line.passed} for line in lines]
     report = {"source": title, "passed": all(line.passed for line in lines), "lines": rows}
-    replace_text(directory / "parity.json", json.dumps(report, indent=2) + "\n")
+    write_atomically(directory / "parity.json", json.dumps(report, indent=2) + "\n")
     head = "| what | dtype | measured | allowed | other | |\n|---|---|---|---|---|---|\n"
-    replace_text(
+    write_atomically(
         directory / "parity.md",
         f"# Parity of {title}\n\n"
         + head
@@ -357,6 +357,8 @@ def _cells(line: Line) -> list[str]:
 
 @command
 def main() -> None:
+    # JAX is imported by now: the environment variable would be read no more.
+    jax.config.update("jax_platforms", "cpu")
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("source", type=Path, help="a checkpoint of any kind, or a *.yaml")
     parser.add_argument("other", type=Path, nargs="?", help="a checkpoint for JAX to compute with")
@@ -383,5 +385,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     main()

@@ -11,6 +11,7 @@ import numpy as np
 
 from mooshak.config import Dtype, ModelConfig
 from mooshak.errors import InputError, command
+from mooshak.files import replacing
 
 
 def logits(source: Path, backend: str, tokens_BT: np.ndarray, dtype: Dtype) -> np.ndarray:
@@ -64,9 +65,8 @@ def main() -> None:
     except (OSError, ValueError) as error:
         raise InputError(f"{args.tokens} is not a .npy file of tokens: {error}") from error
     result = logits(args.source, args.backend, tokens_BT, args.dtype)
-    temporary = args.out.with_name(f".{args.out.name}.{os.getpid()}.npy")
-    np.save(temporary, result)
-    temporary.replace(args.out)
+    with replacing(args.out) as file:
+        np.save(file, result)
     print(f"{args.out}: {result.dtype} {list(result.shape)} from {args.backend}")
 
 

@@ -147,7 +147,7 @@ def test_evaluation_is_the_same_with_a_rest_that_fills_no_batch() -> None:
     )
     mesh = jax_parallel.make_parallel(config)
     measure = jax_train.make_evaluate(config, mesh)
-    params = jax_parallel.place(check._jax_params(source, "float64"), mesh.replicated)
+    params = jax.device_put(check._jax_params(source, "float64"), mesh.replicated)
     assert np.isclose(
         jax_train.evaluate(measure, params, sequences, config, mesh), truth, rtol=1e-13
     )
