@@ -317,9 +317,9 @@ def plots() -> tuple[Plot, ...]:
         sections = {}
         for part in re.split(r"^-- ", body, flags=re.MULTILINE)[1:]:
             section, _, lines = part.partition("\n")
-            beats = re.sub(r"^(&.*)$", r"\n\1\n", lines, flags=re.MULTILINE).strip()
+            beats = re.sub(r"^(\??&.*)$", r"\n\1\n", lines, flags=re.MULTILINE).strip()
             sections[section] = tuple(
-                _called(beat, snippets) if beat.startswith("&") else _beat(beat.splitlines())
+                _called(beat, snippets) if "&" in beat[:2] else _beat(beat.splitlines())
                 for beat in re.split(r"\n\n+", beats)
             )
         cast = dict(_role(role) for role in roles)
@@ -349,14 +349,14 @@ def _oblique(slot: re.Match) -> str:
 
 def _called(call: str, snippets: Mapping[str, _Snippet]) -> Beat:
     """The beat of a snippet, its roles renamed to those of the call."""
-    name, *roles = call.split()
+    name, *roles = call.lstrip("?").split()
     letters, pairs = snippets[name]
     rename = dict(zip(letters, roles, strict=True))
 
     def renamed(text: str) -> str:
         return re.sub(r"(?<=[{+])[A-Z]\b", lambda letter: rename[letter[0]], text)
 
-    return Beat(False, tuple((renamed(hindi), renamed(english)) for hindi, english in pairs))
+    return Beat(call[0] == "?", tuple((renamed(hindi), renamed(english)) for hindi, english in pairs))
 
 
 @command
