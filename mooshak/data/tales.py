@@ -242,7 +242,8 @@ def _english(template: str, cast: Mapping[str, Actor], phrases: Mapping[str, tup
             phrase = f"{actor.adjective[0]} " if actor.adjective else ""
             phrase += actor.noun.english
             named = f" named {actor.name[0]}" if actor.name else ""
-            return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}{named}"
+            article = "an" if phrase.startswith((*"aeiou", "honest")) else "a"
+            return f"{article} {phrase}{named}"
         return actor.name[0] if actor.name else f"the {actor.noun.english}"
 
     text = _SLOT.sub(fill, template)
@@ -356,7 +357,9 @@ def _called(call: str, snippets: Mapping[str, _Snippet]) -> Beat:
     def renamed(text: str) -> str:
         return re.sub(r"(?<=[{+])[A-Z]\b", lambda letter: rename[letter[0]], text)
 
-    return Beat(call[0] == "?", tuple((renamed(hindi), renamed(english)) for hindi, english in pairs))
+    return Beat(
+        call[0] == "?", tuple((renamed(hindi), renamed(english)) for hindi, english in pairs)
+    )
 
 
 @command
