@@ -189,8 +189,8 @@ def _html_files(package: Path) -> Iterator[tuple[str, bytes]]:
         return
     try:
         content = package.read_bytes()
-    except FileNotFoundError:
-        raise InputError(f"{package} is missing; give a .deb file or a directory") from None
+    except OSError as error:
+        raise InputError(f"{package}: {error.strerror}; give a .deb file or a directory") from None
     try:
         with tarfile.open(fileobj=io.BytesIO(_data_member(content, package))) as archive:
             for member in archive:
@@ -208,8 +208,8 @@ def _data_member(content: bytes, package: Path) -> bytes:
     if not content.startswith(b"!<arch>\ndebian-binary"):
         raise InputError(f"{package} is not a Debian package; give a .deb file or a directory")
     at = 8
-    while header := content[at : at + 60]:
-        size = int(header[48:58] or b"0")
+    while (header := content[at : at + 60])[48:58].strip().isdigit():
+        size = int(header[48:58])
         if header.startswith(b"data.tar"):
             return content[at + 60 : at + 60 + size]
         at += 60 + size + size % 2
