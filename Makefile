@@ -1,9 +1,9 @@
-# make test: set up, then the tests. make help lists the rest.
+# make demo: set up, then the whole story. make test: set up, then the tests. make help: the rest.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: help setup test test-fast lint format clean
+.PHONY: help setup demo picture test test-fast lint format clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
@@ -13,6 +13,13 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[torch,jax,hf,dev]'
 	touch $@
+
+demo: setup ## train in PyTorch, go on in JAX, compare: runs/demo/report.html
+	$(BIN)/python -m parity.demo --config configs/demo.yaml
+
+picture: ## docs/report.png of the demo's report; needs chromium and a Devanagari font
+	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1200,1180 \
+	  --screenshot=$(CURDIR)/docs/report.png file://$(CURDIR)/runs/demo/report.html
 
 test: setup ## set up, then all tests
 	$(BIN)/python -m pytest

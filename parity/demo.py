@@ -1,0 +1,261 @@
+"""The whole story on two cores: train in PyTorch, go on in JAX, and prove that nothing changed.
+
+python -m parity.demo --config configs/demo.yaml
+
+Each stage is a command that can be given by hand; it is printed, run, and stamped when it has ended
+well. A stage is skipped while its stamp fits the configuration and what it made is still whole.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from mooshak import config as configuration
+from mooshak.config import Config
+from mooshak.data.sources import input_size
+from mooshak.errors import InputError, command
+from mooshak.files import locked, write_atomically
+
+# Titles of tales, which the model continues.
+PROMPTS = ("चूहा और शेर", "The mouse and the lion", "प्यासा कौआ", "The thirsty crow")
+
+# The demo is on the CPU, which every machine has.
+CPU = {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"}
+
+# A run so short that float64 costs seconds: 40 steps on each side of the change.
+FLOAT64 = {
+    "train.dtype": "float64",
+    "train.steps": 80,
+    "train.batch_size": 2,
+    "train.sequence_length": 32,
+    "schedule.warmup_steps": 10,
+    "evaluate.every": 0,
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command of the demo."""
+
+    name: str
+    title: str
+    words: tuple[str, ...]
+    """What stands behind `python -m`."""
+    makes: tuple[Path, ...]
+    """Files and directories that are all there when the stage is complete."""
+    prints: Path | None = None
+    """One of them, if it is the command's standard output."""
+
+
+def stages(config: Config, settings: Sequence[str], out: Path) -> list[Stage]:
+    """The demo, in order. `settings` are the options that made `config`."""
+    steps, half = config.train.steps, config.train.steps // 2
+    precise = tuple(word for key, value in FLOAT64.items() for word in (f"--{key}", str(value)))
+    prompts = tuple(word for prompt in PROMPTS for word in ("--prompt", prompt))
+    n_tokens = config.model.max_seq_len * 3 // 4
+    sampling = f"--tokens {n_tokens} --temperature 0.7 --top-p 0.95 --seed 1".split()
+    tokenizer = config.tokenizer.path
+
+    def train(framework: str, run: str, *options: object) -> tuple[str, ...]:
+        here = ("--run.dir", str(out / run), *map(str, options))
+        return (f"mooshak_{framework}.train", *settings, *here)
+
+    def convert(source: Path, target: Path, kind: str) -> tuple[str, ...]:
+        return ("parity.convert", str(source), str(target), "--to", kind)
+
+    def generate(framework: str, checkpoint: Path) -> tuple[str, ...]:
+        where = (str(checkpoint), "--tokenizer", tokenizer)
+        return (f"mooshak_{framework}.generate", *where, *prompts, *sampling)
+
+    first, last = out / "torch/checkpoints" / str(half), out / "jax/checkpoints" / str(steps)
+    to_jax, back = out / "to-jax", out / "back-in-torch"
+    stayed, kept = out / "stayed", out / "stayed/checkpoints" / str(steps)
+    short = out / "float64-torch/checkpoints/40"
+    on_mesh = ("--mesh", "data=2")
+    return [
+        Stage(
+            "tokenizer",
+            "train the tokenizer",
+            ("mooshak.tokenizer", "train", *settings),
+            (Path(tokenizer),),
+        ),
+        Stage(
+            "corpus",
+            "write the corpus as tokens",
+            ("mooshak.data", "prepare", *settings),
+            tuple(Path(config.data.dir) / source.name for source in config.data.sources),
+        ),
+        Stage(
+            "torch",
+            "train the first half in PyTorch",
+            train("torch", "torch", "--train.stop_at", half),
+            (out / "torch", first),
+        ),
+        Stage("to-jax", "convert to JAX", convert(first, to_jax, "jax"), (to_jax,)),
+        Stage(
+            "jax",
+            "train the second half in JAX, on two devices",
+            train("jax", "jax", "--resume", to_jax, *on_mesh),
+            (out / "jax", last),
+        ),
+        Stage("back", "convert back to PyTorch", convert(last, back, "torch"), (back,)),
+        Stage(
+            "stayed",
+            "train the second half in PyTorch too, to compare",
+            train("torch", "stayed", "--resume", first),
+            (stayed, kept),
+        ),
+        Stage(
+            "float64-torch",
+            "40 steps in PyTorch in float64",
+            train("torch", "float64-torch", *precise, "--train.stop_at", 40),
+            (out / "float64-torch", short),
+        ),
+        Stage(
+            "float64-jax",
+            "40 more in JAX",
+            train("jax", "float64-jax", *precise, "--resume", short, *on_mesh),
+            (out / "float64-jax", out / "float64-jax/checkpoints/80"),
+        ),
+        Stage(
+            "float64-stayed",
+            "40 more in PyTorch, to compare",
+            train("torch", "float64-stayed", *precise, "--resume", short),
+            (out / "float64-stayed", out / "float64-stayed/checkpoints/80"),
+        ),
+        Stage(
+            "samples-torch",
+            "generate text in PyTorch",
+            generate("torch", back),
+            (out / "samples-torch.txt",),
+            prints=out / "samples-torch.txt",
+        ),
+        Stage(
+            "samples-jax",
+            "generate text in JAX",
+            generate("jax", last),
+            (out / "samples-jax.txt",),
+            prints=out / "samples-jax.txt",
+        ),
+        Stage(
+            "check",
+            "check that both are the same function",
+            ("parity.check", str(back), str(last), "--out", str(out / "parity")),
+            (out / "parity/parity.json", out / "parity/parity.md"),
+        ),
+        Stage("report", "write the report", ("parity.report", str(out)), (out / "report.html",)),
+    ]
+
+
+def carry_out(stages: Sequence[Stage], out: Path, made_of: str) -> int:
+    """Run the stages that are not done; returns how many these were.
+
+    `made_of` stands for everything outside that decides the result. Ends the program, with the exit
+    code of the stage, when one fails; what it made then stays without a stamp.
+    """
+    console = Console(highlight=False, soft_wrap=True)
+    key, ran = made_of, 0
+    for number, stage in enumerate(stages, 1):
+        # The key holds those of all stages before: what follows a changed stage is made again.
+        key = hashlib.sha256(json.dumps([key, stage.words]).encode()).hexdigest()
+        stamp = out / "stages" / f"{stage.name}.json"
+        head = f"[bold]{number:2}/{len(stages)} {stage.title}[/]"
+        if is_done(stage, stamp, key):
+            console.print(f"{head}  [dim]done before, reused[/]")
+            continue
+        line = shlex.join(["python", "-m", *stage.words])
+        console.print(head)
+        console.print(f"$ {line}", style="dim", markup=False)
+        stamp.unlink(missing_ok=True)
+        for path in stage.makes:  # What an interrupted or another run left.
+            if path.is_relative_to(out):
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        seconds = run(stage)
+        if missing := [path for path in stage.makes if not path.exists()]:
+            sys.exit(f"{stage.title}: {missing[0]} was not made; the same command goes on here")
+        made = {
+            "key": key,
+            "number": number,
+            "title": stage.title,
+            "words": stage.words,
+            "seconds": seconds,
+            "files": sizes(stage.makes),
+        }
+        write_atomically(stamp, json.dumps(made, indent=1, ensure_ascii=False) + "\n")
+        ran += 1
+    return ran
+
+
+def run(stage: Stage) -> float:
+    """Run the command of a stage; returns the seconds it took. Ends the program when it fails."""
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", *stage.words],
+        stdout=subprocess.PIPE if stage.prints else None,
+        env=os.environ | CPU,
+    )
+    if done.returncode in (1, 2):
+        sys.exit(done.returncode)  # The command has said why.
+    if done.returncode:
+        sys.exit(f"{stage.title}: ended with {done.returncode}; the same command goes on here")
+    if stage.prints:
+        write_atomically(stage.prints, done.stdout)
+        print(done.stdout.decode().rstrip())
+    return time.perf_counter() - start
+
+
+def is_done(stage: Stage, stamp: Path, key: str) -> bool:
+    """Whether the stage was completed with this key, and its files are still of the same size."""
+    try:
+        made = json.loads(stamp.read_text())
+    except (FileNotFoundError, ValueError):
+        return False
+    return made["key"] == key and made["files"] == sizes(stage.makes)
+
+
+def sizes(paths: Sequence[Path]) -> dict[str, int]:
+    """Bytes of every file in these files and directories."""
+    files = [file for path in paths for file in ([path] if path.is_file() else path.rglob("*"))]
+    return {str(file): file.stat().st_size for file in sorted(files) if file.is_file()}
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--out", type=Path, default=Path("runs/demo"))
+    # The other options go to the commands as they are.
+    options, settings = own.parse_known_args(sys.argv[1:] if argv is None else argv)
+    about = "Train in PyTorch, go on in JAX, compare. --out DIR (runs/demo) is where all goes."
+    config, _ = configuration.parse(configuration.parser(about), settings)
+    if config.train.steps < 2 or config.train.batch_size % 2:
+        raise InputError(
+            f"the demo halves train.steps {config.train.steps} and, on its mesh, train.batch_size "
+            f"{config.train.batch_size}; choose even numbers"
+        )
+    inputs = [input_size(source) for source in config.data.sources]
+    made_of = configuration.dump(config) + json.dumps(inputs)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    start = time.perf_counter()
+    try:
+        with locked(options.out / ".lock"):
+            ran = carry_out(stages(config, settings, options.out), options.out, made_of)
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on here")
+    seconds = time.perf_counter() - start
+    print(f"{options.out / 'report.html'}: {ran} stages run, {seconds:.0f} seconds")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,321 @@
+"""Write the page about a run that changed its framework: `report.html`, one file with all in it.
+
+python -m parity.report runs/demo
+
+Reads what the stages of `parity.demo` left in the directory, and nothing else: metrics, samples,
+`parity.json`, evaluations, stamps. Exits 1 when one of the bounds does not hold.
+"""
+
+import argparse
+import io
+import json
+import re
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import jinja2
+import matplotlib
+
+from mooshak import config as configuration
+from mooshak.errors import InputError, command
+from mooshak.files import write_atomically
+from mooshak.run_log import read_metrics
+
+# Allowed differences between a curve that changed its framework and one that stayed.
+CURVE_FLOAT32 = 2e-5  # absolute
+CURVE_FLOAT64 = 1e-12  # relative
+
+# Placeholders that stand for the page's own colours, which are others in the dark.
+COLORS = {"ink": "#010203", "faint": "#010204", "torch": "#010205", "jax": "#010206"}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The loss after the change of framework, beside that of the run that stayed."""
+
+    before: dict[int, float]
+    """Step -> loss of the part that both have in common."""
+    changed: dict[int, float]
+    stayed: dict[int, float]
+    relative: bool
+    allowed: float
+
+    @property
+    def differences(self) -> dict[int, float]:
+        """Step -> absolute (or relative) difference."""
+        scale = {step: abs(loss) if self.relative else 1.0 for step, loss in self.stayed.items()}
+        return {s: abs(self.changed[s] - self.stayed[s]) / scale[s] for s in self.stayed}
+
+    @property
+    def worst_step(self) -> int:
+        return max(self.differences, key=lambda step: self.differences[step])
+
+    @property
+    def worst(self) -> float:
+        return self.differences[self.worst_step]
+
+    @property
+    def passed(self) -> bool:
+        return all(difference <= self.allowed for difference in self.differences.values())
+
+    @property
+    def exact(self) -> int:
+        """Number of steps whose losses are equal to the last bit."""
+        return sum(difference == 0.0 for difference in self.differences.values())
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt and what each framework made of it."""
+
+    prompt: str
+    torch: str
+    jax: str
+
+    @property
+    def passed(self) -> bool:
+        return self.torch == self.jax
+
+    @property
+    def language(self) -> str:
+        return "hi" if re.search("[\u0900-\u097f]", self.prompt) else "en"
+
+
+def read_curve(runs: Sequence[Path], relative: bool, allowed: float) -> Curve:
+    """The curve from the runs before the change, after it, and without it.
+
+    Raises `InputError` unless their steps fit together.
+    """
+    before, changed, stayed = map(_losses, runs)
+    if not (before and changed) or changed.keys() != stayed.keys() or min(changed) <= max(before):
+        raise InputError(f"the steps of {', '.join(map(str, runs))} do not fit together")
+    return Curve(before, changed, stayed, relative, allowed)
+
+
+def _losses(run: Path) -> dict[int, float]:
+    return {int(line["step"]): line["loss"] for line in read_metrics(run / "metrics.jsonl")}
+
+
+def read_samples(torch: Path, jax: Path, prompts: list[str]) -> list[Sample]:
+    """The samples in what the two `generate` commands printed."""
+    texts = [_texts(path, prompts) for path in (torch, jax)]
+    return [Sample(*row) for row in zip(prompts, *texts, strict=True)]
+
+
+def _texts(path: Path, prompts: list[str]) -> list[str]:
+    """What follows each prompt: every text begins with its own and ends in an empty line."""
+    output, starts = path.read_text(), [0]
+    for prompt in prompts[1:]:
+        starts.append(output.find(f"\n\n{prompt}", starts[-1]) + 2)
+    if not output.startswith(prompts[0]) or 1 in starts:
+        raise InputError(f"{path} does not hold a text for each prompt")
+    ends = [*(start - 2 for start in starts[1:]), len(output)]
+    spans = zip(prompts, starts, ends, strict=True)
+    return [output[start + len(prompt) : end].rstrip() for prompt, start, end in spans]
+
+
+def plot(curve: Curve) -> str:
+    """The loss of all parts, and below the difference, as SVG in the page's colours."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    style: Any = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "mooshak",
+        "font.size": 8,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.linewidth": 0.6,
+        "axes.grid": True,
+        "grid.linewidth": 0.4,
+        "grid.color": COLORS["faint"],
+        "xtick.color": COLORS["ink"],
+        "ytick.color": COLORS["ink"],
+        "axes.edgecolor": COLORS["ink"],
+        "axes.labelcolor": COLORS["ink"],
+        "text.color": COLORS["ink"],
+        "lines.solid_capstyle": "round",
+    }
+    change, stayed = max(curve.before), curve.before | curve.stayed
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(5.0, 4.5), layout="constrained")
+        FigureCanvasSVG(figure)
+        top, bottom = figure.subplots(2, sharex=True, height_ratios=(2.4, 1))
+
+        def draw(axes: Any, scale: float) -> None:
+            axes.plot(*_xy(stayed), color=COLORS["ink"], alpha=0.25, linewidth=4.5 * scale)
+            axes.plot(*_xy(curve.before), color=COLORS["torch"], linewidth=1.1 * scale)
+            axes.plot(*_xy(curve.changed), color=COLORS["jax"], linewidth=1.1 * scale)
+            axes.axvline(change + 0.5, color=COLORS["ink"], linewidth=0.6, linestyle=(0, (2, 2)))
+
+        draw(top, 1)
+        top.set_ylabel("loss, nats per token")
+        near = curve.before | curve.changed
+        width = max(3, min(12, len(curve.stayed) // 3))
+        inset = top.inset_axes((0.56, 0.46, 0.43, 0.54))
+        draw(inset, 1.2)
+        window = [near[s] for s in near if change - width < s <= change + width + 1]
+        margin = 0.12 * (max(window) - min(window)) or 0.1
+        inset.set_xlim(change - width + 0.5, change + width + 0.5)
+        inset.set_ylim(min(window) - margin, max(window) + 3 * margin)
+        inset.set_facecolor("none")
+        inset.tick_params(labelsize=7, length=2)
+        inset.locator_params(axis="y", nbins=4)
+        place = {"transform": inset.get_xaxis_transform(), "va": "top"}
+        inset.text(change, 0.97, "PyTorch ", color=COLORS["torch"], ha="right", **place)
+        inset.text(change + 1, 0.97, " JAX", color=COLORS["jax"], ha="left", **place)
+
+        floor = curve.allowed / 1e4
+        shown = {s: max(difference, floor) for s, difference in curve.differences.items()}
+        bottom.plot(*_xy(shown), ".", markersize=2.5, color=COLORS["jax"])
+        bottom.axhline(curve.allowed, color=COLORS["ink"], linewidth=0.8)
+        bottom.axvline(change + 0.5, color=COLORS["ink"], linewidth=0.6, linestyle=(0, (2, 2)))
+        bottom.set_yscale("log")
+        bottom.set_ylim(floor / 2, curve.allowed * 8)
+        bottom.text(1, curve.allowed * 1.4, f"allowed: {_power(curve.allowed)}", va="bottom")
+        bottom.text(change / 2, floor * 30, "both runs share\nthis half", ha="center", alpha=0.7)
+        bottom.set_ylabel("difference")
+        bottom.set_xlabel("step")
+        bottom.minorticks_off()
+        file = io.StringIO()
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    svg = file.getvalue()
+    svg = svg[svg.index("<svg") :]
+    for name, color in COLORS.items():
+        svg = svg.replace(color, f"var(--{name})")
+    # The page decides the size: only the view box stays.
+    return re.sub(r'^(<svg [^>]*?) height="[^"]*"([^>]*?) width="[^"]*"', r"\1\2", svg)
+
+
+def _xy(points: Mapping[int, float]) -> tuple[list[int], list[float]]:
+    return list(points), list(points.values())
+
+
+def _power(value: float) -> str:
+    """2e-05 as 2 × 10⁻⁵."""
+    if value == 0 or value != value:
+        return f"{value:g}"
+    digits, exponent = f"{value:.1e}".split("e")
+    raised = str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return f"{digits.removesuffix('.0')} × 10{raised}"
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything that the page shows."""
+
+    directory: Path
+    stages: dict[str, dict[str, Any]]
+    """The stamps of the stages, by name."""
+    config: configuration.Config
+    environment: dict[str, Any]
+    curve: Curve
+    precise: Curve
+    """The same change in float64."""
+    parity: list[dict[str, Any]]
+    samples: list[Sample]
+
+    def failures(self) -> Iterator[str]:
+        """A line for everything that is not as it has to be."""
+        for dtype, curve in (("float32", self.curve), ("float64", self.precise)):
+            if not curve.passed:
+                yield (
+                    f"the {dtype} loss of step {curve.worst_step} differs by {curve.worst:.2g} "
+                    f"after the change of framework, allowed are {curve.allowed:g}"
+                )
+        for sample in self.samples:
+            if not sample.passed:
+                yield f"the texts of both frameworks differ after {sample.prompt!r}"
+        for line in self.parity:
+            if not line["passed"]:
+                yield f"parity.check: {line['name']} ({line['dtype']}): {line['measured']:.2g}"
+
+    def command(self, name: str) -> list[str]:
+        """The words of a stage's command line, quoted for a shell."""
+        return [shlex.quote(word) for word in ("python", "-m", *self.stages[name]["words"])]
+
+    def stage_bytes(self, name: str) -> int:
+        """Bytes of what a stage made."""
+        return sum(self.stages[name]["files"].values())
+
+    def speed(self, run: str) -> float:
+        """Tokens per second of the usual step of a run."""
+        lines = read_metrics(self.directory / run / "metrics.jsonl")
+        return median(line["tokens_per_second"] for line in lines)
+
+    def corpus(self) -> list[dict[str, Any]]:
+        """Documents, tokens and bytes of each source."""
+        rows = []
+        for source in self.config.data.sources:
+            path = Path(self.config.data.dir) / source.name / "manifest.json"
+            shards = json.loads(path.read_text())["shards"]
+            counts = {key: sum(s[key] for s in shards) for key in ("documents", "tokens", "bytes")}
+            rows.append({"name": source.name, "language": source.language, **counts})
+        return rows
+
+
+def read(directory: Path) -> Results:
+    """The results in the directory of a demo. Raises `InputError` when a stage is missing."""
+    stamps = {p.stem: json.loads(p.read_text()) for p in (directory / "stages").glob("*.json")}
+    made = dict(sorted(stamps.items(), key=lambda stamp: stamp[1]["number"]))
+    try:
+        prompts = [b for a, b in pairwise(made["samples-jax"]["words"]) if a == "--prompt"]
+        runs = [directory / run for run in ("torch", "jax", "stayed")]
+        precise = [run.with_name(f"float64-{run.name}") for run in runs]
+        return Results(
+            directory=directory,
+            stages=made,
+            config=configuration.load(directory / "torch" / "config.yaml"),
+            environment=json.loads((directory / "jax" / "environment.json").read_text()),
+            curve=read_curve(runs, relative=False, allowed=CURVE_FLOAT32),
+            precise=read_curve(precise, relative=True, allowed=CURVE_FLOAT64),
+            parity=json.loads((directory / "parity" / "parity.json").read_text())["lines"],
+            samples=read_samples(
+                directory / "samples-torch.txt", directory / "samples-jax.txt", prompts
+            ),
+        )
+    except (FileNotFoundError, KeyError) as error:
+        raise InputError(
+            f"{directory} does not hold a whole demo ({error}); run `python -m parity.demo`"
+        ) from error
+
+
+def page(results: Results) -> str:
+    """The HTML."""
+    templates = jinja2.Environment(
+        loader=jinja2.PackageLoader("parity", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.filters["power"] = _power
+    template = templates.get_template("report.html")
+    return template.render(r=results, figure=plot(results.curve), failures=[*results.failures()])
+
+
+@command
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("directory", type=Path, help="the directory of a demo, runs/demo")
+    results = read(parser.parse_args().directory)
+    target = results.directory / "report.html"
+    write_atomically(target, page(results))
+    failures = list(results.failures())
+    if failures:
+        print(f"failed: {failures[0]}; see {target}")
+        sys.exit(1)
+    print(
+        f"{target}: loss differs by {results.curve.worst:.2g} at most, in float64 relatively by "
+        f"{results.precise.worst:.2g}; {len(results.samples)} texts are the same"
+    )
+
+
+if __name__ == "__main__":
+    main()
