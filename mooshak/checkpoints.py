@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mooshak import interchange
-from mooshak.config import Config
+from mooshak.config import Config, ModelConfig
 from mooshak.errors import InputError
 
 STATES = {"torch": "dcp", "jax": "orbax", "safetensors": "model.safetensors"}
@@ -160,8 +160,7 @@ def trainer_state(
 def check_resume(config: Config, source: interchange.Checkpoint, tokenizer: str) -> int:
     """The step to continue at. Raises `InputError` where the run would not be the same run."""
     path, state = source.path, source.trainer_state
-    if source.model != config.model:
-        raise InputError(f"{path} is a checkpoint of another model: {_difference(source, config)}")
+    check_model(path, source.model, config)
     if state is None or not source.has_optimizer:
         raise InputError(f"{path} has only weights; a run continues from a training state")
     present = {"seed": config.run.seed, **_data(config, tokenizer)}
@@ -177,6 +176,17 @@ def check_resume(config: Config, source: interchange.Checkpoint, tokenizer: str)
             f"{path} is at step {state['step']}, after train.steps {config.train.steps}"
         )
     return int(state["step"])
+
+
+def check_model(path: Path, model: ModelConfig, config: Config) -> None:
+    """Raises `InputError` unless the `model` of a checkpoint is the configuration's."""
+    there, here = asdict(model), asdict(config.model)
+    for key, value in here.items():
+        if there[key] != value:
+            raise InputError(
+                f"{path} is a checkpoint of another model: its {key} is {there[key]}, "
+                f"the configuration's is {value}"
+            )
 
 
 @contextmanager
@@ -206,12 +216,6 @@ def _data(config: Config, tokenizer: str) -> dict[str, Any]:
         "validation_fraction": config.data.validation_fraction,
         "tokenizer": tokenizer,
     }
-
-
-def _difference(source: interchange.Checkpoint, config: Config) -> str:
-    there, here = asdict(source.model), asdict(config.model)
-    key = next(key for key in here if there[key] != here[key])
-    return f"its {key} is {there[key]}, the configuration's is {here[key]}"
 
 
 def _state(path: Path) -> dict[str, Any]:

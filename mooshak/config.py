@@ -295,7 +295,7 @@ class EvaluateConfig:
     every: int = 250
     """Steps between validations (0: never)."""
     sequences: int = 64
-    """Validation sequences per language."""
+    """Validation sequences per language, at most."""
     batch_size: int = 8
     """Sequences per forward pass."""
 

@@ -1,9 +1,108 @@
 """Bits per byte, and the unigram coder that a model has to beat."""
 
+import json
 import math
+import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from mooshak import checkpoints
+from mooshak import config as configuration
+from mooshak.config import Config, ModelConfig
+from mooshak.errors import InputError
+
+Scores = dict[str, dict[str, float]]
+"""Language -> bits_per_byte, unigram_bits_per_byte, ratio of these, loss, tokens, bytes."""
+
+
+def options(description: str) -> tuple[Config, Path, Any]:
+    """What both `evaluate` commands are called with: configuration, checkpoint, other options.
+
+    Without `--config` it is the configuration of the run that the checkpoint is part of.
+    """
+    parser = configuration.parser(description)
+    parser.add_argument("source", type=Path, help="a checkpoint of any kind")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, not a table")
+    argv = sys.argv[1:]
+    if not any(word == "--config" or word.startswith("--config=") for word in argv):
+        found = [Path(word).parent.parent / "config.yaml" for word in argv if Path(word).is_dir()]
+        if not found or not found[0].is_file():
+            raise InputError("the checkpoint is not part of a run; name its --config")
+        argv = ["--config", str(found[0]), *argv]
+    config, arguments = configuration.parse(parser, argv)
+    if config.data.validation_fraction == 0:
+        raise InputError("data.validation_fraction is 0: no text is held out to evaluate on")
+    return config, arguments.source, arguments
+
+
+def compare(
+    evaluate: Callable[[np.ndarray], float], model: ModelConfig, config: Config, checkpoint: Path
+) -> Scores:
+    """The model's code length of the held-out text beside that of a unigram coder of its tokens.
+
+    `evaluate` gives the summed cross entropy in nats of sequences [N, T + 1]; `model` is what the
+    checkpoint says it is. Raises `InputError` if it is not the configuration's.
+    """
+    from mooshak.data.batches import validation_sequences
+    from mooshak.data.shards import ensure
+
+    checkpoints.check_model(checkpoint, model, config)
+    tokenizer, _ = ensure(config)
+    token_bytes_V = tokenizer.token_bytes()
+    scores: Scores = {}
+    for language, sequences_NT in validation_sequences(config).items():
+        nats = evaluate(sequences_NT)
+        unigram = unigram_nats(token_counts(config, language), sequences_NT)
+        n_tokens = sequences_NT[:, 1:].size
+        scores[language] = {
+            "bits_per_byte": bits_per_byte(nats, sequences_NT, token_bytes_V),
+            "unigram_bits_per_byte": bits_per_byte(unigram, sequences_NT, token_bytes_V),
+            "ratio": unigram / nats,
+            "loss": nats / n_tokens,
+            "tokens": n_tokens,
+            "bytes": int(token_bytes_V[sequences_NT[:, 1:]].sum(dtype=np.int64)),
+        }
+    return scores
+
+
+def report(scores: Scores, as_json: bool) -> None:
+    """Print the scores as one JSON object, or as a table."""
+    if as_json:
+        print(json.dumps(scores))
+        return
+    table = Table(title="held-out text")
+    table.add_column("language")
+    for column in ("tokens", "loss", "bits per byte", "of the unigram coder", "ratio"):
+        table.add_column(column, justify="right")
+    for language, score in scores.items():
+        table.add_row(
+            language,
+            f"{score['tokens']:,}",
+            f"{score['loss']:.4f}",
+            f"{score['bits_per_byte']:.4f}",
+            f"{score['unigram_bits_per_byte']:.4f}",
+            f"{score['ratio']:.2f}",
+        )
+    Console(width=None if sys.stdout.isatty() else 100).print(table)
+
+
+def token_counts(config: Config, language: str) -> np.ndarray:
+    """How often each token stands in the training text of a language, int64 [vocab_size]."""
+    from mooshak.data.shards import TokenShards
+
+    counts_V = np.zeros(config.model.vocab_size, np.int64)
+    for source in config.data.sources:
+        if source.language == language:
+            tokens = TokenShards(Path(config.data.dir) / source.name, "train")
+            for start in range(0, len(tokens), 2**20):
+                part = tokens.window(start, min(2**20, len(tokens) - start))
+                counts_V += np.bincount(part, minlength=len(counts_V))
+    return counts_V
 
 
 def validation_metrics(

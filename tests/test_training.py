@@ -145,6 +145,24 @@ def test_both_frameworks_generate_the_same_text(config: Path, torch_run: Path) -
     assert run("mooshak_torch.generate", *sampled) == run("mooshak_jax.generate", *sampled)
 
 
+def test_both_frameworks_evaluate_alike(config: Path, torch_run: Path) -> None:
+    checkpoint = torch_run / "checkpoints" / str(STEPS)
+    ours, theirs = (
+        json.loads(run(f"mooshak_{framework}.evaluate", checkpoint, "--json"))
+        for framework in ("torch", "jax")
+    )
+    assert list(ours) == list(theirs) == ["hi", "en"]
+    last = json.loads((torch_run / "metrics.jsonl").read_text().splitlines()[-1])
+    for language, score in ours.items():
+        assert score == pytest.approx(theirs[language], rel=1e-12)
+        assert score["bits_per_byte"] == pytest.approx(last[f"bits_per_byte_{language}"], rel=1e-12)
+        assert score["ratio"] * score["bits_per_byte"] == pytest.approx(
+            score["unigram_bits_per_byte"]
+        )
+        # Eight steps are hardly a model, but the coder of single tokens is a fixed figure.
+        assert 0.5 < score["unigram_bits_per_byte"] < 4
+
+
 def refused(module: str, *arguments: object) -> str:
     """Run a command that must end with exit code 2 and one line; returns the line."""
     done = subprocess.run(
@@ -165,6 +183,10 @@ def test_bad_input_ends_in_one_line(config: Path, torch_run: Path, tmp_path: Pat
     other = ("--model.hidden_dim", 48, "--resume", checkpoint)
     assert "another model" in refused("mooshak_torch.train", *here, *other)
     assert "seed" in refused("mooshak_torch.train", *here, "--run.seed", 1, "--resume", checkpoint)
+    for framework in ("torch", "jax"):
+        evaluated = (checkpoint, "--config", config, "--model.n_layers", 3)
+        assert "another model" in refused(f"mooshak_{framework}.evaluate", *evaluated)
+    assert "name its --config" in refused("mooshak_torch.evaluate", config.parent)
     again = ("--config", config, "--run.dir", torch_run, "--resume", "never")
     assert "holds checkpoints" in refused("mooshak_torch.train", *again)
     assert "exists already" in refused("parity.convert", checkpoint, torch_run)

@@ -1,0 +1,31 @@
+"""Bits per byte of held-out text with the JAX model, beside those of a unigram coder.
+
+python -m mooshak_jax.evaluate RUN/checkpoints/600 --evaluate.sequences 256
+"""
+
+from functools import partial
+
+import jax
+
+from mooshak.errors import command
+from mooshak.evaluation import compare, options, report
+from mooshak_jax.checkpoint import load
+from mooshak_jax.parallel import make_parallel
+from mooshak_jax.train import evaluate, make_evaluate, precise
+
+
+@command
+def main() -> None:
+    config, checkpoint, arguments = options(__doc__.split("\n")[0])
+    parallel = make_parallel(config)
+    precise(config)
+    model, params = load(checkpoint, config.train.dtype)
+    params = jax.device_put(params, parallel.replicated)
+    score = partial(evaluate, make_evaluate(config, parallel), params)
+    scores = compare(partial(score, config=config, parallel=parallel), model, config, checkpoint)
+    if parallel.main:
+        report(scores, arguments.json)
+
+
+if __name__ == "__main__":
+    main()
