@@ -79,6 +79,10 @@ def stages(config: Config, settings: Sequence[str], out: Path) -> list[Stage]:
         where = (str(checkpoint), "--tokenizer", tokenizer)
         return (f"mooshak_{framework}.generate", *where, *prompts, *sampling)
 
+    def evaluate(framework: str, checkpoint: Path) -> tuple[str, ...]:
+        everything = ("--evaluate.sequences", "1000")
+        return (f"mooshak_{framework}.evaluate", str(checkpoint), *settings, *everything, "--json")
+
     first, last = out / "torch/checkpoints" / str(half), out / "jax/checkpoints" / str(steps)
     to_jax, back = out / "to-jax", out / "back-in-torch"
     stayed, kept = out / "stayed", out / "stayed/checkpoints" / str(steps)
@@ -134,6 +138,20 @@ def stages(config: Config, settings: Sequence[str], out: Path) -> list[Stage]:
             "40 more in PyTorch, to compare",
             train("torch", "float64-stayed", *precise, "--resume", short),
             (out / "float64-stayed", out / "float64-stayed/checkpoints/80"),
+        ),
+        Stage(
+            "evaluation-torch",
+            "bits per byte of held-out text in PyTorch",
+            evaluate("torch", back),
+            (out / "evaluation-torch.json",),
+            prints=out / "evaluation-torch.json",
+        ),
+        Stage(
+            "evaluation-jax",
+            "bits per byte of held-out text in JAX",
+            evaluate("jax", last),
+            (out / "evaluation-jax.json",),
+            prints=out / "evaluation-jax.json",
         ),
         Stage(
             "samples-torch",

@@ -220,6 +220,8 @@ class Results:
     """The same change in float64."""
     parity: list[dict[str, Any]]
     samples: list[Sample]
+    evaluations: dict[str, dict[str, dict[str, float]]]
+    """Framework -> language -> `bits_per_byte`, `unigram_bits_per_byte` and their `ratio`."""
 
     def failures(self) -> Iterator[str]:
         """A line for everything that is not as it has to be."""
@@ -237,8 +239,15 @@ class Results:
                 yield f"parity.check: {line['name']} ({line['dtype']}): {line['measured']:.2g}"
 
     def command(self, name: str) -> list[str]:
-        """The words of a stage's command line, quoted for a shell."""
-        return [shlex.quote(word) for word in ("python", "-m", *self.stages[name]["words"])]
+        """The command line of a stage, quoted for a shell, in parts: an option with its value."""
+        module, *words = self.stages[name]["words"]
+        parts = [f"python -m {module}"]
+        for word in map(shlex.quote, words):
+            if re.fullmatch(r"--\S+", parts[-1]) and not word.startswith("--"):
+                parts[-1] += f" {word}"
+            else:
+                parts.append(word)
+        return parts
 
     def stage_bytes(self, name: str) -> int:
         """Bytes of what a stage made."""
@@ -279,6 +288,10 @@ def read(directory: Path) -> Results:
             samples=read_samples(
                 directory / "samples-torch.txt", directory / "samples-jax.txt", prompts
             ),
+            evaluations={
+                framework: json.loads((directory / f"evaluation-{framework}.json").read_text())
+                for framework in ("torch", "jax")
+            },
         )
     except (FileNotFoundError, KeyError) as error:
         raise InputError(

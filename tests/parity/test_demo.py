@@ -66,9 +66,12 @@ def test_the_report_holds_everything_and_needs_nothing(demo: Path) -> None:
     assert page.count("<svg") == 1 and "#0102" not in page
     assert not re.search(r"<(script|link|img)|url\((?!#)|@import|src=", page)
     for stage in ("mooshak_torch.train", "mooshak_jax.train", "parity.convert", "parity.check"):
-        assert f"<i>{stage}</i>" in page
+        assert f"<i>python -m {stage}</i>" in page
     for prompt in PROMPTS:
         assert page.count(f"<b>{prompt}</b>") == 2
+    for framework in ("torch", "jax"):
+        scores = json.loads((demo / f"evaluation-{framework}.json").read_text())
+        assert all(f"{scores[tag]['bits_per_byte']:.6f}" in page for tag in ("hi", "en"))
     lines = json.loads((demo / "parity" / "parity.json").read_text())["lines"]
     assert all(line["name"] in page for line in lines)
     assert "verdict fail" not in page and page.count("verdict pass") == len(lines) + 2
