@@ -18,7 +18,7 @@ demo: setup ## train in PyTorch, go on in JAX, compare: runs/demo/report.html
 	$(BIN)/python -m parity.demo --config configs/demo.yaml
 
 picture: ## docs/report.png of the demo's report; needs chromium and a Devanagari font
-	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1200,1180 \
+	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --log-level=3 --window-size=1200,1330 \
 	  --screenshot=$(CURDIR)/docs/report.png file://$(CURDIR)/runs/demo/report.html
 
 test: setup ## set up, then all tests

@@ -28,8 +28,13 @@ from mooshak.data.sources import input_size
 from mooshak.errors import InputError, command
 from mooshak.files import locked, write_atomically
 
-# Titles of tales, which the model continues.
-PROMPTS = ("चूहा और शेर", "The mouse and the lion", "प्यासा कौआ", "The thirsty crow")
+# How tales begin; the model goes on.
+PROMPTS = (
+    "एक समय की बात है। एक जंगल में",
+    "Once upon a time, a mouse",
+    "बहुत दिन पहले एक गाँव में",
+    "Long ago, a little girl",
+)
 
 # The demo is on the CPU, which every machine has.
 CPU = {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"}
@@ -65,7 +70,7 @@ def stages(config: Config, settings: Sequence[str], out: Path) -> list[Stage]:
     precise = tuple(word for key, value in FLOAT64.items() for word in (f"--{key}", str(value)))
     prompts = tuple(word for prompt in PROMPTS for word in ("--prompt", prompt))
     n_tokens = config.model.max_seq_len * 3 // 4
-    sampling = f"--tokens {n_tokens} --temperature 0.7 --top-p 0.95 --seed 1".split()
+    sampling = f"--tokens {n_tokens} --temperature 0.5 --top-p 0.95 --seed 1".split()
     tokenizer = config.tokenizer.path
 
     def train(framework: str, run: str, *options: object) -> tuple[str, ...]:

@@ -143,6 +143,7 @@ def plot(curve: Curve) -> str:
         "lines.solid_capstyle": "round",
     }
     change, stayed = max(curve.before), curve.before | curve.stayed
+    changed = {change: curve.before[change]} | curve.changed
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(5.0, 4.5), layout="constrained")
         FigureCanvasSVG(figure)
@@ -151,7 +152,7 @@ def plot(curve: Curve) -> str:
         def draw(axes: Any, scale: float) -> None:
             axes.plot(*_xy(stayed), color=COLORS["ink"], alpha=0.25, linewidth=4.5 * scale)
             axes.plot(*_xy(curve.before), color=COLORS["torch"], linewidth=1.1 * scale)
-            axes.plot(*_xy(curve.changed), color=COLORS["jax"], linewidth=1.1 * scale)
+            axes.plot(*_xy(changed), color=COLORS["jax"], linewidth=1.1 * scale)
             axes.axvline(change + 0.5, color=COLORS["ink"], linewidth=0.6, linestyle=(0, (2, 2)))
 
         draw(top, 1)

@@ -20,15 +20,15 @@ STEPS = 12
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A configuration of a tiny model on text that begins like the demo's prompts."""
     here = tmp_path_factory.mktemp("demo")
-    for language, titles in (("hi", PROMPTS[0::2]), ("en", PROMPTS[1::2])):
+    for language, starts in (("hi", PROMPTS[0::2]), ("en", PROMPTS[1::2])):
         lines = [
-            json.dumps({"text": f"{titles[i % 2]} {i}\n" + f"{titles[1 - i % 2]}. " * 6})
+            json.dumps({"text": f"{starts[i % 2]} {i}\n" + f"{starts[1 - i % 2]}. " * 6})
             for i in range(300)
         ]
         (here / f"{language}.jsonl").write_text("\n".join(lines))
     (here / "tiny.yaml").write_text(f"""
-model: {{vocab_size: 384, dim: 24, n_layers: 2, n_heads: 3, hidden_dim: 40, max_seq_len: 64}}
-tokenizer: {{path: {here}/tokenizer.model, vocab_size: 370}}
+model: {{vocab_size: 448, dim: 24, n_layers: 2, n_heads: 3, hidden_dim: 40, max_seq_len: 64}}
+tokenizer: {{path: {here}/tokenizer.model, vocab_size: 440}}
 data:
   dir: {here}/tokens
   validation_fraction: 0.1
