@@ -36,7 +36,14 @@ def in_validation(text: str, fraction: float) -> bool:
 
 
 def input_size(source: SourceConfig) -> dict[str, int] | None:
-    """Number and bytes of the files of a source, to notice a change; None where there are none."""
+    """What shows a change of a source: number and bytes of its files, the version of the tales.
+
+    None where there is nothing to see.
+    """
+    if source.kind == "tales":
+        from mooshak.data.tales import version
+
+        return {"version": version()}
     if source.kind not in ("text", "jsonl", "parquet"):
         return None
     files = _matches(source)

@@ -13,6 +13,7 @@ import hashlib
 import math
 import re
 import unicodedata
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -93,6 +94,13 @@ def documents(
     for index in range(count):
         written = tale(seed, index)
         yield from ((language, written.text(language)) for language in languages)
+
+
+def version() -> int:
+    """A checksum of plots, words and code: another number, other tales."""
+    here = Path(__file__)
+    files = (here, here.with_name("tale_plots.txt"), here.with_name("tale_words.txt"))
+    return zlib.crc32(b"".join(file.read_bytes() for file in files))
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import unicodedata
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -163,6 +164,18 @@ def test_oblique_nouns(hindi, oblique):
         assert tales._hindi_noun(tales.Actor(found[0], None, None), "o") == unicodedata.normalize(
             "NFC", oblique
         )
+
+
+def test_other_plots_are_another_version(tmp_path, monkeypatch):
+    """What is prepared of the tales is made again when they change."""
+    before = tales.version()
+    for name in ("tales.py", "tale_plots.txt", "tale_words.txt"):
+        (tmp_path / name).write_bytes(Path(tales.__file__).with_name(name).read_bytes())
+    monkeypatch.setattr(tales, "__file__", str(tmp_path / "tales.py"))
+    assert tales.version() == before
+    with open(tmp_path / "tale_plots.txt", "a") as file:
+        file.write("# one more\n")
+    assert tales.version() != before
 
 
 def test_an_unknown_language_is_refused():
