@@ -9,7 +9,7 @@ import functools
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -265,6 +265,10 @@ class TrainConfig:
     stop_at: int | None = None
     """Save and stop after this step, as if interrupted; the schedule is not touched."""
 
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "loss_chunk", "log_every"):
+            _require(getattr(self, name) > 0, f"train.{name} must be positive")
+
 
 @dataclass(frozen=True)
 class ParallelConfig:
@@ -295,9 +299,14 @@ class EvaluateConfig:
     every: int = 250
     """Steps between validations (0: never)."""
     sequences: int = 64
-    """Validation sequences per language, at most."""
+    """Validation sequences per language, at most, spread evenly over the split (0: all)."""
     batch_size: int = 8
     """Sequences per forward pass."""
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 0, "evaluate.every must not be negative")
+        _require(self.sequences >= 0, "evaluate.sequences must not be negative")
+        _require(self.batch_size > 0, "evaluate.batch_size must be positive")
 
 
 @dataclass(frozen=True)
@@ -368,14 +377,20 @@ def parser(description: str) -> jsonargparse.ArgumentParser:
 
 
 def parse(
-    arguments: jsonargparse.ArgumentParser, argv: Sequence[str] | None = None
+    arguments: jsonargparse.ArgumentParser,
+    argv: Sequence[str] | None = None,
+    find_config: Callable[[jsonargparse.Namespace], Path] | None = None,
 ) -> tuple[Config, jsonargparse.Namespace]:
     """The resolved configuration and the command's own options.
 
-    Raises `InputError` for a file that is not there, an unknown key or a value of another type.
+    `find_config` gives the file to read where there is no `--config`. Raises `InputError` for a
+    file that is not there, an unknown key or a value of another type.
     """
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
-        namespace = arguments.parse_args(list(sys.argv[1:] if argv is None else argv))
+        namespace = arguments.parse_args(words)
+        if find_config is not None and namespace.config is None:
+            namespace = arguments.parse_args(["--config", str(find_config(namespace)), *words])
         values = arguments.instantiate(namespace)
     except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
         raise InputError(_explain(str(error))) from error

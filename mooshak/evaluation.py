@@ -28,16 +28,20 @@ def options(description: str) -> tuple[Config, Path, Any]:
     parser = configuration.parser(description)
     parser.add_argument("source", type=Path, help="a checkpoint of any kind")
     parser.add_argument("--json", action="store_true", help="print one JSON object, not a table")
-    argv = sys.argv[1:]
-    if not any(word == "--config" or word.startswith("--config=") for word in argv):
-        found = [Path(word).parent.parent / "config.yaml" for word in argv if Path(word).is_dir()]
-        if not found or not found[0].is_file():
-            raise InputError("the checkpoint is not part of a run; name its --config")
-        argv = ["--config", str(found[0]), *argv]
-    config, arguments = configuration.parse(parser, argv)
+    config, arguments = configuration.parse(parser, find_config=_config_of_run)
+    checkpoints.kind_of(arguments.source)
     if config.data.validation_fraction == 0:
         raise InputError("data.validation_fraction is 0: no text is held out to evaluate on")
     return config, arguments.source, arguments
+
+
+def _config_of_run(arguments: Any) -> Path:
+    """`RUN/config.yaml` of the checkpoint `RUN/checkpoints/STEP`."""
+    checkpoints.kind_of(arguments.source)
+    path: Path = arguments.source.absolute().parent.parent / "config.yaml"
+    if not path.is_file():
+        raise InputError(f"{arguments.source} is not part of a run; name its --config")
+    return path
 
 
 def compare(

@@ -56,7 +56,7 @@ def make_parallel(config: Config) -> Parallel:
     if data > len(devices) or len(devices) % data:
         raise InputError(
             f"mesh data={data} does not divide the {len(devices)} devices here; choose another "
-            "--mesh, or --parallel.cpu_devices on a CPU"
+            "--parallel.mesh, or --parallel.cpu_devices on a CPU"
         )
     rows = config.train.batch_size
     if rows % (data * config.train.accumulation):

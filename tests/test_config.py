@@ -36,6 +36,8 @@ def test_overrides_win_over_the_file() -> None:
         (["--model.n_heads", "7"], "model.n_heads 7"),
         (["--model.rope_scaling", "{factor: 2}"], "rope_scaling"),
         (["--train.batch_size", "7", "--train.accumulation", "2"], "train.accumulation 2"),
+        (["--train.batch_size", "0"], "train.batch_size must be positive"),
+        (["--evaluate.sequences", "-1"], "evaluate.sequences must not be negative"),
         (["--train.sequence_length", "4096"], "model.max_seq_len"),
         (["--config", "/nowhere.yaml"], "/nowhere.yaml"),
     ],

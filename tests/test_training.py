@@ -163,6 +163,44 @@ def test_both_frameworks_evaluate_alike(config: Path, torch_run: Path) -> None:
         assert 0.5 < score["unigram_bits_per_byte"] < 4
 
 
+@pytest.mark.parametrize(
+    ("kind", "framework", "dtype", "tolerance"),
+    [
+        ("torch", "torch", "float32", 1e-5),
+        ("jax", "torch", "float64", 1e-12),
+        ("safetensors", "jax", "float32", 1e-5),
+    ],
+)
+def test_a_checkpoint_of_any_kind_is_evaluated_as_the_run_was(
+    kind: str,
+    framework: str,
+    dtype: str,
+    tolerance: float,
+    config: Path,
+    torch_run: Path,
+    tmp_path: Path,
+) -> None:
+    run("parity.convert", torch_run / "checkpoints" / str(STEPS), tmp_path / "copy", "--to", kind)
+    options = ("--config", config, "--train.dtype", dtype, "--data.dir", tmp_path / "tokens")
+    # The shards are made on the way; what is printed is the object and nothing else.
+    scores = json.loads(run(f"mooshak_{framework}.evaluate", tmp_path / "copy", *options, "--json"))
+    last = json.loads((torch_run / "metrics.jsonl").read_text().splitlines()[-1])
+    for language, score in scores.items():
+        truth = last[f"bits_per_byte_{language}"]
+        assert score["bits_per_byte"] == pytest.approx(truth, rel=tolerance)
+
+
+def test_all_held_out_text_is_evaluated_on_demand(torch_run: Path) -> None:
+    checkpoint = torch_run / "checkpoints" / str(STEPS)
+    shown = run("mooshak_torch.evaluate", "--evaluate.sequences", 0, checkpoint)
+    tokens = [
+        int(row.split("│")[2].replace(",", "")) for row in shown.splitlines() if " hi " in row
+    ]
+    manifest = json.loads((torch_run.parent / "tokens/hindi/manifest.json").read_text())
+    held_out = sum(s["tokens"] for s in manifest["shards"] if s["split"] == "validation")
+    assert tokens == [(held_out - 1) // 32 * 32]
+
+
 def refused(module: str, *arguments: object) -> str:
     """Run a command that must end with exit code 2 and one line; returns the line."""
     done = subprocess.run(
@@ -186,7 +224,12 @@ def test_bad_input_ends_in_one_line(config: Path, torch_run: Path, tmp_path: Pat
     for framework in ("torch", "jax"):
         evaluated = (checkpoint, "--config", config, "--model.n_layers", 3)
         assert "another model" in refused(f"mooshak_{framework}.evaluate", *evaluated)
-    assert "name its --config" in refused("mooshak_torch.evaluate", config.parent)
+        evaluated = (checkpoint, "--tokenizer.path", tmp_path / "t", "--tokenizer.vocab_size", 320)
+        assert "320 pieces" in refused(f"mooshak_{framework}.evaluate", *evaluated)
+    assert "no checkpoint directory" in refused("mooshak_torch.evaluate", tmp_path / "no")
+    weights = tmp_path / "weights"
+    run("parity.convert", checkpoint, weights, "--weights-only")
+    assert "name its --config" in refused("mooshak_torch.evaluate", weights)
     again = ("--config", config, "--run.dir", torch_run, "--resume", "never")
     assert "holds checkpoints" in refused("mooshak_torch.train", *again)
     assert "exists already" in refused("parity.convert", checkpoint, torch_run)

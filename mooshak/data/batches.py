@@ -57,7 +57,7 @@ def validation_sequences(config: Config) -> dict[str, np.ndarray]:
     """For each language the same validation sequences every time, int32 [n, T + 1].
 
     They are spread evenly over the validation splits of the language's sources, and are at most
-    `evaluate.sequences`. Without a validation fraction there are none.
+    `evaluate.sequences` (0: all). Without a validation fraction there are none.
     """
     if config.data.validation_fraction == 0:
         return {}
@@ -74,7 +74,7 @@ def validation_sequences(config: Config) -> dict[str, np.ndarray]:
             )
         parts = [PackedSequences(shards, config.T) for shards in long_enough]
         every = [(part, row) for part in parts for row in range(len(part))]
-        n = min(config.evaluate.sequences, len(every))
+        n = min(config.evaluate.sequences or len(every), len(every))
         chosen = [every[i * len(every) // n] for i in range(n)]
         result[language] = np.stack([part[row] for part, row in chosen])
     return result

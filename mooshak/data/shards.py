@@ -19,6 +19,7 @@ import io
 import json
 import os
 import shutil
+import sys
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -44,7 +45,8 @@ _BATCH = 4_000_000
 def ensure(config: Config, progress: bool = True) -> tuple[Tokenizer, dict[str, dict[str, Any]]]:
     """The tokenizer and the manifest of every source; makes what is missing and reuses the rest.
 
-    Any number of processes may call it at once: one works, the others wait and reuse.
+    Any number of processes may call it at once: one works, the others wait and reuse. Progress is
+    told on standard error: standard output is for what a command was asked for.
     """
     tokenizer = tokenizers.ensure(config)
     return tokenizer, prepare(config, tokenizer, progress)
@@ -61,7 +63,7 @@ def prepare(
             for source in sources:
                 if reason := _stale(source, config, tokenizer):
                     if progress:
-                        print(f"source {source.name}: {reason}; tokenising")
+                        print(f"source {source.name}: {reason}; tokenising", file=sys.stderr)
                     _prepare_source(source, config, tokenizer, progress)
     return {source.name: read_manifest(Path(config.data.dir) / source.name) for source in sources}
 
@@ -191,7 +193,7 @@ def _prepare_source(
     if not done:
         shutil.rmtree(partial, ignore_errors=True)
     elif progress:
-        print(f"source {source.name}: {len(done)} finished shards are reused")
+        print(f"source {source.name}: {len(done)} finished shards are reused", file=sys.stderr)
     partial.mkdir(parents=True, exist_ok=True)
     for shard in _write_shards(source, config, tokenizer, partial, done, progress):
         done.append(shard)
@@ -310,6 +312,7 @@ def _batches(texts: Iterator[str]) -> Iterator[tuple[int, list[str]]]:
 
 @contextlib.contextmanager
 def _progress_bar(source: SourceConfig, show: bool) -> Iterator[Any]:
+    from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     columns = (
@@ -320,7 +323,7 @@ def _progress_bar(source: SourceConfig, show: bool) -> Iterator[Any]:
         TimeElapsedColumn(),
     )
     total = source.documents or (1000 if source.kind == "tales" else None)
-    with Progress(*columns, disable=not show) as bar:
+    with Progress(*columns, console=Console(stderr=True), disable=not show) as bar:
         task = bar.add_task(f"tokenising {source.name}", total=total, tokens=0)
 
         def advance(documents: int, tokens: int) -> None:

@@ -176,7 +176,7 @@ def test_other_settings_remake_the_shards(
 ):
     prepare(config, tiny_tokenizer, progress=False)
     prepare(with_data(config, **change), tiny_tokenizer)
-    assert f"were made with another {named}; tokenising" in capsys.readouterr().out
+    assert f"were made with another {named}; tokenising" in capsys.readouterr().err
     fresh = with_data(config, dir=str(tmp_path / "fresh"), **change)
     prepare(fresh, tiny_tokenizer, progress=False)
     assert contents(with_data(config, **change)) == contents(fresh)
@@ -254,7 +254,7 @@ def test_damaged_shards_are_named_and_mended(
     with pytest.raises(InputError, match=rf"train-00001\.npy .*{reason}.*; run `python"):
         TokenShards(Path(config.data.dir) / "en", "train")
     prepare(config, tiny_tokenizer)
-    assert reason in capsys.readouterr().out
+    assert reason in capsys.readouterr().err
     assert contents(config) == expected
 
 
@@ -301,6 +301,6 @@ def test_command_line(config: Config, tmp_path: Path, capsys):
         main(["describe", "--config", str(path)])
     assert stopped.value.code == 2 and "manifest.json is missing" in capsys.readouterr().err
     main(["prepare", "--config", str(path)])
-    assert "tokenising" in capsys.readouterr().out
+    assert "tokenising" in capsys.readouterr().err
     main(["describe", "--config", str(path)])
     assert "60.0%" in capsys.readouterr().out
