@@ -157,8 +157,13 @@ def trainer_state(
     }
 
 
-def check_resume(config: Config, source: interchange.Checkpoint, tokenizer: str) -> int:
-    """The step to continue at. Raises `InputError` where the run would not be the same run."""
+def check_resume(
+    config: Config, source: interchange.Checkpoint, tokenizer: str
+) -> tuple[int, float | None]:
+    """The step to continue at, and the last validation loss if there was one.
+
+    Raises `InputError` where the run would not be the same run.
+    """
     path, state = source.path, source.trainer_state
     check_model(path, source.model, config)
     if state is None or not source.has_optimizer:
@@ -175,7 +180,7 @@ def check_resume(config: Config, source: interchange.Checkpoint, tokenizer: str)
         raise InputError(
             f"{path} is at step {state['step']}, after train.steps {config.train.steps}"
         )
-    return int(state["step"])
+    return int(state["step"]), state.get("validation_loss")
 
 
 def check_model(path: Path, model: ModelConfig, config: Config) -> None:

@@ -1,5 +1,6 @@
 """Devices of the JAX side: one mesh, `--mesh data=2`, and where arrays lie on it."""
 
+import contextlib
 import re
 from dataclasses import dataclass
 
@@ -47,8 +48,10 @@ def make_parallel(config: Config) -> Parallel:
     sizes = parse_mesh(config.parallel.mesh)
     wanted = config.parallel.cpu_devices or sizes.get("data", 1)
     made: int = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]  # set at run time
-    if wanted > made and not _initialized():
-        jax.config.update("jax_num_cpu_devices", wanted)
+    if wanted > made:
+        # JAX refuses once its devices are counted; what they are then is looked at below.
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", wanted)
     devices = jax.devices()
     data = sizes.get("data", -1)
     if data == -1:
@@ -76,10 +79,3 @@ def parse_mesh(text: str) -> dict[str, int]:
             raise InputError(f"mesh {text!r}: expected axis=size with the axes {', '.join(AXES)}")
         sizes[match[1]] = int(match[2])
     return sizes
-
-
-def _initialized() -> bool:
-    """Whether the devices are counted already, after which a CPU is not cut again."""
-    from jax._src import xla_bridge
-
-    return xla_bridge.backends_are_initialized()

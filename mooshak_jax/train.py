@@ -50,13 +50,13 @@ def train(config: Config, resume: str = "auto") -> None:
     precise(config)
     tokenizer, _ = ensure(config)
     path = checkpoints.resume_from(config, resume)
-    step = 0
+    step, validation_loss = 0, None
     if path is None:
         state = initial_state(initialize(config.model, config.train.dtype, config.run.seed))
     else:
         with checkpoints.readable(path, "jax") as readable:
             source = open_checkpoint(readable)
-            step = checkpoints.check_resume(config, source, tokenizer.fingerprint)
+            step, validation_loss = checkpoints.check_resume(config, source, tokenizer.fingerprint)
             state = restore(config.train.dtype, source)
             state["step"] = jnp.asarray(step, jnp.int32)
     state = jax.device_put(state, parallel.replicated)
@@ -67,7 +67,6 @@ def train(config: Config, resume: str = "auto") -> None:
     saver = Checkpoints(config, parallel.main)
     log = RunLog(config, step, parallel.main, jax.devices()[0].device_kind, parallel.mesh.size)
     last = min(config.train.steps, config.train.stop_at or config.train.steps)
-    validation_loss: float | None = None
     stopped = False
     try:
         with stop_request() as stop:

@@ -25,8 +25,14 @@ from mooshak.interchange import Checkpoint
 from mooshak_torch.model import Model
 from mooshak_torch.optimizer import moments, set_step
 
-# DCP warns that there is no process group; one process needs none.
-warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
+# DCP warns that there is no process group; one process needs none. It warns in the thread that it
+# saves in, which `catch_warnings` around the call would miss.
+warnings.filterwarnings(
+    "ignore",
+    message="torch.distributed is disabled, unavailable or uninitialized",
+    category=UserWarning,
+    module=r"torch\.distributed\.checkpoint\.",
+)
 logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
 
 

@@ -38,13 +38,13 @@ def train(config: Config, resume: str = "auto") -> None:
     path = checkpoints.resume_from(config, resume)
     model = Model(config.model, config.train.dtype)
     optimizer = make_optimizer(model.to(parallel.device), config.optimizer)
-    step = 0
+    step, validation_loss = 0, None
     if path is None:
         initialize(model, config.run.seed)
     else:
         with checkpoints.readable(path, "torch") as readable:
             source = open_checkpoint(readable)
-            step = checkpoints.check_resume(config, source, tokenizer.fingerprint)
+            step, validation_loss = checkpoints.check_resume(config, source, tokenizer.fingerprint)
             restore(model, optimizer, source)
     objective = parallel.wrap(Objective(model, config.train.loss_chunk))
     validation = validation_sequences(config) if config.evaluate.every else {}
@@ -53,7 +53,6 @@ def train(config: Config, resume: str = "auto") -> None:
     device = torch.cuda.get_device_name() if parallel.device.type == "cuda" else "cpu"
     log = RunLog(config, step, parallel.main, device, parallel.world)
     last = min(config.train.steps, config.train.stop_at or config.train.steps)
-    validation_loss: float | None = None
     stopped = False
     try:
         with stop_request() as stop:

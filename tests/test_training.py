@@ -94,6 +94,20 @@ def test_a_resumed_run_is_the_uninterrupted_run_to_the_last_bit(
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("framework", ["torch", "jax"])
+def test_the_validation_loss_is_known_again_after_a_resume(
+    framework: str, config: Path, tmp_path: Path
+) -> None:
+    options = ("--config", config, "--run.dir", tmp_path, "--checkpoint.keep", 3)
+    run(f"mooshak_{framework}.train", *options, "--train.stop_at", 4)
+    run(f"mooshak_{framework}.train", *options, "--train.stop_at", 7, "--evaluate.every", 100)
+    known = [
+        json.loads((tmp_path / f"checkpoints/{step}/trainer_state.json").read_text())
+        for step in (4, 6)  # The second is written before the next validation, at the last step.
+    ]
+    assert known[0]["validation_loss"] == known[1]["validation_loss"] > 0
+
+
 def test_two_ddp_processes_train_as_one(config: Path, torch_run: Path, tmp_path: Path) -> None:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
     arguments = ("--config", config, "--run.dir", tmp_path, "--train.accumulation", 2)
