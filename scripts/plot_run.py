@@ -1,0 +1,83 @@
+"""Draw a run: its training loss, and its validation beside the unigram coder of each language.
+
+python scripts/plot_run.py runs/libreoffice-help docs/libreoffice-help.svg --change 750
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from mooshak.config import Config, load
+from mooshak.data.batches import validation_sequences
+from mooshak.errors import InputError, command
+from mooshak.evaluation import bits_per_byte, token_counts, unigram_nats
+from mooshak.files import replacing
+from mooshak.run_log import read_metrics
+from mooshak.tokenizer import Tokenizer
+
+NAMES = {"hi": "Hindi", "en": "English"}
+
+
+def unigram(config: Config) -> dict[str, float]:
+    """Bits per byte of the validation sequences under their language's training frequencies."""
+    token_bytes_V = Tokenizer(config.tokenizer.path).token_bytes()
+    result = {}
+    for language, sequences_NS in validation_sequences(config).items():
+        nats = unigram_nats(token_counts(config, language), sequences_NS)
+        result[language] = bits_per_byte(nats, sequences_NS, token_bytes_V)
+    return result
+
+
+def draw(lines: list[dict[str, float]], unigrams: dict[str, float], change: int | None) -> Figure:
+    """Two panels over the steps: loss per token, bits per byte."""
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    steps = np.array([line["step"] for line in lines])
+    losses = np.array([line["loss"] for line in lines])
+    n = min(25, len(losses))
+    mean = np.convolve(losses, np.full(n, 1 / n), mode="valid")
+    left.plot(steps, losses, color="0.8", linewidth=0.7)
+    left.plot(steps[n - 1 :], mean, color="C0", label=f"mean of {n} steps")
+    left.set(xlabel="step", ylabel="training loss, nats per token")
+    validated = [line for line in lines if "validation_loss" in line]
+    for color, (language, baseline) in enumerate(unigrams.items(), 1):
+        values = [line[f"bits_per_byte_{language}"] for line in validated]
+        name = NAMES.get(language, language)
+        label = f"{name}: {values[-1]:.3f} at the end"
+        right.plot([line["step"] for line in validated], values, "o-", markersize=3,
+                   color=f"C{color}", label=label)  # fmt: skip
+        right.axhline(baseline, color=f"C{color}", linestyle=":",
+                      label=f"{name}, unigram coder: {baseline:.3f}")  # fmt: skip
+    right.set(xlabel="step", ylabel="validation, bits per byte", ylim=(0, None))
+    if change is not None:
+        left.axvline(change, color="0.4", ls="--", lw=0.8, label="PyTorch before, JAX after")
+        right.axvline(change, color="0.4", ls="--", lw=0.8)
+    left.legend(frameon=False)
+    right.legend(frameon=False, fontsize="small")
+    return figure
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Draw the metrics of a run directory as SVG."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("run", type=Path, help="the run directory")
+    parser.add_argument("svg", type=Path, help="the file to write")
+    parser.add_argument("--change", type=int, help="the last step in PyTorch, when JAX went on")
+    options = parser.parse_args(argv)
+    lines = read_metrics(options.run / "metrics.jsonl")
+    if not any("validation_loss" in line for line in lines):
+        raise InputError(f"{options.run} has no metrics with a validation; train there first")
+    unigrams = unigram(load(options.run / "config.yaml"))
+    # The same run gives the same file.
+    matplotlib.rcParams["svg.hashsalt"] = "mooshak"
+    with replacing(options.svg) as file:
+        draw(lines, unigrams, options.change).savefig(file, format="svg", metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()
