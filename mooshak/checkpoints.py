@@ -4,7 +4,6 @@ Which framework wrote one is told by its state: the folder `dcp` (torch), `orbax
 `model.safetensors` (interchange). Beside it stand `config.json` and `trainer_state.json`.
 """
 
-import json
 import shutil
 import subprocess
 import sys
@@ -86,7 +85,10 @@ class Checkpoints:
         """Delete all but the newest and the best. What this program did not write stays."""
         steps = complete_steps(self.directory)
         kept = set(steps[-self.config.checkpoint.keep :])
-        losses = {step: _state(self.directory / str(step)).get("validation_loss") for step in steps}
+        states = {
+            step: interchange.read_trainer_state(self.directory / str(step)) for step in steps
+        }
+        losses = {step: (state or {}).get("validation_loss") for step, state in states.items()}
         known = {step: loss for step, loss in losses.items() if loss is not None}
         if known:
             kept.add(min(known, key=lambda step: known[step]))
@@ -131,7 +133,8 @@ def resume_from(config: Config, resume: str) -> Path | None:
     path = None if resume == "never" else Path(resume)
     if path is not None:
         kind_of(path)
-    start = 0 if path is None else int(_state(path).get("step", 0))
+    state = None if path is None else interchange.read_trainer_state(path)
+    start = 0 if state is None else state["step"]
     if steps and steps[-1] > start:
         raise InputError(
             f"{config.run.dir} holds checkpoints up to step {steps[-1]}; continue them with "
@@ -169,7 +172,7 @@ def check_resume(
     if state is None or not source.has_optimizer:
         raise InputError(f"{path} has only weights; a run continues from a training state")
     present = {"seed": config.run.seed, **_data(config, tokenizer)}
-    past = {"seed": state["seed"], **state["data"]}
+    past = {"seed": state.get("seed"), **(state.get("data") or {})}
     for key, value in present.items():
         if past.get(key) != value:
             raise InputError(
@@ -180,7 +183,7 @@ def check_resume(
         raise InputError(
             f"{path} is at step {state['step']}, after train.steps {config.train.steps}"
         )
-    return int(state["step"]), state.get("validation_loss")
+    return state["step"], state.get("validation_loss")
 
 
 def check_model(path: Path, model: ModelConfig, config: Config) -> None:
@@ -209,7 +212,9 @@ def readable(path: Path, kind: str) -> Iterator[Path]:
         arguments = ["-m", "parity.convert", str(path), str(target), "--to", "safetensors"]
         done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
         if done.returncode:
-            raise InputError(f"{path} could not be converted: {done.stderr.strip()[-500:]}")
+            # Its last line is the error; what stands before it are warnings.
+            reason = (done.stderr.splitlines() or ["no reason given"])[-1]
+            raise InputError(f"{path} could not be converted: {reason.removeprefix('error: ')}")
         yield target
 
 
@@ -221,8 +226,3 @@ def _data(config: Config, tokenizer: str) -> dict[str, Any]:
         "validation_fraction": config.data.validation_fraction,
         "tokenizer": tokenizer,
     }
-
-
-def _state(path: Path) -> dict[str, Any]:
-    file = path / "trainer_state.json"
-    return json.loads(file.read_text()) if file.is_file() else {}

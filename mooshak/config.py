@@ -4,6 +4,7 @@ Every command builds its parser with `parser()` and reads its arguments with `pa
 nobody knows are errors that name the nearest known key, wherever they stand.
 """
 
+import argparse
 import difflib
 import functools
 import json
@@ -390,10 +391,14 @@ def parse(
     try:
         namespace = arguments.parse_args(words)
         if find_config is not None and namespace.config is None:
-            namespace = arguments.parse_args(["--config", str(find_config(namespace)), *words])
+            words = ["--config", str(find_config(namespace)), *words]
+            namespace = arguments.parse_args(words)
         values = arguments.instantiate(namespace)
     except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
-        raise InputError(_explain(str(error))) from error
+        message = _explain(str(error))
+        if isinstance(error, UnicodeDecodeError) or message.startswith("Problems parsing config"):
+            message = f"{_config_file(words)} is not YAML: {message}"
+        raise InputError(message) from error
     config = Config(**{name: values[name] for name in SECTIONS})
     return config, values
 
@@ -413,7 +418,7 @@ def model_to_json(model: ModelConfig) -> str:
     return json.dumps(asdict(model), indent=2) + "\n"
 
 
-def model_from_json(text: str, where: str) -> ModelConfig:
+def model_from_json(text: str | bytes, where: str) -> ModelConfig:
     """The model that a `config.json` describes. Raises `InputError` that names the file `where`."""
     try:
         values = json.loads(text)
@@ -430,6 +435,14 @@ def model_from_json(text: str, where: str) -> ModelConfig:
         return ModelConfig(**values)
     except TypeError as error:
         raise InputError(f"{where}: {error}") from error
+
+
+def _config_file(words: Sequence[str]) -> str | None:
+    """What stands behind `--config`, which jsonargparse's messages leave out."""
+    option = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    option.add_argument("--config")
+    file: str | None = option.parse_known_args(words)[0].config
+    return file
 
 
 def _explain(message: str) -> str:

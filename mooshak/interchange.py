@@ -85,20 +85,29 @@ def read_description(path: Path) -> tuple[ModelConfig, dict[str, Any] | None]:
     config = path / "config.json"
     if not config.is_file():
         raise InputError(f"{path} is not a checkpoint: it has no config.json")
-    model = model_from_json(config.read_text(), str(config))
-    state_file = path / "trainer_state.json"
-    if not state_file.is_file():
-        return model, None
+    return model_from_json(config.read_bytes(), str(config)), read_trainer_state(path)
+
+
+def read_trainer_state(path: Path) -> dict[str, Any] | None:
+    """`trainer_state.json` of a checkpoint directory, None where there are only weights.
+
+    Raises `InputError` for one that is cut short, or of another version of Mooshak.
+    """
+    file = path / "trainer_state.json"
+    if not file.is_file():
+        return None
     try:
-        state = json.loads(state_file.read_text())
+        state = json.loads(file.read_bytes())
     except ValueError as error:
-        raise InputError(f"{state_file} is not JSON: {error}") from error
+        raise InputError(f"{file} is not JSON: {error}; the checkpoint is not whole") from error
+    if not isinstance(state, dict) or not isinstance(state.get("step"), int):
+        raise InputError(f"{file} has no step; it does not describe a training state")
     if state.get("format_version") != FORMAT_VERSION:
         raise InputError(
-            f"{state_file}: format_version {state.get('format_version')} is not {FORMAT_VERSION}; "
+            f"{file}: format_version {state.get('format_version')} is not {FORMAT_VERSION}; "
             "it was written by another version of Mooshak"
         )
-    return model, state
+    return state
 
 
 def write_description(path: Path, model: ModelConfig, trainer_state: dict[str, Any] | None) -> None:
