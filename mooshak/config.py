@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_type_hints
 
 import jsonargparse
 import yaml
@@ -460,8 +460,8 @@ def _explain(message: str) -> str:
 
 @functools.cache
 def _known_keys() -> tuple[str, ...]:
-    # The type of a field may be a string only under postponed annotations, which are not used here.
-    keys = [f"{section.name}.{f.name}" for section in fields(Config) for f in fields(section.type)]  # type: ignore[arg-type]
+    sections = get_type_hints(Config).items()
+    keys = [f"{name}.{key.name}" for name, section in sections for key in fields(section)]
     return (*SECTIONS, *keys, *(f.name for f in fields(SourceConfig)), "config", "mesh", "resume")
 
 

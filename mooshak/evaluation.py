@@ -2,26 +2,25 @@
 
 import json
 import math
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
+import jsonargparse
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from mooshak import checkpoints
 from mooshak import config as configuration
 from mooshak.config import Config, ModelConfig
 from mooshak.errors import InputError
+from mooshak.tables import print_table
 
 Scores = dict[str, dict[str, float]]
 """Language -> bits_per_byte, unigram_bits_per_byte, ratio of these, loss, tokens, bytes."""
 
 
-def options(description: str) -> tuple[Config, Path, Any]:
-    """What both `evaluate` commands are called with: configuration, checkpoint, other options.
+def options(description: str) -> tuple[Config, jsonargparse.Namespace]:
+    """What both `evaluate` commands are called with: the configuration, `source` and `json`.
 
     Without `--config` it is the configuration of the run that the checkpoint is part of.
     """
@@ -29,13 +28,12 @@ def options(description: str) -> tuple[Config, Path, Any]:
     parser.add_argument("source", type=Path, help="a checkpoint of any kind")
     parser.add_argument("--json", action="store_true", help="print one JSON object, not a table")
     config, arguments = configuration.parse(parser, find_config=_config_of_run)
-    checkpoints.kind_of(arguments.source)
     if config.data.validation_fraction == 0:
         raise InputError("data.validation_fraction is 0: no text is held out to evaluate on")
-    return config, arguments.source, arguments
+    return config, arguments
 
 
-def _config_of_run(arguments: Any) -> Path:
+def _config_of_run(arguments: jsonargparse.Namespace) -> Path:
     """`RUN/config.yaml` of the checkpoint `RUN/checkpoints/STEP`."""
     checkpoints.kind_of(arguments.source)
     path: Path = arguments.source.absolute().parent.parent / "config.yaml"
@@ -69,7 +67,7 @@ def compare(
             "ratio": unigram / nats,
             "loss": nats / n_tokens,
             "tokens": n_tokens,
-            "bytes": int(token_bytes_V[sequences_NT[:, 1:]].sum(dtype=np.int64)),
+            "bytes": text_bytes(sequences_NT, token_bytes_V),
         }
     return scores
 
@@ -92,7 +90,7 @@ def report(scores: Scores, as_json: bool) -> None:
             f"{score['unigram_bits_per_byte']:.4f}",
             f"{score['ratio']:.2f}",
         )
-    Console(width=None if sys.stdout.isatty() else 100).print(table)
+    print_table(table, width=100)
 
 
 def token_counts(config: Config, language: str) -> np.ndarray:
@@ -134,7 +132,12 @@ def bits_per_byte(nats: float, sequences_NT: np.ndarray, token_bytes_V: np.ndarr
 
     `nats` is their summed cross entropy. Comparable between tokenizers, as loss per token is not.
     """
-    return nats / math.log(2) / int(token_bytes_V[sequences_NT[:, 1:]].sum(dtype=np.int64))
+    return nats / math.log(2) / text_bytes(sequences_NT, token_bytes_V)
+
+
+def text_bytes(sequences_NT: np.ndarray, token_bytes_V: np.ndarray) -> int:
+    """Bytes of text of all tokens but the first of each sequence."""
+    return int(token_bytes_V[sequences_NT[:, 1:]].sum(dtype=np.int64))
 
 
 def unigram_nats(counts_V: np.ndarray, sequences_NT: np.ndarray) -> float:

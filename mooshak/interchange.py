@@ -182,7 +182,8 @@ def _header(file: Path) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
         raise InputError(f"{file} is missing; the checkpoint is not whole")
     try:
         with safe_open(file, framework="numpy") as tensors:
-            views = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118 (not iterable itself)
+            names = tensors.keys()
+            views = {name: tensors.get_slice(name) for name in names}
             described = {k: (v.get_dtype(), tuple(v.get_shape())) for k, v in views.items()}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{file} is truncated or is not safetensors ({error})") from error

@@ -26,6 +26,7 @@ import sentencepiece
 from mooshak.config import Config, parse, parser
 from mooshak.errors import InputError, command
 from mooshak.files import locked, write_atomically
+from mooshak.tables import print_table
 
 CHAT_MARKERS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 
@@ -234,7 +235,6 @@ def _report(config: Config, tokenizer: Tokenizer, most: int) -> None:
     """Print how many tokens each language costs, and the words that cost the most."""
     from itertools import islice
 
-    from rich.console import Console
     from rich.table import Table
 
     from mooshak.data.sources import documents
@@ -265,8 +265,7 @@ def _report(config: Config, tokenizer: Tokenizer, most: int) -> None:
             f"{per_word:.2f}",
             ", ".join(f"{word[1:][:24]} ({lengths[word]})" for word in worst),
         )
-    # A file or a pipe has no width that words would have to be folded to.
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    print_table(table, width=160)
 
 
 def _is_of_letters(word: str) -> bool:

@@ -16,13 +16,15 @@ from mooshak_jax.train import evaluate, make_evaluate, precise
 
 @command
 def main() -> None:
-    config, checkpoint, arguments = options(__doc__.split("\n")[0])
+    config, arguments = options(__doc__.split("\n")[0])
     parallel = make_parallel(config)
     precise(config)
-    model, params = load(checkpoint, config.train.dtype)
+    model, params = load(arguments.source, config.train.dtype)
     params = jax.device_put(params, parallel.replicated)
     score = partial(evaluate, make_evaluate(config, parallel), params)
-    scores = compare(partial(score, config=config, parallel=parallel), model, config, checkpoint)
+    scores = compare(
+        partial(score, config=config, parallel=parallel), model, config, arguments.source
+    )
     if parallel.main:
         report(scores, arguments.json)
 

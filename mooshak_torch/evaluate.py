@@ -16,12 +16,12 @@ from mooshak_torch.train import evaluate, precise
 @command
 def main() -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"  # Grain imports JAX.
-    config, checkpoint, arguments = options(__doc__.split("\n")[0])
+    config, arguments = options(__doc__.split("\n")[0])
     parallel = make_parallel(config)
     precise()
-    model = load(checkpoint, config.train.dtype).to(parallel.device)
+    model = load(arguments.source, config.train.dtype).to(parallel.device)
     score = partial(evaluate, model, config=config, parallel=parallel)
-    scores = compare(score, model.config, config, checkpoint)
+    scores = compare(score, model.config, config, arguments.source)
     if parallel.main:
         report(scores, arguments.json)
     parallel.close()

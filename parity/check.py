@@ -18,7 +18,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from mooshak import config as configuration
@@ -37,6 +36,7 @@ from mooshak.files import write_atomically
 from mooshak.initial import initial_weight
 from mooshak.interchange import Checkpoint
 from mooshak.schedule import learning_rate
+from mooshak.tables import print_table
 from mooshak_torch.model import Model
 from parity.convert import convert, open_any
 
@@ -376,7 +376,7 @@ def main() -> None:
     for line in check(source, other):
         lines.append(line)
         table.add_row(*_cells(line), style="" if line.passed else "bold red")
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    print_table(table)
     if args.out:
         write_report(lines, args.out, str(args.source))
     if failed := [line.name for line in lines if not line.passed]:

@@ -24,7 +24,7 @@ from rich.console import Console
 
 from mooshak import config as configuration
 from mooshak.config import Config
-from mooshak.data.sources import input_size
+from mooshak.data.sources import input_state
 from mooshak.errors import InputError, command
 from mooshak.files import locked, write_atomically
 
@@ -85,8 +85,12 @@ def stages(config: Config, settings: Sequence[str], out: Path) -> list[Stage]:
         return (f"mooshak_{framework}.generate", *where, *prompts, *sampling)
 
     def evaluate(framework: str, checkpoint: Path) -> tuple[str, ...]:
-        everything = ("--evaluate.sequences", "1000")
+        everything = ("--evaluate.sequences", "0")
         return (f"mooshak_{framework}.evaluate", str(checkpoint), *settings, *everything, "--json")
+
+    def printed(file: str, title: str, words: tuple[str, ...]) -> Stage:
+        """A stage that makes one file, of what its command prints."""
+        return Stage(Path(file).stem, title, words, (out / file,), prints=out / file)
 
     first, last = out / "torch/checkpoints" / str(half), out / "jax/checkpoints" / str(steps)
     to_jax, back = out / "to-jax", out / "back-in-torch"
@@ -144,34 +148,16 @@ def stages(config: Config, settings: Sequence[str], out: Path) -> list[Stage]:
             train("torch", "float64-stayed", *precise, "--resume", short),
             (out / "float64-stayed", out / "float64-stayed/checkpoints/80"),
         ),
-        Stage(
-            "evaluation-torch",
+        printed(
+            "evaluation-torch.json",
             "bits per byte of held-out text in PyTorch",
             evaluate("torch", back),
-            (out / "evaluation-torch.json",),
-            prints=out / "evaluation-torch.json",
         ),
-        Stage(
-            "evaluation-jax",
-            "bits per byte of held-out text in JAX",
-            evaluate("jax", last),
-            (out / "evaluation-jax.json",),
-            prints=out / "evaluation-jax.json",
+        printed(
+            "evaluation-jax.json", "bits per byte of held-out text in JAX", evaluate("jax", last)
         ),
-        Stage(
-            "samples-torch",
-            "generate text in PyTorch",
-            generate("torch", back),
-            (out / "samples-torch.txt",),
-            prints=out / "samples-torch.txt",
-        ),
-        Stage(
-            "samples-jax",
-            "generate text in JAX",
-            generate("jax", last),
-            (out / "samples-jax.txt",),
-            prints=out / "samples-jax.txt",
-        ),
+        printed("samples-torch.txt", "generate text in PyTorch", generate("torch", back)),
+        printed("samples-jax.txt", "generate text in JAX", generate("jax", last)),
         Stage(
             "check",
             "check that both are the same function",
@@ -267,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"the demo halves train.steps {config.train.steps} and, on its mesh, train.batch_size "
             f"{config.train.batch_size}; choose even numbers"
         )
-    inputs = [input_size(source) for source in config.data.sources]
+    inputs = [input_state(source) for source in config.data.sources]
     made_of = configuration.dump(config) + json.dumps(inputs)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     start = time.perf_counter()

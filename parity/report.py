@@ -14,6 +14,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -23,6 +24,7 @@ import jinja2
 import matplotlib
 
 from mooshak import config as configuration
+from mooshak.data.shards import SPLITS, read_manifest, totals
 from mooshak.errors import InputError, command
 from mooshak.files import write_atomically
 from mooshak.run_log import read_metrics
@@ -46,7 +48,7 @@ class Curve:
     relative: bool
     allowed: float
 
-    @property
+    @cached_property
     def differences(self) -> dict[int, float]:
         """Step -> absolute (or relative) difference."""
         scale = {step: abs(loss) if self.relative else 1.0 for step, loss in self.stayed.items()}
@@ -263,10 +265,8 @@ class Results:
         """Documents, tokens and bytes of each source."""
         rows = []
         for source in self.config.data.sources:
-            path = Path(self.config.data.dir) / source.name / "manifest.json"
-            shards = json.loads(path.read_text())["shards"]
-            counts = {key: sum(s[key] for s in shards) for key in ("documents", "tokens", "bytes")}
-            rows.append({"name": source.name, "language": source.language, **counts})
+            counts = totals(read_manifest(Path(self.config.data.dir) / source.name), *SPLITS)
+            rows.append({"name": source.name, **counts})
         return rows
 
 

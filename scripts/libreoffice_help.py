@@ -14,7 +14,6 @@ import argparse
 import io
 import json
 import lzma
-import sys
 import tarfile
 import textwrap
 import unicodedata
@@ -23,11 +22,11 @@ from collections.abc import Iterator, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from mooshak.errors import InputError, command
 from mooshak.files import replacing
+from mooshak.tables import print_table
 
 FOLDERS = {"hi": "help/hi/text/", "en": "help/en-US/text/"}
 """Where the pages of each language lie in its package."""
@@ -255,8 +254,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with replacing(options.out / f"{language}.jsonl") as file:
             for document in documents(found, language, options.keep_repeats, counts[language]):
                 file.write(json.dumps(document, ensure_ascii=False).encode() + b"\n")
-    # A file or a pipe has no width that numbers would have to be folded to.
-    Console(width=None if sys.stdout.isatty() else 120).print(_summary(counts))
+    print_table(_summary(counts))
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ def test_corpus(
     corpus = tmp_path / "corpus"
     if content is not None:
         corpus.write_bytes(content)
-    source = SourceConfig("mine", kind=kind, path=str(corpus))  # type: ignore[arg-type]
+    source = SourceConfig("mine", kind=kind, path=str(corpus))
     data = replace(fresh_config.data, sources=[source], max_broken_lines=1)
     config = written(replace(fresh_config, data=data), tmp_path)
     line = refused(f"mooshak_{framework}.train", "--config", config)

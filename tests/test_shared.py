@@ -49,7 +49,7 @@ def schedule(kind: str) -> Config:
     return Config(
         model=MODEL,
         optimizer=OptimizerConfig(learning_rate=1.0),
-        schedule=ScheduleConfig(kind=kind, warmup_steps=4, decay_fraction=0.25),  # type: ignore[arg-type]
+        schedule=ScheduleConfig(kind=kind, warmup_steps=4, decay_fraction=0.25),
         train=TrainConfig(steps=20),
     )
 

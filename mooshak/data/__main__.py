@@ -4,16 +4,15 @@ python -m mooshak.data prepare  --config configs/demo.yaml
 python -m mooshak.data describe --config configs/demo.yaml
 """
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from mooshak.config import Config, parse, parser
 from mooshak.data.shards import ensure, read_manifest, totals
 from mooshak.errors import command
+from mooshak.tables import print_table
 
 
 @command
@@ -24,8 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config, options = parse(arguments, argv)
     if options.action == "prepare":
         ensure(config)
-    # A file or a pipe has no width that numbers would have to be folded to.
-    Console(width=None if sys.stdout.isatty() else 120).print(_description(config))
+    print_table(_description(config))
 
 
 def _description(config: Config) -> Table:

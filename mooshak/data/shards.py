@@ -31,7 +31,7 @@ import numpy as np
 
 from mooshak import tokenizer as tokenizers
 from mooshak.config import Config, SourceConfig
-from mooshak.data.sources import documents, in_validation, input_size
+from mooshak.data.sources import documents, in_validation, input_state
 from mooshak.errors import InputError
 from mooshak.files import locked, write_atomically
 from mooshak.tokenizer import Tokenizer
@@ -118,9 +118,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise InputError(f"{path} is not JSON ({error}); delete it and prepare again") from error
 
 
-def totals(manifest: dict[str, Any], split: str) -> dict[str, int]:
-    """Tokens, documents and bytes of text of a split."""
-    shards = [shard for shard in manifest["shards"] if shard["split"] == split]
+def totals(manifest: dict[str, Any], *splits: str) -> dict[str, int]:
+    """Tokens, documents and bytes of text of one or more splits."""
+    shards = [shard for shard in manifest["shards"] if shard["split"] in splits]
     return {key: sum(shard[key] for shard in shards) for key in ("tokens", "documents", "bytes")}
 
 
@@ -137,7 +137,7 @@ def _identity(source: SourceConfig, config: Config, tokenizer: Tokenizer) -> dic
         "cleaning": {key: getattr(config.data, key) for key in cleaning},
         "validation_fraction": config.data.validation_fraction,
         "shard_tokens": config.data.shard_tokens,
-        "input": input_size(source),
+        "input": input_state(source),
     }
 
 

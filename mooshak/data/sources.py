@@ -35,7 +35,7 @@ def in_validation(text: str, fraction: float) -> bool:
     return int.from_bytes(digest) < fraction * 2**64
 
 
-def input_size(source: SourceConfig) -> dict[str, int] | None:
+def input_state(source: SourceConfig) -> dict[str, int] | None:
     """What shows a change of a source: number and bytes of its files, the version of the tales.
 
     None where there is nothing to see.

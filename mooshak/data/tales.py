@@ -68,8 +68,8 @@ class Tale:
         return "\n".join([self.sections["title"][language], "", *paragraphs, "", moral])
 
 
-def tale(seed: int, index: int) -> Tale:
-    """The tale of this index: the same one whoever asks, in whatever order."""
+def tale(seed: int, index: int, languages: Sequence[str] = LANGUAGES) -> Tale:
+    """The tale of this index: the same one whoever asks, in whatever order and languages."""
     draw = _Draw(seed, index)
     plot = draw.pick(plots())
     cast = _cast(plot, draw)
@@ -78,8 +78,8 @@ def tale(seed: int, index: int) -> Tale:
     for section, beats in plot.sections.items():
         pairs = [draw.pick(b.pairs) for b in beats if not (b.optional and draw.pick((True, False)))]
         sections[section] = {
-            "hi": " ".join(_hindi(hindi, cast, phrases) for hindi, _ in pairs),
-            "en": " ".join(_english(english, cast, phrases) for _, english in pairs),
+            language: " ".join(_filled(pair, language, cast, phrases) for pair in pairs)
+            for language in languages
         }
     return Tale(plot.name, cast, sections)
 
@@ -92,7 +92,7 @@ def documents(
         if language not in LANGUAGES:
             raise InputError(f"there are no tales in {language!r}; they are in hi and en")
     for index in range(count):
-        written = tale(seed, index)
+        written = tale(seed, index, languages)
         yield from ((language, written.text(language)) for language in languages)
 
 
@@ -135,16 +135,11 @@ class Plot:
         return casts * math.prod(len(beat.pairs) + beat.optional for beat in beats)
 
 
-@dataclass
 class _Draw:
     """Choices from the bits of a hash: no generator's stream that a Python release could change."""
 
-    seed: int
-    index: int
-
-    def __post_init__(self) -> None:
-        digest = hashlib.shake_256(f"tale {self.seed} {self.index}".encode()).digest(96)
-        self.bits = int.from_bytes(digest)
+    def __init__(self, seed: int, index: int) -> None:
+        self.bits = int.from_bytes(hashlib.shake_256(f"tale {seed} {index}".encode()).digest(96))
 
     def pick(self, choices: Sequence[T]) -> T:
         self.bits, i = divmod(self.bits, len(choices))
@@ -169,25 +164,34 @@ _SLOT = re.compile(r"\{(\w+)(?:\+(\w+))?(?:([.:/])([^{}]*))?\}")
 _POSTPOSITION = re.compile(
     r"\{(\w)(\.a|\.bare)?\}(?= (?:ने|को|से|का|की|के|में|पर|तक)(?![\u0900-\u097f]))"
 )
-
 _JOINED = re.compile(r"\{(\w)(\.a|\.bare)?\}(?= और \{\w\.\w*o\})")  # "and" carries the case over.
+_SENTENCE_START = re.compile(r"(?:^|(?<=[.!?] )|(?<=[.!?]” )|(?<=“))[a-z]")
 
 
-def _hindi(template: str, cast: Mapping[str, Actor], phrases: Mapping[str, tuple]) -> str:
+def _filled(
+    pair: tuple[str, str],
+    language: str,
+    cast: Mapping[str, Actor],
+    phrases: Mapping[str, tuple[str, str]],
+) -> str:
+    """The sentence of a pair (Hindi, English) of templates, its slots filled."""
+    hindi = language == "hi"
+
     def fill(slot: re.Match) -> str:
         who, other, kind, rest = slot.groups()
         if who not in cast:
-            return phrases[who][1]
-        actor = cast[who]
-        if kind in (":", "/"):
-            masculine = actor.noun.masculine or bool(other and cast[other].noun.masculine)
-            first, *second = rest.split("|")
-            if masculine:
-                return _agree(first, _OBLIQUE) if kind == "/" else first
-            return second[0] if second else _agree(first, _FEMININE)
-        return _hindi_noun(actor, rest)
+            return phrases[who][1 if hindi else 0]
+        if kind not in (":", "/"):
+            return (_hindi_noun if hindi else _english_noun)(cast[who], rest)
+        masculine = cast[who].noun.masculine or bool(other and cast[other].noun.masculine)
+        first, *second = rest.split("|")
+        if masculine:
+            return _agree(first, _OBLIQUE) if kind == "/" else first
+        return second[0] if second else _agree(first, _FEMININE)
 
-    return _SLOT.sub(fill, template)
+    if hindi:
+        return _SLOT.sub(fill, pair[0])
+    return _SENTENCE_START.sub(lambda letter: letter[0].upper(), _SLOT.sub(fill, pair[1]))
 
 
 def _hindi_noun(actor: Actor, case: str | None) -> str:
@@ -224,44 +228,27 @@ def _agree(phrase: str, endings: Sequence[tuple[str, str]], only_last: bool = Fa
     return "".join(parts)
 
 
+def _english_noun(actor: Actor, case: str | None) -> str:
+    """`case`: None definite, "a" with article, adjective and name, "bare", or a pronoun."""
+    if case in _PRONOUNS:
+        return _PRONOUNS[case][0 if actor.noun.masculine else 1]
+    if case == "bare":
+        return actor.noun.english
+    if case == "a":
+        phrase = f"{actor.adjective[0]} " if actor.adjective else ""
+        phrase += actor.noun.english
+        article = "an" if phrase.startswith((*"aeiou", "honest")) else "a"
+        return f"{article} {phrase}" + (f" named {actor.name[0]}" if actor.name else "")
+    return actor.name[0] if actor.name else f"the {actor.noun.english}"
+
+
+# Only those who live are spoken of by a pronoun.
 _PRONOUNS = {
-    "he": ("he", "she", "it"),
-    "him": ("him", "her", "it"),
-    "his": ("his", "her", "its"),
-    "himself": ("himself", "herself", "itself"),
+    "he": ("he", "she"),
+    "him": ("him", "her"),
+    "his": ("his", "her"),
+    "himself": ("himself", "herself"),
 }
-_SENTENCE_START = re.compile(r"(?:^|(?<=[.!?] )|(?<=[.!?]” )|(?<=“))[a-z]")
-
-
-def _english(template: str, cast: Mapping[str, Actor], phrases: Mapping[str, tuple]) -> str:
-    def fill(slot: re.Match) -> str:
-        who, _, kind, rest = slot.groups()
-        if who not in cast:
-            return phrases[who][0]
-        actor = cast[who]
-        if kind == ":":
-            return rest.split("|")[0 if actor.noun.masculine else 1]
-        if rest in _PRONOUNS:
-            living = not actor.noun.tags & _LIFELESS
-            return _PRONOUNS[rest][2 if not living else 0 if actor.noun.masculine else 1]
-        if rest == "bare":
-            return actor.noun.english
-        if rest == "a":
-            phrase = f"{actor.adjective[0]} " if actor.adjective else ""
-            phrase += actor.noun.english
-            named = f" named {actor.name[0]}" if actor.name else ""
-            article = "an" if phrase.startswith((*"aeiou", "honest")) else "a"
-            return f"{article} {phrase}{named}"
-        return actor.name[0] if actor.name else f"the {actor.noun.english}"
-
-    text = _SLOT.sub(fill, template)
-    return _SENTENCE_START.sub(lambda letter: letter[0].upper(), text)
-
-
-_LIFELESS = frozenset(
-    "keepsake toy wear school flying instrument vessel made food crop flower wild home tree "
-    "water".split()
-)
 
 
 @dataclass(frozen=True)
@@ -381,8 +368,9 @@ def main() -> None:
     args = parser.parse_args()
     languages = (args.language,) if args.language else LANGUAGES
     for index in range(args.start, args.start + args.count):
+        written = tale(args.seed, index, languages)
         for language in languages:
-            print(tale(args.seed, index).text(language), end="\n\n\n")
+            print(written.text(language), end="\n\n\n")
 
 
 if __name__ == "__main__":
