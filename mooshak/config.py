@@ -387,7 +387,7 @@ def parse(
     `find_config` gives the file to read where there is no `--config`. Raises `InputError` for a
     file that is not there, an unknown key or a value of another type.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = [_long(word) for word in (sys.argv[1:] if argv is None else argv)]
     try:
         namespace = arguments.parse_args(words)
         if find_config is not None and namespace.config is None:
@@ -401,6 +401,11 @@ def parse(
         raise InputError(message) from error
     config = Config(**{name: values[name] for name in SECTIONS})
     return config, values
+
+
+def _long(word: str) -> str:
+    """`--mesh` is short for `--parallel.mesh`."""
+    return re.sub(r"^--mesh(?==|$)", "--parallel.mesh", word)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:

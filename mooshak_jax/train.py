@@ -5,7 +5,6 @@ python -m mooshak_jax.train --config configs/demo.yaml --mesh data=2
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -213,10 +212,7 @@ def memory() -> dict[str, float]:
 def main() -> None:
     parser = configuration.parser(__doc__.split("\n")[0])
     parser.add_argument("--resume", default="auto", help="auto, never, or a checkpoint's directory")
-    parser.add_argument("--mesh", default="", help="short for --parallel.mesh, like data=2")
     config, arguments = configuration.parse(parser)
-    if arguments.mesh:
-        config = replace(config, parallel=replace(config.parallel, mesh=arguments.mesh))
     train(config, arguments.resume)
 
 

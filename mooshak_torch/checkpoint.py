@@ -4,6 +4,7 @@ The state has the canonical names: `params.{name}`, `exp_avg.{name}`, `exp_avg_s
 """
 
 import logging
+import pickle
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from mooshak import interchange
 from mooshak.checkpoints import kind_of, readable
@@ -24,6 +25,27 @@ from mooshak.errors import InputError
 from mooshak.interchange import Checkpoint
 from mooshak_torch.model import Model
 from mooshak_torch.optimizer import moments, set_step
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+METADATA_NAMES = {
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size", *(str(dtype).removeprefix("torch.") for dtype in DTYPES)},
+    "pathlib": {"PosixPath", "PurePosixPath"},
+    "collections": {"OrderedDict"},
+}
+"""Module -> what `.metadata` may name from it."""
 
 # DCP warns that there is no process group; one process needs none. It warns in the thread that it
 # saves in, which `catch_warnings` around the call would miss.
@@ -76,7 +98,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if kind_of(path) == "safetensors":
         return interchange.open_checkpoint(path)
     model, state = interchange.read_description(path)
-    reader = dcp.FileSystemReader(path / "dcp")
+    reader = Reader(path / "dcp")
     try:
         metadata = reader.read_metadata().state_dict_metadata
     except Exception as error:
@@ -102,6 +124,30 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return _to_numpy(tensor)
 
     return Checkpoint(path, "torch", model, state, tensors, read)
+
+
+class Reader(dcp.FileSystemReader):
+    """DCP's reader, which makes nothing but descriptions of tensors from `.metadata`.
+
+    DCP unpickles that file, and a pickle may call anything; a checkpoint is a stranger's file.
+    """
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """What the checkpoint holds. Raises `pickle.UnpicklingError` if it names anything else."""
+        with self.fs.create_stream(self._get_metadata_path(kwargs.get("rank")), "rb") as file:
+            metadata: Metadata = _Unpickler(file).load()
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        # Python 3.13 keeps its paths in a module of their own.
+        module = {"pathlib._local": "pathlib"}.get(module, module)
+        if name not in METADATA_NAMES.get(module, ()):
+            raise pickle.UnpicklingError(f"{module}.{name} does not belong into a checkpoint")
+        return super().find_class(module, name)
 
 
 def write_checkpoint(path: Path, source: Checkpoint) -> None:

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -286,3 +287,19 @@ def test_destination_exists(
     options = (checkpoint, tmp_path / "there", "--to", to)
     assert "exists already" in refused("parity.convert", *options)
     assert contents(tmp_path) == before
+
+
+def test_metadata_that_would_call_something(
+    refused: Refused, run_of: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    """DCP's metadata are a pickle: a stranger's must not run."""
+
+    class Evil:
+        def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    config, checkpoint = run_of("torch")
+    (checkpoint / "dcp" / ".metadata").write_bytes(pickle.dumps(Evil()))
+    line = refused("mooshak_torch.train", "--config", config)
+    assert "mkdir does not belong into a checkpoint" in line
+    assert not (tmp_path / "ran").exists()

@@ -80,3 +80,9 @@ def test_config_json_goes_round() -> None:
 def test_a_wrong_config_json_is_named(text: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         config.model_from_json(text, "config.json")
+
+
+def test_mesh_is_short_for_the_key() -> None:
+    for words in (["--mesh", "data=2"], ["--mesh=data=2"], ["--parallel.mesh", "data=2"]):
+        loaded, _ = config.parse(config.parser(""), words)
+        assert loaded.parallel.mesh == "data=2"
