@@ -9,15 +9,18 @@ What each line means, and why the bounds are what they are, is in docs/parity.md
 
 import argparse
 import json
+import re
 import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import islice, product
 from pathlib import Path
 
 import jax
 import numpy as np
-import torch
+from rich.console import Console
 from rich.table import Table
 
 from mooshak import config as configuration
@@ -35,17 +38,30 @@ from mooshak.errors import InputError, command
 from mooshak.files import write_atomically
 from mooshak.initial import initial_weight
 from mooshak.interchange import Checkpoint
-from mooshak.schedule import learning_rate
+from mooshak.schedule import decays
 from mooshak.tables import print_table
-from mooshak_torch.model import Model
 from parity.convert import convert, open_any
+from parity.faults import planted
+from parity.sides import Arrays, JaxSide, Side, Step, TorchSide
 
 # Allowed differences, all of them. They are never loosened: see docs/parity.md.
 FLOAT64 = 1e-12
 FLOAT32_LOGITS = 2e-6
-FLOAT32_RATIO = 2.0
+RATIO = 2.0
+"""Neither framework may be further from float64 than this many times the other."""
 
 STEPS = 20
+PARTS = (
+    "weights",
+    "precision",
+    "forward",
+    "loss",
+    "padding",
+    "gradients",
+    "training",
+    "decoding",
+    "round trip",
+)
 
 
 @dataclass(frozen=True)
@@ -57,120 +73,427 @@ class Line:
     measured: float
     allowed: float
     floor: float | None = None
-    """The same quantity between torch in this dtype and torch in float64, where that is another."""
+    """What the arithmetic alone does to this quantity: the other framework's own distance from
+    float64 where `measured` is one framework's, both frameworks' in float32 where it is float64."""
+    control: float | None = None
+    """What the same line shows with the fault `fault` planted."""
+    fault: str = ""
     where: str = ""
-    """Where the largest difference is."""
+    """Where it first goes wrong; of a line that passes, where the largest difference is."""
 
     @property
     def passed(self) -> bool:
         return bool(self.measured <= self.allowed)
 
 
-def check(
-    source: Checkpoint, other: Checkpoint, batch: int = 4, time: int = 64, decode: int = 48
-) -> Iterator[Line]:
-    """All lines of the report, as they are measured.
+@dataclass(frozen=True)
+class Question:
+    """What is compared: both sides, and the tokens that they are given."""
 
-    Torch computes with the weights of `source`, JAX with those of `other`.
+    ours: Side
+    theirs: Side
+    tokens_nBS: np.ndarray
+    decode: int
+    clip_norm: float = 1.0
+
+    @property
+    def inputs_BT(self) -> np.ndarray:
+        return self.tokens_nBS[0][:, :-1]
+
+    def config(self, dtype: Dtype) -> Config:
+        """A recipe in which everything acts: clipping, weight decay, schedule, accumulation."""
+        _, batch, tokens = self.tokens_nBS.shape
+        return Config(
+            model=self.ours.source.model,
+            optimizer=OptimizerConfig(
+                learning_rate=1e-3, weight_decay=0.1, clip_norm=self.clip_norm
+            ),
+            schedule=ScheduleConfig(warmup_steps=5),
+            train=TrainConfig(
+                steps=STEPS,
+                batch_size=batch,
+                sequence_length=tokens - 1,
+                accumulation=2 if batch % 2 == 0 else 1,
+                dtype=dtype,
+                loss_chunk=batch * 24,
+            ),
+            parallel=ParallelConfig(mesh="data=1"),
+        )
+
+
+def check(
+    source: Checkpoint,
+    other: Checkpoint | None = None,
+    batch: int = 4,
+    time: int = 64,
+    decode: int = 48,
+    parts: Iterable[str] = PARTS,
+    controls: bool = True,
+    low: Sequence[Dtype] = ("float32", "bfloat16"),
+) -> Iterator[Line]:
+    """The lines of the report, as they are measured.
+
+    Torch computes with the weights of `source`, JAX with those of `other` (the same by default).
+    `controls` measures every line again with a fault planted; `low` are the dtypes that are
+    compared with float64. Raises `InputError` for checkpoints of two models.
     """
     model = source.model
-    if other.model != model:
+    if other is not None and other.model != model:
         raise InputError(f"{other.path} is a checkpoint of another model than {source.path}")
     time = min(time, model.max_seq_len - 1)
     decode = min(decode, model.max_seq_len - 8)
     jax.config.update("jax_enable_x64", True)
     random = np.random.default_rng(0)
     tokens_nBS = random.integers(0, model.vocab_size, (STEPS, batch, time + 1), dtype=np.int32)
-
-    yield from _forward(source, other, tokens_nBS[0])
-    yield from _training(source, other, tokens_nBS)
-    yield from _decoding(source, other, tokens_nBS[0][:, :8], decode)
-    yield from _round_trip(source)
-
-
-def _forward(source: Checkpoint, other: Checkpoint, tokens_BS: np.ndarray) -> Iterator[Line]:
-    """Logits and the output of every layer, in float64 and against float64."""
-    inputs_BT = tokens_BS[:, :-1]
-    truth, truth_trace = _torch_forward(source, "float64", inputs_BT)
-    mirror, mirror_trace = _jax_forward(other, "float64", inputs_BT)
-    yield Line("logits", "float64", distance(mirror, truth), FLOAT64)
-    for i, (ours, theirs) in enumerate(zip(mirror_trace, truth_trace, strict=True)):
-        name = "embeddings" if i == 0 else f"after layer {i - 1}"
-        yield Line(f"hidden states {name}", "float64", distance(ours, theirs), FLOAT64)
-    torch32 = distance(_torch_forward(source, "float32", inputs_BT)[0], truth)
-    jax32 = distance(_jax_forward(other, "float32", inputs_BT)[0], truth)
-    yield Line("torch logits from float64", "float32", torch32, FLOAT32_LOGITS, jax32)
-    yield Line("JAX logits from float64", "float32", jax32, FLOAT32_LOGITS, torch32)
-    # Neither may be worse by more than the factor: a hidden TF32 or bfloat16 product would be.
-    ratio = max(torch32, jax32) / max(min(torch32, jax32), float(np.finfo(np.float32).eps) / 16)
-    yield Line("ratio of the two distances", "float32", ratio, FLOAT32_RATIO)
+    question = Question(TorchSide(source), JaxSide(other or source), tokens_nBS, decode)
+    question = replace(question, clip_norm=_clip_norm(question))
+    parts = set(parts)
+    if "weights" in parts and other is not None:
+        yield weights(source, other)
+    measures: list[tuple[str, Callable[[Question], Iterator[Line]], Sequence[str]]] = []
+    if "precision" in parts:
+        truth = Truth.of(question)
+        measures += [
+            ("precision", partial(precision, truth, dtype), FAULTS[dtype]) for dtype in low
+        ]
+    measures += [(name, measure, FAULTS[name]) for name, measure in MEASURES.items()]
+    for name, measure, faults in measures:
+        if name in parts:
+            lines = list(measure(question))
+            yield from with_controls(question, lines, measure, faults) if controls else lines
+    if "round trip" in parts:
+        yield round_trip(source, controls)
 
 
-def _training(source: Checkpoint, other: Checkpoint, tokens_nBS: np.ndarray) -> Iterator[Line]:
-    """Loss and gradients of the first batch, and every parameter after 20 AdamW steps."""
-    dtype: Dtype = "float64"
-    config = _training_config(source.model, tokens_nBS.shape, dtype)
-    torch_loss, torch_grads = _torch_gradients(source, config, tokens_nBS[0])
-    jax_loss, jax_grads = _jax_gradients(other, config, tokens_nBS[0])
-    yield Line("loss", dtype, abs(jax_loss - torch_loss) / abs(torch_loss), FLOAT64)
-    yield _worst("every gradient", dtype, jax_grads, torch_grads)
-    torch_params, torch_losses = _torch_steps(source, config, tokens_nBS)
-    jax_params, jax_losses = _jax_steps(other, config, tokens_nBS)
-    yield _worst(f"every parameter after {STEPS} AdamW steps", dtype, jax_params, torch_params)
-    drift = np.abs(np.array(jax_losses) / np.array(torch_losses) - 1)
-    step = int(drift.argmax())
-    yield Line(f"loss of {STEPS} AdamW steps", dtype, drift[step], FLOAT64, where=f"step {step}")
+def with_controls(
+    question: Question,
+    lines: list[Line],
+    measure: Callable[[Question], Iterator[Line]],
+    faults: Sequence[str],
+) -> list[Line]:
+    """Each line with what it shows when a fault is planted: the first that it does not let pass."""
+    for fault, framework in product(faults, ("JAX", "torch")):
+        if all(line.control is not None and line.control > line.allowed for line in lines):
+            break
+        with planted(fault, framework):
+            faulty = {(line.name, line.dtype): line.measured for line in measure(question)}
+        lines = [
+            line
+            if line.control is not None and line.control > line.allowed
+            else replace(line, control=faulty[line.name, line.dtype], fault=fault)
+            for line in lines
+        ]
+    return lines
 
 
-def _decoding(
-    source: Checkpoint, other: Checkpoint, prompts_BT: np.ndarray, new_tokens: int
+def _clip_norm(question: Question) -> float:
+    """Half of the first gradient's norm: it is clipped."""
+    gradients = question.ours.gradients(question.config("float64"), question.tokens_nBS[0])
+    norm = np.linalg.norm([np.linalg.norm(g.ravel()) for g in gradients.values()])
+    return float(norm) / question.inputs_BT.size / 2
+
+
+def weights(source: Checkpoint, other: Checkpoint) -> Line:
+    """The largest difference of a tensor, optimizer included, between two checkpoints."""
+    common = [key for key in source.tensors if key in other.tensors]
+    distances = {key: distance(other.read(key), source.read(key)) for key in common}
+    worst = max(distances, key=lambda key: distances[key])
+    first = next((key for key in common if distances[key]), worst)
+    return Line("weights of SRC and OTHER", "stored", distances[worst], 0.0, where=first)
+
+
+def forward(q: Question) -> Iterator[Line]:
+    """Logits and the hidden states of every layer in float64."""
+    ours = q.ours.operations("float64", q.inputs_BT)
+    theirs = q.theirs.operations("float64", q.inputs_BT)
+    distances = {
+        key: distance(theirs[key], value)
+        if key in theirs and theirs[key].shape == value.shape
+        else np.inf
+        for key, value in ours.items()
+    }
+    where = next((place(key) for key, d in distances.items() if not d <= FLOAT64), "")
+    for key, name in _hidden(q.ours.source.model):
+        yield Line(name, "float64", distances[key], FLOAT64, where=where)
+
+
+def _hidden(model: ModelConfig) -> list[tuple[str, str]]:
+    layers = [(f"layers.{i} out", f"hidden states after layer {i}") for i in range(model.n_layers)]
+    first = ("embeddings out", "hidden states after the embeddings")
+    return [("logits", "logits"), first, *layers]
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What torch computes in float64, which the other parts show to be what JAX computes."""
+
+    operations: Arrays
+    losses: np.ndarray
+    gradients: Arrays
+    params: Arrays
+
+    @classmethod
+    def of(cls, q: Question) -> "Truth":
+        config = q.config("float64")
+        return cls(
+            q.ours.operations("float64", q.inputs_BT),
+            q.ours.losses(config, q.tokens_nBS),
+            q.ours.gradients(config, q.tokens_nBS[0]),
+            _last(q.ours.steps(config, q.tokens_nBS)).params,
+        )
+
+
+def precision(truth: Truth, dtype: Dtype, q: Question) -> Iterator[Line]:
+    """How far each framework is in `dtype` from float64, beside how far the other is."""
+    sides, exact = (q.ours, q.theirs), truth.operations
+    found = [side.operations(dtype, q.inputs_BT) for side in sides]
+    distances = {key: [distance(f[key], exact[key]) for f in found] for key in exact}
+    places = []
+    for i in range(2):
+        excess = (key for key, d in distances.items() if d[i] > RATIO * max(d[1 - i], TINY))
+        places.append(next(map(place, excess), ""))
+    for key, name in _hidden(q.ours.source.model):
+        limit = FLOAT32_LOGITS if (key, dtype) == ("logits", "float32") else np.inf
+        yield from _both(name, dtype, distances[key], places, limit)
+    config = q.config(dtype)
+    apart = [distance(side.losses(config, q.tokens_nBS), truth.losses) for side in sides]
+    yield from _both(f"losses of {STEPS} batches", dtype, apart, places)
+    apart = [_all(side.gradients(config, q.tokens_nBS[0]), truth.gradients) for side in sides]
+    yield from _both("all gradients", dtype, apart, places)
+    apart = [_all(_last(side.steps(config, q.tokens_nBS)).params, truth.params) for side in sides]
+    yield from _both(f"all parameters after {STEPS} AdamW steps", dtype, apart, places)
+
+
+TINY = 2.0**-24
+"""Half a unit in float32's last place: below it, which of two roundings is nearer is chance."""
+
+
+def _both(
+    name: str, dtype: Dtype, apart: list[float], places: list[str], limit: float = np.inf
 ) -> Iterator[Line]:
-    """Tokens that differ: greedy and sampled, and greedy with the cache against without."""
-    from mooshak_jax import checkpoint as jax_checkpoint
-    from mooshak_jax.generate import generate as jax_generate
-    from mooshak_torch.generate import generate as torch_generate
+    for i, framework in enumerate(("torch", "JAX")):
+        allowed = min(limit, RATIO * max(apart[1 - i], TINY))
+        yield Line(
+            f"{name}, {framework} from float64",
+            dtype,
+            apart[i],
+            allowed,
+            apart[1 - i],
+            where=places[i],
+        )
 
-    prompts = prompts_BT.tolist()
+
+def loss(q: Question) -> Iterator[Line]:
+    """The loss of every batch in float64."""
+    config = q.config("float64")
+    ours, theirs = (side.losses(config, q.tokens_nBS) for side in (q.ours, q.theirs))
+    measured = distance(theirs, ours)
+    where = "" if measured <= FLOAT64 else "loss"
+    yield Line(f"losses of {STEPS} batches", "float64", measured, FLOAT64, where=where)
+
+
+def padding(q: Question) -> Iterator[Line]:
+    """The loss of a batch in which three labels in ten are padding, in float64."""
+    padding_BT = np.random.default_rng(1).random(q.inputs_BT.shape) < 0.3
+    ours, theirs = (
+        side.padded_loss("float64", q.tokens_nBS[0], padding_BT) for side in (q.ours, q.theirs)
+    )
+    measured = abs(theirs / ours - 1)
+    where = "" if measured <= FLOAT64 else "loss of labels that are padding"
+    yield Line("loss of a padded batch", "float64", measured, FLOAT64, where=where)
+
+
+def gradients(q: Question) -> Iterator[Line]:
+    """Every gradient of the first batch in float64."""
+    config = q.config("float64")
+    ours, theirs = (side.gradients(config, q.tokens_nBS[0]) for side in (q.ours, q.theirs))
+    distances = {key: distance(theirs[key], value) for key, value in ours.items()}
+    worst = max(distances, key=lambda key: distances[key])
+    # Gradients go backwards: the last parameter whose gradient is wrong is nearest to the fault.
+    wrong = [key for key in distances if not distances[key] <= FLOAT64]
+    where = (wrong or [worst])[-1]
+    yield Line("every gradient, the worst", "float64", distances[worst], FLOAT64, where=where)
+
+
+def training(q: Question) -> Iterator[Line]:
+    """20 steps of the trainers' own step functions side by side, in float64."""
+    config = q.config("float64")
+    names = ("losses", "gradient norms", "exp_avg", "exp_avg_sq", "parameters")
+    worst = dict.fromkeys(names, 0.0)
+    fault, before = "", q.ours.source
+    past: Arrays = {name: before.read(name).astype(np.float64) for name in before.tensors}
+    pairs = zip(
+        q.ours.steps(config, q.tokens_nBS), q.theirs.steps(config, q.tokens_nBS), strict=True
+    )
+    for k, (ours, theirs) in enumerate(pairs):
+        apart = {
+            "losses": abs(theirs.loss / ours.loss - 1),
+            "gradient norms": abs(theirs.norm / ours.norm - 1),
+            "exp_avg": _worst(theirs.exp_avg, ours.exp_avg)[1],
+            "exp_avg_sq": _worst(theirs.exp_avg_sq, ours.exp_avg_sq)[1],
+            "parameters": _worst(theirs.params, ours.params)[1],
+        }
+        if not fault and not max(apart.values()) <= FLOAT64:
+            fault = f"step {k}, " + _diagnosis(q, k, ours, theirs, past)
+        past = ours.params
+        worst = {name: max(worst[name], apart[name]) for name in names}
+        last = _worst(theirs.params, ours.params)[0]
+    for name in names:
+        title = f"{name} of {STEPS} AdamW steps, the worst"
+        where = fault or (last if name == "parameters" else "")
+        yield Line(title, "float64", worst[name], FLOAT64, where=where)
+
+
+def _diagnosis(q: Question, k: int, ours: Step, theirs: Step, past: Arrays) -> str:
+    """What is the first to differ in a step that began alike, in the order of computation."""
+    ratio = theirs.loss / ours.loss
+    if abs(ratio - 1) > FLOAT64:
+        if abs(ratio - round(ratio)) < 1e-9 or abs(1 / ratio - round(1 / ratio)) < 1e-9:
+            return f"accumulation: the loss is {ratio:.3g} times as large in JAX"
+        match = _batch_of(q, k, theirs.loss, past), _batch_of(q, k, ours.loss, past)
+        for framework, batch in zip(("JAX", "torch"), match, strict=True):
+            if batch not in (None, k):
+                return f"data order: {framework} computes with batch {batch}"
+        return "the loss"
+    if abs(theirs.norm / ours.norm - 1) > FLOAT64:
+        return f"the gradient: its norm is {theirs.norm / ours.norm:.3g} times as large in JAX"
+    name, apart = _worst(theirs.exp_avg, ours.exp_avg)
+    if apart > FLOAT64:
+        factor = _factor(theirs.exp_avg, ours.exp_avg)
+        if factor is not None:
+            return f"clipping or beta1: the gradient is {factor:.7g} times as large in JAX"
+        return f"exp_avg of {name}"
+    name, apart = _worst(theirs.exp_avg_sq, ours.exp_avg_sq)
+    if apart > FLOAT64:
+        return f"exp_avg_sq of {name}: beta2"
+    updates = [{n: p[n] - past[n] for n in past} for p in (theirs.params, ours.params)]
+    wrong = {n for n in past if distance(updates[0][n], updates[1][n]) > 1e-9}
+    if factor := _factor(*updates):
+        return f"learning rate: the update is {factor:.7g} times as large in JAX"
+    if all(decays(n) for n in wrong):
+        return "weight decay of matrices"
+    if not any(decays(n) for n in wrong):
+        return "weight decay of gains"
+    return "bias correction or epsilon of AdamW"
+
+
+def _batch_of(q: Question, k: int, loss: float, params: Arrays) -> int | None:
+    """The number of the batch that has this loss under the parameters before step k."""
+    here = replace(q.ours.source, read=lambda name: params[name])
+    losses_n = TorchSide(here).losses(q.config("float64"), q.tokens_nBS)
+    nearest = int(np.abs(losses_n - loss).argmin())
+    return nearest if abs(losses_n[nearest] / loss - 1) < 1e-9 else None
+
+
+def _factor(measured: Arrays, truth: Arrays) -> float | None:
+    """The number c with measured = c truth in every tensor, if there is one other than 1."""
+    dots = sum(float((measured[n] * truth[n]).sum()) for n in truth)
+    factor = dots / sum(float((truth[n] ** 2).sum()) for n in truth)
+    scaled = {n: factor * truth[n] for n in truth}
+    same = _worst(measured, scaled)[1] < 1e-9 and abs(factor - 1) > 1e-9
+    return factor if same else None
+
+
+def decoding(q: Question) -> Iterator[Line]:
+    """Logits with the KV cache against those without; tokens that differ, greedy and sampled."""
+    tokens_BT = q.inputs_BT[:, :24]
+    for side in (q.ours, q.theirs):
+        truth = side.operations("float64", tokens_BT)["logits"]  # No cache here.
+        measured = distance(side.cached_logits("float64", tokens_BT), truth)
+        where = "" if measured <= FLOAT64 else f"KV cache of {side.name}"
+        name = f"logits with KV cache from those without, {side.name}"
+        yield Line(name, "float64", measured, FLOAT64, where=where)
+    prompts = q.tokens_nBS[0][:, :8].tolist()
     for dtype in ("float64", "float32"):
-        torch_model = _torch_model(source, dtype)
-        graphdef, params = jax_checkpoint.graph(source.model, dtype), _jax_params(other, dtype)
         for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-            ours = torch_generate(torch_model, prompts, new_tokens, temperature)
-            theirs = jax_generate(graphdef, params, prompts, new_tokens, temperature)
-            different = float((ours != theirs).sum())
-            yield Line(f"{name} tokens that differ, of {ours.size}", dtype, different, 0.0)
-            if temperature == 0.0:
-                full_BT = torch.from_numpy(np.concatenate([prompts_BT, ours], 1)).long()
-                with torch.no_grad():
-                    argmax_BT = torch_model(full_BT).argmax(-1).numpy()
-                again = argmax_BT[:, prompts_BT.shape[1] - 1 : -1]
-                yield Line(
-                    "greedy tokens that differ without KV cache",
-                    dtype,
-                    float((again != ours).sum()),
-                    0.0,
-                )
+            ours, theirs = (
+                side.generate(dtype, prompts, q.decode, temperature) for side in (q.ours, q.theirs)
+            )
+            different = ours != theirs
+            rows, steps = np.nonzero(different)
+            first = int(steps.min()) if len(steps) else 0
+            where = f"token {first} of row {rows[steps.argmin()]}" if len(steps) else ""
+            title = f"{name} tokens that differ, of {ours.size}"
+            yield Line(title, dtype, float(different.sum()), 0.0, where=where)
 
 
-def _round_trip(source: Checkpoint) -> Iterator[Line]:
+def round_trip(source: Checkpoint, controls: bool = True) -> Line:
     """Tensors that change bits from torch to JAX to torch to interchange."""
     with tempfile.TemporaryDirectory(prefix="parity-") as directory:
-        here = Path(directory)
-        interchange.write_checkpoint(here / "start", source)
-        path = here / "start"
+        path = Path(directory) / "start"
+        interchange.write_checkpoint(path, source)
         for i, kind in enumerate(("torch", "jax", "torch", "safetensors")):
-            convert(path, here / f"{i}-{kind}", kind)
-            path = here / f"{i}-{kind}"
+            convert(path, Path(directory) / f"{i}-{kind}", kind)
+            path = Path(directory) / f"{i}-{kind}"
         end = open_any(path)
-        changed = [key for key in source.tensors if not _same_bits(source.read(key), end.read(key))]
-        kept = end.trainer_state == source.trainer_state
+
+        def changed(read: Callable[[str], np.ndarray]) -> list[str]:
+            return [key for key in source.tensors if not _same_bits(read(key), end.read(key))]
+
+        found, kept = changed(source.read), end.trainer_state == source.trainer_state
         name = "round trip torch, JAX, torch: tensors that change"
-        where = (changed or [""])[0] if kept else "trainer_state.json"
-        yield Line(name, "bits", float(len(changed) + (not kept)), 0.0, where=where)
+        where = (found or [""])[0] if kept else "trainer_state.json"
+        line = Line(name, "bits", float(len(found) + (not kept)), 0.0, where=where)
+        if not controls:
+            return line
+        first = next(iter(source.tensors))
+
+        def one_bit(key: str) -> np.ndarray:
+            array = np.array(source.read(key))
+            if key == first:
+                array.reshape(-1).view(np.uint8)[0] ^= 1
+            return array
+
+        return replace(line, control=float(len(changed(one_bit))), fault="one bit flipped")
 
 
-def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+MEASURES: dict[str, Callable[[Question], Iterator[Line]]] = {
+    "forward": forward,
+    "loss": loss,
+    "padding": padding,
+    "gradients": gradients,
+    "training": training,
+    "decoding": decoding,
+}
+
+FAULTS = {
+    "float32": ("bfloat16 products inside float32", "embedding times sqrt(width)"),
+    "bfloat16": ("RoPE turns neighbours, not halves", "embedding times sqrt(width)"),
+    "forward": ("RoPE theta 1 % off", "embedding times sqrt(width)"),
+    "loss": ("labels not shifted",),
+    "padding": ("padding counts in the loss",),
+    "gradients": ("RMSNorm epsilon 1e-6",),
+    "training": ("1e-6 added to the norm that clips", "learning rate of the next step"),
+    "decoding": ("KV cache one position late",),
+}
+"""Part or dtype -> the faults that are planted, in JAX and then in torch, as its controls."""
+
+
+def place(key: str) -> str:
+    """`layers.3.attention.wq rope out` as `layer 3 attention, RoPE of q`."""
+    path, _, end = key.rpartition(" ")
+    match = re.match(r"layers\.(\d+)\.?(.*)", path)
+    if not match:
+        return key if not path else path if end == "out" else f"input of {path}"
+    layer, operation = f"layer {match[1]}", match[2]
+    out = {
+        "": "output",
+        "attention.wq rope": "attention, RoPE of q",
+        "attention.wk rope": "attention, RoPE of k",
+        "attention": "attention, softmax(q k) v",
+        "mlp": "mlp, w2",
+    }
+    into = {
+        "": "input",
+        "mlp_norm": ", input of mlp_norm: x + attention",
+        "mlp.w2": "mlp, silu(w1 x) * w3 x",
+        "output_norm": ", input of output_norm: h + mlp",
+    }
+    if end == "out":
+        text = out.get(operation, operation.replace(".", ", "))
+    else:
+        text = into.get(operation, f", input of {operation.replace('.', ', ')}")
+    return layer + ("" if text.startswith(",") else " ") + text
 
 
 def distance(measured: np.ndarray, truth: np.ndarray) -> float:
@@ -181,138 +504,26 @@ def distance(measured: np.ndarray, truth: np.ndarray) -> float:
     return float(difference / norm) if norm else float(difference)
 
 
-def _worst(
-    name: str, dtype: str, measured: dict[str, np.ndarray], truth: dict[str, np.ndarray]
-) -> Line:
+def _worst(measured: Arrays, truth: Arrays) -> tuple[str, float]:
     assert measured.keys() == truth.keys()
     distances = {key: distance(measured[key], truth[key]) for key in truth}
     where = max(distances, key=lambda key: distances[key])
-    return Line(name, dtype, distances[where], FLOAT64, where=where)
+    return where, distances[where]
 
 
-def _training_config(model: ModelConfig, shape: tuple[int, ...], dtype: Dtype) -> Config:
-    """A recipe in which everything acts: clipping, weight decay, schedule, accumulation."""
-    _, batch, time = shape
-    return Config(
-        model=model,
-        optimizer=OptimizerConfig(learning_rate=1e-3, weight_decay=0.1, clip_norm=0.5),
-        schedule=ScheduleConfig(warmup_steps=5),
-        train=TrainConfig(
-            steps=STEPS,
-            batch_size=batch,
-            sequence_length=time - 1,
-            accumulation=2 if batch % 2 == 0 else 1,
-            dtype=dtype,
-            loss_chunk=batch * 24,
-        ),
-        parallel=ParallelConfig(mesh="data=1"),
-    )
+def _all(measured: Arrays, truth: Arrays) -> float:
+    """Relative difference of all tensors as one vector."""
+    parts = [distance(measured[key], truth[key]) for key in truth]
+    norms = [np.linalg.norm(truth[key].ravel()) for key in truth]
+    return float(np.linalg.norm(np.multiply(parts, norms)) / np.linalg.norm(norms))
 
 
-def _torch_model(source: Checkpoint, dtype: Dtype) -> Model:
-    from mooshak_torch.checkpoint import fill
-
-    model = Model(source.model, dtype)
-    fill(dict(model.named_parameters()), source)
-    return model
+def _last(steps: Iterator[Step]) -> Step:
+    return next(islice(steps, STEPS - 1, None))
 
 
-def _jax_params(source: Checkpoint, dtype: Dtype) -> dict:
-    from mooshak_jax.checkpoint import abstract_params, fill
-
-    return fill(abstract_params(source.model, dtype), source.read)
-
-
-def _torch_forward(
-    source: Checkpoint, dtype: Dtype, tokens_BT: np.ndarray
-) -> tuple[np.ndarray, list[np.ndarray]]:
-    trace: list[torch.Tensor] = []
-    with torch.no_grad():
-        logits = _torch_model(source, dtype)(torch.from_numpy(tokens_BT).long(), trace=trace)
-    return logits.numpy(), [x.double().numpy() for x in trace]
-
-
-def _jax_forward(
-    source: Checkpoint, dtype: Dtype, tokens_BT: np.ndarray
-) -> tuple[np.ndarray, list[np.ndarray]]:
-    from mooshak_jax.checkpoint import graph, join
-
-    @jax.jit
-    def forward(params: dict, tokens: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
-        trace: list[jax.Array] = []
-        return join(graph(source.model, dtype), params)(tokens, trace=trace), trace
-
-    logits, trace = forward(_jax_params(source, dtype), tokens_BT)
-    return np.asarray(logits), [np.asarray(x) for x in trace]
-
-
-def _torch_gradients(
-    source: Checkpoint, config: Config, batch_BS: np.ndarray
-) -> tuple[float, dict[str, np.ndarray]]:
-    from mooshak_torch.train import Objective
-
-    model = _torch_model(source, config.train.dtype)
-    loss = Objective(model, config.train.loss_chunk)(torch.from_numpy(batch_BS).long())
-    names, parameters = zip(*model.named_parameters(), strict=True)
-    grads = torch.autograd.grad(loss, parameters)
-    return loss.item(), {name: g.numpy() for name, g in zip(names, grads, strict=True)}
-
-
-def _jax_gradients(
-    source: Checkpoint, config: Config, batch_BS: np.ndarray
-) -> tuple[float, dict[str, np.ndarray]]:
-    from mooshak_jax.checkpoint import graph
-    from mooshak_jax.train import objective
-
-    graphdef = graph(source.model, config.train.dtype)
-    function = jax.jit(
-        jax.value_and_grad(lambda p, b: objective(graphdef, config.train.loss_chunk, p, b))
-    )
-    loss, grads = function(_jax_params(source, config.train.dtype), batch_BS)
-    return float(loss), _canonical(grads)
-
-
-def _torch_steps(
-    source: Checkpoint, config: Config, tokens_nBS: np.ndarray
-) -> tuple[dict[str, np.ndarray], list[float]]:
-    from mooshak_torch.optimizer import make_optimizer
-    from mooshak_torch.parallel import make_parallel
-    from mooshak_torch.train import Objective, train_step
-
-    parallel = make_parallel(config)
-    model = _torch_model(source, config.train.dtype)
-    optimizer = make_optimizer(model, config.optimizer)
-    objective = Objective(model, config.train.loss_chunk)
-    losses = []
-    for step, batch_BS in enumerate(tokens_nBS):
-        rate = learning_rate(config, step)
-        batch = torch.from_numpy(batch_BS).long()
-        losses.append(train_step(objective, optimizer, batch, rate, config, parallel)[0].item())
-    return {name: p.detach().numpy() for name, p in model.named_parameters()}, losses
-
-
-def _jax_steps(
-    source: Checkpoint, config: Config, tokens_nBS: np.ndarray
-) -> tuple[dict[str, np.ndarray], list[float]]:
-    from mooshak_jax.parallel import make_parallel
-    from mooshak_jax.train import initial_state, make_train_step
-
-    parallel = make_parallel(config)
-    update = make_train_step(config, parallel)
-    state = initial_state(_jax_params(source, config.train.dtype))
-    state = jax.device_put(state, parallel.replicated)
-    losses = []
-    for step, batch_BS in enumerate(tokens_nBS):
-        state, loss, _ = update(state, parallel.put(batch_BS), learning_rate(config, step))
-        losses.append(float(loss))
-    return _canonical(state["params"]), losses
-
-
-def _canonical(tree: dict) -> dict[str, np.ndarray]:
-    from mooshak_jax.checkpoint import canonical_name, to_canonical
-
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {canonical_name(path): to_canonical(path, np.asarray(leaf)) for path, leaf in leaves}
+def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
 def drawn(model: ModelConfig, seed: int = 0) -> Checkpoint:
@@ -335,7 +546,7 @@ def write_report(lines: list[Line], directory: Path, title: str) -> None:
     rows = [asdict(line) | {"passed": line.passed} for line in lines]
     report = {"source": title, "passed": all(line.passed for line in lines), "lines": rows}
     write_atomically(directory / "parity.json", json.dumps(report, indent=2) + "\n")
-    head = "| what | dtype | measured | allowed | other | |\n|---|---|---|---|---|---|\n"
+    head = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}\n"
     write_atomically(
         directory / "parity.md",
         f"# Parity of {title}\n\n"
@@ -344,13 +555,18 @@ def write_report(lines: list[Line], directory: Path, title: str) -> None:
     )
 
 
+COLUMNS = ("what", "dtype", "measured", "allowed", "floor", "with a fault", "")
+
+
 def _cells(line: Line) -> list[str]:
+    label = "first wrong" if not line.passed else "largest"
     return [
-        line.name + (f" (largest: {line.where})" if line.where else ""),
+        line.name + (f" ({label}: {line.where})" if line.where else ""),
         line.dtype,
         f"{line.measured:.2g}",
         f"{line.allowed:.2g}",
         "" if line.floor is None else f"{line.floor:.2g}",
+        "" if line.control is None else f"{line.control:.2g} ({line.fault})",
         "pass" if line.passed else "FAIL",
     ]
 
@@ -359,28 +575,33 @@ def _cells(line: Line) -> list[str]:
 def main() -> None:
     # JAX is imported by now: the environment variable would be read no more.
     jax.config.update("jax_platforms", "cpu")
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("source", type=Path, help="a checkpoint of any kind, or a *.yaml")
     parser.add_argument("other", type=Path, nargs="?", help="a checkpoint for JAX to compute with")
     parser.add_argument("--out", type=Path, help="directory for parity.json and parity.md")
+    parser.add_argument(
+        "--quick", action="store_true", help="without bfloat16 and without planted faults"
+    )
     args = parser.parse_args()
     if args.source.suffix in (".yaml", ".yml"):
         source = drawn(configuration.load(args.source).model)
     else:
         source = open_any(args.source)
-    other = source if args.other is None else open_any(args.other)
-    table = Table(
-        "what", "dtype", "measured", "allowed", "other", "", title=f"parity of {args.source}"
-    )
+    other = None if args.other is None else open_any(args.other)
+    table = Table(*COLUMNS, title=f"parity of {args.source}")
     lines = []
-    for line in check(source, other):
-        lines.append(line)
-        table.add_row(*_cells(line), style="" if line.passed else "bold red")
+    low: tuple[Dtype, ...] = ("float32",) if args.quick else ("float32", "bfloat16")
+    with Console(stderr=True).status("measuring") as status:
+        for line in check(source, other, controls=not args.quick, low=low):
+            status.update(f"measured: {line.name}, {line.dtype}")
+            lines.append(line)
+            table.add_row(*_cells(line), style="" if line.passed else "bold red")
     print_table(table)
     if args.out:
         write_report(lines, args.out, str(args.source))
-    if failed := [line.name for line in lines if not line.passed]:
-        print(f"{len(failed)} of {len(lines)} lines failed: {failed[0]}")
+    if failed := [line for line in lines if not line.passed]:
+        where = f"; first difference: {failed[0].where}" if failed[0].where else ""
+        print(f"{len(failed)} of {len(lines)} lines failed: {failed[0].name}{where}")
         sys.exit(1)
 
 

@@ -161,7 +161,7 @@ def stages(config: Config, settings: Sequence[str], out: Path) -> list[Stage]:
         Stage(
             "check",
             "check that both are the same function",
-            ("parity.check", str(back), str(last), "--out", str(out / "parity")),
+            ("parity.check", str(back), str(last), "--quick", "--out", str(out / "parity")),
             (out / "parity/parity.json", out / "parity/parity.md"),
         ),
         Stage("report", "write the report", ("parity.report", str(out)), (out / "report.html",)),

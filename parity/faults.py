@@ -1,0 +1,557 @@
+"""Faults that people make, planted in one framework on purpose: what the check has to find.
+
+Each is planted by replacing a function of the framework, or by reading a checkpoint wrongly. They
+are the negative controls of `parity.check`, and `tests/parity/test_faults.py` plants every one.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import torch
+import torch.nn.functional as F
+
+import mooshak_jax.checkpoint
+import mooshak_jax.model
+import mooshak_jax.optimizer
+import mooshak_jax.train
+import mooshak_torch.model
+import mooshak_torch.optimizer
+import mooshak_torch.train
+from mooshak import rope
+from mooshak.interchange import Checkpoint
+from mooshak.schedule import learning_rate
+
+Patch = tuple[Any, str, Any]
+"""An object, the name of its attribute, and what is put in the attribute's place."""
+
+tm, jm = mooshak_torch.model, mooshak_jax.model
+tt, jt = mooshak_torch.train, mooshak_jax.train
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault: in the code of each framework, or in how a checkpoint is read."""
+
+    part: str
+    """The part of the check that has to find it."""
+    place: str
+    """Regular expression for the place that the check has to name."""
+    torch: Callable[[], list[Patch]] | None = None
+    jax: Callable[[], list[Patch]] | None = None
+    read: Callable[[Checkpoint], Checkpoint] | None = None
+    """The checkpoint as the faulty framework reads it."""
+
+
+@contextmanager
+def planted(name: str, framework: str) -> Iterator[None]:
+    """Plant a fault in `torch` or `JAX`, inside the block."""
+    plant = FAULTS[name].torch if framework == "torch" else FAULTS[name].jax
+    assert plant is not None, f"{name} is a fault of checkpoints"
+    # What was compiled without the fault, or with it, must not be used again.
+    jax.clear_caches()
+    try:
+        with ExitStack() as stack:
+            for target, attribute, value in plant():
+                stack.enter_context(mock.patch.object(target, attribute, value))
+            yield
+    finally:
+        jax.clear_caches()
+
+
+def _rotate_pairs_torch(self: tm.Rope, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    cos, sin = self.cos[positions].unsqueeze(2), self.sin[positions].unsqueeze(2)
+    a, b = x.to(cos.dtype)[..., 0::2], x.to(cos.dtype)[..., 1::2]
+    return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2).to(x.dtype)
+
+
+def _rotate_pairs_jax(self: jm.Rope, x: jax.Array, positions: jax.Array) -> jax.Array:
+    cos = jnp.asarray(self.tables.cos)[positions][:, :, None]
+    sin = jnp.asarray(self.tables.sin)[positions][:, :, None]
+    a, b = x.astype(cos.dtype)[..., 0::2], x.astype(cos.dtype)[..., 1::2]
+    return jnp.stack((a * cos - b * sin, b * cos + a * sin), -1).reshape(x.shape).astype(x.dtype)
+
+
+def _theta(module: Any) -> list[Patch]:
+    tables = rope.rope_tables
+    return [
+        (module, "rope_tables", lambda m: tables(replace(m, rope_theta=1.01 * m.rope_theta))),
+    ]
+
+
+def _eps(kind: Any) -> list[Patch]:
+    original = kind.__init__
+
+    def init(self: Any, dim: int, eps: float, dtype: Any) -> None:
+        original(self, dim, 1e-6, dtype)
+
+    return [(kind, "__init__", init)]
+
+
+def _norm_torch(axis: int = -1, offset: float = 0.0) -> list[Patch]:
+    def forward(self: tm.RMSNorm, x: torch.Tensor) -> torch.Tensor:
+        wide = x.to(self.weight.dtype)
+        scale = torch.rsqrt(wide.square().mean(axis, keepdim=True) + self.eps)
+        return (wide * scale * (self.weight + offset)).to(x.dtype)
+
+    return [(tm.RMSNorm, "forward", forward)]
+
+
+def _norm_jax(axis: int = -1, offset: float = 0.0) -> list[Patch]:
+    def call(self: jm.RMSNorm, x: jax.Array) -> jax.Array:
+        wide = x.astype(self.scale.dtype)
+        scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis, keepdims=True) + self.eps)
+        return (wide * scale * (self.scale[...] + offset)).astype(x.dtype)
+
+    return [(jm.RMSNorm, "__call__", call)]
+
+
+def _block(kind: Any, call: str, norm_after: bool, residual: bool) -> list[Patch]:
+    def block(self: Any, x: Any, rope: Any, positions: Any, cache: Any = None) -> Any:
+        attention = self.attention(x, rope, positions, cache)
+        attention, *rest = attention if isinstance(attention, tuple) else (attention,)
+        h = x + attention if residual else attention
+        mlp = self.mlp_norm(self.mlp(h)) if norm_after else self.mlp(self.mlp_norm(h))
+        out = self.output_norm(h + mlp)
+        return (out, *rest) if rest else out
+
+    return [(kind, call, block)]
+
+
+def _mlp_torch() -> list[Patch]:
+    def forward(self: tm.MLP, x: torch.Tensor) -> torch.Tensor:
+        return self.w2(F.gelu(self.w1(x), approximate="tanh") * self.w3(x))
+
+    return [(tm.MLP, "forward", forward)]
+
+
+def _mlp_jax() -> list[Patch]:
+    def call(self: jm.MLP, x: jax.Array) -> jax.Array:
+        return self.w2(jax.nn.gelu(self.w1(x)) * self.w3(x))
+
+    return [(jm.MLP, "__call__", call)]
+
+
+def _attend(module: Any, change: Callable[..., Any]) -> list[Patch]:
+    return [(module.Attention, "attend", staticmethod(change(module.Attention.attend)))]
+
+
+def _mask_torch(attend: Any) -> Any:
+    def changed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any) -> torch.Tensor:
+        if mask is None:
+            mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril(1)
+        return attend(q, k, v, mask)
+
+    return changed
+
+
+def _mask_jax(attend: Any) -> Any:
+    return lambda q, k, v, mask: attend(q, k, v, mask | jnp.roll(mask, 1, -1).at[..., 0].set(True))
+
+
+def _unscaled(attend: Any) -> Any:
+    return lambda q, k, v, mask: attend(q * q.shape[-1] ** 0.5, k, v, mask)
+
+
+def _softmax32_torch(attend: Any) -> Any:
+    def changed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any) -> torch.Tensor:
+        return attend(q.float(), k.float(), v.float(), mask).to(q.dtype)
+
+    return changed
+
+
+def _softmax32_jax(attend: Any) -> Any:
+    def changed(q: jax.Array, k: jax.Array, v: jax.Array, mask: Any) -> jax.Array:
+        return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
+
+    return changed
+
+
+def _coarse(kind: Any, call: str, round_: Callable[[Any], Any]) -> list[Patch]:
+    """Products of float32 matrices of rounded elements."""
+    original = getattr(kind, call)
+
+    def coarse(self: Any, x: Any) -> Any:
+        return original(self, round_(x))
+
+    return [(kind, call, coarse)]
+
+
+def _round_torch(x: torch.Tensor) -> torch.Tensor:
+    return x.bfloat16().to(x.dtype) if x.dtype == torch.float32 else x
+
+
+def _round_jax(x: jax.Array) -> jax.Array:
+    # By integers: XLA may leave out a conversion there and back.
+    if x.dtype != jnp.float32:
+        return x
+    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+
+
+def _embedding(kind: Any, call: str) -> list[Patch]:
+    original = getattr(kind, call)
+
+    def scaled(self: Any, tokens: Any) -> Any:
+        rows = original(self, tokens)
+        return rows * rows.shape[-1] ** 0.5
+
+    return [(kind, call, scaled)]
+
+
+def _unshifted_torch() -> list[Patch]:
+    def forward(self: Any, batch: torch.Tensor) -> torch.Tensor:
+        hidden, head = self.model.hidden(batch[:, :-1]), self.model.lm_head.weight
+        return tt.cross_entropy(hidden, head, batch[:, :-1], self.chunk)
+
+    return [(tt.Objective, "forward", forward)]
+
+
+def _unshifted_jax() -> list[Patch]:
+    def objective(graphdef: Any, chunk: int, params: Any, batch: jax.Array) -> jax.Array:
+        model = mooshak_jax.checkpoint.join(graphdef, params)
+        hidden = model.hidden(batch[:, :-1])
+        return jt.cross_entropy(hidden, model.lm_head.kernel[...], batch[:, :-1], chunk)
+
+    return [(jt, "objective", objective)]
+
+
+def _padding(module: Any) -> list[Patch]:
+    original = module.cross_entropy
+
+    def cross_entropy(x: Any, w: Any, labels: Any, chunk: int) -> Any:
+        return original(x, w, labels * (labels != -100), chunk)
+
+    return [(module, "cross_entropy", cross_entropy)]
+
+
+def _clipped(change: Callable[[Any, Any, float], Any]) -> list[Patch]:
+    """`change(gradients, norm, max_norm)` gives JAX's clipped gradients."""
+
+    def clip(grads: Any, max_norm: float) -> tuple[Any, Any]:
+        norm = optax.tree.norm(grads)
+        return change(grads, norm, max_norm), norm
+
+    return [(jt, "clip_gradients", clip)]
+
+
+def _clip_afterwards_torch() -> list[Patch]:
+    def clip(parameters: Any, max_norm: float) -> torch.Tensor:
+        return torch.nn.utils.get_total_norm([p.grad for p in parameters])
+
+    return [(tt, "clip_gradients", clip)]
+
+
+def _clip_epsilon_torch() -> list[Patch]:
+    return [(tt, "clip_gradients", torch.nn.utils.clip_grad_norm_)]
+
+
+def _optimizer_torch(change: Callable[[Any, Any, Any], Any]) -> list[Patch]:
+    """`change(make_optimizer, model, config)` makes torch's optimizer."""
+    original = mooshak_torch.optimizer.make_optimizer
+
+    def make(model: Any, config: Any) -> Any:
+        return change(original, model, config)
+
+    return [(mooshak_torch.optimizer, "make_optimizer", make)]
+
+
+def _optimizer_jax(change: Callable[..., Any]) -> list[Patch]:
+    """`change(adamw, state, grads, rate, config)` makes JAX's step."""
+    original = jt.adamw
+    return [(jt, "adamw", lambda *args: change(original, *args))]
+
+
+def _uncorrected_torch(make: Any, model: Any, config: Any) -> Any:
+    optimizer = make(model, config)
+    mooshak_torch.optimizer.moments(model, optimizer)
+    mooshak_torch.optimizer.set_step(optimizer, 10**6)
+    return optimizer
+
+
+def _uncorrected_jax(adamw: Any, state: Any, *args: Any) -> Any:
+    return adamw(state | {"step": state["step"] + 10**6}, *args) | {"step": state["step"] + 1}
+
+
+def _step_torch(change: Callable[[int, list, Any], tuple[Any, float]]) -> list[Patch]:
+    """`change(step, batches seen, config)` gives the batch and the rate that torch takes."""
+    original, seen = tt.train_step, []
+
+    def train_step(
+        objective: Any, optimizer: Any, batch: Any, rate: Any, config: Any, *rest: Any
+    ) -> Any:
+        seen.append(batch)
+        batch, rate = change(len(seen) - 1, seen, config)
+        return original(objective, optimizer, batch, rate, config, *rest)
+
+    return [(tt, "train_step", train_step)]
+
+
+def _step_jax(change: Callable[[int, list, Any], tuple[Any, float]]) -> list[Patch]:
+    original = jt.make_train_step
+
+    def make_train_step(config: Any, *rest: Any) -> Any:
+        update, seen = original(config, *rest), []
+
+        def train_step(state: Any, batch: Any, rate: float) -> Any:
+            seen.append(batch)
+            batch, rate = change(len(seen) - 1, seen, config)
+            return update(state, batch, rate)
+
+        return train_step
+
+    return [(jt, "make_train_step", make_train_step)]
+
+
+def _late(step: int, seen: list, config: Any) -> tuple[Any, float]:
+    return seen[max(step - 1, 0)], learning_rate(config, step)
+
+
+def _next_rate(step: int, seen: list, config: Any) -> tuple[Any, float]:
+    return seen[step], learning_rate(config, step + 1)
+
+
+def _summed_torch() -> list[Patch]:
+    original = tt.Objective.forward
+
+    def forward(self: Any, batch: torch.Tensor) -> torch.Tensor:
+        # The parts of an accumulated batch are told by their number of rows.
+        return original(self, batch) * (2 if len(batch) == SUMMED_ROWS else 1)
+
+    return [(tt.Objective, "forward", forward)]
+
+
+def _summed_jax() -> list[Patch]:
+    original = jt.objective
+
+    def objective(graphdef: Any, chunk: int, params: Any, batch: jax.Array) -> jax.Array:
+        return original(graphdef, chunk, params, batch) * (2 if len(batch) == SUMMED_ROWS else 1)
+
+    return [(jt, "objective", objective)]
+
+
+SUMMED_ROWS = 2
+"""Rows of a part in the accumulation of the check: a batch of four in two parts."""
+
+
+def _cache_torch() -> list[Patch]:
+    original = tm.KVCache.update
+
+    def update(self: Any, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor) -> Any:
+        return original(self, k, v, (positions + 1) % self.k_BSGK.shape[1])
+
+    return [(tm.KVCache, "update", update)]
+
+
+def _cache_jax() -> list[Patch]:
+    original = jm.Attention.__call__
+
+    def call(self: Any, x: Any, rope: Any, positions: Any, cache: Any = None) -> Any:
+        if cache is None:
+            return original(self, x, rope, positions)
+        back: Any = lambda y, p: rope(y, p - 1)  # noqa: E731
+        return original(self, x, back, positions + 1, cache)
+
+    return [(jm.Attention, "__call__", call)]
+
+
+def _renamed(names: dict[str, str]) -> Callable[[Checkpoint], Checkpoint]:
+    """Read `names[key]` where `key` is asked for."""
+
+    def change(source: Checkpoint) -> Checkpoint:
+        return replace(source, read=lambda key: source.read(names.get(key, key)))
+
+    return change
+
+
+def _changed(key: str, change: Callable[[np.ndarray], np.ndarray]) -> Callable[..., Checkpoint]:
+    """Read the tensor `key` changed."""
+
+    def changed(source: Checkpoint) -> Checkpoint:
+        return replace(
+            source, read=lambda k: change(source.read(k)) if k == key else source.read(k)
+        )
+
+    return changed
+
+
+def _swapped(a: str, b: str) -> dict[str, str]:
+    return {a: b, b: a}
+
+
+_LAYER = (
+    "attention.wq.weight",
+    "attention.wk.weight",
+    "attention.wv.weight",
+    "mlp_norm.weight",
+    "mlp.w1.weight",
+    "mlp.w2.weight",
+    "mlp.w3.weight",
+    "output_norm.weight",
+)
+_PERMUTED = {
+    key: value
+    for name in _LAYER
+    for key, value in _swapped(f"layers.1.{name}", f"layers.2.{name}").items()
+}
+
+FAULTS = {
+    "RoPE turns neighbours, not halves": Fault(
+        "forward",
+        "^layer 0 attention, RoPE of q",
+        torch=lambda: [(tm.Rope, "forward", _rotate_pairs_torch)],
+        jax=lambda: [(jm.Rope, "__call__", _rotate_pairs_jax)],
+    ),
+    "RoPE theta 1 % off": Fault(
+        "forward", "^layer 0 attention, RoPE of q", lambda: _theta(tm), lambda: _theta(jm)
+    ),
+    "wq and wk of layer 1 swapped": Fault(
+        "forward",
+        "^layer 1 attention, wq$",
+        read=_renamed(_swapped("layers.1.attention.wq.weight", "layers.1.attention.wk.weight")),
+    ),
+    "square wv of layer 1 transposed": Fault(
+        "forward",
+        "^layer 1 attention, wv$",
+        read=_changed("layers.1.attention.wv.weight", np.transpose),
+    ),
+    "RMSNorm epsilon 1e-6": Fault(
+        "forward", "^layer 0 mlp_norm$", lambda: _eps(tm.RMSNorm), lambda: _eps(jm.RMSNorm)
+    ),
+    "RMSNorm mean over time": Fault(
+        "forward", "^layer 0 mlp_norm$", lambda: _norm_torch(axis=1), lambda: _norm_jax(axis=1)
+    ),
+    "RMSNorm gain plus one": Fault(
+        "forward", "^layer 0 mlp_norm$", lambda: _norm_torch(offset=1), lambda: _norm_jax(offset=1)
+    ),
+    "norm after the MLP": Fault(
+        "forward",
+        "^layer 0, input of (mlp_norm|mlp)",
+        lambda: _block(tm.Block, "forward", norm_after=True, residual=True),
+        lambda: _block(jm.Block, "__call__", norm_after=True, residual=True),
+    ),
+    "residual of the attention missing": Fault(
+        "forward",
+        "^layer 0, input of mlp_norm",
+        lambda: _block(tm.Block, "forward", norm_after=False, residual=False),
+        lambda: _block(jm.Block, "__call__", norm_after=False, residual=False),
+    ),
+    "GELU for SiLU": Fault("forward", "^layer 0 mlp, silu", _mlp_torch, _mlp_jax),
+    "w1 and w3 of layer 0 swapped": Fault(
+        "forward",
+        "^layer 0 mlp, w1$",
+        read=_renamed(_swapped("layers.0.mlp.w1.weight", "layers.0.mlp.w3.weight")),
+    ),
+    "mask one position too late": Fault(
+        "forward",
+        "^layer 0 attention, softmax",
+        lambda: _attend(tm, _mask_torch),
+        lambda: _attend(jm, _mask_jax),
+    ),
+    "attention not scaled": Fault(
+        "forward",
+        "^layer 0 attention, softmax",
+        lambda: _attend(tm, _unscaled),
+        lambda: _attend(jm, _unscaled),
+    ),
+    "softmax in float32 inside float64": Fault(
+        "forward",
+        "^layer 0 attention, softmax",
+        lambda: _attend(tm, _softmax32_torch),
+        lambda: _attend(jm, _softmax32_jax),
+    ),
+    "bfloat16 products inside float32": Fault(
+        "precision",
+        "^layer 0 attention, wq$",
+        lambda: _coarse(tm.Linear, "forward", _round_torch),
+        lambda: _coarse(jm.Linear, "__call__", _round_jax),
+    ),
+    "embedding times sqrt(width)": Fault(
+        "forward",
+        "^embeddings$",
+        lambda: _embedding(tm.Embedding, "forward"),
+        lambda: _embedding(jm.Embedding, "__call__"),
+    ),
+    "layers 1 and 2 permuted": Fault(
+        "forward", "^layer 1 attention, wq$", read=_renamed(_PERMUTED)
+    ),
+    "rows of lm_head permuted": Fault(
+        "forward", "^lm_head$", read=_changed("lm_head.weight", lambda w: np.roll(w, 1, 0))
+    ),
+    "labels not shifted": Fault("loss", "^loss", _unshifted_torch, _unshifted_jax),
+    "padding counts in the loss": Fault(
+        "padding", "^loss of labels that are padding", lambda: _padding(tt), lambda: _padding(jt)
+    ),
+    "clipping after the step": Fault(
+        "training",
+        "^step 0, clipping",
+        _clip_afterwards_torch,
+        lambda: _clipped(lambda grads, norm, max_norm: grads),
+    ),
+    "1e-6 added to the norm that clips": Fault(
+        "training",
+        "^step 0, clipping",
+        _clip_epsilon_torch,
+        lambda: _clipped(
+            lambda grads, norm, max_norm: jax.tree.map(
+                lambda g: g * jnp.minimum(max_norm / (norm + 1e-6), 1), grads
+            )
+        ),
+    ),
+    "decay on gains": Fault(
+        "training",
+        "^step 0, weight decay of gains",
+        lambda: [(mooshak_torch.optimizer, "decays", lambda name: True)],
+        lambda: [(mooshak_jax.optimizer, "decays", lambda name: True)],
+    ),
+    "decay missing": Fault(
+        "training",
+        "^step 0, weight decay of matrices",
+        lambda: [(mooshak_torch.optimizer, "decays", lambda name: False)],
+        lambda: [(mooshak_jax.optimizer, "decays", lambda name: False)],
+    ),
+    "beta1 0.91": Fault(
+        "training",
+        "^step 0, clipping or beta1",
+        lambda: _optimizer_torch(lambda make, model, c: make(model, replace(c, beta1=0.91))),
+        lambda: _optimizer_jax(lambda adamw, s, g, r, c: adamw(s, g, r, replace(c, beta1=0.91))),
+    ),
+    "beta2 0.999": Fault(
+        "training",
+        "^step 0, exp_avg_sq",
+        lambda: _optimizer_torch(lambda make, model, c: make(model, replace(c, beta2=0.999))),
+        lambda: _optimizer_jax(lambda adamw, s, g, r, c: adamw(s, g, r, replace(c, beta2=0.999))),
+    ),
+    "AdamW epsilon 1e-6": Fault(
+        "training",
+        "^step 0, bias correction or epsilon",
+        lambda: _optimizer_torch(lambda make, model, c: make(model, replace(c, eps=1e-6))),
+        lambda: _optimizer_jax(lambda adamw, s, g, r, c: adamw(s, g, r, replace(c, eps=1e-6))),
+    ),
+    "bias correction missing": Fault(
+        "training",
+        "^step 0, bias correction or epsilon",
+        lambda: _optimizer_torch(_uncorrected_torch),
+        lambda: _optimizer_jax(_uncorrected_jax),
+    ),
+    "learning rate of the next step": Fault(
+        "training",
+        "^step 0, learning rate",
+        lambda: _step_torch(_next_rate),
+        lambda: _step_jax(_next_rate),
+    ),
+    "accumulation by sum": Fault("training", "^step 0, accumulation", _summed_torch, _summed_jax),
+    "data one batch late": Fault(
+        "training",
+        "^step 1, data order",
+        lambda: _step_torch(_late),
+        lambda: _step_jax(_late),
+    ),
+    "KV cache one position late": Fault("decoding", "^KV cache", _cache_torch, _cache_jax),
+}
+"""Name -> fault."""

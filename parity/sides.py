@@ -1,0 +1,309 @@
+"""Both frameworks, asked for the same things in the same words: canonical arrays in and out.
+
+Shapes: B batch, T time, S = T + 1 tokens, n steps, V vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from flax import nnx
+
+import mooshak_jax.checkpoint
+import mooshak_jax.generate
+import mooshak_jax.model
+import mooshak_jax.parallel
+import mooshak_jax.train
+import mooshak_torch.checkpoint
+import mooshak_torch.generate
+import mooshak_torch.model
+import mooshak_torch.optimizer
+import mooshak_torch.parallel
+import mooshak_torch.train
+from mooshak.config import Config, Dtype
+from mooshak.interchange import MOMENTS, Checkpoint
+from mooshak.schedule import learning_rate
+
+Arrays = dict[str, np.ndarray]
+"""Canonical parameter name -> array in the canonical layout."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is there to see after one optimizer step."""
+
+    loss: float
+    norm: float
+    """Of the gradient, before clipping."""
+    params: Arrays
+    exp_avg: Arrays
+    exp_avg_sq: Arrays
+
+
+class Side(Protocol):
+    """One framework with the weights of one checkpoint."""
+
+    name: str
+    source: Checkpoint
+
+    def operations(self, dtype: Dtype, tokens_BT: np.ndarray) -> Arrays:
+        """Inputs and outputs of every operation in the order of the forward pass, then `logits`.
+
+        Keys: `layers.0.attention.wq in`, `layers.0.attention.wq out`, `layers.0.attention.wq rope
+        out`, ..., `layers.0 out`, `lm_head out`, `logits`.
+        """
+
+    def losses(self, config: Config, tokens_nBS: np.ndarray) -> np.ndarray:
+        """Mean cross entropy of each batch under the checkpoint's weights, float64 [n]."""
+
+    def padded_loss(self, dtype: Dtype, tokens_BS: np.ndarray, padding_BT: np.ndarray) -> float:
+        """Mean cross entropy of the labels that are not padding."""
+
+    def gradients(self, config: Config, tokens_BS: np.ndarray) -> Arrays:
+        """Of the summed cross entropy of one batch."""
+
+    def steps(self, config: Config, tokens_nBS: np.ndarray) -> Iterator[Step]:
+        """The optimizer steps on these batches, by the trainer's own step function."""
+
+    def cached_logits(self, dtype: Dtype, tokens_BT: np.ndarray) -> np.ndarray:
+        """Logits [B, T, V] with a KV cache: the first half at once, then token by token."""
+
+    def generate(
+        self, dtype: Dtype, prompts: Sequence[Sequence[int]], new_tokens: int, temperature: float
+    ) -> np.ndarray:
+        """Tokens [B, new_tokens] of the framework's `generate`."""
+
+
+class TorchSide:
+    """PyTorch with the weights of a checkpoint."""
+
+    name = "torch"
+
+    def __init__(self, source: Checkpoint):
+        self.source = source
+
+    def model(self, dtype: Dtype) -> mooshak_torch.model.Model:
+        model = mooshak_torch.model.Model(self.source.model, dtype)
+        mooshak_torch.checkpoint.fill(dict(model.named_parameters()), self.source)
+        return model
+
+    @torch.no_grad()
+    def operations(self, dtype: Dtype, tokens_BT: np.ndarray) -> Arrays:
+        model, seen = self.model(dtype), _Recorder()
+        for path, module in model.named_modules():
+            if path:
+                module.register_forward_pre_hook(
+                    lambda _, inputs, path=path: seen.add(path, "in", inputs[0])
+                )
+                module.register_forward_hook(
+                    lambda _, inputs, output, path=path: seen.add(path, "out", output)
+                )
+        logits = model(torch.from_numpy(tokens_BT).long())
+        seen.values["logits"] = logits
+        return {key: _numpy(value) for key, value in seen.values.items()}
+
+    @torch.no_grad()
+    def losses(self, config: Config, tokens_nBS: np.ndarray) -> np.ndarray:
+        objective = mooshak_torch.train.Objective(
+            self.model(config.train.dtype), config.train.loss_chunk
+        )
+        sums = [objective(torch.from_numpy(batch_BS).long()).item() for batch_BS in tokens_nBS]
+        return np.array(sums) / tokens_nBS[0, :, 1:].size
+
+    @torch.no_grad()
+    def padded_loss(self, dtype: Dtype, tokens_BS: np.ndarray, padding_BT: np.ndarray) -> float:
+        model = self.model(dtype)
+        tokens = torch.from_numpy(tokens_BS).long()
+        labels = tokens[:, 1:].masked_fill(torch.from_numpy(padding_BT), -100)
+        total = mooshak_torch.train.cross_entropy(
+            model.hidden(tokens[:, :-1]), model.lm_head.weight, labels, tokens.numel() // 3
+        )
+        return total.item() / int((~padding_BT).sum())
+
+    def gradients(self, config: Config, tokens_BS: np.ndarray) -> Arrays:
+        model = self.model(config.train.dtype)
+        objective = mooshak_torch.train.Objective(model, config.train.loss_chunk)
+        objective(torch.from_numpy(tokens_BS).long()).backward()
+        return {n: p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None}
+
+    def steps(self, config: Config, tokens_nBS: np.ndarray) -> Iterator[Step]:
+        parallel = mooshak_torch.parallel.make_parallel(config)
+        model = self.model(config.train.dtype)
+        optimizer = mooshak_torch.optimizer.make_optimizer(model, config.optimizer)
+        objective = mooshak_torch.train.Objective(model, config.train.loss_chunk)
+        for step, batch_BS in enumerate(tokens_nBS):
+            batch, rate = torch.from_numpy(batch_BS).long(), learning_rate(config, step)
+            loss, norm = mooshak_torch.train.train_step(
+                objective, optimizer, batch, rate, config, parallel
+            )
+            moments = mooshak_torch.optimizer.moments(model, optimizer)
+            trees = (dict(model.named_parameters()), *(moments[moment] for moment in MOMENTS))
+            arrays = [{n: p.detach().numpy().copy() for n, p in tree.items()} for tree in trees]
+            yield Step(loss.item(), norm.item(), *arrays)
+
+    @torch.no_grad()
+    def cached_logits(self, dtype: Dtype, tokens_BT: np.ndarray) -> np.ndarray:
+        model, tokens = self.model(dtype), torch.from_numpy(tokens_BT).long()
+        caches = mooshak_torch.model.make_caches(model, *tokens.shape)
+        parts = []
+        for here in _halves_then_one_by_one(tokens.shape[1]):
+            positions = torch.arange(here.start, here.stop).expand(len(tokens), -1)
+            parts.append(model(tokens[:, here], positions, caches))
+        return torch.cat(parts, 1).numpy()
+
+    def generate(
+        self, dtype: Dtype, prompts: Sequence[Sequence[int]], new_tokens: int, temperature: float
+    ) -> np.ndarray:
+        return mooshak_torch.generate.generate(self.model(dtype), prompts, new_tokens, temperature)
+
+
+class JaxSide:
+    """Flax NNX with the weights of a checkpoint."""
+
+    name = "JAX"
+
+    def __init__(self, source: Checkpoint):
+        self.source = source
+
+    def params(self, dtype: Dtype) -> Any:
+        abstract = mooshak_jax.checkpoint.abstract_params(self.source.model, dtype)
+        return mooshak_jax.checkpoint.fill(abstract, self.source.read)
+
+    def graph(self, dtype: Dtype) -> nnx.GraphDef:
+        return mooshak_jax.checkpoint.graph(self.source.model, dtype)
+
+    def operations(self, dtype: Dtype, tokens_BT: np.ndarray) -> Arrays:
+        graphdef = self.graph(dtype)
+
+        # A compiled function sorts the keys of a dictionary: they leave by the side, in order.
+        keys: list[str] = []
+
+        def named(params: Any, tokens_BT: jax.Array) -> Any:
+            model = mooshak_jax.checkpoint.join(graphdef, params)
+            seen = _Recorder()
+            with _recorded(model, seen):
+                logits = model(tokens_BT)
+            keys[:] = [*seen.values, "logits"]
+            return [*seen.values.values(), logits]
+
+        values = jax.jit(named)(self.params(dtype), tokens_BT)
+        return {key: np.asarray(value) for key, value in zip(keys, values, strict=True)}
+
+    def losses(self, config: Config, tokens_nBS: np.ndarray) -> np.ndarray:
+        function = jax.jit(self._objective(config))
+        params = self.params(config.train.dtype)
+        sums = [float(function(params, batch_BS)) for batch_BS in tokens_nBS]
+        return np.array(sums) / tokens_nBS[0, :, 1:].size
+
+    def padded_loss(self, dtype: Dtype, tokens_BS: np.ndarray, padding_BT: np.ndarray) -> float:
+        model = mooshak_jax.checkpoint.join(self.graph(dtype), self.params(dtype))
+        labels = jnp.where(padding_BT, -100, tokens_BS[:, 1:])
+        total = mooshak_jax.train.cross_entropy(
+            model.hidden(jnp.asarray(tokens_BS[:, :-1])),
+            model.lm_head.kernel[...],
+            labels,
+            tokens_BS.size // 3,
+        )
+        return float(total) / int((~padding_BT).sum())
+
+    def gradients(self, config: Config, tokens_BS: np.ndarray) -> Arrays:
+        function = jax.jit(jax.grad(self._objective(config)))
+        return canonical(function(self.params(config.train.dtype), tokens_BS))
+
+    def _objective(self, config: Config) -> Any:
+        graphdef = self.graph(config.train.dtype)
+        return lambda params, batch_BS: mooshak_jax.train.objective(
+            graphdef, config.train.loss_chunk, params, batch_BS
+        )
+
+    def steps(self, config: Config, tokens_nBS: np.ndarray) -> Iterator[Step]:
+        parallel = mooshak_jax.parallel.make_parallel(config)
+        update = mooshak_jax.train.make_train_step(config, parallel)
+        state = mooshak_jax.train.initial_state(self.params(config.train.dtype))
+        state = jax.device_put(state, parallel.replicated)
+        for step, batch_BS in enumerate(tokens_nBS):
+            rate = learning_rate(config, step)
+            state, loss, norm = update(state, parallel.put(batch_BS), rate)
+            trees = (state[part] for part in ("params", *MOMENTS))
+            yield Step(float(loss), float(norm), *map(canonical, trees))
+
+    def cached_logits(self, dtype: Dtype, tokens_BT: np.ndarray) -> np.ndarray:
+        params, graphdef = self.params(dtype), self.graph(dtype)
+
+        @jax.jit
+        def step(params: Any, tokens: jax.Array, positions: jax.Array, caches: list) -> Any:
+            caches = list(caches)
+            return mooshak_jax.checkpoint.join(graphdef, params)(tokens, positions, caches), caches
+
+        model = mooshak_jax.checkpoint.join(graphdef, params)
+        caches, parts = mooshak_jax.model.make_caches(model, *tokens_BT.shape), []
+        for here in _halves_then_one_by_one(tokens_BT.shape[1]):
+            positions = np.broadcast_to(np.arange(here.start, here.stop), tokens_BT[:, here].shape)
+            logits, caches = step(params, tokens_BT[:, here], positions, caches)
+            parts.append(np.asarray(logits))
+        return np.concatenate(parts, 1)
+
+    def generate(
+        self, dtype: Dtype, prompts: Sequence[Sequence[int]], new_tokens: int, temperature: float
+    ) -> np.ndarray:
+        return mooshak_jax.generate.generate(
+            self.graph(dtype), self.params(dtype), prompts, new_tokens, temperature
+        )
+
+
+def canonical(tree: Any) -> Arrays:
+    """The leaves of a tree of Flax parameters by canonical name and in the canonical layout."""
+    return {
+        mooshak_jax.checkpoint.canonical_name(path): mooshak_jax.checkpoint.to_canonical(
+            path, np.asarray(leaf)
+        )
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+class _Recorder:
+    """Inputs and outputs in the order in which they come; the first of each name stays."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+        self._linear = ""
+
+    def add(self, path: str, end: str, value: Any) -> None:
+        if path == "rope":  # One module for all layers: named after what it turns.
+            path = f"{self._linear} rope"
+        elif path.endswith(("wq", "wk")):
+            self._linear = path
+        self.values.setdefault(f"{path} {end}", value)
+
+
+@contextmanager
+def _recorded(model: nnx.Module, seen: _Recorder) -> Iterator[None]:
+    """Record what goes through the modules of `model` inside the block."""
+    paths = {id(m): ".".join(map(str, path)) for path, m in nnx.iter_modules(model) if path}
+    with ExitStack() as stack:
+        for name in ("Linear", "Embedding", "RMSNorm", "Rope", "Attention", "MLP", "Block"):
+            kind = getattr(mooshak_jax.model, name)
+
+            def call(self: Any, x: Any, *args: Any, original: Any = kind.__call__) -> Any:
+                seen.add(paths[id(self)], "in", x)
+                output = original(self, x, *args)
+                seen.add(paths[id(self)], "out", output[0] if isinstance(output, tuple) else output)
+                return output
+
+            stack.enter_context(mock.patch.object(kind, "__call__", call))
+        yield
+
+
+def _halves_then_one_by_one(length: int) -> list[slice]:
+    half = length // 2
+    return [slice(0, half), *(slice(t, t + 1) for t in range(half, length))]
+
+
+def _numpy(tensor: torch.Tensor) -> np.ndarray:
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()

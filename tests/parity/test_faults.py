@@ -1,0 +1,67 @@
+"""The check finds faults that people make, and says where they are.
+
+Each fault stands in one framework alone, torch and JAX by turns.
+"""
+
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from mooshak.config import ModelConfig
+from parity import check
+from parity.faults import FAULTS, planted
+
+MODEL = ModelConfig(vocab_size=96, dim=24, n_layers=3, n_heads=3, hidden_dim=40, max_seq_len=40)
+CASES = [(name, ("torch", "JAX")[i % 2]) for i, name in enumerate(FAULTS)]
+
+
+def lines_of(name: str, framework: str) -> list[check.Line]:
+    """What the part that has to find the fault says."""
+    fault, source = FAULTS[name], check.drawn(MODEL)
+    sizes = {"batch": 4, "time": 20, "decode": 10}
+    options = {"parts": (fault.part,), "controls": False, "low": ("float32",), **sizes}
+    if fault.read is not None:
+        ours, theirs = (
+            (fault.read(source), source) if framework == "torch" else (source, fault.read(source))
+        )
+        return list(check.check(ours, theirs, **options))
+    with planted(name, framework):
+        return list(check.check(source, **options))
+
+
+@pytest.mark.parametrize(("name", "framework"), CASES, ids=[f"{n} ({f})" for n, f in CASES])
+def test_fault_is_found_and_placed(name: str, framework: str) -> None:
+    failed = [line for line in lines_of(name, framework) if not line.passed]
+    assert failed
+    places = [line.where for line in failed if line.where]
+    assert re.search(FAULTS[name].place, places[0]), places
+
+
+def test_there_are_at_least_24_faults() -> None:
+    assert len(FAULTS) >= 24
+
+
+@pytest.mark.slow
+def test_without_a_fault_every_line_passes_and_its_control_does_not() -> None:
+    lines = list(check.check(check.drawn(MODEL), batch=4, time=20, decode=10))
+    assert [line for line in lines if not line.passed] == []
+    blind = [line for line in lines if line.control is None or line.control <= line.allowed]
+    assert blind == []
+
+
+def test_two_checkpoints_that_differ_in_one_element() -> None:
+    source = check.drawn(MODEL)
+
+    def read(name: str) -> np.ndarray:
+        value = np.array(source.read(name))
+        if name == "layers.1.mlp.w2.weight":
+            value.flat[5] += 1e-9
+        return value
+
+    other = replace(source, read=read)
+    (line,) = check.check(source, other, parts=("weights",))
+    assert not line.passed and line.where == "layers.1.mlp.w2.weight"
+    (line,) = check.check(source, source, parts=("weights",))
+    assert line.passed
