@@ -19,6 +19,7 @@ from itertools import islice, product
 from pathlib import Path
 
 import jax
+import jinja2
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -61,6 +62,14 @@ PARTS = (
     "training",
     "decoding",
     "round trip",
+)
+
+TEMPLATES = jinja2.Environment(
+    loader=jinja2.PackageLoader("parity", "."),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
 )
 
 
@@ -541,18 +550,22 @@ def drawn(model: ModelConfig, seed: int = 0) -> Checkpoint:
 
 
 def write_report(lines: list[Line], directory: Path, title: str) -> None:
-    """Write `parity.json` and `parity.md`."""
+    """Write `report.json`, `report.md` and `report.html`, which is self-contained."""
     directory.mkdir(parents=True, exist_ok=True)
     rows = [asdict(line) | {"passed": line.passed} for line in lines]
     report = {"source": title, "passed": all(line.passed for line in lines), "lines": rows}
-    write_atomically(directory / "parity.json", json.dumps(report, indent=2) + "\n")
+    write_atomically(directory / "report.json", json.dumps(report, indent=2) + "\n")
     head = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}\n"
     write_atomically(
-        directory / "parity.md",
+        directory / "report.md",
         f"# Parity of {title}\n\n"
         + head
         + "".join(f"| {' | '.join(_cells(line))} |\n" for line in lines),
     )
+
+    failed = [line for line in lines if not line.passed]
+    page = TEMPLATES.get_template("check.html").render(lines=lines, failed=failed, title=title)
+    write_atomically(directory / "report.html", page)
 
 
 COLUMNS = ("what", "dtype", "measured", "allowed", "floor", "with a fault", "")
@@ -578,7 +591,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("source", type=Path, help="a checkpoint of any kind, or a *.yaml")
     parser.add_argument("other", type=Path, nargs="?", help="a checkpoint for JAX to compute with")
-    parser.add_argument("--out", type=Path, help="directory for parity.json and parity.md")
+    parser.add_argument("--out", type=Path, help="directory for report.json, .md, .html")
     parser.add_argument(
         "--quick", action="store_true", help="without bfloat16 and without planted faults"
     )

@@ -162,7 +162,7 @@ def stages(config: Config, settings: Sequence[str], out: Path) -> list[Stage]:
             "check",
             "check that both are the same function",
             ("parity.check", str(back), str(last), "--quick", "--out", str(out / "parity")),
-            (out / "parity/parity.json", out / "parity/parity.md"),
+            (out / "parity/report.json", out / "parity/report.html"),
         ),
         Stage("report", "write the report", ("parity.report", str(out)), (out / "report.html",)),
     ]

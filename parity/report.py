@@ -3,7 +3,7 @@
 python -m parity.report runs/demo
 
 Reads what the stages of `parity.demo` left in the directory, and nothing else: metrics, samples,
-`parity.json`, evaluations, stamps. Exits 1 when one of the bounds does not hold.
+the report of `parity.check`, evaluations, stamps. Exits 1 when one of the bounds does not hold.
 """
 
 import argparse
@@ -285,7 +285,7 @@ def read(directory: Path) -> Results:
             environment=json.loads((directory / "jax" / "environment.json").read_text()),
             curve=read_curve(runs, relative=False, allowed=CURVE_FLOAT32),
             precise=read_curve(precise, relative=True, allowed=CURVE_FLOAT64),
-            parity=json.loads((directory / "parity" / "parity.json").read_text())["lines"],
+            parity=json.loads((directory / "parity" / "report.json").read_text())["lines"],
             samples=read_samples(
                 directory / "samples-torch.txt", directory / "samples-jax.txt", prompts
             ),

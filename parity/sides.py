@@ -95,7 +95,8 @@ class TorchSide:
 
     @torch.no_grad()
     def operations(self, dtype: Dtype, tokens_BT: np.ndarray) -> Arrays:
-        model, seen = self.model(dtype), _Recorder()
+        model = self.model(dtype)
+        seen = _Recorder()
         for path, module in model.named_modules():
             if path:
                 module.register_forward_pre_hook(
@@ -143,8 +144,9 @@ class TorchSide:
                 objective, optimizer, batch, rate, config, parallel
             )
             moments = mooshak_torch.optimizer.moments(model, optimizer)
-            trees = (dict(model.named_parameters()), *(moments[moment] for moment in MOMENTS))
-            arrays = [{n: p.detach().numpy().copy() for n, p in tree.items()} for tree in trees]
+            trees: list[dict[str, torch.Tensor]] = [dict(model.named_parameters())]
+            trees += [moments[moment] for moment in MOMENTS]
+            arrays = [{n: p.detach().numpy().copy() for n, p in t.items()} for t in trees]
             yield Step(loss.item(), norm.item(), *arrays)
 
     @torch.no_grad()

@@ -72,7 +72,7 @@ def test_the_report_holds_everything_and_needs_nothing(demo: Path) -> None:
     for framework in ("torch", "jax"):
         scores = json.loads((demo / f"evaluation-{framework}.json").read_text())
         assert all(f"{scores[tag]['bits_per_byte']:.6f}" in page for tag in ("hi", "en"))
-    lines = json.loads((demo / "parity" / "parity.json").read_text())["lines"]
+    lines = json.loads((demo / "parity" / "report.json").read_text())["lines"]
     assert all(line["name"] in page for line in lines)
     assert "verdict fail" not in page and page.count("verdict pass") == len(lines) + 2
 
@@ -107,10 +107,10 @@ def test_the_report_fails_when_something_differs(fault: str, demo: Path, tmp_pat
         (out / "samples-jax.txt").write_text(text.rstrip() + "!\n\n")
         reason = "texts of both frameworks differ"
     else:
-        parity = json.loads((out / "parity" / "parity.json").read_text())
+        parity = json.loads((out / "parity" / "report.json").read_text())
         parity["lines"][0]["passed"] = False
-        (out / "parity" / "parity.json").write_text(json.dumps(parity))
-        reason = "parity.check: logits"
+        (out / "parity" / "report.json").write_text(json.dumps(parity))
+        reason = "parity.check: weights of SRC and OTHER"
     metrics.write_text("\n".join(lines))
     done = run("parity.report", out)
     assert done.returncode == code and reason in done.stdout + done.stderr
