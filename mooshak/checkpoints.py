@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mooshak import interchange
-from mooshak.config import Config, ModelConfig
+from mooshak.config import Config, ModelConfig, description
 from mooshak.errors import InputError
 
 STATES = {"torch": "dcp", "jax": "orbax", "safetensors": "model.safetensors"}
@@ -188,7 +188,7 @@ def check_resume(
 
 def check_model(path: Path, model: ModelConfig, config: Config) -> None:
     """Raises `InputError` unless the `model` of a checkpoint is the configuration's."""
-    there, here = asdict(model), asdict(config.model)
+    there, here = description(model), description(config.model)
     for key, value in here.items():
         if there[key] != value:
             raise InputError(

@@ -53,6 +53,11 @@ class ModelConfig:
     """Rescaling of the rotary frequencies; the mooshak architecture has none."""
     tie_embeddings: bool = False
     """Use the embedding as output head; the mooshak architecture does not."""
+    # How a framework lays the same function out; no part of what a checkpoint is compared by.
+    scan_layers: bool = field(default=False, compare=False)
+    """JAX: keep the layers stacked and compile one, which the step goes through in a loop."""
+    fuse_kernels: bool = field(default=False, compare=False)
+    """JAX: one matrix product for wq, wk and wv, and one for w1 and w3."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "dim", "n_layers", "n_heads", "hidden_dim", "max_seq_len"):
@@ -261,6 +266,8 @@ class TrainConfig:
     """float64, float32, or bfloat16 (matmuls in bf16; parameters, norms and loss in fp32)."""
     loss_chunk: int = 2048
     """Tokens whose logits are in memory at once."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What the backward pass computes again: nothing, all but matrix products, or whole layers."""
     log_every: int = 1
     """Steps between lines of the metrics."""
     stop_at: int | None = None
@@ -278,9 +285,31 @@ class ParallelConfig:
     strategy: Literal["single", "ddp", "auto"] = "auto"
     """torch: single, ddp, or auto (ddp under torchrun)."""
     mesh: str = ""
-    """JAX: axes and sizes, like data=2; --mesh is short for it (empty: all devices on data)."""
+    """Axes and sizes, like data=2,fsdp=4; --mesh is short for it (empty: all devices on data)."""
     cpu_devices: int | None = None
-    """JAX on CPU: how many devices the processor is cut into (null: as many as the mesh needs)."""
+    """JAX on CPU: how many devices each process has (null: as many as the mesh needs)."""
+    slices: int = 1
+    """JAX: slices of a TPU pod, joined by the data-center network, that the data axis spans."""
+    coordinator: str | None = None
+    """JAX: HOST:PORT of process 0 of several (null: what TPU or Slurm say, or one process)."""
+    processes: int | None = None
+    """JAX: how many processes there are, with a coordinator."""
+    process: int | None = None
+    """JAX: which of the processes this is, from 0."""
+
+    def __post_init__(self) -> None:
+        _require(self.slices > 0, "parallel.slices must be positive")
+        together = (self.coordinator, self.processes, self.process)
+        _require(
+            None not in together or together == (None, None, None),
+            "parallel.coordinator, parallel.processes and parallel.process go together; "
+            "give all three or none",
+        )
+        if self.processes is not None and self.process is not None:
+            _require(
+                0 <= self.process < self.processes,
+                f"parallel.process {self.process} is not in 0 .. {self.processes - 1}",
+            )
 
 
 @dataclass(frozen=True)
@@ -418,9 +447,14 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
 
 
+def description(model: ModelConfig) -> dict[str, Any]:
+    """What says which function a model is: all but how a framework lays it out."""
+    return {f.name: getattr(model, f.name) for f in fields(model) if f.compare}
+
+
 def model_to_json(model: ModelConfig) -> str:
     """The text of `config.json`."""
-    return json.dumps(asdict(model), indent=2) + "\n"
+    return json.dumps(description(model), indent=2) + "\n"
 
 
 def model_from_json(text: str | bytes, where: str) -> ModelConfig:
@@ -431,7 +465,7 @@ def model_from_json(text: str | bytes, where: str) -> ModelConfig:
         raise InputError(f"{where} is not JSON: {error}") from error
     if not isinstance(values, Mapping):
         raise InputError(f"{where} is not a JSON object")
-    known = {f.name for f in fields(ModelConfig)}
+    known = {f.name for f in fields(ModelConfig) if f.compare}
     if unknown := sorted(set(values) - known):
         raise InputError(f"{where}: unknown key {unknown[0]!r}{_nearest(unknown[0], known)}")
     if missing := sorted({"vocab_size", "dim", "n_layers", "n_heads", "hidden_dim"} - set(values)):

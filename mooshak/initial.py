@@ -45,27 +45,31 @@ def initial_weight(
     seed: int,
     name: str,
     rows: slice = slice(None),
+    columns: slice = slice(None),
     dtype: np.dtype | type = np.float32,
     gain_std: float = 0.0,
 ) -> np.ndarray:
-    """Rows of the initial value of parameter `name`, in canonical `[out, in]` layout.
+    """A block of the initial value of parameter `name`, in canonical `[out, in]` layout.
 
-    `gain_std` draws the gains of norms around one (parity models: gains of one hide faults).
+    A gain is a column. `gain_std` draws the gains of norms around one (parity models: gains of one
+    hide faults).
     """
     shape = model.parameter_shapes()[name]
-    start, stop, _ = rows.indices(shape[0])
-    shape = (max(stop - start, 0), *shape[1:])
     is_gain = len(shape) == 1
     mean, scale = (1.0, gain_std) if is_gain else (0.0, initial_std(model, name))
-    if scale == 0.0:
-        return np.full(shape, mean, dtype)
-    width = math.prod(shape[1:])
-    result = np.empty(math.prod(shape), dtype)
-    for offset in range(0, result.size, _CHUNK):
-        count = min(_CHUNK, result.size - offset)
-        z = standard(f"{seed}:{name}", start * width + offset, count)
-        result[offset : offset + count] = mean + scale * z
-    return result.reshape(shape)
+    whole = math.prod(shape[1:])
+    top, bottom, _ = rows.indices(shape[0])
+    left, right, _ = columns.indices(whole)
+    result = np.full((max(bottom - top, 0), max(right - left, 0)), mean, dtype)
+    # Whole rows follow one another in the stream; parts of rows are runs of their own.
+    runs = result.reshape(1, -1) if result.shape[1] == whole else result
+    for row, run in enumerate(runs if scale else ()):
+        start = (top + row) * whole + left
+        for offset in range(0, run.size, _CHUNK):
+            count = min(_CHUNK, run.size - offset)
+            z = standard(f"{seed}:{name}", start + offset, count)
+            run[offset : offset + count] = mean + scale * z
+    return result[:, 0] if is_gain else result
 
 
 def initial_weights(

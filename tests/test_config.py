@@ -1,5 +1,6 @@
 """The configuration: what it accepts, and the one line it answers to what it does not."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,11 @@ def test_overrides_win_over_the_file() -> None:
         (["--evaluate.sequences", "-1"], "evaluate.sequences must not be negative"),
         (["--train.sequence_length", "4096"], "model.max_seq_len"),
         (["--config", "/nowhere.yaml"], "/nowhere.yaml"),
+        (["--parallel.processes", "2"], "go together; give all three or none"),
+        (
+            "--parallel.coordinator h:1 --parallel.processes 2 --parallel.process 2".split(),
+            "parallel.process 2 is not in 0 .. 1",
+        ),
     ],
 )
 def test_a_wrong_option_is_named(arguments: list[str], message: str) -> None:
@@ -66,6 +72,8 @@ def test_a_wrong_key_in_the_file_is_named(text: str, message: str, tmp_path: Pat
 def test_config_json_goes_round() -> None:
     model = config.load(CONFIGS / "demo.yaml").model
     assert config.model_from_json(config.model_to_json(model), "here") == model
+    laid_out = replace(model, scan_layers=True, fuse_kernels=True)
+    assert config.model_to_json(laid_out) == config.model_to_json(model)
 
 
 @pytest.mark.parametrize(

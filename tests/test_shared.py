@@ -29,6 +29,14 @@ def test_any_slice_of_the_initial_weights_stands_on_its_own(rows: slice) -> None
     assert np.array_equal(
         initial_weight(MODEL, 3, name)[rows], initial_weight(MODEL, 3, name, rows)
     )
+    for columns in (slice(0, 5), slice(11, 24), slice(7, 7)):
+        assert np.array_equal(
+            initial_weight(MODEL, 3, name)[rows, columns],
+            initial_weight(MODEL, 3, name, rows, columns),
+        )
+    gain = initial_weight(MODEL, 3, "layers.1.mlp_norm.weight", gain_std=0.2)
+    part = initial_weight(MODEL, 3, "layers.1.mlp_norm.weight", rows, gain_std=0.2)
+    assert gain.std() > 0.1 and np.array_equal(gain[rows], part)
 
 
 def test_initial_weights_have_the_stated_distribution() -> None:

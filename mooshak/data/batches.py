@@ -36,9 +36,19 @@ def train_batches(
         )
     if not 0 <= process < processes:
         raise InputError(f"process {process} is not in 0 .. {processes - 1}")
-    batches = mixture(config).batch(B // processes, drop_remainder=True)
-    mine = batches.slice(slice(start_step * processes + process, None, processes))
-    dataset = mine.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8))
+    b = B // processes
+    return batches_of_rows(config, range(process * b, process * b + b), start_step)
+
+
+def batches_of_rows(
+    config: Config, rows: Sequence[int], start_step: int = 0
+) -> Iterator[np.ndarray]:
+    """These rows of the global batches from `start_step` on, int32 [rows, T + 1] each."""
+    chosen = grain.MapDataset.select_from_datasets(
+        [mixture(config)], _RowsOfBatches(rows, config.train.batch_size)
+    )
+    batches = chosen.batch(len(rows), drop_remainder=True)[start_step:]
+    dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8))
     if config.data.workers > 0:
         # Grain's worker processes read absl's flags, which only an absl program has parsed.
         if not flags.FLAGS.is_parsed():
@@ -141,6 +151,20 @@ class ByWeight(grain.transforms.DatasetSelectionMap):
                 return source, before - behind_before
             left, before, after = left - weight, behind_before, behind_after
         raise AssertionError("the last source takes every row that reaches it")
+
+
+class _RowsOfBatches(grain.transforms.DatasetSelectionMap):
+    """The given rows of every batch of B, of the one dataset there is."""
+
+    def __init__(self, rows: Sequence[int], B: int) -> None:
+        self.rows, self.B = rows, B
+
+    def __len__(self) -> int:
+        return 2**62
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        batch, row = divmod(index, len(self.rows))
+        return 0, batch * self.B + self.rows[row]
 
 
 def _shards(config: Config, source: SourceConfig, split: str) -> TokenShards:

@@ -13,6 +13,7 @@ from mooshak.config import Config
 from mooshak.data.batches import (
     ByWeight,
     PackedSequences,
+    batches_of_rows,
     global_batch,
     mixture,
     train_batches,
@@ -106,6 +107,14 @@ def test_a_batch_is_a_pure_function_of_the_step(config: Config):
         assert (stream[step] == global_batch(config, step)).all()
     other_seed = replace(config, run=replace(config.run, seed=1))
     assert (global_batch(config, 0) != global_batch(other_seed, 0)).any()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_process_may_read_any_rows_of_the_batch(config: Config, workers: int):
+    rows = [1, 2, 6]
+    divided = replace(config, data=replace(config.data, workers=workers))
+    for step, batch in enumerate(islice(batches_of_rows(divided, rows, 3), 4), 3):
+        assert (batch == global_batch(config, step)[rows]).all()
 
 
 def test_inputs_and_targets_are_shifted_by_one(config: Config):
