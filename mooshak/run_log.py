@@ -19,17 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mooshak.config import Config, dump
 from mooshak.files import write_atomically
-
-# Dense bf16 peaks in FLOP/s, from the vendors' data sheets.
-PEAK_FLOPS = {
-    "A100": 312e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-}
+from mooshak.hardware import peak_flops
 
 
 class RunLog:
@@ -41,7 +31,7 @@ class RunLog:
         self.flops_per_step = (
             config.model.flops_per_token(config.T) * config.T * config.train.batch_size
         )
-        peak = next((peak for name, peak in PEAK_FLOPS.items() if name in device), None)
+        peak = peak_flops(device)
         self.peak = peak and peak * n_devices
         if not main:
             return
