@@ -27,7 +27,7 @@ Dtype: TypeAlias = Literal["float64", "float32", "bfloat16"]
 class ModelConfig:
     """The model: what `config.json` holds beside the weights."""
 
-    architecture: Literal["mooshak"] = "mooshak"
+    architecture: Literal["mooshak", "llama"] = "mooshak"
     """Which block the layers are made of."""
     vocab_size: int = 64128
     """Rows of the embedding and of the output head; a multiple of 64."""
@@ -50,9 +50,19 @@ class ModelConfig:
     rope_theta: float = 10000.0
     """Base of the rotary frequencies."""
     rope_scaling: dict[str, Any] | None = None
-    """Rescaling of the rotary frequencies; the mooshak architecture has none."""
+    """llama: rescaling of the rotary frequencies; {rope_type: linear, factor} or llama3's keys."""
     tie_embeddings: bool = False
-    """Use the embedding as output head; the mooshak architecture does not."""
+    """llama: use the embedding as output head."""
+    qkv_bias: bool = False
+    """llama: biases of the query, key and value projections."""
+    wo_bias: bool = False
+    """llama: a bias of the attention's output projection."""
+    mlp_bias: bool = False
+    """llama: biases of the MLP's three projections."""
+    qk_norm: bool = False
+    """llama: RMSNorm over each head's queries and keys, before RoPE (Qwen3)."""
+    sliding_window: int | None = None
+    """llama: positions that a query sees, its own included (Mistral; null: all before it)."""
     # How a framework lays the same function out; no part of what a checkpoint is compared by.
     scan_layers: bool = field(default=False, compare=False)
     """JAX: keep the layers stacked and compile one, which the step goes through in a loop."""
@@ -77,16 +87,29 @@ class ModelConfig:
             f"model.n_heads {self.n_heads} is not a multiple of model.n_kv_heads {self.G}",
         )
         _require(self.norm_eps > 0, "model.norm_eps must be positive")
-        # Without an output projection the concatenated heads are added to the residual stream.
+        if self.rope_scaling is not None:
+            _check_rope_scaling(self.rope_scaling)
         _require(
-            self.n_heads * self.K == self.dim,
-            f"model.n_heads x model.head_dim = {self.n_heads * self.K} must be model.dim "
-            f"{self.dim}: the mooshak architecture has no output projection",
+            self.sliding_window is None or self.sliding_window > 0,
+            "model.sliding_window must be positive",
         )
-        _require(
-            self.rope_scaling is None and not self.tie_embeddings,
-            "the mooshak architecture has neither rope_scaling nor tie_embeddings; unset them",
-        )
+        if self.architecture == "mooshak":
+            # The concatenated heads are added to the residual stream as they are.
+            _require(
+                self.n_heads * self.K == self.dim,
+                f"model.n_heads x model.head_dim = {self.n_heads * self.K} must be model.dim "
+                f"{self.dim}: the mooshak architecture has no output projection",
+            )
+            for name in LLAMA_ONLY:
+                _require(
+                    getattr(self, name) in (None, False),
+                    f"the mooshak architecture has no {name}; unset model.{name}, or choose "
+                    "model.architecture llama",
+                )
+
+    def __hash__(self) -> int:  # The one of a dataclass would fail at the dict.
+        values = description(self) | {"rope_scaling": frozenset((self.rope_scaling or {}).items())}
+        return hash(tuple(values.values()))
 
     @property
     def G(self) -> int:
@@ -102,18 +125,40 @@ class ModelConfig:
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Canonical name -> shape of every parameter, torch `[out, in]` layout, in model order."""
-        shapes: dict[str, tuple[int, ...]] = {"embeddings.weight": (self.vocab_size, self.dim)}
+        shapes: dict[str, tuple[int, ...]] = {}
+        llama = self.architecture == "llama"
+
+        def linear(name: str, n_out: int, n_in: int, bias: bool = False) -> None:
+            shapes[f"{name}.weight"] = (n_out, n_in)
+            if bias:
+                shapes[f"{name}.bias"] = (n_out,)
+
+        def norm(name: str, width: int) -> None:
+            shapes[f"{name}.weight"] = (width,)
+
+        linear("embeddings", self.vocab_size, self.dim)
         for i in range(self.n_layers):
-            layer = f"layers.{i}."
-            shapes[layer + "attention.wq.weight"] = (self.n_heads * self.K, self.dim)
-            shapes[layer + "attention.wk.weight"] = (self.G * self.K, self.dim)
-            shapes[layer + "attention.wv.weight"] = (self.G * self.K, self.dim)
-            shapes[layer + "mlp_norm.weight"] = (self.dim,)
-            shapes[layer + "mlp.w1.weight"] = (self.hidden_dim, self.dim)
-            shapes[layer + "mlp.w2.weight"] = (self.dim, self.hidden_dim)
-            shapes[layer + "mlp.w3.weight"] = (self.hidden_dim, self.dim)
-            shapes[layer + "output_norm.weight"] = (self.dim,)
-        shapes["lm_head.weight"] = (self.vocab_size, self.dim)
+            layer = f"layers.{i}"
+            if llama:
+                norm(f"{layer}.attention_norm", self.dim)
+            linear(f"{layer}.attention.wq", self.n_heads * self.K, self.dim, self.qkv_bias)
+            linear(f"{layer}.attention.wk", self.G * self.K, self.dim, self.qkv_bias)
+            linear(f"{layer}.attention.wv", self.G * self.K, self.dim, self.qkv_bias)
+            if self.qk_norm:
+                norm(f"{layer}.attention.q_norm", self.K)
+                norm(f"{layer}.attention.k_norm", self.K)
+            if llama:
+                linear(f"{layer}.attention.wo", self.dim, self.n_heads * self.K, self.wo_bias)
+            norm(f"{layer}.mlp_norm", self.dim)
+            linear(f"{layer}.mlp.w1", self.hidden_dim, self.dim, self.mlp_bias)
+            linear(f"{layer}.mlp.w2", self.dim, self.hidden_dim, self.mlp_bias)
+            linear(f"{layer}.mlp.w3", self.hidden_dim, self.dim, self.mlp_bias)
+            if not llama:
+                norm(f"{layer}.output_norm", self.dim)
+        if llama:
+            norm("norm", self.dim)
+        if not self.tie_embeddings:
+            linear("lm_head", self.vocab_size, self.dim)
         return shapes
 
     def parameter_count(self) -> int:
@@ -123,13 +168,54 @@ class ModelConfig:
     def flops_per_token(self, sequence_length: int) -> int:
         """FLOPs of forward and backward for one token: 6 per weight that multiplies, and attention.
 
-        Attention counts in full, not by its causal half, as in PaLM (arXiv:2204.02311, app. B).
+        Attention counts in full, not by its causal half, as in PaLM (arXiv:2204.02311, app. B), or
+        by its sliding window.
         """
-        shapes = self.parameter_shapes()
-        matmul = sum(
-            _product(s) for n, s in shapes.items() if len(s) == 2 and n != "embeddings.weight"
-        )
-        return 6 * matmul + 12 * self.n_layers * self.n_heads * self.K * sequence_length
+        matrices = {n: _product(s) for n, s in self.parameter_shapes().items() if len(s) == 2}
+        if not self.tie_embeddings:
+            del matrices["embeddings.weight"]
+        seen = min(sequence_length, self.sliding_window or sequence_length)
+        return 6 * sum(matrices.values()) + 12 * self.n_layers * self.n_heads * self.K * seen
+
+
+LLAMA_ONLY = (
+    "rope_scaling",
+    "tie_embeddings",
+    "qkv_bias",
+    "wo_bias",
+    "mlp_bias",
+    "qk_norm",
+    "sliding_window",
+)
+"""Keys of the model section that only the llama architecture uses."""
+
+ROPE_SCALINGS = {
+    "linear": {"factor"},
+    "llama3": {
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    },
+}
+"""`rope_type` of a rescaling -> the keys that it has besides."""
+
+
+def _check_rope_scaling(scaling: Mapping[str, Any]) -> None:
+    kind = str(scaling.get("rope_type"))
+    _require(
+        kind in ROPE_SCALINGS,
+        f"model.rope_scaling: rope_type {kind} is not supported; linear and llama3 are, whose "
+        "frequencies are the same at every length of the text and have no temperature",
+    )
+    keys = set(scaling) - {"rope_type"}
+    for key in sorted(keys ^ ROPE_SCALINGS[kind]):
+        what = "is unknown to" if key in keys else "is missing in"
+        raise InputError(f"model.rope_scaling: key {key!r} {what} rope_type {kind}")
+    for key in keys:
+        value = scaling[key]
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+        _require(number, f"model.rope_scaling: {key} must be a positive number, not {value!r}")
 
 
 @dataclass(frozen=True)
@@ -453,8 +539,10 @@ def description(model: ModelConfig) -> dict[str, Any]:
 
 
 def model_to_json(model: ModelConfig) -> str:
-    """The text of `config.json`."""
-    return json.dumps(description(model), indent=2) + "\n"
+    """The text of `config.json`; what few models have stands there only where one has it."""
+    rare = {"qkv_bias", "wo_bias", "mlp_bias", "qk_norm", "sliding_window"}
+    kept = {key: value for key, value in description(model).items() if key not in rare or value}
+    return json.dumps(kept, indent=2) + "\n"
 
 
 def model_from_json(text: str | bytes, where: str) -> ModelConfig:

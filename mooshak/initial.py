@@ -31,13 +31,20 @@ def initial_std(model: ModelConfig, name: str) -> float:
     |------------------------|----------------|--------------------------------------------------|
     | embeddings             | 1              | the first attention reads them without a norm;   |
     |                        |                | every later one reads unit RMS from output_norm  |
+    |   tied                 | 1 / sqrt(dim)  | as output head they make logits of variance 1    |
     | wq, wk, wv, w1, w3, w2 | 1 / sqrt(in)   | keeps unit variance                              |
+    |   llama: wo, w2        | the same,      | 2 n_layers of them are added to a stream that no |
+    |                        | / sqrt(2 n_layers) | norm brings back to unit variance            |
     | lm_head                | 0.1 / sqrt(in) | logits near 0: the loss starts at log(vocabulary)|
     """
     if name == "embeddings.weight":
-        return 1.0
-    n_in = model.parameter_shapes()[name][1]
-    return (0.1 if name == "lm_head.weight" else 1.0) / math.sqrt(n_in)
+        return 1 / math.sqrt(model.dim) if model.tie_embeddings else 1.0
+    std = 1 / math.sqrt(model.parameter_shapes()[name][1])
+    if name == "lm_head.weight":
+        return 0.1 * std
+    if model.architecture == "llama" and name.endswith((".wo.weight", ".w2.weight")):
+        return std / math.sqrt(2 * model.n_layers)
+    return std
 
 
 def initial_weight(
@@ -51,12 +58,13 @@ def initial_weight(
 ) -> np.ndarray:
     """A block of the initial value of parameter `name`, in canonical `[out, in]` layout.
 
-    A gain is a column. `gain_std` draws the gains of norms around one (parity models: gains of one
-    hide faults).
+    A gain or bias is a column. `gain_std` draws gains around one and biases around zero (parity
+    models: gains of one hide faults).
     """
     shape = model.parameter_shapes()[name]
-    is_gain = len(shape) == 1
-    mean, scale = (1.0, gain_std) if is_gain else (0.0, initial_std(model, name))
+    is_column = len(shape) == 1
+    mean = 1.0 if name.endswith("norm.weight") else 0.0
+    scale = gain_std if is_column else initial_std(model, name)
     whole = math.prod(shape[1:])
     top, bottom, _ = rows.indices(shape[0])
     left, right, _ = columns.indices(whole)
@@ -69,7 +77,7 @@ def initial_weight(
             count = min(_CHUNK, run.size - offset)
             z = standard(f"{seed}:{name}", start + offset, count)
             run[offset : offset + count] = mean + scale * z
-    return result[:, 0] if is_gain else result
+    return result[:, 0] if is_column else result
 
 
 def initial_weights(

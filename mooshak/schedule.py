@@ -28,5 +28,5 @@ def learning_rate(config: Config, step: int) -> float:
 
 
 def decays(name: str) -> bool:
-    """Whether weight decay applies to a parameter: to matrices, not to the gains of norms."""
-    return not name.endswith("norm.weight")
+    """Whether weight decay applies to a parameter: to matrices, not to gains of norms or biases."""
+    return not name.endswith(("norm.weight", ".bias"))

@@ -26,8 +26,13 @@ from mooshak_jax.model import PARAMETERS, Model
 
 logging.getLogger("absl").setLevel(logging.ERROR)
 
-LEAVES = {"kernel": True, "scale": False, "embedding": False}
-"""Last name of a Flax parameter -> whether it is the transpose of the canonical `weight`."""
+LEAVES = {
+    "kernel": ("weight", True),
+    "scale": ("weight", False),
+    "embedding": ("weight", False),
+    "bias": ("bias", False),
+}
+"""Last name of a Flax parameter -> its canonical last name, and whether it is its transpose."""
 
 Path_ = tuple[Any, ...]
 
@@ -36,12 +41,12 @@ def canonical_name(path: Path_) -> str:
     """Canonical name of the Flax parameter at a path of keys, e.g. layers.0.mlp.w1.weight."""
     names = [str(getattr(key, "key", key)) for key in path]
     assert names[-1] in LEAVES, names
-    return ".".join([*names[:-1], "weight"])
+    return ".".join([*names[:-1], LEAVES[names[-1]][0]])
 
 
 def to_canonical(path: Path_, array: Any) -> Any:
     """A Flax parameter in the canonical layout; its own inverse."""
-    return array.T if LEAVES[str(getattr(path[-1], "key", path[-1]))] else array
+    return array.T if LEAVES[str(getattr(path[-1], "key", path[-1]))][1] else array
 
 
 def abstract_params(model: ModelConfig, dtype: Dtype) -> Any:
@@ -136,7 +141,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
         key = key if part == "params" else f"{part}.{key}"
         places[key] = (part, *rest)
         shape = tuple(entry.shape)
-        tensors[key] = (np.dtype(entry.dtype), shape[::-1] if LEAVES.get(rest[-1]) else shape)
+        transposed = bool(rest) and rest[-1] in LEAVES and LEAVES[rest[-1]][1]
+        tensors[key] = (np.dtype(entry.dtype), shape[::-1] if transposed else shape)
     tensors = interchange.check_tensors(path, model, tensors)
 
     def read(key: str) -> np.ndarray:

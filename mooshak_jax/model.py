@@ -25,13 +25,15 @@ PRECISION = jax.lax.Precision.HIGHEST
 
 
 class Linear(nnx.Module):
-    """y = x W, in the dtype of x. Kernel [in, out]: the transpose of the canonical weight."""
+    """y = x W (+ b), in the dtype of x. Kernel [in, out]: the canonical weight's transpose."""
 
-    def __init__(self, n_in: int, n_out: int, dtype: jnp.dtype):
+    def __init__(self, n_in: int, n_out: int, dtype: jnp.dtype, bias: bool = False):
         self.kernel = nnx.Param(jnp.zeros((n_in, n_out), dtype))
+        self.bias = nnx.Param(jnp.zeros((n_out,), dtype)) if bias else None
 
     def __call__(self, x: Array) -> Array:
-        return jnp.matmul(x, self.kernel[...].astype(x.dtype), precision=PRECISION)
+        y = jnp.matmul(x, self.kernel[...].astype(x.dtype), precision=PRECISION)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
 class Embedding(nnx.Module):
@@ -91,31 +93,54 @@ KVCache = tuple[Array, Array]
 
 
 class Attention(nnx.Module):
-    """Causal self-attention with rotary positions, heads concatenated, no output projection."""
+    """Causal self-attention with rotary positions, heads concatenated.
+
+    llama: an output projection, and where the model has them biases, normed queries and keys
+    (arXiv:2302.05442), and a window of positions that a query sees (arXiv:2310.06825).
+    """
 
     def __init__(self, model: ModelConfig, dtype: jnp.dtype):
-        self.head_dim = model.K
-        self.wq = Linear(model.dim, model.n_heads * model.K, dtype)
-        self.wk = Linear(model.dim, model.G * model.K, dtype)
-        self.wv = Linear(model.dim, model.G * model.K, dtype)
+        self.head_dim, self.window = model.K, model.sliding_window
+        heads_HK, bias, eps = model.n_heads * model.K, model.qkv_bias, model.norm_eps
+        self.wq = Linear(model.dim, heads_HK, dtype, bias)
+        self.wk = Linear(model.dim, model.G * model.K, dtype, bias)
+        self.wv = Linear(model.dim, model.G * model.K, dtype, bias)
+        self.q_norm = RMSNorm(model.K, eps, dtype) if model.qk_norm else None
+        self.k_norm = RMSNorm(model.K, eps, dtype) if model.qk_norm else None
+        llama = model.architecture == "llama"
+        self.wo = Linear(heads_HK, model.dim, dtype, model.wo_bias) if llama else None
 
     def __call__(
         self, x_BTD: Array, rope: Rope, positions_BT: Array, cache: KVCache | None = None
     ) -> tuple[Array, KVCache | None]:
         B, T, _ = x_BTD.shape
-        q_BTHK = rope(self.wq(x_BTD).reshape(B, T, -1, self.head_dim), positions_BT)
-        k_BSGK = rope(self.wk(x_BTD).reshape(B, T, -1, self.head_dim), positions_BT)
-        v_BSGK = self.wv(x_BTD).reshape(B, T, -1, self.head_dim)
+        q_BTHK = rope(self.heads(x_BTD, self.wq, self.q_norm), positions_BT)
+        k_BSGK = rope(self.heads(x_BTD, self.wk, self.k_norm), positions_BT)
+        v_BSGK = self.heads(x_BTD, self.wv)
+        queries_BT = jnp.arange(T)[None]
         if cache is not None:
             rows_B1 = jnp.arange(B)[:, None]
             k_BSGK = cache[0].at[rows_B1, positions_BT].set(k_BSGK)
             v_BSGK = cache[1].at[rows_B1, positions_BT].set(v_BSGK)
             cache = (k_BSGK, v_BSGK)
-        # A query sees the keys at its own position and before; what lies after is not written yet.
-        keys_S = jnp.arange(k_BSGK.shape[1])
-        queries_BT = positions_BT if cache is not None else jnp.arange(T)[None]
-        mask_BTS = keys_S <= queries_BT[..., None]
-        return self.attend(q_BTHK, k_BSGK, v_BSGK, mask_BTS).reshape(B, T, -1), cache
+            queries_BT = positions_BT
+        mask_BTS = self.mask(queries_BT, k_BSGK.shape[1])
+        out_BTE = self.attend(q_BTHK, k_BSGK, v_BSGK, mask_BTS).reshape(B, T, -1)
+        return (out_BTE if self.wo is None else self.wo(out_BTE)), cache
+
+    def heads(self, x_BTD: Array, linear: Linear, norm: RMSNorm | None = None) -> Array:
+        """A projection cut into heads, [B, T, heads, K], normed where there is a norm."""
+        x_BTHK = linear(x_BTD).reshape(*x_BTD.shape[:2], -1, self.head_dim)
+        return x_BTHK if norm is None else norm(x_BTHK)
+
+    def mask(self, queries_BT: Array, n_keys: int) -> Array:
+        """[B, T, S]: a query sees the keys at its own position and before, as far as the window.
+
+        What lies after it in a cache is not written yet.
+        """
+        back_BTS = queries_BT[..., None] - jnp.arange(n_keys)
+        seen_BTS = back_BTS >= 0
+        return seen_BTS if self.window is None else seen_BTS & (back_BTS < self.window)
 
     @staticmethod
     def attend(q_BTHK: Array, k_BSGK: Array, v_BSGK: Array, mask_BTS: Array) -> Array:
@@ -143,15 +168,15 @@ class MLP(nnx.Module):
     """SwiGLU (arXiv:2002.05202): W2 (silu(W1 x) * W3 x)."""
 
     def __init__(self, model: ModelConfig, dtype: jnp.dtype):
-        self.w1 = Linear(model.dim, model.hidden_dim, dtype)
-        self.w2 = Linear(model.hidden_dim, model.dim, dtype)
-        self.w3 = Linear(model.dim, model.hidden_dim, dtype)
+        self.w1 = Linear(model.dim, model.hidden_dim, dtype, model.mlp_bias)
+        self.w2 = Linear(model.hidden_dim, model.dim, dtype, model.mlp_bias)
+        self.w3 = Linear(model.dim, model.hidden_dim, dtype, model.mlp_bias)
 
     def __call__(self, x_BTD: Array) -> Array:
         return self.w2(jax.nn.silu(self.w1(x_BTD)) * self.w3(x_BTD))
 
 
-class Block(nnx.Module):
+class MooshakBlock(nnx.Module):
     """One layer: h = x + Attention(x); y = RMSNorm_out(h + MLP(RMSNorm_mlp(h)))."""
 
     def __init__(self, model: ModelConfig, dtype: jnp.dtype):
@@ -168,6 +193,27 @@ class Block(nnx.Module):
         return self.output_norm(h_BTD + self.mlp(self.mlp_norm(h_BTD))), cache
 
 
+class LlamaBlock(nnx.Module):
+    """One layer: h = x + Attention(RMSNorm_attention(x)); y = h + MLP(RMSNorm_mlp(h))."""
+
+    def __init__(self, model: ModelConfig, dtype: jnp.dtype):
+        self.attention_norm = RMSNorm(model.dim, model.norm_eps, dtype)
+        self.attention = Attention(model, dtype)
+        self.mlp_norm = RMSNorm(model.dim, model.norm_eps, dtype)
+        self.mlp = MLP(model, dtype)
+
+    def __call__(
+        self, x_BTD: Array, rope: Rope, positions_BT: Array, cache: KVCache | None = None
+    ) -> tuple[Array, KVCache | None]:
+        normed_BTD = self.attention_norm(x_BTD)
+        attention_BTD, cache = self.attention(normed_BTD, rope, positions_BT, cache)
+        h_BTD = x_BTD + attention_BTD
+        return h_BTD + self.mlp(self.mlp_norm(h_BTD)), cache
+
+
+BLOCKS = {"mooshak": MooshakBlock, "llama": LlamaBlock}
+
+
 class Model(nnx.Module):
     """The language model. checkpoint.py has the table from its paths to the canonical names."""
 
@@ -176,8 +222,19 @@ class Model(nnx.Module):
         parameters = PARAMETERS[dtype]
         self.embeddings = Embedding(model.vocab_size, model.dim, parameters)
         self.rope = Rope(model, parameters)
-        self.layers = nnx.List([Block(model, parameters) for _ in range(model.n_layers)])
-        self.lm_head = Linear(model.dim, model.vocab_size, parameters)
+        block = BLOCKS[model.architecture]
+        self.layers = nnx.List([block(model, parameters) for _ in range(model.n_layers)])
+        # A mooshak layer ends in a norm of its own.
+        llama, tied = model.architecture == "llama", model.tie_embeddings
+        self.norm = RMSNorm(model.dim, model.norm_eps, parameters) if llama else None
+        self.lm_head = None if tied else Linear(model.dim, model.vocab_size, parameters)
+
+    @property
+    def head_DV(self) -> Array:
+        """The output head: the embedding's transpose where both are tied."""
+        if self.lm_head is None:
+            return self.embeddings.embedding[...].T
+        return self.lm_head.kernel[...]
 
     def hidden(
         self,
@@ -186,7 +243,7 @@ class Model(nnx.Module):
         caches: list[KVCache] | None = None,
         trace: list[Array] | None = None,
     ) -> Array:
-        """Output of the last layer, [B, T, D]; `trace` collects the embedding and every layer.
+        """What the output head reads, [B, T, D]; `trace` collects the embedding and every layer.
 
         Arrays do not change in place: new keys and values replace those in the list `caches`.
         """
@@ -203,7 +260,7 @@ class Model(nnx.Module):
                 caches[i] = cache
             if trace is not None:
                 trace.append(x_BTD)
-        return x_BTD
+        return x_BTD if self.norm is None else self.norm(x_BTD)
 
     def __call__(
         self,
@@ -213,7 +270,11 @@ class Model(nnx.Module):
         trace: list[Array] | None = None,
     ) -> Array:
         """Logits [B, T, V], in at least float32."""
-        logits_BTV = self.lm_head(self.hidden(tokens_BT, positions_BT, caches, trace))
+        x_BTD = self.hidden(tokens_BT, positions_BT, caches, trace)
+        if self.lm_head is None:
+            logits_BTV = jnp.matmul(x_BTD, self.head_DV.astype(x_BTD.dtype), precision=PRECISION)
+        else:
+            logits_BTV = self.lm_head(x_BTD)
         return logits_BTV.astype(PARAMETERS[self.dtype])
 
 

@@ -116,7 +116,7 @@ def objective(graphdef: nnx.GraphDef, chunk: int, params: Any, batch_BS: Array) 
     """Summed cross entropy in nats of tokens 1 .. S - 1, each given those before it."""
     model: Model = join(graphdef, params)
     hidden_BTD = model.hidden(batch_BS[:, :-1])
-    return cross_entropy(hidden_BTD, model.lm_head.kernel[...], batch_BS[:, 1:], chunk)
+    return cross_entropy(hidden_BTD, model.head_DV, batch_BS[:, 1:], chunk)
 
 
 def make_train_step(

@@ -34,7 +34,7 @@ def generate(
     """
     tokens_BT, lengths_B = padded(prompts, new_tokens, model.config)
     uniform_BT = np.stack([noise(seed, b, new_tokens) for b in range(len(prompts))])
-    device = model.lm_head.weight.device
+    device = model.embeddings.weight.device
     caches = make_caches(model, len(prompts), tokens_BT.shape[1] + new_tokens)
     positions_B = torch.from_numpy(lengths_B).to(device) - 1
     rows_B = torch.arange(len(prompts), device=device)

@@ -20,14 +20,18 @@ PARAMETERS = {"float64": torch.float64, "float32": torch.float32, "bfloat16": to
 
 
 class Linear(nn.Module):
-    """y = x W^T, in the dtype of x. Weight [out, in]."""
+    """y = x W^T (+ b), in the dtype of x. Weight [out, in], bias [out]."""
 
-    def __init__(self, n_in: int, n_out: int, dtype: torch.dtype):
+    bias: nn.Parameter | None
+
+    def __init__(self, n_in: int, n_out: int, dtype: torch.dtype, bias: bool = False):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_out, n_in, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(n_out, dtype=dtype)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
 
 
 class Embedding(nn.Module):
@@ -92,28 +96,54 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """Causal self-attention with rotary positions, heads concatenated, no output projection."""
+    """Causal self-attention with rotary positions, heads concatenated.
+
+    llama: an output projection, and where the model has them biases, normed queries and keys
+    (arXiv:2302.05442), and a window of positions that a query sees (arXiv:2310.06825).
+    """
 
     def __init__(self, model: ModelConfig, dtype: torch.dtype):
         super().__init__()
-        self.head_dim = model.K
-        self.wq = Linear(model.dim, model.n_heads * model.K, dtype)
-        self.wk = Linear(model.dim, model.G * model.K, dtype)
-        self.wv = Linear(model.dim, model.G * model.K, dtype)
+        self.head_dim, self.window = model.K, model.sliding_window
+        heads_HK, bias, eps = model.n_heads * model.K, model.qkv_bias, model.norm_eps
+        self.wq = Linear(model.dim, heads_HK, dtype, bias)
+        self.wk = Linear(model.dim, model.G * model.K, dtype, bias)
+        self.wv = Linear(model.dim, model.G * model.K, dtype, bias)
+        self.q_norm = RMSNorm(model.K, eps, dtype) if model.qk_norm else None
+        self.k_norm = RMSNorm(model.K, eps, dtype) if model.qk_norm else None
+        llama = model.architecture == "llama"
+        self.wo = Linear(heads_HK, model.dim, dtype, model.wo_bias) if llama else None
 
     def forward(
         self, x_BTD: Tensor, rope: Rope, positions_BT: Tensor, cache: KVCache | None = None
     ) -> Tensor:
-        q_BTHK = rope(self.wq(x_BTD).unflatten(-1, (-1, self.head_dim)), positions_BT)
-        k_BTGK = rope(self.wk(x_BTD).unflatten(-1, (-1, self.head_dim)), positions_BT)
-        v_BTGK = self.wv(x_BTD).unflatten(-1, (-1, self.head_dim))
-        if cache is None:
-            return self.attend(q_BTHK, k_BTGK, v_BTGK, None).flatten(-2)
-        k_BSGK, v_BSGK = cache.update(k_BTGK, v_BTGK, positions_BT)
-        # A query sees the keys at its own position and before; what lies after is not written yet.
-        keys_S = torch.arange(k_BSGK.shape[1], device=x_BTD.device)
-        mask_B1TS = (keys_S <= positions_BT.unsqueeze(-1)).unsqueeze(1)
-        return self.attend(q_BTHK, k_BSGK, v_BSGK, mask_B1TS).flatten(-2)
+        q_BTHK = rope(self.heads(x_BTD, self.wq, self.q_norm), positions_BT)
+        k_BSGK = rope(self.heads(x_BTD, self.wk, self.k_norm), positions_BT)
+        v_BSGK = self.heads(x_BTD, self.wv)
+        queries_BT = torch.arange(x_BTD.shape[1], device=x_BTD.device).unsqueeze(0)
+        if cache is not None:
+            k_BSGK, v_BSGK = cache.update(k_BSGK, v_BSGK, positions_BT)
+            queries_BT = positions_BT
+        mask_B1TS = None
+        if cache is not None or self.window is not None:
+            mask_B1TS = self.mask(queries_BT, k_BSGK.shape[1]).unsqueeze(1)
+        out_BTE = self.attend(q_BTHK, k_BSGK, v_BSGK, mask_B1TS).flatten(-2)
+        return out_BTE if self.wo is None else self.wo(out_BTE)
+
+    def heads(self, x_BTD: Tensor, linear: Linear, norm: RMSNorm | None = None) -> Tensor:
+        """A projection cut into heads, [B, T, heads, K], normed where there is a norm."""
+        x_BTHK = linear(x_BTD).unflatten(-1, (-1, self.head_dim))
+        return x_BTHK if norm is None else norm(x_BTHK)
+
+    def mask(self, queries_BT: Tensor, n_keys: int) -> Tensor:
+        """[B, T, S]: a query sees the keys at its own position and before, as far as the window.
+
+        What lies after it in a cache is not written yet.
+        """
+        keys_S = torch.arange(n_keys, device=queries_BT.device)
+        back_BTS = queries_BT.unsqueeze(-1) - keys_S
+        seen_BTS = back_BTS >= 0
+        return seen_BTS if self.window is None else seen_BTS & (back_BTS < self.window)
 
     @staticmethod
     def attend(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask_B1TS: Tensor | None) -> Tensor:
@@ -131,15 +161,15 @@ class MLP(nn.Module):
 
     def __init__(self, model: ModelConfig, dtype: torch.dtype):
         super().__init__()
-        self.w1 = Linear(model.dim, model.hidden_dim, dtype)
-        self.w2 = Linear(model.hidden_dim, model.dim, dtype)
-        self.w3 = Linear(model.dim, model.hidden_dim, dtype)
+        self.w1 = Linear(model.dim, model.hidden_dim, dtype, model.mlp_bias)
+        self.w2 = Linear(model.hidden_dim, model.dim, dtype, model.mlp_bias)
+        self.w3 = Linear(model.dim, model.hidden_dim, dtype, model.mlp_bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         return self.w2(F.silu(self.w1(x_BTD)) * self.w3(x_BTD))
 
 
-class Block(nn.Module):
+class MooshakBlock(nn.Module):
     """One layer: h = x + Attention(x); y = RMSNorm_out(h + MLP(RMSNorm_mlp(h)))."""
 
     def __init__(self, model: ModelConfig, dtype: torch.dtype):
@@ -156,6 +186,26 @@ class Block(nn.Module):
         return self.output_norm(h_BTD + self.mlp(self.mlp_norm(h_BTD)))
 
 
+class LlamaBlock(nn.Module):
+    """One layer: h = x + Attention(RMSNorm_attention(x)); y = h + MLP(RMSNorm_mlp(h))."""
+
+    def __init__(self, model: ModelConfig, dtype: torch.dtype):
+        super().__init__()
+        self.attention_norm = RMSNorm(model.dim, model.norm_eps, dtype)
+        self.attention = Attention(model, dtype)
+        self.mlp_norm = RMSNorm(model.dim, model.norm_eps, dtype)
+        self.mlp = MLP(model, dtype)
+
+    def forward(
+        self, x_BTD: Tensor, rope: Rope, positions_BT: Tensor, cache: KVCache | None = None
+    ) -> Tensor:
+        h_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope, positions_BT, cache)
+        return h_BTD + self.mlp(self.mlp_norm(h_BTD))
+
+
+BLOCKS = {"mooshak": MooshakBlock, "llama": LlamaBlock}
+
+
 class Model(nn.Module):
     """The language model. Parameters have the canonical names."""
 
@@ -165,8 +215,17 @@ class Model(nn.Module):
         parameters = PARAMETERS[dtype]
         self.embeddings = Embedding(model.vocab_size, model.dim, parameters)
         self.rope = Rope(model, parameters)
-        self.layers = nn.ModuleList(Block(model, parameters) for _ in range(model.n_layers))
-        self.lm_head = Linear(model.dim, model.vocab_size, parameters)
+        block = BLOCKS[model.architecture]
+        self.layers = nn.ModuleList(block(model, parameters) for _ in range(model.n_layers))
+        # A mooshak layer ends in a norm of its own.
+        llama, tied = model.architecture == "llama", model.tie_embeddings
+        self.norm = RMSNorm(model.dim, model.norm_eps, parameters) if llama else None
+        self.lm_head = None if tied else Linear(model.dim, model.vocab_size, parameters)
+
+    @property
+    def head_VD(self) -> Tensor:
+        """The output head: the embedding where both are tied."""
+        return self.embeddings.weight if self.lm_head is None else self.lm_head.weight
 
     def hidden(
         self,
@@ -175,7 +234,7 @@ class Model(nn.Module):
         caches: list[KVCache] | None = None,
         trace: list[Tensor] | None = None,
     ) -> Tensor:
-        """Output of the last layer, [B, T, D]; `trace` collects the embedding and every layer."""
+        """What the output head reads, [B, T, D]; `trace` collects the embedding and every layer."""
         if positions_BT is None:
             positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
             positions_BT = positions_T.expand(tokens_BT.shape)
@@ -186,7 +245,7 @@ class Model(nn.Module):
             x_BTD = layer(x_BTD, self.rope, positions_BT, None if caches is None else caches[i])
             if trace is not None:
                 trace.append(x_BTD)
-        return x_BTD
+        return x_BTD if self.norm is None else self.norm(x_BTD)
 
     def forward(
         self,
@@ -196,7 +255,11 @@ class Model(nn.Module):
         trace: list[Tensor] | None = None,
     ) -> Tensor:
         """Logits [B, T, V], in at least float32."""
-        logits_BTV = self.lm_head(self.hidden(tokens_BT, positions_BT, caches, trace))
+        x_BTD = self.hidden(tokens_BT, positions_BT, caches, trace)
+        if self.lm_head is None:
+            logits_BTV = F.linear(x_BTD, self.head_VD.to(x_BTD.dtype))
+        else:
+            logits_BTV = self.lm_head(x_BTD)
         return logits_BTV.to(PARAMETERS[self.dtype])
 
 

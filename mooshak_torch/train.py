@@ -104,7 +104,7 @@ class Objective(nn.Module):
     def forward(self, batch_BS: Tensor) -> Tensor:
         """Summed cross entropy in nats of tokens 1 .. S - 1, each given those before it."""
         hidden_BTD = self.model.hidden(batch_BS[:, :-1])
-        return cross_entropy(hidden_BTD, self.model.lm_head.weight, batch_BS[:, 1:], self.chunk)
+        return cross_entropy(hidden_BTD, self.model.head_VD, batch_BS[:, 1:], self.chunk)
 
 
 def train_step(

@@ -496,6 +496,7 @@ def place(key: str) -> str:
         "": "input",
         "mlp_norm": ", input of mlp_norm: x + attention",
         "mlp.w2": "mlp, silu(w1 x) * w3 x",
+        "attention.wo": "attention, softmax(q k) v",
         "output_norm": ", input of output_norm: h + mlp",
     }
     if end == "out":

@@ -206,7 +206,7 @@ def _embedding(kind: Any, call: str) -> list[Patch]:
 
 def _unshifted_torch() -> list[Patch]:
     def forward(self: Any, batch: torch.Tensor) -> torch.Tensor:
-        hidden, head = self.model.hidden(batch[:, :-1]), self.model.lm_head.weight
+        hidden, head = self.model.hidden(batch[:, :-1]), self.model.head_VD
         return tt.cross_entropy(hidden, head, batch[:, :-1], self.chunk)
 
     return [(tt.Objective, "forward", forward)]
@@ -216,7 +216,7 @@ def _unshifted_jax() -> list[Patch]:
     def objective(graphdef: Any, chunk: int, params: Any, batch: jax.Array) -> jax.Array:
         model = mooshak_jax.checkpoint.join(graphdef, params)
         hidden = model.hidden(batch[:, :-1])
-        return jt.cross_entropy(hidden, model.lm_head.kernel[...], batch[:, :-1], chunk)
+        return jt.cross_entropy(hidden, model.head_DV, batch[:, :-1], chunk)
 
     return [(jt, "objective", objective)]
 
@@ -432,14 +432,14 @@ FAULTS = {
     "norm after the MLP": Fault(
         "forward",
         "^layer 0, input of (mlp_norm|mlp)",
-        lambda: _block(tm.Block, "forward", norm_after=True, residual=True),
-        lambda: _block(jm.Block, "__call__", norm_after=True, residual=True),
+        lambda: _block(tm.MooshakBlock, "forward", norm_after=True, residual=True),
+        lambda: _block(jm.MooshakBlock, "__call__", norm_after=True, residual=True),
     ),
     "residual of the attention missing": Fault(
         "forward",
         "^layer 0, input of mlp_norm",
-        lambda: _block(tm.Block, "forward", norm_after=False, residual=False),
-        lambda: _block(jm.Block, "__call__", norm_after=False, residual=False),
+        lambda: _block(tm.MooshakBlock, "forward", norm_after=False, residual=False),
+        lambda: _block(jm.MooshakBlock, "__call__", norm_after=False, residual=False),
     ),
     "GELU for SiLU": Fault("forward", "^layer 0 mlp, silu", _mlp_torch, _mlp_jax),
     "w1 and w3 of layer 0 swapped": Fault(

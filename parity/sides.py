@@ -123,7 +123,7 @@ class TorchSide:
         tokens = torch.from_numpy(tokens_BS).long()
         labels = tokens[:, 1:].masked_fill(torch.from_numpy(padding_BT), -100)
         total = mooshak_torch.train.cross_entropy(
-            model.hidden(tokens[:, :-1]), model.lm_head.weight, labels, tokens.numel() // 3
+            model.hidden(tokens[:, :-1]), model.head_VD, labels, tokens.numel() // 3
         )
         return total.item() / int((~padding_BT).sum())
 
@@ -208,7 +208,7 @@ class JaxSide:
         labels = jnp.where(padding_BT, -100, tokens_BS[:, 1:])
         total = mooshak_jax.train.cross_entropy(
             model.hidden(jnp.asarray(tokens_BS[:, :-1])),
-            model.lm_head.kernel[...],
+            model.head_DV,
             labels,
             tokens_BS.size // 3,
         )
@@ -289,8 +289,9 @@ def _recorded(model: nnx.Module, seen: _Recorder) -> Iterator[None]:
     """Record what goes through the modules of `model` inside the block."""
     paths = {id(m): ".".join(map(str, path)) for path, m in nnx.iter_modules(model) if path}
     with ExitStack() as stack:
-        for name in ("Linear", "Embedding", "RMSNorm", "Rope", "Attention", "MLP", "Block"):
-            kind = getattr(mooshak_jax.model, name)
+        m = mooshak_jax.model
+        blocks = m.BLOCKS.values()
+        for kind in (m.Linear, m.Embedding, m.RMSNorm, m.Rope, m.Attention, m.MLP, *blocks):
 
             def call(self: Any, x: Any, *args: Any, original: Any = kind.__call__) -> Any:
                 seen.add(paths[id(self)], "in", x)

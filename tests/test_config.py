@@ -35,7 +35,12 @@ def test_overrides_win_over_the_file() -> None:
         (["--train.steps", "many"], "train.steps"),
         (["--train.dtype", "fp8"], "bfloat16"),
         (["--model.n_heads", "7"], "model.n_heads 7"),
-        (["--model.rope_scaling", "{factor: 2}"], "rope_scaling"),
+        (["--model.rope_scaling", "{rope_type: linear, factor: 2}"], "has no rope_scaling"),
+        (["--model.qk_norm", "true"], "has no qk_norm; unset model.qk_norm"),
+        (["--model.rope_scaling", "{rope_type: dynamic, factor: 2}"], "dynamic is not supported"),
+        (["--model.rope_scaling", "{rope_type: linear}"], "'factor' is missing"),
+        (["--model.rope_scaling", "{rope_type: linear, factor: -2}"], "factor must be a positive"),
+        (["--model.sliding_window", "0"], "sliding_window must be positive"),
         (["--train.batch_size", "7", "--train.accumulation", "2"], "train.accumulation 2"),
         (["--train.batch_size", "0"], "train.batch_size must be positive"),
         (["--evaluate.sequences", "-1"], "evaluate.sequences must not be negative"),
@@ -74,6 +79,9 @@ def test_config_json_goes_round() -> None:
     assert config.model_from_json(config.model_to_json(model), "here") == model
     laid_out = replace(model, scan_layers=True, fuse_kernels=True)
     assert config.model_to_json(laid_out) == config.model_to_json(model)
+    assert "bias" not in config.model_to_json(model)
+    llama = replace(model, architecture="llama", qkv_bias=True, sliding_window=9, head_dim=48)
+    assert config.model_from_json(config.model_to_json(llama), "here") == llama
 
 
 @pytest.mark.parametrize(

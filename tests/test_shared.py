@@ -1,6 +1,7 @@
 """What is computed once for both frameworks: weights, RoPE tables, schedule, sampling noise."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,11 +9,21 @@ import pytest
 from mooshak.config import Config, ModelConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from mooshak.evaluation import bits_per_byte, unigram_nats
 from mooshak.initial import initial_weight, standard
-from mooshak.rope import rope_tables
+from mooshak.rope import rescaled, rope_tables
 from mooshak.sampling import noise
 from mooshak.schedule import decays, learning_rate
 
 MODEL = ModelConfig(vocab_size=128, dim=24, n_layers=2, n_heads=3, hidden_dim=40, max_seq_len=32)
+LLAMA = replace(
+    MODEL,
+    architecture="llama",
+    tie_embeddings=True,
+    qkv_bias=True,
+    wo_bias=True,
+    mlp_bias=True,
+    qk_norm=True,
+    sliding_window=5,
+)
 
 
 def test_initial_weights_are_a_pure_function_of_seed_name_and_element() -> None:
@@ -53,6 +64,21 @@ def test_rope_tables_rotate_by_position_times_frequency() -> None:
     assert np.allclose(cos**2 + sin**2, 1)
 
 
+def test_llama3_frequencies_keep_the_fast_and_slow_the_slow() -> None:
+    frequencies = 2 * np.pi * np.array([1.0, 1 / 8, 1 / 16, 1 / 24, 1 / 32, 1 / 1000])
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    }
+    kept = [1, 1, 1 / 3 + 2 / 3 / 8, 1 / 9 + 8 / 9 / 8, 1 / 8, 1 / 8]  # 32, 4, 2, 4/3, 1, 0 turns
+    assert np.allclose(rescaled(frequencies, scaling), kept * frequencies, rtol=1e-14)
+    linear = {"rope_type": "linear", "factor": 8.0}
+    assert np.array_equal(rescaled(frequencies, linear), frequencies / 8)
+
+
 def schedule(kind: str) -> Config:
     return Config(
         model=MODEL,
@@ -78,10 +104,31 @@ def test_learning_rate(kind: str, step: int, expected: float) -> None:
     assert math.isclose(learning_rate(schedule(kind), step), expected)
 
 
-def test_only_matrices_decay() -> None:
-    spared = [name for name in MODEL.parameter_shapes() if not decays(name)]
-    assert spared and all(len(MODEL.parameter_shapes()[name]) == 1 for name in spared)
-    assert sum(len(s) == 1 for s in MODEL.parameter_shapes().values()) == len(spared)
+@pytest.mark.parametrize("model", [MODEL, LLAMA], ids=["mooshak", "llama"])
+def test_only_matrices_decay(model: ModelConfig) -> None:
+    shapes = model.parameter_shapes()
+    spared = {name for name in shapes if not decays(name)}
+    assert spared == {name for name, shape in shapes.items() if len(shape) == 1}
+
+
+def test_what_a_llama_model_begins_with() -> None:
+    assert not initial_weight(LLAMA, 0, "layers.1.attention.wo.bias").any()
+    assert initial_weight(LLAMA, 0, "layers.1.attention.wo.bias", gain_std=0.1).any()
+    assert (initial_weight(LLAMA, 0, "layers.0.attention.k_norm.weight") == 1).all()
+    w2, w1 = (
+        initial_weight(LLAMA, 0, f"layers.0.mlp.{name}.weight").std() for name in ("w2", "w1")
+    )
+    assert math.isclose(w1 / w2, math.sqrt(40 / 24) * 2, rel_tol=0.1)
+    assert math.isclose(
+        initial_weight(LLAMA, 0, "embeddings.weight").std(), 1 / math.sqrt(24), rel_tol=0.1
+    )
+
+
+def test_flops_count_the_head_once_and_attention_by_its_window() -> None:
+    untied = replace(LLAMA, tie_embeddings=False)
+    assert untied.flops_per_token(32) == LLAMA.flops_per_token(32)
+    assert LLAMA.flops_per_token(32) == LLAMA.flops_per_token(5)
+    assert LLAMA.flops_per_token(4) < LLAMA.flops_per_token(5)
 
 
 def test_noise_depends_on_neither_length_nor_neighbours() -> None:

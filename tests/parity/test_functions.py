@@ -28,8 +28,41 @@ GROUPED = ModelConfig(
     vocab_size=128, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=20, max_seq_len=40
 )
 
+LLAMA = ModelConfig(
+    architecture="llama",
+    vocab_size=128,
+    dim=24,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=10,
+    hidden_dim=36,
+    max_seq_len=40,
+)
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+MODELS = {
+    "full heads": MODEL,
+    "grouped heads": GROUPED,
+    "llama, tied, llama3 frequencies": replace(LLAMA, tie_embeddings=True, rope_scaling=LLAMA3),
+    "llama, one head of keys, biases, normed queries, a window": replace(
+        LLAMA,
+        n_kv_heads=1,
+        qkv_bias=True,
+        wo_bias=True,
+        mlp_bias=True,
+        qk_norm=True,
+        sliding_window=7,
+    ),
+}
 
-@pytest.mark.parametrize("model", [MODEL, GROUPED], ids=["full heads", "grouped heads"])
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 def test_every_line_of_the_check_passes(model: ModelConfig) -> None:
     source = check.drawn(model)
     lines = list(check.check(source, batch=4, time=30, decode=20, controls=False))
@@ -84,11 +117,14 @@ def test_chunked_loss_and_its_gradients_equal_the_plain_loss(chunk: int) -> None
     assert np.isclose(plain, truth.item(), rtol=1e-14)
 
 
-def test_initial_weights_have_the_same_bits_on_both_sides() -> None:
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_initial_weights_have_the_same_bits_on_both_sides(model: ModelConfig) -> None:
     from mooshak_torch.model import initialize
 
-    ours = initialize(Model(MODEL, "float32"), 7)
-    theirs = canonical(jax_checkpoint.initialize(MODEL, "float32", 7))
+    ours = initialize(Model(model, "float32"), 7)
+    theirs = canonical(jax_checkpoint.initialize(model, "float32", 7))
+    assert [n for n, _ in ours.named_parameters()] == list(model.parameter_shapes())
+    assert theirs.keys() == model.parameter_shapes().keys()
     for name, parameter in ours.named_parameters():
         assert np.array_equal(parameter.detach().numpy(), theirs[name]), name
 
@@ -101,7 +137,7 @@ def test_full_model_has_the_canonical_names_and_shapes_on_both_sides() -> None:
     leaves = jax.tree_util.tree_leaves_with_path(jax_checkpoint.abstract_params(full, "float32"))
     theirs = {}
     for path, leaf in leaves:
-        transposed = jax_checkpoint.LEAVES[path[-1].key]
+        transposed = jax_checkpoint.LEAVES[path[-1].key][1]
         theirs[jax_checkpoint.canonical_name(path)] = leaf.shape[::-1] if transposed else leaf.shape
     assert theirs == full.parameter_shapes()
 
