@@ -144,14 +144,23 @@ def resume_from(config: Config, resume: str) -> Path | None:
 
 
 def trainer_state(
-    config: Config, step: int, framework: str, tokenizer: str, loss: float | None
+    config: Config,
+    step: int,
+    framework: str,
+    tokenizer: str,
+    loss: float | None,
+    processes: int = 1,
+    mesh: str = "",
 ) -> dict[str, Any]:
-    """What `trainer_state.json` holds: `step` optimizer steps done, `loss` that of validation."""
+    """What `trainer_state.json` holds: `step` optimizer steps done, `loss` that of validation.
+
+    `processes` and `mesh` say what the state was written by; they bind nobody who reads it.
+    """
     return {
         "format_version": interchange.FORMAT_VERSION,
         "step": step,
         "seed": config.run.seed,
-        "framework": framework,
+        "written_by": {"framework": framework, "processes": processes, "mesh": mesh},
         "dtype": config.train.dtype,
         "schedule": asdict(config.schedule),
         "optimizer": asdict(config.optimizer),

@@ -3,9 +3,12 @@
 import contextlib
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+from mooshak.errors import InputError
 
 
 @contextlib.contextmanager
@@ -36,3 +39,78 @@ def locked(path: Path) -> Iterator[None]:
     with open(path, "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def new_directory(path: Path, n_bytes: int = 0) -> Iterator[Path]:
+    """A directory to fill, which is named `path` when the block ends without an error.
+
+    It is on the disk by then. One process at a time makes `path`: it holds a lock, which a process
+    that is killed lets go of, and what that one left is removed. Raises `InputError` when `path`
+    exists (nothing is ever overwritten), when another process is making it, or when the disk has
+    no room for `n_bytes`.
+    """
+    _check_absent(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.unfinished"
+    with _hold(temporary, path):
+        try:
+            for left in temporary.iterdir():
+                if left.is_dir():
+                    shutil.rmtree(left)
+                elif left.name != LOCK:
+                    left.unlink()
+            free = shutil.disk_usage(temporary).free
+            if n_bytes > free:
+                raise InputError(
+                    f"{path} needs {n_bytes / 1e9:.3g} GB and the disk has {free / 1e9:.3g} GB "
+                    "free; free some space"
+                )
+            yield temporary
+            for file in temporary.rglob("*"):
+                _to_disk(file)
+            _to_disk(temporary)
+            _check_absent(path)
+            temporary.rename(path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        (path / LOCK).unlink()
+        _to_disk(path.parent)
+
+
+def _hold(directory: Path, target: Path) -> BinaryIO:
+    """Make a directory and lock it. Raises `InputError` if another process holds the lock."""
+    while True:
+        directory.mkdir(exist_ok=True)
+        try:
+            lock = (directory / LOCK).open("wb")
+        except FileNotFoundError:  # Its owner has just given it its name, or removed it.
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(lock.fileno()), os.stat(directory / LOCK)):
+                return lock
+        except BlockingIOError as error:
+            lock.close()
+            raise InputError(f"another process is making {target}; wait for it") from error
+        except FileNotFoundError:
+            pass
+        lock.close()
+
+
+def _check_absent(path: Path) -> None:
+    if path.exists():
+        raise InputError(f"{path} exists already; remove it or choose another destination")
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

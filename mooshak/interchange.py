@@ -1,37 +1,52 @@
 """The interchange format: a directory that both frameworks, and other programs, read and write.
 
 `config.json` + `model.safetensors` (or shards with an index), and for a training state
-`optimizer.safetensors` + `trainer_state.json`. Tensors pass through one at a time.
+`optimizer.safetensors` + `trainer_state.json`. Tensors pass through some rows at a time.
 
 Every kind of checkpoint is read as a `Checkpoint`: names, shapes, and a function that reads one
 tensor. Keys: `{name}` for a parameter, `exp_avg.{name}`, `exp_avg_sq.{name}` for the moments.
 """
 
 import json
-import os
-import shutil
+import math
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
+import xxhash
 from safetensors import SafetensorError, safe_open
 
 from mooshak.config import ModelConfig, model_from_json, model_to_json
 from mooshak.errors import InputError
+from mooshak.files import new_directory
 
 FORMAT_VERSION = 1
 MOMENTS = ("exp_avg", "exp_avg_sq")
+BLOCK = 1 << 24
+"""Bytes of a tensor that are copied at once: few enough for the allocator to use them again."""
+HASH = "xxh3_64"
+CHECKSUMS = "checksums.json"
+"""Of a DCP or an Orbax checkpoint; safetensors hold theirs in the metadata."""
+EVERY = slice(None)
 DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+
+Tensors = Mapping[str, tuple[np.dtype, tuple[int, ...]]]
+"""key -> dtype and shape, in the canonical layout."""
+
+
+class Read(Protocol):
+    """Reads one tensor, or some rows of it, in the canonical layout."""
+
+    def __call__(self, key: str, rows: slice = EVERY, /) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -44,18 +59,35 @@ class Checkpoint:
     model: ModelConfig
     trainer_state: dict[str, Any] | None
     """`trainer_state.json`; None where there are only weights."""
-    tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]]
-    """key -> dtype and shape, in the canonical layout."""
-    read: Callable[[str], np.ndarray]
-    """Reads one tensor, in the canonical layout."""
+    tensors: Tensors
+    read: Read
+    checksums: Mapping[str, str] = field(default_factory=dict)
+    """key -> hash of the tensor's bytes, of the tensors that it was stored with."""
 
     @property
     def has_optimizer(self) -> bool:
         return any(key.startswith(MOMENTS) for key in self.tensors)
 
+    @property
+    def n_bytes(self) -> int:
+        return sum(map(size_of, self.tensors.values()))
+
+
+def size_of(tensor: tuple[np.dtype, tuple[int, ...]]) -> int:
+    """Bytes of a tensor of this dtype and shape."""
+    dtype, shape = tensor
+    return math.prod(shape) * dtype.itemsize
+
+
+def blocks(tensor: tuple[np.dtype, tuple[int, ...]]) -> Iterator[slice]:
+    """Cuts a tensor of this dtype and shape by rows into parts of about `BLOCK` bytes."""
+    n_rows = tensor[1][0]
+    step = max(1, BLOCK * n_rows // size_of(tensor))
+    return (slice(start, min(start + step, n_rows)) for start in range(0, n_rows, step))
+
 
 def check_tensors(
-    path: Path, model: ModelConfig, tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]]
+    path: Path, model: ModelConfig, tensors: Tensors
 ) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
     """The tensors in the model's order, moments last.
 
@@ -121,99 +153,236 @@ def write_description(path: Path, model: ModelConfig, trainer_state: dict[str, A
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open an interchange directory. Raises `InputError` for anything that is not whole."""
     model, state = read_description(path)
-    where: dict[str, Path] = {}
-    tensors: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
-    for file in [*_weight_files(path), *path.glob("optimizer.safetensors")]:
-        for key, described in _header(file).items():
-            where[key], tensors[key] = file, described
-    tensors = check_tensors(path, model, tensors)
+    stored = _stored(path, "model", required=True) | _stored(path, "optimizer", required=False)
+    described = {key: (entry.dtype, entry.shape) for key, entry in stored.items()}
+    tensors = check_tensors(path, model, described)
+    checksums = {key: entry.checksum for key, entry in stored.items() if entry.checksum}
 
-    def read(key: str) -> np.ndarray:
-        with safe_open(where[key], framework="numpy") as file:
-            return file.get_tensor(key)
+    def rows_of(key: str, rows: slice = EVERY) -> np.ndarray:
+        entry = stored[key]
+        return mapped(entry.file, entry.start, entry.dtype, entry.shape)[rows]
 
-    return Checkpoint(path, "safetensors", model, state, tensors, read)
+    read = checked(rows_of, tensors, checksums, lambda key: stored[key].file)
+    return Checkpoint(path, "safetensors", model, state, tensors, read, checksums)
 
 
-def write_checkpoint(path: Path, source: Checkpoint) -> None:
-    """Write a checkpoint as an interchange directory; `path` exists only when it is complete."""
+def write_checkpoint(path: Path, source: Checkpoint, shard_size: int | None = None) -> None:
+    """Write a checkpoint as an interchange directory; `path` exists only when it is complete.
+
+    Files of more than `shard_size` bytes are cut between tensors.
+    """
     tensors = check_tensors(source.path, source.model, source.tensors)
-    with new_directory(path) as directory:
+    with new_directory(path, source.n_bytes) as directory:
         write_description(directory, source.model, source.trainer_state)
         weights = {k: v for k, v in tensors.items() if not k.startswith(MOMENTS)}
         moments = {k: v for k, v in tensors.items() if k.startswith(MOMENTS)}
-        _write_safetensors(directory / "model.safetensors", weights, source.read)
-        if moments:
-            _write_safetensors(directory / "optimizer.safetensors", moments, source.read)
+        for name, part in (("model", weights), ("optimizer", moments)):
+            shards = list(_shards(part, shard_size))
+            files = [
+                f"{name}-{i:05}-of-{len(shards):05}.safetensors"
+                if len(shards) > 1
+                else f"{name}.safetensors"
+                for i in range(1, len(shards) + 1)
+            ]
+            for file, shard in zip(files, shards, strict=True):
+                _write_safetensors(directory / file, shard, source.read)
+            if len(shards) > 1:
+                index = {
+                    "metadata": {"total_size": sum(map(size_of, part.values()))},
+                    "weight_map": {k: f for f, s in zip(files, shards, strict=True) for k in s},
+                }
+                text = json.dumps(index, indent=2) + "\n"
+                (directory / f"{name}.safetensors.index.json").write_text(text)
+        verify(open_checkpoint(directory))
 
 
-@contextmanager
-def new_directory(path: Path) -> Iterator[Path]:
-    """A directory to fill, which gets its name `path` only when the block ends without an error.
+def mapped(file: Path, start: int, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    """An array that is a part of a file: its pages come and go, however large it is.
 
-    Raises `InputError` when `path` exists: nothing is ever overwritten.
+    Changes stay here. Raises `InputError` where the file ends before the array.
     """
-    if path.exists():
-        raise InputError(f"{path} exists already; remove it or choose another destination")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.writing-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    size = math.prod(shape) * dtype.itemsize
     try:
-        yield temporary
-        temporary.rename(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        raw = np.memmap(file, np.uint8, mode="c", offset=start, shape=(size,))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} is truncated ({error}); the checkpoint is not whole") from error
+    return raw.view(np.ndarray).view(dtype).reshape(shape)
 
 
-def _weight_files(path: Path) -> list[Path]:
-    index = path / "model.safetensors.index.json"
+class Checksums(dict[str, str]):
+    """key -> hash of the bytes of a tensor in the canonical layout, whose rows come in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._open: dict[str, tuple[int, xxhash.xxh3_64]] = {}
+
+    def add(self, key: str, shape: tuple[int, ...], rows: slice, array: np.ndarray) -> None:
+        """Take in some rows; those that do not follow on the last ones count for nothing."""
+        first, end, _ = rows.indices(shape[0])
+        if first == 0:
+            self._open[key] = (0, xxhash.xxh3_64())
+        row, hashed = self._open.pop(key, (-1, None))
+        if hashed is None or row != first:
+            return
+        hashed.update(np.ascontiguousarray(array).view(np.uint8).data)
+        if end == shape[0]:
+            self[key] = hashed.hexdigest()
+        else:
+            self._open[key] = (end, hashed)
+
+
+def checked(
+    read: Read, tensors: Tensors, checksums: Mapping[str, str], where: Callable[[str], Path]
+) -> Read:
+    """`read`, which compares every tensor that is read whole, or by rows in order.
+
+    It raises `InputError` naming the file, which `where(key)` is, and the tensor.
+    """
+    if not checksums:
+        return read
+    found = Checksums()
+
+    def reading(key: str, rows: slice = EVERY) -> np.ndarray:
+        array = read(key, rows)
+        found.add(key, tensors[key][1], rows, array)
+        checksum = found.pop(key, None)
+        if checksum is not None and checksum != checksums.get(key, checksum):
+            raise InputError(
+                f"{where(key)}: tensor {key} is damaged: its checksum is {checksum}, it was "
+                f"written with {checksums[key]}"
+            )
+        return array
+
+    return reading
+
+
+def write_checksums(path: Path, checksums: Mapping[str, str]) -> None:
+    """Write the checksums of a checkpoint whose format has no place for them."""
+    (path / CHECKSUMS).write_text(json.dumps({HASH: checksums}, indent=2) + "\n")
+
+
+def read_checksums(path: Path) -> dict[str, str]:
+    """The checksums beside a DCP or Orbax checkpoint; none where there are none."""
+    file = path / CHECKSUMS
+    if not file.is_file():
+        return {}
+    try:
+        return dict(json.loads(file.read_bytes()).get(HASH, {}))
+    except (ValueError, AttributeError, TypeError) as error:
+        raise InputError(f"{file} is not a list of checksums ({error!r})") from error
+
+
+def verify(checkpoint: Checkpoint) -> None:
+    """Read everything once. Raises `InputError` where a tensor is not what was written."""
+    for key, tensor in checkpoint.tensors.items():
+        for rows in blocks(tensor):
+            checkpoint.read(key, rows)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Where a safetensors file holds a tensor."""
+
+    file: Path
+    start: int
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    checksum: str | None
+
+
+def _stored(path: Path, name: str, required: bool) -> dict[str, _Stored]:
+    """The tensors of `{name}.safetensors`, or of the shards that its index lists."""
+    index, single = path / f"{name}.safetensors.index.json", path / f"{name}.safetensors"
     if not index.is_file():
-        return [path / "model.safetensors"]
+        return _header(single) if required or single.is_file() else {}
     try:
-        names = set(json.loads(index.read_text())["weight_map"].values())
-    except (ValueError, KeyError, AttributeError) as error:
+        files = {
+            key: path / str(file)
+            for key, file in json.loads(index.read_text())["weight_map"].items()
+        }
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise InputError(f"{index} is not an index of shards: {error!r}") from error
-    return [path / name for name in sorted(names)]
+    stored: dict[str, _Stored] = {}
+    for file in sorted(set(files.values())):
+        if not file.is_file():
+            key = next(key for key in files if files[key] == file)
+            raise InputError(f"{file} is missing, which holds tensor {key} and others")
+        stored |= _header(file)
+    for key, file in files.items():
+        if key not in stored or stored[key].file != file:
+            raise InputError(f"{file} lacks tensor {key}, which {index.name} says it holds")
+    return stored
 
 
-def _header(file: Path) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+def _header(file: Path) -> dict[str, _Stored]:
+    """What a safetensors file holds. Raises `InputError` for one that is not whole."""
     if not file.is_file():
         raise InputError(f"{file} is missing; the checkpoint is not whole")
     try:
-        with safe_open(file, framework="numpy") as tensors:
-            names = tensors.keys()
-            views = {name: tensors.get_slice(name) for name in names}
-            described = {k: (v.get_dtype(), tuple(v.get_shape())) for k, v in views.items()}
-    except (SafetensorError, OSError) as error:
+        with safe_open(file, framework="numpy"), file.open("rb") as stream:
+            # The library has found the file whole; only the offsets it keeps to itself.
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length))
+    except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{file} is truncated or is not safetensors ({error})") from error
-    for key, (dtype, _) in described.items():
-        if dtype not in DTYPES:
-            raise InputError(f"{file}: tensor {key} has dtype {dtype}; known: {', '.join(DTYPES)}")
-    return {key: (DTYPES[dtype], shape) for key, (dtype, shape) in described.items()}
+    metadata = header.pop("__metadata__", {})
+    for key, entry in header.items():
+        if entry["dtype"] not in DTYPES:
+            raise InputError(
+                f"{file}: tensor {key} has dtype {entry['dtype']}; known: {', '.join(DTYPES)}"
+            )
+    return {
+        key: _Stored(
+            file,
+            8 + length + entry["data_offsets"][0],
+            DTYPES[entry["dtype"]],
+            tuple(entry["shape"]),
+            metadata.get(f"{HASH}:{key}"),
+        )
+        for key, entry in header.items()
+    }
 
 
-def _write_safetensors(
-    file: Path,
-    tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
-    read: Callable[[str], np.ndarray],
-) -> None:
-    """Write a safetensors file tensor by tensor (the library's own writer wants all at once)."""
+def _shards(
+    tensors: Tensors, limit: int | None
+) -> Iterator[dict[str, tuple[np.dtype, tuple[int, ...]]]]:
+    """The tensors in order, cut where a file would have more than `limit` bytes."""
+    shard: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
+    for key, tensor in tensors.items():
+        if limit and shard and sum(map(size_of, (*shard.values(), tensor))) > limit:
+            yield shard
+            shard = {}
+        shard[key] = tensor
+    if shard:
+        yield shard
+
+
+def _write_safetensors(file: Path, tensors: Tensors, read: Read) -> None:
+    """Write a safetensors file some rows at a time (the library's own writer wants all at once)."""
+    checksums = Checksums()
+    with file.open("wb") as out:
+        # The header comes first and holds the checksums, which are known last.
+        blank = dict.fromkeys(tensors, xxhash.xxh3_64().hexdigest())
+        out.write(_header_bytes(tensors, blank))
+        for key, tensor in tensors.items():
+            for rows in blocks(tensor):
+                array = np.ascontiguousarray(read(key, rows))
+                assert array.dtype == tensor[0] and array.shape[1:] == tensor[1][1:], key
+                checksums.add(key, tensor[1], rows, array)
+                out.write(array.view(np.uint8).data)
+        out.seek(0)
+        out.write(_header_bytes(tensors, checksums))
+
+
+def _header_bytes(tensors: Tensors, checksums: Mapping[str, str]) -> bytes:
     names = {dtype: name for name, dtype in DTYPES.items()}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for key, (dtype, shape) in tensors.items():
-        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        data_offsets = [offset, offset + size]
-        header[key] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": data_offsets}
-        offset += size
+    metadata = {"format": "pt", **{f"{HASH}:{key}": checksums[key] for key in tensors}}
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for key, tensor in tensors.items():
+        start, end = end, end + size_of(tensor)
+        dtype, shape = names[tensor[0]], list(tensor[1])
+        header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with file.open("wb") as out:
-        out.write(struct.pack("<Q", len(text)) + text)
-        for key, (dtype, shape) in tensors.items():
-            array = read(key)
-            assert array.dtype == dtype and array.shape == shape, key
-            out.write(np.ascontiguousarray(array).view(np.uint8).data)
-        out.flush()
-        os.fsync(out.fileno())
+    return struct.pack("<Q", len(text)) + text

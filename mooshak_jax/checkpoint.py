@@ -20,6 +20,7 @@ from mooshak import interchange
 from mooshak.checkpoints import kind_of, readable
 from mooshak.config import Dtype, ModelConfig
 from mooshak.errors import InputError
+from mooshak.files import new_directory
 from mooshak.initial import initial_weight
 from mooshak.interchange import Checkpoint
 from mooshak_jax.model import PARAMETERS, Model
@@ -145,7 +146,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         tensors[key] = (np.dtype(entry.dtype), shape[::-1] if transposed else shape)
     tensors = interchange.check_tensors(path, model, tensors)
 
-    def read(key: str) -> np.ndarray:
+    def read(key: str, rows: slice = interchange.EVERY) -> np.ndarray:
         item: Any = jax.ShapeDtypeStruct((), tensors[key][0])
         for name in reversed(places[key]):
             item = {name: item}
@@ -159,14 +160,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
             raise InputError(
                 f"{path}: tensor {key} cannot be read; the checkpoint is truncated"
             ) from error
-        return to_canonical(places[key], leaf)
+        return to_canonical(places[key], leaf)[rows]
 
     return Checkpoint(path, "jax", model, state, tensors, read)
 
 
 def write_checkpoint(path: Path, source: Checkpoint) -> None:
     """Write a checkpoint of any kind as Orbax; `path` exists only when it is complete."""
-    with interchange.new_directory(path) as directory:
+    with new_directory(path, source.n_bytes) as directory:
         interchange.write_description(directory, source.model, source.trainer_state)
         abstract = abstract_params(source.model, "float32")
         parts = ["params", *(interchange.MOMENTS if source.has_optimizer else ())]

@@ -92,7 +92,13 @@ def train(config: Config, resume: str = "auto") -> None:
                 every = config.checkpoint.every
                 if step == last or stopped or (every and step % every == 0):
                     description = checkpoints.trainer_state(
-                        config, step, "jax", tokenizer.fingerprint, validation_loss
+                        config,
+                        step,
+                        "jax",
+                        tokenizer.fingerprint,
+                        validation_loss,
+                        jax.process_count(),
+                        ",".join(f"{axis}={size}" for axis, size in parallel.mesh.shape.items()),
                     )
                     saved = {key: state[key] for key in ("params", *MOMENTS)}
                     saver.save(description, partial(start_saving, saved))

@@ -4,9 +4,11 @@ The state has the canonical names: `params.{name}`, `exp_avg.{name}`, `exp_avg_s
 """
 
 import logging
+import operator
 import pickle
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,30 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from numpy.lib.stride_tricks import as_strided
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
 
 from mooshak import interchange
 from mooshak.checkpoints import kind_of, readable
 from mooshak.config import Dtype
 from mooshak.errors import InputError
+from mooshak.files import new_directory
 from mooshak.interchange import Checkpoint
 from mooshak_torch.model import Model
 from mooshak_torch.optimizer import moments, set_step
@@ -98,32 +116,36 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if kind_of(path) == "safetensors":
         return interchange.open_checkpoint(path)
     model, state = interchange.read_description(path)
-    reader = Reader(path / "dcp")
+    directory = path / "dcp"
+    reader = Reader(directory)
     try:
         metadata = reader.read_metadata().state_dict_metadata
     except Exception as error:
-        raise InputError(f"{path / 'dcp'} has no readable .metadata: {error}") from error
-    tensors = {
-        key.removeprefix("params."): (_numpy_dtype(entry.properties.dtype), tuple(entry.size))
+        raise InputError(f"{directory} has no readable .metadata: {error}") from error
+    entries = {
+        key.removeprefix("params."): (key, entry)
         for key, entry in metadata.items()
         if isinstance(entry, TensorStorageMetadata)
     }
+    tensors = {
+        key: (_numpy_dtype(entry.properties.dtype), tuple(entry.size))
+        for key, (_, entry) in entries.items()
+    }
     tensors = interchange.check_tensors(path, model, tensors)
+    checksums = interchange.read_checksums(path)
 
-    def read(key: str) -> np.ndarray:
-        name = key if key.startswith(interchange.MOMENTS) else f"params.{key}"
-        entry = metadata[name]
-        assert isinstance(entry, TensorStorageMetadata)
-        tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+    def rows_of(key: str, rows: slice = interchange.EVERY) -> np.ndarray:
+        name, entry = entries[key]
+        start, stop, _ = rows.indices(entry.size[0])
         try:
-            dcp.load({name: tensor}, storage_reader=reader, no_dist=True)
-        except (Exception, CheckpointException) as error:
+            return reader.read_rows(name, entry, start, stop)
+        except Exception as error:
             raise InputError(
-                f"{path}: tensor {key} cannot be read; the checkpoint is truncated"
+                f"{directory}: tensor {key} cannot be read; the checkpoint is truncated ({error})"
             ) from error
-        return _to_numpy(tensor)
 
-    return Checkpoint(path, "torch", model, state, tensors, read)
+    read = interchange.checked(rows_of, tensors, checksums, lambda _: directory)
+    return Checkpoint(path, "torch", model, state, tensors, read, checksums)
 
 
 class Reader(dcp.FileSystemReader):
@@ -138,7 +160,46 @@ class Reader(dcp.FileSystemReader):
             metadata: Metadata = _Unpickler(file).load()
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
+        self.storage_data = metadata.storage_data
         return metadata
+
+    def read_rows(
+        self, name: str, entry: TensorStorageMetadata, start: int, stop: int
+    ) -> np.ndarray:
+        """Rows of a tensor, out of the chunks that the processes have written of it.
+
+        What one chunk holds is no copy but a part of the file.
+        """
+        rows = np.empty((stop - start, *entry.size[1:]), _numpy_dtype(entry.properties.dtype))
+        missing = rows.size
+        for chunk in entry.chunks:
+            top, *left = chunk.offsets
+            first, last = max(start, top), min(stop, top + chunk.sizes[0])
+            if first < last:
+                part = self._chunk(name, chunk)[first - top : last - top]
+                if part.shape == rows.shape:
+                    return part
+                columns = map(slice, left, map(operator.add, left, chunk.sizes[1:]))
+                rows[slice(first - start, last - start), *columns] = part
+                missing -= part.size
+        if missing:
+            raise ValueError(f"{missing} elements are in no chunk")
+        return rows
+
+    def _chunk(self, name: str, chunk: ChunkStorageMetadata) -> np.ndarray:
+        info = self.storage_data[MetadataIndex(name, chunk.offsets)]
+        if getattr(info, "transform_descriptors", None):
+            raise ValueError("it is compressed by an extension of DCP")
+        file = Path(self.path) / info.relative_path
+        with file.open("rb") as stream:
+            # On the meta device nothing is read but where the elements stand, and how.
+            tensor = torch.load(self._slice_file(stream, info), "meta", weights_only=True)
+        storage, dtype = tensor.untyped_storage(), _numpy_dtype(tensor.dtype)
+        elements = interchange.mapped(
+            file, info.offset + storage._checkpoint_offset, dtype, (len(storage) // dtype.itemsize,)
+        )
+        strides = [stride * dtype.itemsize for stride in tensor.stride()]
+        return as_strided(elements[tensor.storage_offset() :], tuple(tensor.shape), strides)
 
 
 class _Unpickler(pickle.Unpickler):
@@ -152,15 +213,65 @@ class _Unpickler(pickle.Unpickler):
 
 def write_checkpoint(path: Path, source: Checkpoint) -> None:
     """Write a checkpoint of any kind as DCP; `path` exists only when it is complete."""
-    with interchange.new_directory(path) as directory:
+    with new_directory(path, source.n_bytes) as directory:
         interchange.write_description(directory, source.model, source.trainer_state)
-        state = {
-            (key if key.startswith(interchange.MOMENTS) else f"params.{key}"): _to_torch(
-                source.read(key)
-            )
+        planner = _SavePlanner(source)
+        # Nothing is copied ahead: what comes, comes in the order of the plan.
+        writer = dcp.FileSystemWriter(directory / "dcp", per_thread_copy_ahead=0)
+        sums = torch.serialization.get_crc32_options()
+        torch.serialization.set_crc32_options(False)  # Slower than the disk, and never looked at.
+        try:
+            dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)
+        finally:
+            torch.serialization.set_crc32_options(sums)
+        interchange.write_checksums(directory, planner.checksums)
+        interchange.verify(open_checkpoint(directory))
+
+
+class _SavePlanner(SavePlanner):
+    """Writes a checkpoint of any kind some rows at a time, which are read when their turn comes."""
+
+    def __init__(self, source: Checkpoint):
+        self.source, self.checksums = source, interchange.Checksums()
+        self.keys = {
+            key if key.startswith(interchange.MOMENTS) else f"params.{key}": key
             for key in source.tensors
         }
-        dcp.save(state, checkpoint_id=directory / "dcp", no_dist=True)
+
+    def set_up_planner(
+        self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False
+    ) -> None:
+        pass
+
+    def create_local_plan(self) -> SavePlan:
+        return SavePlan([item for name in self.keys for item in self._items(name)])
+
+    def _items(self, name: str) -> Iterator[WriteItem]:
+        dtype, shape = tensor = self.source.tensors[self.keys[name]]
+        properties = TensorProperties(_to_torch(np.empty(0, dtype)).dtype)
+        for rows in interchange.blocks(tensor):
+            offsets = torch.Size([rows.start, *(0 for _ in shape[1:])])
+            chunk = ChunkStorageMetadata(offsets, torch.Size([rows.stop - rows.start, *shape[1:]]))
+            data = TensorWriteData(chunk, properties, torch.Size(shape))
+            yield WriteItem(MetadataIndex(name, offsets), WriteItemType.SHARD, tensor_data=data)
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        plans, metadata = create_default_global_save_plan(all_plans)
+        # As in a state that the trainer saves: the names of parameters are keys below `params`.
+        nested = {name: tuple(name.split(".", 1)) for name in self.keys}
+        return plans, replace(metadata, planner_data=nested)
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        return new_plan
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        key, data = self.keys[write_item.index.fqn], write_item.tensor_data
+        assert data is not None
+        start = data.chunk.offsets[0]
+        rows = slice(start, start + data.chunk.sizes[0])
+        array = self.source.read(key, rows)
+        self.checksums.add(key, tuple(data.size), rows, array)
+        return _to_torch(array)
 
 
 def fill(state: dict[str, Tensor], source: Checkpoint) -> None:
@@ -183,6 +294,7 @@ def _to_numpy(tensor: Tensor) -> np.ndarray:
 
 
 def _to_torch(array: np.ndarray) -> Tensor:
+    array = np.ascontiguousarray(array)
     if array.dtype == interchange.DTYPES["BF16"]:
         return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
-    return torch.from_numpy(np.ascontiguousarray(array))
+    return torch.from_numpy(array)

@@ -78,7 +78,13 @@ def train(config: Config, resume: str = "auto") -> None:
                 every = config.checkpoint.every
                 if step == last or stopped or (every and step % every == 0):
                     state = checkpoints.trainer_state(
-                        config, step, "torch", tokenizer.fingerprint, validation_loss
+                        config,
+                        step,
+                        "torch",
+                        tokenizer.fingerprint,
+                        validation_loss,
+                        parallel.world,
+                        f"data={parallel.world}",
                     )
                     saver.save(
                         state, partial(start_saving, model, optimizer, group=parallel.saving)

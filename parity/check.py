@@ -388,7 +388,7 @@ def _diagnosis(q: Question, k: int, ours: Step, theirs: Step, past: Arrays) -> s
 
 def _batch_of(q: Question, k: int, loss: float, params: Arrays) -> int | None:
     """The number of the batch that has this loss under the parameters before step k."""
-    here = replace(q.ours.source, read=lambda name: params[name])
+    here = replace(q.ours.source, read=lambda name, rows=interchange.EVERY: params[name][rows])
     losses_n = TorchSide(here).losses(q.config("float64"), q.tokens_nBS)
     nearest = int(np.abs(losses_n - loss).argmin())
     return nearest if abs(losses_n[nearest] / loss - 1) < 1e-9 else None
@@ -543,8 +543,8 @@ def drawn(model: ModelConfig, seed: int = 0) -> Checkpoint:
     of one, removing RoPE or swapping two norms would hide below any tolerance.
     """
 
-    def read(name: str) -> np.ndarray:
-        return initial_weight(model, seed, name, dtype=np.float64, gain_std=0.2)
+    def read(name: str, rows: slice = interchange.EVERY) -> np.ndarray:
+        return initial_weight(model, seed, name, rows, dtype=np.float64, gain_std=0.2)
 
     tensors = {n: (np.dtype(np.float64), s) for n, s in model.parameter_shapes().items()}
     return Checkpoint(Path("(drawn)"), "drawn", model, None, tensors, read)

@@ -1,16 +1,44 @@
 """Convert a checkpoint between torch (DCP), JAX (Orbax) and the interchange format, exactly.
 
 python -m parity.convert SRC DST --to torch|jax|safetensors
+python -m parity.convert SRC --describe
+
+Tensors pass through some rows at a time. The destination has its name only when it is complete, on
+the disk, and has been read back: see docs/conversion.md.
 """
 
 import argparse
+import json
+import math
 import os
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
 
 from mooshak import interchange
-from mooshak.checkpoints import kind_of
-from mooshak.errors import command
+from mooshak.checkpoints import STATES, kind_of
+from mooshak.config import description
+from mooshak.errors import InputError, command
+from mooshak.interchange import EVERY, Checkpoint, size_of
+from mooshak.prompts import find_tokenizer
+from mooshak.tables import print_table
 
 # A conversion computes nothing: it must not take hold of an accelerator.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -19,18 +47,26 @@ DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF1
 
 
 def convert(
-    source: Path, target: Path, to: str, dtype: str | None = None, weights_only: bool = False
-) -> None:
-    """Write the checkpoint `source` of any kind as `target` of the kind `to`.
+    source: Path,
+    target: Path,
+    to: str,
+    dtype: str | None = None,
+    weights_only: bool = False,
+    shard_size: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> int:
+    """Write the checkpoint `source` of any kind as `target` of the kind `to`; returns the bytes.
 
-    `dtype` casts the weights; moments keep theirs. Raises `InputError` when the source is not whole
-    or the target exists.
+    `dtype` casts the weights; moments keep theirs. `shard_size` cuts safetensors files of more
+    bytes. `progress` is told the bytes of the tensors that are read, and how many there are. Raises
+    `InputError` when the source is not whole or the target exists.
     """
     checkpoint = open_any(source)
     if weights_only:
         names = checkpoint.model.parameter_shapes()
         tensors = {name: checkpoint.tensors[name] for name in names}
         checkpoint = replace(checkpoint, tensors=tensors, trainer_state=None)
+    checkpoint = counted(checkpoint, progress)
     if dtype is not None:
         checkpoint = cast(checkpoint, dtype)
     if to == "torch":
@@ -38,11 +74,12 @@ def convert(
     elif to == "jax":
         from mooshak_jax.checkpoint import write_checkpoint
     else:
-        from mooshak.interchange import write_checkpoint
+        write_checkpoint = partial(interchange.write_checkpoint, shard_size=shard_size)
     write_checkpoint(target, checkpoint)
+    return checkpoint.n_bytes
 
 
-def open_any(path: Path) -> interchange.Checkpoint:
+def open_any(path: Path) -> Checkpoint:
     """Open a checkpoint of any kind for reading."""
     kind = kind_of(path)
     if kind == "torch":
@@ -54,7 +91,21 @@ def open_any(path: Path) -> interchange.Checkpoint:
     return open_checkpoint(path)
 
 
-def cast(checkpoint: interchange.Checkpoint, dtype: str) -> interchange.Checkpoint:
+def counted(checkpoint: Checkpoint, progress: Callable[[int, int], None]) -> Checkpoint:
+    """The checkpoint, which tells how many of its bytes have been read."""
+    done, total = 0, checkpoint.n_bytes
+
+    def read(key: str, rows: slice = EVERY) -> np.ndarray:
+        nonlocal done
+        array = checkpoint.read(key, rows)
+        done += array.nbytes
+        progress(done, total)
+        return array
+
+    return replace(checkpoint, read=read)
+
+
+def cast(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
     """The checkpoint with its weights in another dtype."""
     wanted = interchange.DTYPES[DTYPES[dtype]]
     weights = checkpoint.model.parameter_shapes()
@@ -62,24 +113,168 @@ def cast(checkpoint: interchange.Checkpoint, dtype: str) -> interchange.Checkpoi
         key: (wanted if key in weights else kept, shape)
         for key, (kept, shape) in checkpoint.tensors.items()
     }
-    return replace(
-        checkpoint,
-        tensors=tensors,
-        read=lambda key: checkpoint.read(key).astype(tensors[key][0], copy=False),
+
+    def read(key: str, rows: slice = EVERY) -> np.ndarray:
+        return checkpoint.read(key, rows).astype(tensors[key][0], copy=False)
+
+    return replace(checkpoint, tensors=tensors, read=read, checksums={})
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """What a checkpoint is, by its metadata alone, and what it lacks to be gone on from."""
+    checkpoint = open_any(path)
+    weights = checkpoint.model.parameter_shapes()
+    moments = [key for key in checkpoint.tensors if key not in weights]
+    state = checkpoint.trainer_state or {}
+    files = [file.stat().st_size for file in path.rglob("*") if file.is_file()]
+
+    def dtypes(keys: Iterable[str]) -> list[str]:
+        return sorted({checkpoint.tensors[key][0].name for key in keys})
+
+    def n_bytes(keys: Iterable[str]) -> int:
+        return sum(size_of(checkpoint.tensors[key]) for key in keys)
+
+    missing = {
+        "optimizer": not moments,
+        "trainer_state.json": checkpoint.trainer_state is None,
+        **{key: bool(state) and key not in state for key in STATE},
+        "tokenizer.model": not _has_tokenizer(path),
+        "checksums": not checkpoint.checksums,
+    }
+    return {
+        "path": str(path),
+        "kind": checkpoint.kind,
+        "model": description(checkpoint.model),
+        "parameters": sum(math.prod(shape) for shape in weights.values()),
+        "dtype": dtypes(weights),
+        "optimizer_dtype": dtypes(moments),
+        **{key: state.get(key) for key in STATE},
+        "weight_bytes": n_bytes(weights),
+        "optimizer_bytes": n_bytes(moments),
+        "file_bytes": sum(files),
+        "files": len(files),
+        "tensors": len(checkpoint.tensors),
+        "checksums": len(checkpoint.checksums),
+        "missing": [name for name, is_missing in missing.items() if is_missing],
+    }
+
+
+STATE = ("step", "seed", "written_by", "schedule", "data", "validation_loss")
+"""What `describe` tells of `trainer_state.json`."""
+
+
+def _has_tokenizer(path: Path) -> bool:
+    try:
+        return find_tokenizer(path, None).is_file()
+    except InputError:
+        return False
+
+
+def print_description(facts: dict[str, Any]) -> None:
+    """For people."""
+    table = Table(title=facts["path"], show_header=False)
+    written, data = facts["written_by"] or {}, facts["data"] or {}
+    mesh = f", mesh {written['mesh']}" if written.get("mesh") else ""
+    sources = ", ".join(str(source.get("name")) for source in data.get("sources", ()))
+    batch = f"{data.get('batch_size')} sequences of {data.get('sequence_length')} a step"
+    rows = {
+        "kind": facts["kind"],
+        "model": ", ".join(f"{k} {v}" for k, v in facts["model"].items() if v not in (None, False)),
+        "parameters": f"{facts['parameters']:,} in {', '.join(facts['dtype'])}",
+        "optimizer": f"AdamW moments in {', '.join(facts['optimizer_dtype'])}"
+        if facts["optimizer_dtype"]
+        else None,
+        "step": facts["step"],
+        "seed": facts["seed"],
+        "schedule": facts["schedule"]
+        and ", ".join(f"{key} {value}" for key, value in facts["schedule"].items()),
+        "data": data and f"{sources}; {batch}",
+        "validation loss": facts["validation_loss"],
+        "written by": written and f"{written['framework']}, {written['processes']} processes{mesh}",
+        "size": f"{facts['weight_bytes'] / 1e9:.3f} GB of weights, "
+        f"{facts['optimizer_bytes'] / 1e9:.3f} GB of moments; "
+        f"{facts['files']} files of {facts['file_bytes'] / 1e9:.3f} GB",
+        "checksums": f"{facts['checksums']} of {facts['tensors']} tensors",
+        "missing": ", ".join(facts["missing"]) or "nothing",
+    }
+    for name, value in rows.items():
+        if value not in (None, {}):
+            table.add_row(name, str(value))
+    print_table(table)
+
+
+def size_in_bytes(text: str) -> int:
+    """`2GB` -> 2_000_000_000; `MiB` and `GiB` are powers of two."""
+    units = {"": 1, "MB": 10**6, "GB": 10**9, "MIB": 1 << 20, "GIB": 1 << 30}
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", text.strip().upper())
+    if not match or match[2] not in units or not float(match[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size like 2GB or 500MB")
+    return int(float(match[1]) * units[match[2]])
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[int, int], None]]:
+    """A bar with throughput and time left on standard error; at the end, what is read back."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
     )
+    console = Console(stderr=True)
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task("converting", total=None)
+
+        def update(done: int, total: int) -> None:
+            label = "converting" if done < total else "reading back"
+            bar.update(task, completed=done, total=total, description=label)
+
+        yield update
 
 
 @command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("source", type=Path, help="a checkpoint of any kind")
-    parser.add_argument("target", type=Path, help="the directory to make")
-    parser.add_argument("--to", choices=["torch", "jax", "safetensors"], default="safetensors")
+    parser.add_argument("target", type=Path, nargs="?", help="the directory to make")
+    parser.add_argument("--to", choices=sorted(STATES), default="safetensors")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="cast the weights")
     parser.add_argument("--weights-only", action="store_true", help="leave the training state out")
+    parser.add_argument(
+        "--shard-size", type=size_in_bytes, help="cut safetensors files of more, like 2GB"
+    )
+    parser.add_argument("--describe", action="store_true", help="say what SRC is; convert nothing")
+    parser.add_argument("--json", action="store_true", help="the description as JSON")
     args = parser.parse_args()
-    convert(args.source, args.target, args.to, args.dtype, args.weights_only)
-    print(f"{args.source} -> {args.target} ({args.to})")
+    if args.describe:
+        facts = describe(args.source)
+        print(json.dumps(facts, indent=2, ensure_ascii=False)) if args.json else print_description(
+            facts
+        )
+        return
+    if args.target is None:
+        parser.error("name the directory to make, or --describe")
+    if args.shard_size and args.to != "safetensors":
+        parser.error("--shard-size is for --to safetensors")
+    start = time.perf_counter()
+    with _bar() as progress:
+        n_bytes = convert(
+            args.source,
+            args.target,
+            args.to,
+            args.dtype,
+            args.weights_only,
+            args.shard_size,
+            progress,
+        )
+    seconds = time.perf_counter() - start
+    print(
+        f"{args.source} -> {args.target} ({args.to}): {n_bytes / 1e9:.3f} GB in {seconds:.1f} s, "
+        f"{n_bytes / 1e9 / seconds:.2f} GB/s"
+    )
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import mooshak_torch.model
 import mooshak_torch.optimizer
 import mooshak_torch.train
 from mooshak import rope
-from mooshak.interchange import Checkpoint
+from mooshak.interchange import EVERY, Checkpoint
 from mooshak.schedule import learning_rate
 
 Patch = tuple[Any, str, Any]
@@ -364,7 +364,10 @@ def _renamed(names: dict[str, str]) -> Callable[[Checkpoint], Checkpoint]:
     """Read `names[key]` where `key` is asked for."""
 
     def change(source: Checkpoint) -> Checkpoint:
-        return replace(source, read=lambda key: source.read(names.get(key, key)))
+        def read(key: str, rows: slice = EVERY) -> np.ndarray:
+            return source.read(names.get(key, key), rows)
+
+        return replace(source, read=read)
 
     return change
 
@@ -373,9 +376,10 @@ def _changed(key: str, change: Callable[[np.ndarray], np.ndarray]) -> Callable[.
     """Read the tensor `key` changed."""
 
     def changed(source: Checkpoint) -> Checkpoint:
-        return replace(
-            source, read=lambda k: change(source.read(k)) if k == key else source.read(k)
-        )
+        def read(k: str, rows: slice = EVERY) -> np.ndarray:
+            return change(source.read(k))[rows] if k == key else source.read(k, rows)
+
+        return replace(source, read=read)
 
     return changed
 
