@@ -531,11 +531,13 @@ FAULTS = {
         lambda: _optimizer_torch(lambda make, model, c: make(model, replace(c, beta2=0.999))),
         lambda: _optimizer_jax(lambda adamw, s, g, r, c: adamw(s, g, r, replace(c, beta2=0.999))),
     ),
-    "AdamW epsilon 1e-6": Fault(
+    "AdamW epsilon ten times as large": Fault(
         "training",
         "^step 0, bias correction or epsilon",
-        lambda: _optimizer_torch(lambda make, model, c: make(model, replace(c, eps=1e-6))),
-        lambda: _optimizer_jax(lambda adamw, s, g, r, c: adamw(s, g, r, replace(c, eps=1e-6))),
+        lambda: _optimizer_torch(lambda make, model, c: make(model, replace(c, eps=10 * c.eps))),
+        lambda: _optimizer_jax(
+            lambda adamw, s, g, r, c: adamw(s, g, r, replace(c, eps=10 * c.eps))
+        ),
     ),
     "bias correction missing": Fault(
         "training",
@@ -556,6 +558,6 @@ FAULTS = {
         lambda: _step_torch(_late),
         lambda: _step_jax(_late),
     ),
-    "KV cache one position late": Fault("decoding", "^KV cache", _cache_torch, _cache_jax),
+    "KV cache one position late": Fault("cache", "^KV cache", _cache_torch, _cache_jax),
 }
 """Name -> fault."""

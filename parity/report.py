@@ -7,7 +7,6 @@ the report of `parity.check`, evaluations, stamps. Exits 1 when one of the bound
 """
 
 import argparse
-import io
 import json
 import re
 import shlex
@@ -20,21 +19,16 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import jinja2
-import matplotlib
-
 from mooshak import config as configuration
 from mooshak.data.shards import SPLITS, read_manifest, totals
 from mooshak.errors import InputError, command
 from mooshak.files import write_atomically
 from mooshak.run_log import read_metrics
+from parity.figures import COLORS, TEMPLATES, power, svg, themed
 
 # Allowed differences between a curve that changed its framework and one that stayed.
 CURVE_FLOAT32 = 2e-5  # absolute
 CURVE_FLOAT64 = 1e-12  # relative
-
-# Placeholders that stand for the page's own colours, which are others in the dark.
-COLORS = {"ink": "#010203", "faint": "#010204", "torch": "#010205", "jax": "#010206"}
 
 
 @dataclass(frozen=True)
@@ -124,31 +118,9 @@ def _texts(path: Path, prompts: list[str]) -> list[str]:
 
 def plot(curve: Curve) -> str:
     """The loss of all parts, and below the difference, as SVG in the page's colours."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    style: Any = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "mooshak",
-        "font.size": 8,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.linewidth": 0.6,
-        "axes.grid": True,
-        "grid.linewidth": 0.4,
-        "grid.color": COLORS["faint"],
-        "xtick.color": COLORS["ink"],
-        "ytick.color": COLORS["ink"],
-        "axes.edgecolor": COLORS["ink"],
-        "axes.labelcolor": COLORS["ink"],
-        "text.color": COLORS["ink"],
-        "lines.solid_capstyle": "round",
-    }
     change, stayed = max(curve.before), curve.before | curve.stayed
     changed = {change: curve.before[change]} | curve.changed
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(5.0, 4.5), layout="constrained")
-        FigureCanvasSVG(figure)
+    with themed(5.0, 4.5) as figure:
         top, bottom = figure.subplots(2, sharex=True, height_ratios=(2.4, 1))
 
         def draw(axes: Any, scale: float) -> None:
@@ -181,32 +153,16 @@ def plot(curve: Curve) -> str:
         bottom.axvline(change + 0.5, color=COLORS["ink"], linewidth=0.6, linestyle=(0, (2, 2)))
         bottom.set_yscale("log")
         bottom.set_ylim(floor / 2, curve.allowed * 8)
-        bottom.text(1, curve.allowed * 1.4, f"allowed: {_power(curve.allowed)}", va="bottom")
+        bottom.text(1, curve.allowed * 1.4, f"allowed: {power(curve.allowed)}", va="bottom")
         bottom.text(change / 2, floor * 30, "both runs share\nthis half", ha="center", alpha=0.7)
         bottom.set_ylabel("difference")
         bottom.set_xlabel("step")
         bottom.minorticks_off()
-        file = io.StringIO()
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    svg = file.getvalue()
-    svg = svg[svg.index("<svg") :]
-    for name, color in COLORS.items():
-        svg = svg.replace(color, f"var(--{name})")
-    # The page decides the size: only the view box stays.
-    return re.sub(r'^(<svg [^>]*?) height="[^"]*"([^>]*?) width="[^"]*"', r"\1\2", svg)
+    return svg(figure)
 
 
 def _xy(points: Mapping[int, float]) -> tuple[list[int], list[float]]:
     return list(points), list(points.values())
-
-
-def _power(value: float) -> str:
-    """2e-05 as 2 × 10⁻⁵."""
-    if value == 0 or value != value:
-        return f"{value:g}"
-    digits, exponent = f"{value:.1e}".split("e")
-    raised = str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-    return f"{digits.removesuffix('.0')} × 10{raised}"
 
 
 @dataclass(frozen=True)
@@ -302,15 +258,7 @@ def read(directory: Path) -> Results:
 
 def page(results: Results) -> str:
     """The HTML."""
-    templates = jinja2.Environment(
-        loader=jinja2.PackageLoader("parity", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    templates.filters["power"] = _power
-    template = templates.get_template("report.html")
+    template = TEMPLATES.get_template("report.html")
     return template.render(r=results, figure=plot(results.curve), failures=[*results.failures()])
 
 

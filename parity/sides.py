@@ -5,7 +5,7 @@ Shapes: B batch, T time, S = T + 1 tokens, n steps, V vocabulary.
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 from unittest import mock
 
@@ -257,6 +257,40 @@ class JaxSide:
         return mooshak_jax.generate.generate(
             self.graph(dtype), self.params(dtype), prompts, new_tokens, temperature
         )
+
+
+class In:
+    """A side that computes in one dtype, whatever it is asked for."""
+
+    def __init__(self, side: Side, dtype: Dtype):
+        self.name, self.source = f"{side.name} in {dtype}", side.source
+        self._side, self._dtype = side, dtype
+
+    def _config(self, config: Config) -> Config:
+        return replace(config, train=replace(config.train, dtype=self._dtype))
+
+    def operations(self, dtype: Dtype, tokens_BT: np.ndarray) -> Arrays:
+        return self._side.operations(self._dtype, tokens_BT)
+
+    def losses(self, config: Config, tokens_nBS: np.ndarray) -> np.ndarray:
+        return self._side.losses(self._config(config), tokens_nBS)
+
+    def padded_loss(self, dtype: Dtype, tokens_BS: np.ndarray, padding_BT: np.ndarray) -> float:
+        return self._side.padded_loss(self._dtype, tokens_BS, padding_BT)
+
+    def gradients(self, config: Config, tokens_BS: np.ndarray) -> Arrays:
+        return self._side.gradients(self._config(config), tokens_BS)
+
+    def steps(self, config: Config, tokens_nBS: np.ndarray) -> Iterator[Step]:
+        return self._side.steps(self._config(config), tokens_nBS)
+
+    def cached_logits(self, dtype: Dtype, tokens_BT: np.ndarray) -> np.ndarray:
+        return self._side.cached_logits(self._dtype, tokens_BT)
+
+    def generate(
+        self, dtype: Dtype, prompts: Sequence[Sequence[int]], new_tokens: int, temperature: float
+    ) -> np.ndarray:
+        return self._side.generate(self._dtype, prompts, new_tokens, temperature)
 
 
 def canonical(tree: Any) -> Arrays:

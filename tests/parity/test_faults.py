@@ -12,12 +12,13 @@ import pytest
 from mooshak.config import ModelConfig
 from parity import check
 from parity.faults import FAULTS, planted
+from parity.measures import Line
 
 MODEL = ModelConfig(vocab_size=96, dim=24, n_layers=3, n_heads=3, hidden_dim=40, max_seq_len=40)
 CASES = [(name, ("torch", "JAX")[i % 2]) for i, name in enumerate(FAULTS)]
 
 
-def lines_of(name: str, framework: str) -> list[check.Line]:
+def lines_of(name: str, framework: str) -> list[Line]:
     """What the part that has to find the fault says."""
     fault, source = FAULTS[name], check.drawn(MODEL)
     sizes = {"batch": 4, "time": 20, "decode": 10}

@@ -19,7 +19,7 @@ from mooshak_jax import parallel as jax_parallel
 from mooshak_jax import train as jax_train
 from mooshak_torch import loss as torch_loss
 from mooshak_torch.model import Model
-from parity import check
+from parity import check, measures
 from parity.convert import convert
 from parity.sides import JaxSide, TorchSide, canonical
 
@@ -75,7 +75,7 @@ def test_every_line_of_the_check_passes(model: ModelConfig) -> None:
 def test_training_steps_agree_on_meshes(devices: int, accumulation: int) -> None:
     source = check.drawn(MODEL)
     tokens = np.random.default_rng(1).integers(0, 192, (10, 4, 31), dtype=np.int32)
-    config = check.Question(TorchSide(source), JaxSide(source), tokens, 0).config("float64")
+    config = measures.Question(TorchSide(source), JaxSide(source), tokens, 0).config("float64")
     config = replace(config, train=replace(config.train, accumulation=accumulation))
     truth = list(TorchSide(source).steps(config, tokens))
     config = replace(config, parallel=replace(config.parallel, mesh=f"data={devices}"))
@@ -83,7 +83,7 @@ def test_training_steps_agree_on_meshes(devices: int, accumulation: int) -> None
     losses = [[step.loss for step in run] for run in (truth, steps)]
     assert np.allclose(*losses, rtol=1e-13, atol=0)
     params = truth[-1].params
-    assert max(check.distance(steps[-1].params[n], params[n]) for n in params) < check.FLOAT64
+    assert max(measures.distance(steps[-1].params[n], params[n]) for n in params) < measures.FLOAT64
 
 
 def full_torch(x: torch.Tensor, w: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -148,7 +148,7 @@ def test_evaluation_is_the_same_with_a_rest_that_fills_no_batch() -> None:
 
     source = check.drawn(MODEL)
     sequences = np.random.default_rng(2).integers(0, 192, (5, 31), dtype=np.int32)
-    question = check.Question(TorchSide(source), JaxSide(source), sequences[None, :4], 0)
+    question = measures.Question(TorchSide(source), JaxSide(source), sequences[None, :4], 0)
     config = question.config("float64")
     config = replace(config, parallel=replace(config.parallel, mesh="data=2"))
     config = replace(config, evaluate=replace(config.evaluate, batch_size=3))

@@ -1,0 +1,273 @@
+"""Compare whole loss curves: one framework, the other, and runs that change between them.
+
+python -m parity.curve --config configs/demo.yaml --steps 200 --switch 100 --out runs/curve
+
+Trains from the same seed in PyTorch, in JAX, in PyTorch and then JAX, in JAX and then PyTorch, in
+float64 and in float32. The floor is what one framework differs from itself when its reduction order
+changes: the same run on two data-parallel ranks or devices. Writes `curve.json` and `curve.html`,
+exits 1 when a bound does not hold. A run that is whole already is used again.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from mooshak import config as configuration
+from mooshak.config import Config, Dtype
+from mooshak.errors import InputError, command
+from mooshak.files import locked, write_atomically
+from mooshak.run_log import read_metrics
+from mooshak.tables import print_table
+from parity.figures import COLORS, TEMPLATES, svg, themed
+
+FLOAT64 = 1e-12
+"""Allowed relative difference of every step's loss in float64."""
+RATIO = 2.0
+"""Allowed in float32: so many times what a framework differs from itself."""
+
+Losses = dict[int, float]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: where it begins and what it is compared with."""
+
+    name: str
+    framework: str
+    start: str | None = None
+    """The run whose checkpoint at the change it goes on from."""
+    devices: int = 1
+    options: tuple[str, ...] = ()
+
+
+RUNS = (
+    Run("torch", "torch"),
+    Run("JAX", "jax"),
+    Run("torch to JAX", "jax", start="torch"),
+    Run("JAX to torch", "torch", start="JAX"),
+    Run("torch on two ranks", "torch", devices=2),
+    Run("JAX on two devices", "jax", devices=2),
+    # The negative control: what a curve shows that continues with another epsilon of AdamW.
+    Run("faulty", "torch", start="torch", options=("--optimizer.eps", "1e-6")),
+)
+PAIRS = (
+    ("torch", "JAX"),
+    ("torch", "torch to JAX"),
+    ("JAX", "JAX to torch"),
+    ("torch to JAX", "JAX to torch"),
+)
+FLOORS = (("torch", "torch on two ranks"), ("JAX", "JAX on two devices"))
+CONTROL = ("torch", "faulty")
+
+
+@dataclass(frozen=True)
+class Line:
+    """Two curves and the largest difference between them."""
+
+    dtype: str
+    first: str
+    second: str
+    measured: float
+    """Of any step's loss: relative in float64, in nats in float32."""
+    step: int
+    allowed: float
+    floor: float
+    control: float
+
+    @property
+    def passed(self) -> bool:
+        return self.measured <= self.allowed
+
+
+def curves(
+    settings: Sequence[str], config: Config, dtype: Dtype, switch: int, out: Path
+) -> dict[str, Losses]:
+    """The loss of every step of every run, by the run's name. `settings` are those of `config`."""
+    result: dict[str, Losses] = {}
+    for run in RUNS:
+        directory = out / dtype / run.name.replace(" ", "-")
+        own = ("--run.dir", str(directory), *run.options)
+        wanted = configuration.parse(configuration.parser(""), [*settings, *own])[0]
+        start = () if run.start is None else (out / dtype / run.start / f"checkpoints/{switch}",)
+        if not _is_whole(directory, wanted):
+            shutil.rmtree(directory, ignore_errors=True)
+            train(run, (*settings, *own), start)
+        losses = _losses(directory)
+        result[run.name] = (result[run.start] if run.start else {}) | losses
+        if list(result[run.name]) != list(range(1, config.train.steps + 1)):
+            raise InputError(f"{directory} does not hold every step once; remove it and try again")
+    return result
+
+
+def train(run: Run, settings: Sequence[str], start: Sequence[Path]) -> None:
+    """Carry out one run by the framework's own command. Ends the program when it fails."""
+    resume = [word for path in start for word in ("--resume", str(path))]
+    words = [sys.executable, "-m"]
+    if run.framework == "torch" and run.devices > 1:
+        words += ["torch.distributed.run", "--standalone", f"--nproc-per-node={run.devices}", "-m"]
+    if run.framework == "jax":
+        resume += ["--mesh", f"data={run.devices}"]
+    words += [f"mooshak_{run.framework}.train", *settings, *resume]
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        reason = lines[-1].removeprefix("error: ") if lines else done.stderr[-2000:]
+        raise InputError(f"{run.name}: {reason}")
+
+
+def _is_whole(directory: Path, wanted: Config) -> bool:
+    """Whether the run was carried out with this configuration, to its end."""
+    if not (directory / "config.yaml").is_file():
+        return False
+    there = configuration.load(directory / "config.yaml")
+    # The mesh is told by the name of the run.
+    same = asdict(there) | {"parallel": None} == asdict(wanted) | {"parallel": None}
+    return same and max(_losses(directory), default=0) == wanted.train.steps
+
+
+def _losses(run: Path) -> Losses:
+    return {int(line["step"]): line["loss"] for line in read_metrics(run / "metrics.jsonl")}
+
+
+def compare(dtype: str, found: Mapping[str, Losses]) -> Iterator[Line]:
+    """The differences of one dtype's curves, each beside the floor."""
+    relative = dtype == "float64"
+    floor = max(worst(found, pair, relative)[0] for pair in FLOORS)
+    control = worst(found, CONTROL, relative)[0]
+    allowed = FLOAT64 if relative else RATIO * floor
+    for pair in PAIRS:
+        measured, step = worst(found, pair, relative)
+        yield Line(dtype, *pair, measured, step, allowed, floor, control)
+
+
+def worst(found: Mapping[str, Losses], pair: tuple[str, str], relative: bool) -> tuple[float, int]:
+    """The largest difference of two curves, and its step."""
+    different = differences(found, pair, relative)
+    step = max(different, key=lambda k: different[k])
+    return different[step], step
+
+
+def differences(found: Mapping[str, Losses], pair: tuple[str, str], relative: bool) -> Losses:
+    """Step -> difference of two curves' losses, absolute or relative."""
+    a, b = (found[name] for name in pair)
+    return {k: abs(a[k] - b[k]) / (abs(a[k]) if relative else 1.0) for k in a}
+
+
+def plot(found: Mapping[str, Losses], lines: Sequence[Line], switch: int) -> str:
+    """The four curves, and below their differences over the floor, as SVG."""
+    relative = lines[0].dtype == "float64"
+    styles = {"torch": ("torch", "-"), "JAX": ("jax", "-")}
+    styles |= {"torch to JAX": ("jax", "--"), "JAX to torch": ("torch", "--")}
+    with themed(5.0, 4.5) as figure:
+        top, bottom = figure.subplots(2, sharex=True, height_ratios=(1.6, 1))
+        for i, (name, (color, line)) in enumerate(styles.items()):
+            width = 4.5 - 1.1 * i
+            alpha = 0.35 if i < 2 else 1.0
+            losses = found[name]
+            steps, values = list(losses), list(losses.values())
+            top.plot(
+                steps, values, line, color=COLORS[color], alpha=alpha, linewidth=width, label=name
+            )
+        top.set_ylabel("loss, nats per token")
+        top.legend(frameon=False)
+        smallest = lines[0].allowed / 1e5
+        for pair in FLOORS:
+            shown = _shown(differences(found, pair, relative), smallest)
+            bottom.plot(*shown, color=COLORS["ink"], alpha=0.25, linewidth=3)
+        for pair, color in ((PAIRS[0], "ink"), (PAIRS[1], "jax"), (PAIRS[2], "torch")):
+            shown = _shown(differences(found, pair, relative), smallest)
+            bottom.plot(*shown, ".", markersize=2.5, color=COLORS[color], label=" – ".join(pair))
+        bottom.axhline(lines[0].allowed, color=COLORS["ink"], linewidth=0.8)
+        bottom.set_yscale("log")
+        bottom.set_ylabel("difference")
+        bottom.set_xlabel("step")
+        bottom.minorticks_off()
+        for axes in (top, bottom):
+            axes.axvline(switch + 0.5, color=COLORS["ink"], linewidth=0.6, linestyle=(0, (2, 2)))
+    return svg(figure)
+
+
+def _shown(different: Losses, smallest: float) -> tuple[list[int], list[float]]:
+    return list(different), [max(value, smallest) for value in different.values()]
+
+
+@command
+def main() -> None:
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--steps", type=int, default=200)
+    own.add_argument("--switch", type=int, default=100)
+    own.add_argument("--out", type=Path, default=Path("runs/curve"))
+    # The other options go to the trainers as they are.
+    options, settings = own.parse_known_args()
+    if not 0 < options.switch < options.steps:
+        raise InputError(f"--switch {options.switch} must lie between 0 and --steps")
+    about = (
+        "Compare loss curves. --steps N (200), --switch K (100): the step of the change of "
+        "framework, --out DIR (runs/curve)."
+    )
+    fixed: dict[str, Any] = {
+        "train.steps": options.steps,
+        "train.log_every": 1,
+        "checkpoint.every": options.switch,
+        "checkpoint.keep": options.steps,
+        "evaluate.every": 0,
+        "run.progress": "false",
+    }
+    settings += [word for key, value in fixed.items() for word in (f"--{key}", str(value))]
+    configuration.parse(configuration.parser(about), settings)
+    lines: list[Line] = []
+    found, figures = {}, {}
+    with (
+        locked(options.out / ".lock"),
+        Console(stderr=True).status("training in both frameworks") as status,
+    ):
+        for dtype in ("float64", "float32"):
+            status.update(f"training in both frameworks, {dtype}")
+            here = [*settings, "--train.dtype", dtype]
+            config = configuration.parse(configuration.parser(about), here)[0]
+            found[dtype] = curves(here, config, dtype, options.switch, options.out)
+            compared = list(compare(dtype, found[dtype]))
+            figures[dtype] = plot(found[dtype], compared, options.switch)
+            lines += compared
+    rows = [asdict(line) | {"passed": line.passed} for line in lines]
+    passed = all(line.passed for line in lines)
+    report = {"switch": options.switch, "passed": passed, "lines": rows, "losses": found}
+    write_atomically(options.out / "curve.json", json.dumps(report, indent=1) + "\n")
+    page = TEMPLATES.get_template("curve.html")
+    text = page.render(lines=lines, figures=figures, switch=options.switch, steps=options.steps)
+    write_atomically(options.out / "curve.html", text)
+    columns = (
+        "curves",
+        "dtype",
+        "largest difference",
+        "at step",
+        "allowed",
+        "floor",
+        "control",
+        "",
+    )
+    table = Table(*columns, title=f"loss curves of {options.steps} steps")
+    for line in lines:
+        numbers = (line.measured, line.allowed, line.floor, line.control)
+        measured, *rest = (f"{number:.2g}" for number in numbers)
+        verdict = "pass" if line.passed else "FAIL"
+        pair = f"{line.first} – {line.second}"
+        table.add_row(pair, line.dtype, measured, str(line.step), *rest, verdict)
+    print_table(table)
+    if failed := [line for line in lines if not line.passed]:
+        first = failed[0]
+        print(f"{first.first} and {first.second} differ by {first.measured:.2g} ({first.dtype})")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
