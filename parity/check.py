@@ -71,13 +71,14 @@ def check(
     decode: int = 48,
     parts: Iterable[str] = PARTS,
     controls: bool = True,
+    floors: bool = True,
     low: Sequence[Dtype] = ("float32", "bfloat16"),
 ) -> Iterator[Line]:
     """The lines of the report, as they are measured.
 
     Torch computes with the weights of `source`, JAX with those of `other` (the same by default).
-    `controls` measures every line again with a fault planted; `low` are the dtypes that are
-    compared with float64. Raises `InputError` for checkpoints of two models.
+    `controls` measures every line again with a fault planted, `floors` those of float64 in float32;
+    `low` are the dtypes that are compared with float64. Raises `InputError` for checkpoints of two models.
     """
     model = source.model
     if other is not None and other.model != model:
@@ -102,7 +103,7 @@ def check(
     for name, measure, faults in measures:
         if name in parts:
             lines = list(measure(question))
-            if name in FLOORED:
+            if floors and name in FLOORED:
                 lines = with_floors(question, lines, measure)
             yield from with_controls(question, lines, measure, faults) if controls else lines
     if "round trip" in parts:

@@ -22,7 +22,13 @@ def lines_of(name: str, framework: str) -> list[Line]:
     """What the part that has to find the fault says."""
     fault, source = FAULTS[name], check.drawn(MODEL)
     sizes = {"batch": 4, "time": 20, "decode": 10}
-    options = {"parts": (fault.part,), "controls": False, "low": ("float32",), **sizes}
+    options = {
+        "parts": (fault.part,),
+        "controls": False,
+        "floors": False,
+        "low": ("float32",),
+        **sizes,
+    }
     if fault.read is not None:
         ours, theirs = (
             (fault.read(source), source) if framework == "torch" else (source, fault.read(source))
