@@ -78,7 +78,9 @@ def check(
 
     Torch computes with the weights of `source`, JAX with those of `other` (the same by default).
     `controls` measures every line again with a fault planted, `floors` those of float64 in float32;
-    `low` are the dtypes that are compared with float64. Raises `InputError` for checkpoints of two models.
+    `low` are the dtypes that are compared with float64.
+
+    Raises `InputError` for checkpoints of two models.
     """
     model = source.model
     if other is not None and other.model != model:
