@@ -6,7 +6,7 @@ here.
 """
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from mooshak.errors import InputError
 
@@ -63,12 +63,16 @@ DEVICES = {
         8,
         "https://images.nvidia.com/aem-dam/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf",
     ),
-    "v6e": Device("TPU v6 lite", 918e12, 32e9, 1.6e12, 100e9, 12.5e9, 8, CLOUD_TPU + "v6e", 2, 16),
-    "v5p": Device(r"TPU v5p?", 459e12, 95e9, 2.765e12, 100e9, 6.25e9, 4, CLOUD_TPU + "v5p", 3, 4),
-    "v5e": Device(
-        "TPU v5 lite", 197e12, 16e9, 0.819e12, 50e9, 3.125e9, 8, CLOUD_TPU + "v5e", 2, 16
+    "v6e": Device(
+        "TPU v6 lite", 918e12, 32 * 2**30, 1.6e12, 100e9, 12.5e9, 8, CLOUD_TPU + "v6e", 2, 16
     ),
-    "v4": Device("TPU v4", 275e12, 32e9, 1.2e12, 50e9, 6.25e9, 4, CLOUD_TPU + "v4", 3, 4),
+    "v5p": Device(
+        r"TPU v5p?", 459e12, 95 * 2**30, 2.765e12, 100e9, 6.25e9, 4, CLOUD_TPU + "v5p", 3, 4
+    ),
+    "v5e": Device(
+        "TPU v5 lite", 197e12, 16 * 2**30, 0.819e12, 50e9, 3.125e9, 8, CLOUD_TPU + "v5e", 2, 16
+    ),
+    "v4": Device("TPU v4", 275e12, 32 * 2**30, 1.2e12, 50e9, 6.25e9, 4, CLOUD_TPU + "v4", 3, 4),
 }
 """By the name that a planner takes. Networks: 400 Gbit/s per GPU in DGX H100 and B200, 200 Gbit/s
 in DGX A100, a network card of 100 Gbit/s per PCIe GPU in servers, 25 Gbit/s per GeForce; TPU hosts
@@ -86,31 +90,3 @@ def peak_flops(kind: str) -> float | None:
     """FLOP/s of the device that the driver calls `kind`; None where no figures are known."""
     known = [d for d in DEVICES.values() if re.search(rf"\b{d.kind}\b", kind)]
     return max(known, key=lambda d: len(d.kind)).flops if known else None
-
-
-@dataclass(frozen=True)
-class Roofline:
-    """How long a step takes at least, if compute, memory and links each went at full speed."""
-
-    compute: float
-    """Seconds of the model's FLOPs."""
-    memory: float
-    """Seconds of the traffic between the device and its memory."""
-    links: float
-    """Seconds of the traffic between devices."""
-
-    @property
-    def bound(self) -> str:
-        """Which of them takes longest."""
-        times = asdict(self)
-        return max(times, key=lambda name: times[name])
-
-    @property
-    def seconds(self) -> float:
-        """Of the step, at least: the three overlap at best."""
-        return max(asdict(self).values())
-
-    @property
-    def mfu(self) -> float:
-        """Share of the peak FLOP/s, at most."""
-        return self.compute / self.seconds

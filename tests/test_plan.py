@@ -1,11 +1,13 @@
 """The planners: their predictions against what is held, saved and moved."""
 
+import json
 import subprocess
 import sys
 
 import pytest
 
-from mooshak.hardware import DEVICES, Roofline, peak_flops
+from mooshak.hardware import DEVICES, peak_flops
+from mooshak_jax.hlo import collectives
 
 
 @pytest.mark.parametrize(
@@ -31,12 +33,6 @@ def test_no_peak_is_guessed(kind: str) -> None:
     assert peak_flops(kind) is None
 
 
-def test_a_roofline_is_bound_by_its_longest_time() -> None:
-    roofline = Roofline(compute=1.0, memory=0.5, links=2.0)
-    assert (roofline.bound, roofline.mfu) == ("links", 0.5)
-    assert Roofline(compute=1.0, memory=0.5, links=0.1).mfu == 1.0
-
-
 def test_two_processes_start_on_a_cpu_beside_libtpu_and_say_nothing() -> None:
     """libtpu, where it is installed, complains of a missing TPU and lets one process have it."""
     code = "import mooshak_jax, jax; print(jax.devices()[0].platform, flush=True); input()"
@@ -52,3 +48,139 @@ def test_two_processes_start_on_a_cpu_beside_libtpu_and_say_nothing() -> None:
     finally:
         for process in processes:
             process.kill()
+
+
+PROGRAMS = """
+import json, math
+import jax, jax.numpy as jnp, numpy as np
+from functools import partial
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+jax.config.update("jax_num_cpu_devices", 8)
+from mooshak_jax.hlo import collectives
+
+mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "fsdp"))
+found = {}
+
+def compiled(name, function, shape, spec, out, dtype=jnp.float32):
+    array = jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+    mapped = jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=out, check_vma=False)
+    text = jax.jit(mapped).lower(array).compile().as_text()
+    found[name] = [(c.kind, c.size, c.count, c.moved, c.groups) for c in collectives(text)]
+
+gather = partial(jax.lax.all_gather, axis_name="fsdp", tiled=True)
+compiled("gather", gather, (8, 16), P("fsdp"), P(), jnp.bfloat16)
+scatter = partial(jax.lax.psum_scatter, axis_name="fsdp", tiled=True)
+compiled("scatter", scatter, (8, 16), P(), P("fsdp"))
+compiled("reduce", partial(jax.lax.psum, axis_name="data"), (8, 16), P("data"), P())
+compiled("both", partial(jax.lax.psum, axis_name=("data", "fsdp")), (8, 16), P(), P())
+exchange = lambda x: jax.lax.all_to_all(x, "fsdp", 1, 0, tiled=True)
+compiled("exchange", exchange, (8, 16), P("fsdp"), P(None, "fsdp"))
+ring = [(i, (i + 1) % 4) for i in range(4)]
+compiled("ring", lambda x: jax.lax.ppermute(x, "fsdp", ring), (8, 16), P("fsdp"), P("fsdp"))
+
+def loop(x):
+    def outer(x, _):
+        def inner(x, _):
+            return jnp.sin(jax.lax.psum(x, "fsdp")), None
+        return jax.lax.scan(inner, x, None, length=3)[0], None
+    return jax.lax.scan(outer, x, None, length=5)[0]
+
+compiled("loop", loop, (8, 16), P(), P())
+print(json.dumps(found))
+"""
+
+
+def test_collectives_of_compiled_programs_against_the_formulas() -> None:
+    """On a mesh of 2 x 4; every array has 128 numbers."""
+    run = subprocess.run(
+        [sys.executable, "-c", PROGRAMS], text=True, capture_output=True, check=True
+    )
+    found = json.loads(run.stdout)
+    rows = [[0, 1, 2, 3], [4, 5, 6, 7]]
+    # CPUs have no all-gather in bfloat16: XLA casts before it.
+    (gather,) = found["gather"]
+    assert gather in (
+        ["all-gather", 256, 1, 192.0, rows],
+        ["all-gather", 512, 1, 384.0, rows],
+    )
+    assert found["scatter"] == [["reduce-scatter", 512, 1, 384.0, rows]]
+    columns = [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert found["reduce"] == [["all-reduce", 256, 1, 256.0, columns]]
+    assert found["both"] == [["all-reduce", 512, 1, 896.0, [list(range(8))]]]
+    assert found["exchange"] == [["all-to-all", 128, 1, 96.0, rows]]
+    assert found["ring"] == [["collective-permute", 128, 1, 128.0, rows]]
+    assert found["loop"] == [["all-reduce", 512, 15, 15 * 768.0, rows]]
+
+
+# What XLA writes for a TPU: no trip counts, a counter that steps by two, a collective in pieces of
+# which one stands in the loop, a start and its end, and a reduce-scatter as a fused all-reduce.
+TPU_PROGRAM = """HloModule jit_step, is_scheduled=true
+
+%cond (p: (u32[], f32[8,4])) -> pred[] {
+  %limit = u32[]{:T(128)} constant(8)
+  %p = (u32[]{:T(128)}, f32[8,4]{1,0:T(8,128)S(1)}) parameter(0)
+  %at = u32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %less = pred[]{:T(512)} compare(%at, %limit), direction=LT
+}
+
+%body (p.1: (u32[], f32[8,4])) -> (u32[], f32[8,4]) {
+  %two = u32[]{:T(128)} constant(2)
+  %p.1 = (u32[]{:T(128)}, f32[8,4]{1,0:T(8,128)S(1)}) parameter(0)
+  %at.1 = u32[]{:T(128)} get-tuple-element(%p.1), index=0
+  %x = f32[8,4]{1,0:T(8,128)S(1)} get-tuple-element(%p.1), index=1
+  %start = (f32[8,4]{1,0}, f32[8,4]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%x), channel_id=1, source_target_pairs={{0,1},{1,2},{2,3},{3,0}}
+  %next = u32[]{:T(128)} add(%at.1, %two)
+  %piece.1 = f32[8,4]{1,0} fusion(%x), kind=kOutput, calls=%pieces.1
+  %end = f32[8,4]{1,0:T(8,128)} collective-permute-done(%start)
+  ROOT %both = (u32[]{:T(128)}, f32[8,4]{1,0}) tuple(%next, %end)
+}
+
+%pieces (a: bf16[2,4]) -> bf16[8,4] {
+  %a = bf16[2,4]{1,0} parameter(0)
+  ROOT %g = bf16[8,4]{1,0} all-gather(%a), channel_id=7, replica_groups=mesh['axis_0'=4] {'axis_0'}, dimensions={0}, frontend_attributes={chain_id="3"}
+}
+
+%pieces.1 (a.1: bf16[2,4]) -> bf16[8,4] {
+  %a.1 = bf16[2,4]{1,0} parameter(0)
+  ROOT %g.1 = bf16[8,4]{1,0} all-gather(%a.1), channel_id=7, replica_groups=mesh['axis_0'=4] {'axis_0'}, dimensions={0}, frontend_attributes={chain_id="3"}
+}
+
+%add (c: f32[], d: f32[]) -> f32[] {
+  %c = f32[] parameter(0)
+  %d = f32[] parameter(1)
+  ROOT %sum = f32[] add(%c, %d)
+}
+
+%all-reduce-scatter (b: f32[8,4]) -> f32[4,4] {
+  %b = f32[8,4]{1,0} parameter(0)
+  %zero = s32[] constant(0)
+  %r = f32[8,4]{1,0} all-reduce(%b), channel_id=9, replica_groups=[2,2]<=[2,2]T(1,0), to_apply=%add
+  ROOT %s = f32[4,4]{1,0} dynamic-slice(%r, %zero, %zero), dynamic_slice_sizes={4,4}
+}
+
+ENTRY %main (x: f32[8,4]) -> f32[4,4] {
+  %x.1 = f32[8,4]{1,0:T(8,128)} parameter(0)
+  %zero.1 = u32[]{:T(128)} constant(0)
+  %copy = u32[]{:T(128)} copy(%zero.1)
+  %first = bf16[8,4]{1,0} fusion(%x.1), kind=kCustom, calls=%pieces
+  %state = (u32[]{:T(128)}, f32[8,4]{1,0}) tuple(%copy, %x.1)
+  %while = (u32[]{:T(128)}, f32[8,4]{1,0}) while(%state), condition=%cond, body=%body
+  %y = f32[8,4]{1,0} get-tuple-element(%while), index=1
+  ROOT %out = f32[4,4]{1,0} fusion(%y), kind=kCustom, calls=%all-reduce-scatter
+}
+"""  # noqa: E501
+
+
+def test_collectives_of_a_program_for_a_tpu() -> None:
+    found = {c.kind: (c.size, c.count, c.moved, c.groups) for c in collectives(TPU_PROGRAM)}
+    assert found == {
+        "collective-permute": (128, 4, 512.0, ((0, 1, 2, 3),)),
+        "all-gather": (64, 1, 48.0, ((0, 1, 2, 3),)),
+        "reduce-scatter": (128, 1, 64.0, ((0, 2), (1, 3))),
+    }
+
+
+def test_a_loop_whose_turns_are_unknown_is_no_plan() -> None:
+    endless = TPU_PROGRAM.replace("direction=LT", "direction=NE")
+    with pytest.raises(ValueError, match="how often"):
+        collectives(endless)
