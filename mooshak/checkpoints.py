@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mooshak import interchange
+from mooshak import huggingface, interchange
 from mooshak.config import Config, ModelConfig, description
 from mooshak.errors import InputError
 
@@ -106,9 +106,11 @@ def complete_steps(directory: Path) -> list[int]:
 
 
 def kind_of(path: Path) -> str:
-    """torch, jax or safetensors. Raises `InputError` for a directory that is no checkpoint."""
+    """torch, jax, safetensors or hf. Raises `InputError` for a directory that is no checkpoint."""
     if not path.is_dir():
         raise InputError(f"there is no checkpoint directory {path}")
+    if huggingface.is_hf(path):
+        return "hf"
     kinds = [kind for kind, name in STATES.items() if (path / name).exists()]
     if (path / "model.safetensors.index.json").exists():
         kinds.append("safetensors")
@@ -213,7 +215,10 @@ def readable(path: Path, kind: str) -> Iterator[Path]:
     The other framework's checkpoint is converted on the way, in a process of its own: neither
     framework's package imports the other.
     """
-    if kind_of(path) in (kind, "safetensors"):
+    found = kind_of(path)
+    # Only torch reads what Hugging Face pickled.
+    direct = kind == "torch" or huggingface.has_safetensors(path)
+    if found in (kind, "safetensors") or (found == "hf" and direct):
         yield path
         return
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".converting-") as directory:

@@ -9,6 +9,7 @@ tensor. Keys: `{name}` for a parameter, `exp_avg.{name}`, `exp_avg_sq.{name}` fo
 
 import json
 import math
+import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -32,6 +33,22 @@ HASH = "xxh3_64"
 CHECKSUMS = "checksums.json"
 """Of a DCP or an Orbax checkpoint; safetensors hold theirs in the metadata."""
 EVERY = slice(None)
+HF_CONFIG = "hf_config.json"
+"""Their `config.json`, of a checkpoint that came from Hugging Face."""
+COMPANIONS = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    HF_CONFIG,
+)
+"""Files that come along with the weights, whatever the kind of the checkpoint becomes."""
 DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -55,7 +72,7 @@ class Checkpoint:
 
     path: Path
     kind: str
-    """torch, jax or safetensors."""
+    """torch, jax, safetensors or hf."""
     model: ModelConfig
     trainer_state: dict[str, Any] | None
     """`trainer_state.json`; None where there are only weights."""
@@ -63,6 +80,8 @@ class Checkpoint:
     read: Read
     checksums: Mapping[str, str] = field(default_factory=dict)
     """key -> hash of the tensor's bytes, of the tensors that it was stored with."""
+    companions: Mapping[str, Path] = field(default_factory=dict)
+    """Name -> file, of those in `COMPANIONS` that there are."""
 
     @property
     def has_optimizer(self) -> bool:
@@ -142,8 +161,20 @@ def read_trainer_state(path: Path) -> dict[str, Any] | None:
     return state
 
 
-def write_description(path: Path, model: ModelConfig, trainer_state: dict[str, Any] | None) -> None:
-    """Write `config.json` and, where there is a state, `trainer_state.json`."""
+def companions(path: Path) -> dict[str, Path]:
+    """The files of a checkpoint directory that come along with its weights."""
+    return {name: path / name for name in COMPANIONS if (path / name).is_file()}
+
+
+def write_description(
+    path: Path,
+    model: ModelConfig,
+    trainer_state: dict[str, Any] | None,
+    companions: Mapping[str, Path] | None = None,
+) -> None:
+    """Write `config.json`, where there is a state `trainer_state.json`, and what comes along."""
+    for name, file in (companions or {}).items():
+        shutil.copyfile(file, path / name)
     (path / "config.json").write_text(model_to_json(model))
     if trainer_state is not None:
         text = json.dumps(trainer_state, indent=2, ensure_ascii=False) + "\n"
@@ -153,7 +184,9 @@ def write_description(path: Path, model: ModelConfig, trainer_state: dict[str, A
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open an interchange directory. Raises `InputError` for anything that is not whole."""
     model, state = read_description(path)
-    stored = _stored(path, "model", required=True) | _stored(path, "optimizer", required=False)
+    stored = stored_tensors(path, "model", required=True) | stored_tensors(
+        path, "optimizer", required=False
+    )
     described = {key: (entry.dtype, entry.shape) for key, entry in stored.items()}
     tensors = check_tensors(path, model, described)
     checksums = {key: entry.checksum for key, entry in stored.items() if entry.checksum}
@@ -163,7 +196,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return mapped(entry.file, entry.start, entry.dtype, entry.shape)[rows]
 
     read = checked(rows_of, tensors, checksums, lambda key: stored[key].file)
-    return Checkpoint(path, "safetensors", model, state, tensors, read, checksums)
+    along = companions(path)
+    return Checkpoint(path, "safetensors", model, state, tensors, read, checksums, along)
 
 
 def write_checkpoint(path: Path, source: Checkpoint, shard_size: int | None = None) -> None:
@@ -173,27 +207,34 @@ def write_checkpoint(path: Path, source: Checkpoint, shard_size: int | None = No
     """
     tensors = check_tensors(source.path, source.model, source.tensors)
     with new_directory(path, source.n_bytes) as directory:
-        write_description(directory, source.model, source.trainer_state)
+        write_description(directory, source.model, source.trainer_state, source.companions)
         weights = {k: v for k, v in tensors.items() if not k.startswith(MOMENTS)}
         moments = {k: v for k, v in tensors.items() if k.startswith(MOMENTS)}
         for name, part in (("model", weights), ("optimizer", moments)):
-            shards = list(_shards(part, shard_size))
-            files = [
-                f"{name}-{i:05}-of-{len(shards):05}.safetensors"
-                if len(shards) > 1
-                else f"{name}.safetensors"
-                for i in range(1, len(shards) + 1)
-            ]
-            for file, shard in zip(files, shards, strict=True):
-                _write_safetensors(directory / file, shard, source.read)
-            if len(shards) > 1:
-                index = {
-                    "metadata": {"total_size": sum(map(size_of, part.values()))},
-                    "weight_map": {k: f for f, s in zip(files, shards, strict=True) for k in s},
-                }
-                text = json.dumps(index, indent=2) + "\n"
-                (directory / f"{name}.safetensors.index.json").write_text(text)
+            write_tensors(directory, name, part, source.read, shard_size)
         verify(open_checkpoint(directory))
+
+
+def write_tensors(
+    directory: Path, name: str, tensors: Tensors, read: Read, shard_size: int | None = None
+) -> None:
+    """Write `{name}.safetensors`, or shards of at most `shard_size` bytes and their index."""
+    shards = list(_shards(tensors, shard_size))
+    files = [
+        f"{name}-{i:05}-of-{len(shards):05}.safetensors"
+        if len(shards) > 1
+        else f"{name}.safetensors"
+        for i in range(1, len(shards) + 1)
+    ]
+    for file, shard in zip(files, shards, strict=True):
+        _write_safetensors(directory / file, shard, read)
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(map(size_of, tensors.values()))},
+            "weight_map": {k: f for f, s in zip(files, shards, strict=True) for k in s},
+        }
+        text = json.dumps(index, indent=2) + "\n"
+        (directory / f"{name}.safetensors.index.json").write_text(text)
 
 
 def mapped(file: Path, start: int, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
@@ -280,7 +321,7 @@ def verify(checkpoint: Checkpoint) -> None:
 
 
 @dataclass(frozen=True)
-class _Stored:
+class Stored:
     """Where a safetensors file holds a tensor."""
 
     file: Path
@@ -290,7 +331,7 @@ class _Stored:
     checksum: str | None
 
 
-def _stored(path: Path, name: str, required: bool) -> dict[str, _Stored]:
+def stored_tensors(path: Path, name: str, required: bool) -> dict[str, Stored]:
     """The tensors of `{name}.safetensors`, or of the shards that its index lists."""
     index, single = path / f"{name}.safetensors.index.json", path / f"{name}.safetensors"
     if not index.is_file():
@@ -302,7 +343,7 @@ def _stored(path: Path, name: str, required: bool) -> dict[str, _Stored]:
         }
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise InputError(f"{index} is not an index of shards: {error!r}") from error
-    stored: dict[str, _Stored] = {}
+    stored: dict[str, Stored] = {}
     for file in sorted(set(files.values())):
         if not file.is_file():
             key = next(key for key in files if files[key] == file)
@@ -314,7 +355,7 @@ def _stored(path: Path, name: str, required: bool) -> dict[str, _Stored]:
     return stored
 
 
-def _header(file: Path) -> dict[str, _Stored]:
+def _header(file: Path) -> dict[str, Stored]:
     """What a safetensors file holds. Raises `InputError` for one that is not whole."""
     if not file.is_file():
         raise InputError(f"{file} is missing; the checkpoint is not whole")
@@ -332,7 +373,7 @@ def _header(file: Path) -> dict[str, _Stored]:
                 f"{file}: tensor {key} has dtype {entry['dtype']}; known: {', '.join(DTYPES)}"
             )
     return {
-        key: _Stored(
+        key: Stored(
             file,
             8 + length + entry["data_offsets"][0],
             DTYPES[entry["dtype"]],

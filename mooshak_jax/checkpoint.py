@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jax import Array
 
-from mooshak import interchange
+from mooshak import huggingface, interchange
 from mooshak.checkpoints import kind_of, readable
 from mooshak.config import Dtype, ModelConfig
 from mooshak.errors import InputError
@@ -124,9 +124,10 @@ def load(path: str | Path, dtype: Dtype) -> tuple[ModelConfig, Any]:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open an Orbax checkpoint, or an interchange directory. Raises `InputError` if not whole."""
-    if kind_of(path) == "safetensors":
-        return interchange.open_checkpoint(path)
+    """Open an Orbax, interchange or Hugging Face one. Raises `InputError` if it is not whole."""
+    if (kind := kind_of(path)) != "jax":
+        opener = huggingface if kind == "hf" else interchange
+        return opener.open_checkpoint(path)
     model, state = interchange.read_description(path)
     directory = path.absolute() / "orbax"
     handler = ocp.PyTreeCheckpointer()
@@ -162,13 +163,16 @@ def open_checkpoint(path: Path) -> Checkpoint:
             ) from error
         return to_canonical(places[key], leaf)[rows]
 
-    return Checkpoint(path, "jax", model, state, tensors, read)
+    companions = interchange.companions(path)
+    return Checkpoint(path, "jax", model, state, tensors, read, companions=companions)
 
 
 def write_checkpoint(path: Path, source: Checkpoint) -> None:
     """Write a checkpoint of any kind as Orbax; `path` exists only when it is complete."""
     with new_directory(path, source.n_bytes) as directory:
-        interchange.write_description(directory, source.model, source.trainer_state)
+        interchange.write_description(
+            directory, source.model, source.trainer_state, source.companions
+        )
         abstract = abstract_params(source.model, "float32")
         parts = ["params", *(interchange.MOMENTS if source.has_optimizer else ())]
 

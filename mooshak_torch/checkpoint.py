@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
-from mooshak import interchange
+from mooshak import huggingface, interchange
 from mooshak.checkpoints import kind_of, readable
 from mooshak.config import Dtype
 from mooshak.errors import InputError
@@ -112,9 +112,12 @@ def load(path: str | Path, dtype: Dtype) -> Model:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a DCP checkpoint or an interchange directory. Raises `InputError` if it is not whole."""
-    if kind_of(path) == "safetensors":
+    """Open a DCP, interchange or Hugging Face one. Raises `InputError` if it is not whole."""
+    if (kind := kind_of(path)) == "safetensors":
         return interchange.open_checkpoint(path)
+    if kind == "hf":
+        pickled = None if huggingface.has_safetensors(path) else _pickled(path)
+        return huggingface.open_checkpoint(path, pickled)
     model, state = interchange.read_description(path)
     directory = path / "dcp"
     reader = Reader(directory)
@@ -144,8 +147,31 @@ def open_checkpoint(path: Path) -> Checkpoint:
                 f"{directory}: tensor {key} cannot be read; the checkpoint is truncated ({error})"
             ) from error
 
+    companions = interchange.companions(path)
     read = interchange.checked(rows_of, tensors, checksums, lambda _: directory)
-    return Checkpoint(path, "torch", model, state, tensors, read, checksums)
+    return Checkpoint(path, "torch", model, state, tensors, read, checksums, companions)
+
+
+def _pickled(path: Path) -> huggingface.Stored:
+    """The tensors of `pytorch_model.bin`, or of the shards that its index lists.
+
+    Torch makes nothing but tensors of them (`weights_only`), and maps them from the file.
+    """
+    tensors: dict[str, Tensor] = {}
+    for file in huggingface.pickle_files(path):
+        try:
+            tensors |= torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except (pickle.UnpicklingError, RuntimeError, OSError) as error:
+            reason = str(error).split(". ")[0]
+            raise InputError(
+                f"{file} does not hold tensors alone, or is cut short: {reason}"
+            ) from error
+    described = {key: (_numpy_dtype(t.dtype), tuple(t.shape)) for key, t in tensors.items()}
+
+    def read(key: str, rows: slice = interchange.EVERY) -> np.ndarray:
+        return _to_numpy(tensors[key][rows])
+
+    return huggingface.Stored(described, read, {})
 
 
 class Reader(dcp.FileSystemReader):
@@ -214,7 +240,9 @@ class _Unpickler(pickle.Unpickler):
 def write_checkpoint(path: Path, source: Checkpoint) -> None:
     """Write a checkpoint of any kind as DCP; `path` exists only when it is complete."""
     with new_directory(path, source.n_bytes) as directory:
-        interchange.write_description(directory, source.model, source.trainer_state)
+        interchange.write_description(
+            directory, source.model, source.trainer_state, source.companions
+        )
         planner = _SavePlanner(source)
         # Nothing is copied ahead: what comes, comes in the order of the plan.
         writer = dcp.FileSystemWriter(directory / "dcp", per_thread_copy_ahead=0)

@@ -1,6 +1,6 @@
-"""Convert a checkpoint between torch (DCP), JAX (Orbax) and the interchange format, exactly.
+"""Convert a checkpoint between torch (DCP), JAX (Orbax), interchange and Hugging Face, exactly.
 
-python -m parity.convert SRC DST --to torch|jax|safetensors
+python -m parity.convert SRC DST --to torch|jax|safetensors|hf
 python -m parity.convert SRC --describe
 
 Tensors pass through some rows at a time. The destination has its name only when it is complete, on
@@ -73,6 +73,10 @@ def convert(
         from mooshak_torch.checkpoint import write_checkpoint
     elif to == "jax":
         from mooshak_jax.checkpoint import write_checkpoint
+    elif to == "hf":
+        from parity import export
+
+        write_checkpoint = partial(export.write_checkpoint, shard_size=shard_size)
     else:
         write_checkpoint = partial(interchange.write_checkpoint, shard_size=shard_size)
     write_checkpoint(target, checkpoint)
@@ -82,7 +86,7 @@ def convert(
 def open_any(path: Path) -> Checkpoint:
     """Open a checkpoint of any kind for reading."""
     kind = kind_of(path)
-    if kind == "torch":
+    if kind in ("torch", "hf"):
         from mooshak_torch.checkpoint import open_checkpoint
     elif kind == "jax":
         from mooshak_jax.checkpoint import open_checkpoint
@@ -240,7 +244,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("source", type=Path, help="a checkpoint of any kind")
     parser.add_argument("target", type=Path, nargs="?", help="the directory to make")
-    parser.add_argument("--to", choices=sorted(STATES), default="safetensors")
+    parser.add_argument("--to", choices=[*sorted(STATES), "hf"], default="safetensors")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="cast the weights")
     parser.add_argument("--weights-only", action="store_true", help="leave the training state out")
     parser.add_argument(
@@ -257,8 +261,8 @@ def main() -> None:
         return
     if args.target is None:
         parser.error("name the directory to make, or --describe")
-    if args.shard_size and args.to != "safetensors":
-        parser.error("--shard-size is for --to safetensors")
+    if args.shard_size and args.to not in ("safetensors", "hf"):
+        parser.error("--shard-size is for --to safetensors and --to hf")
     start = time.perf_counter()
     with _bar() as progress:
         n_bytes = convert(

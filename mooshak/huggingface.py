@@ -1,0 +1,341 @@
+"""Checkpoints of the Hugging Face world: what their keys and tensors are called here.
+
+`model_from_hf` and `model_to_hf` translate the configuration, `hf_name` the names of the tensors,
+and `open_checkpoint` reads such a directory as any other checkpoint. What it has besides weights
+(tokenizer, chat template, generation settings) comes along unchanged: `interchange.COMPANIONS`.
+
+HF's Llama turns halves in RoPE, as we do: no matrix is permuted.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mooshak.config import ModelConfig
+from mooshak.errors import InputError
+from mooshak.interchange import (
+    EVERY,
+    HF_CONFIG,
+    Checkpoint,
+    Read,
+    Tensors,
+    check_tensors,
+    checked,
+    companions,
+    mapped,
+    stored_tensors,
+)
+
+MODELS = {
+    "embeddings": "model.embed_tokens",
+    "norm": "model.norm",
+    "lm_head": "lm_head",
+}
+LAYERS = {
+    "attention_norm": "input_layernorm",
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.q_norm": "self_attn.q_norm",
+    "attention.k_norm": "self_attn.k_norm",
+    "attention.wo": "self_attn.o_proj",
+    "mlp_norm": "post_attention_layernorm",
+    "mlp.w1": "mlp.gate_proj",
+    "mlp.w2": "mlp.down_proj",
+    "mlp.w3": "mlp.up_proj",
+    "output_norm": "output_layernorm",
+}
+"""Module of a layer -> what Hugging Face calls it; MODELS are those outside of the layers."""
+
+NO_PARAMETERS = (
+    r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",  # transformers before 4.32
+    r"model\.layers\.\d+\.self_attn\.(bias|masked_bias)",
+)
+"""Tensors that some directories hold and that are computed: nothing is read of them."""
+
+
+def hf_name(name: str) -> str:
+    """`layers.3.mlp.w1.weight` -> `model.layers.3.mlp.gate_proj.weight`."""
+    if match := re.fullmatch(r"layers\.(\d+)\.(.+)\.(weight|bias)", name):
+        return f"model.layers.{match[1]}.{LAYERS[match[2]]}.{match[3]}"
+    module, _, last = name.rpartition(".")
+    return f"{MODELS[module]}.{last}"
+
+
+KEYS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "dim",
+    "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+    "num_key_value_heads": "n_kv_heads",
+    "head_dim": "head_dim",
+    "intermediate_size": "hidden_dim",
+    "max_position_embeddings": "max_seq_len",
+    "rms_norm_eps": "norm_eps",
+    "tie_word_embeddings": "tie_embeddings",
+}
+"""Key of their `config.json` -> key of our model section."""
+
+REQUIRED = tuple(
+    key
+    for key in KEYS
+    if key not in ("num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings")
+)
+
+ROTARY = ("rope_parameters", "rope_theta", "rope_scaling")
+
+INERT = {
+    "_name_or_path",
+    "architectures",
+    "attention_dropout",
+    "auto_map",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "hidden_act",  # Checked: silu.
+    "initializer_range",
+    "layer_types",  # Checked: all alike.
+    "model_type",
+    "pad_token_id",
+    "pretraining_tp",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
+"""Keys that do not change which function the model is, or are checked."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """What one `model_type` adds to the common keys."""
+
+    head: str
+    """Its class with a language model's head, which `architectures` names."""
+    keys: tuple[str, ...] = ()
+    """Keys of its own."""
+    defaults: tuple[tuple[str, Any], ...] = ()
+    """What transformers takes for keys that are left out, where it is not null or false."""
+
+
+QWEN_WINDOW = ("use_sliding_window", "sliding_window", "max_window_layers")
+
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM", ("attention_bias", "mlp_bias")),
+    "mistral": Family(
+        "MistralForCausalLM",
+        ("sliding_window",),
+        (("num_key_value_heads", 8), ("sliding_window", 4096)),
+    ),
+    "qwen2": Family("Qwen2ForCausalLM", QWEN_WINDOW, (("max_window_layers", 28),)),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        ("attention_bias", *QWEN_WINDOW),
+        (("head_dim", 128), ("max_window_layers", 28)),
+    ),
+    "mooshak": Family("MooshakForCausalLM"),
+}
+
+
+def model_from_hf(values: Mapping[str, Any], where: str) -> ModelConfig:
+    """The model that a `config.json` of transformers 4 or 5 describes.
+
+    Raises `InputError`, naming the file `where`, for an architecture that is not in `FAMILIES`, and
+    for a key that is not used here, by its name: it might make it another function.
+    """
+    kind = values.get("model_type")
+    if kind not in FAMILIES:
+        raise InputError(
+            f"{where}: model_type {kind!r} is not supported; known: {', '.join(FAMILIES)}"
+        )
+    family = FAMILIES[kind]
+    heads = values.get("architectures") or [family.head]
+    if heads != [family.head]:
+        raise InputError(f"{where}: architectures {heads} is not supported; expected {family.head}")
+    known = {*KEYS, *ROTARY, *INERT, *family.keys}
+    if unused := sorted(set(values) - known):
+        raise InputError(
+            f"{where}: key {unused[0]!r} ({values[unused[0]]!r}) is not used here; "
+            "the model could be another function with it, so it is refused"
+        )
+    if missing := [key for key in REQUIRED if key not in values]:
+        raise InputError(f"{where}: key {missing[0]!r} is missing")
+    if (activation := values.get("hidden_act", "silu")) != "silu":
+        raise InputError(f"{where}: hidden_act {activation!r} is not supported, silu is")
+    values = {"rms_norm_eps": 1e-6, **dict(family.defaults), **values}
+    ours = {our: values[their] for their, our in KEYS.items() if their in values}
+    theta, scaling = _rotary(values, where)
+    ours |= {"rope_theta": theta, "rope_scaling": scaling}
+    if kind == "mooshak":
+        return ModelConfig(**ours)
+    biased = bool(values.get("attention_bias", False))
+    ours |= {
+        "architecture": "llama",
+        "qkv_bias": biased or kind == "qwen2",
+        "wo_bias": biased,
+        "mlp_bias": bool(values.get("mlp_bias", False)),
+        "qk_norm": kind == "qwen3",
+        "sliding_window": _window(values, where),
+    }
+    return ModelConfig(**ours)
+
+
+def _rotary(values: Mapping[str, Any], where: str) -> tuple[float, dict[str, Any] | None]:
+    """Theta and rescaling, of either form of the settings: both have to say the same."""
+    five = values.get("rope_parameters")
+    four = values.get("rope_scaling")
+    found = []
+    if five is not None:
+        found.append((five.get("rope_theta"), _scaling(five, values)))
+    if "rope_theta" in values or four is not None or five is None:
+        found.append((values.get("rope_theta"), _scaling(four or {}, values)))
+    found = [(10000.0 if theta is None else float(theta), scaling) for theta, scaling in found]
+    if found[0] != found[-1]:
+        raise InputError(
+            f"{where}: rope_parameters say {found[0]}, rope_theta and rope_scaling {found[1]}"
+        )
+    return found[0]
+
+
+def _scaling(settings: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any] | None:
+    scaling = {key: value for key, value in settings.items() if key not in ("rope_theta", "type")}
+    scaling["rope_type"] = settings.get("rope_type", settings.get("type", "default"))
+    if scaling["rope_type"] == "default":
+        return None
+    if scaling["rope_type"] == "llama3":
+        length = values["max_position_embeddings"]
+        scaling.setdefault("original_max_position_embeddings", length)
+    return scaling
+
+
+def _window(values: Mapping[str, Any], where: str) -> int | None:
+    """The sliding window of all layers, or None. Raises `InputError` where layers differ in it."""
+    window, layers = values.get("sliding_window"), values["num_hidden_layers"]
+    if window is None or not values.get("use_sliding_window", values["model_type"] == "mistral"):
+        return None
+    whole = min(values.get("max_window_layers", 0), layers)
+    default = ["full_attention"] * whole + ["sliding_attention"] * (layers - whole)
+    kinds = set(values.get("layer_types") or default)
+    if len(kinds) > 1:
+        raise InputError(f"{where}: layers with and without a sliding window are not supported")
+    return window if kinds == {"sliding_attention"} else None
+
+
+def model_to_hf(model: ModelConfig, original: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The `config.json` of a model for transformers 4 and 5.
+
+    `original` is the one that the model came from, if it came from one: its family and its inert
+    keys stay. Raises `InputError` where no family of transformers is this function.
+    """
+    theta, scaling = model.rope_theta, model.rope_scaling
+    five = {"rope_theta": theta, **(scaling or {"rope_type": "default"})}
+    rotary = {"rope_parameters": five, "rope_theta": theta, "rope_scaling": scaling}
+    if original is not None and model_from_hf(original, HF_CONFIG) == model:
+        return {**original, **rotary}
+    common = {their: getattr(model, our) for their, our in KEYS.items()} | rotary
+    own = {
+        "attention_bias": model.wo_bias,
+        "mlp_bias": model.mlp_bias,
+        "sliding_window": model.sliding_window,
+        "use_sliding_window": model.sliding_window is not None,
+        "max_window_layers": 0,
+    }
+    first = () if original is None else (original["model_type"],)
+    for kind in (*first, *FAMILIES):
+        family = FAMILIES[kind]
+        values = dict(original) if original and original["model_type"] == kind else {}
+        values |= {"model_type": kind, "architectures": [family.head], "hidden_act": "silu"}
+        values |= common | {key: own[key] for key in family.keys}
+        if model_from_hf(values, HF_CONFIG) == model:
+            return values
+    raise InputError(
+        "no architecture of transformers has this combination of qkv_bias, wo_bias, mlp_bias, "
+        "qk_norm and sliding_window"
+    )
+
+
+def is_hf(path: Path) -> bool:
+    """Whether a directory is a Hugging Face model: its `config.json` has a `model_type`."""
+    try:
+        values = json.loads((path / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and "model_type" in values
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The tensors of a directory under the names that they have there."""
+
+    tensors: Tensors
+    read: Read
+    checksums: Mapping[str, str]
+
+
+def open_checkpoint(path: Path, stored: Stored | None = None) -> Checkpoint:
+    """Open a Hugging Face directory; `stored` are its tensors if they are not safetensors.
+
+    Raises `InputError` for a model that is not supported, and for a tensor that is missing, has
+    another shape, or belongs to no parameter.
+    """
+    config = path / "config.json"
+    try:
+        values = json.loads(config.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{config} is not JSON: {error}") from error
+    model = model_from_hf(values, str(config))
+    there = stored or _safetensors(path)
+    theirs = {hf_name(name): name for name in model.parameter_shapes()}
+    computed = "|".join(NO_PARAMETERS)
+    tensors = {
+        theirs.get(name, name): tensor
+        for name, tensor in there.tensors.items()
+        if not re.fullmatch(computed, name)
+        # Where it is tied, some programs write it nevertheless.
+        and not (model.tie_embeddings and name == "lm_head.weight")
+    }
+    tensors = check_tensors(path, model, tensors)
+    checksums = {theirs[name]: hash for name, hash in there.checksums.items() if name in theirs}
+
+    def rows_of(key: str, rows: slice = EVERY) -> np.ndarray:
+        return there.read(hf_name(key), rows)
+
+    read = checked(rows_of, tensors, checksums, lambda key: path)
+    along = companions(path) | {HF_CONFIG: config}
+    return Checkpoint(path, "hf", model, None, tensors, read, checksums, along)
+
+
+def _safetensors(path: Path) -> Stored:
+    stored = stored_tensors(path, "model", required=True)
+
+    def read(key: str, rows: slice = EVERY) -> np.ndarray:
+        entry = stored[key]
+        return mapped(entry.file, entry.start, entry.dtype, entry.shape)[rows]
+
+    tensors = {key: (entry.dtype, entry.shape) for key, entry in stored.items()}
+    checksums = {key: entry.checksum for key, entry in stored.items() if entry.checksum}
+    return Stored(tensors, read, checksums)
+
+
+def has_safetensors(path: Path) -> bool:
+    """Whether the weights are safetensors; else they are a pickle, which only torch reads."""
+    return any(path.glob("model*.safetensors"))
+
+
+def pickle_files(path: Path) -> list[Path]:
+    """`pytorch_model.bin`, or the shards that its index lists; `InputError` if one is missing."""
+    index = path / "pytorch_model.bin.index.json"
+    names = {"pytorch_model.bin"}
+    if index.is_file():
+        try:
+            names = set(json.loads(index.read_bytes())["weight_map"].values())
+        except (ValueError, KeyError, AttributeError) as error:
+            raise InputError(f"{index} is not an index of shards: {error!r}") from error
+    files = [path / name for name in sorted(names)]
+    if missing := [file for file in files if not file.is_file()]:
+        raise InputError(f"{missing[0]} is missing; the checkpoint is not whole")
+    return files
