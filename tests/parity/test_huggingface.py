@@ -18,7 +18,7 @@ import transformers
 
 from mooshak.huggingface import model_from_hf
 from mooshak.interchange import Checkpoint
-from parity import check
+from parity import measures
 from parity.convert import convert, open_any
 from parity.sides import JaxSide, TorchSide
 
@@ -85,7 +85,7 @@ def test_every_family_is_the_same_function_in_both_frameworks(case: str, tmp_pat
     truth = TorchSide(source).operations("float64", tokens_BT)["logits"]
     with torch.no_grad():
         found = theirs(torch.from_numpy(tokens_BT).long()).logits.numpy()
-    floor = check.distance(found, truth)
+    floor = measures.distance(found, truth)
     assert floor < 5e-6, floor  # It is the same function.
     prompts = tokens_BT[:, :8]
     greedy = theirs.generate(
@@ -93,7 +93,7 @@ def test_every_family_is_the_same_function_in_both_frameworks(case: str, tmp_pat
     )[:, 8:]
     for side in (TorchSide(source), JaxSide(source)):
         ours = side.operations("float32", tokens_BT)["logits"]
-        assert check.distance(ours, truth) <= check.RATIO * max(floor, check.TINY), side.name
+        assert measures.distance(ours, truth) <= measures.RATIO * max(floor, measures.TINY), side.name
         tokens = side.generate("float32", prompts.tolist(), 64, 0.0)
         assert tokens.tolist() == greedy.tolist(), side.name
 
