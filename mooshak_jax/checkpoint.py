@@ -1,11 +1,13 @@
 """Checkpoints of the JAX side: Orbax, asynchronous, resharding; and the table of names.
 
-`LEAVES` says how a parameter of the Flax model is called and laid out canonically, in both
-directions; nothing else in the project knows.
+`KINDS`, `FUSED` and `parts` say how a parameter of the Flax model is called and laid out
+canonically, in both directions; nothing else in the project knows.
 """
 
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 from jax import Array
+from jax.sharding import SingleDeviceSharding
 
 from mooshak import huggingface, interchange
 from mooshak.checkpoints import kind_of, readable
@@ -22,46 +25,146 @@ from mooshak.config import Dtype, ModelConfig
 from mooshak.errors import InputError
 from mooshak.files import new_directory
 from mooshak.initial import initial_weight
-from mooshak.interchange import Checkpoint
+from mooshak.interchange import EVERY, Checkpoint
 from mooshak_jax.model import PARAMETERS, Model
+from mooshak_jax.parallel import Parallel
 
 logging.getLogger("absl").setLevel(logging.ERROR)
 
-LEAVES = {
-    "kernel": ("weight", True),
-    "scale": ("weight", False),
-    "embedding": ("weight", False),
-    "bias": ("bias", False),
+KINDS = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+"""Last name of a leaf of the Flax model -> the canonical one.
+
+A kernel is `[in, *out]`, where the canonical weight is `[out, in]`. `out` is one axis or several,
+in which biases lie too.
+"""
+
+FUSED: dict[str, dict[str, tuple[slice, ...]]] = {
+    # [G, R + 2, K]: R = H / G heads of queries, then their key, then their value.
+    "wqkv": {
+        "wq": (EVERY, slice(None, -2)),
+        "wk": (EVERY, slice(-2, -1)),
+        "wv": (EVERY, slice(-1, None)),
+    },
+    # [2, F].
+    "w13": {"w1": (slice(0, 1),), "w3": (slice(1, 2),)},
 }
-"""Last name of a Flax parameter -> its canonical last name, and whether it is its transpose."""
+"""A module of several canonical ones (fuse_kernels) -> which part of `out` each of them is.
+
+Every other module is the canonical one of its name. The layers are numbered, or stacked along a
+first axis (scan_layers).
+"""
 
 Path_ = tuple[Any, ...]
+Region = tuple[range, ...]
+"""A part of an array: the indices along every axis."""
 
 
-def canonical_name(path: Path_) -> str:
-    """Canonical name of the Flax parameter at a path of keys, e.g. layers.0.mlp.w1.weight."""
+@dataclass(frozen=True)
+class Part:
+    """A canonical tensor as a part of a leaf."""
+
+    name: str
+    kind: str
+    """One of `KINDS`."""
+    stacked: bool
+    """The first axis of the leaf counts layers."""
+    region: Region
+    """Which part of the leaf it is."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the canonical tensor."""
+        sizes = tuple(map(len, self.region[self.stacked :]))
+        if self.kind == "kernel":
+            return math.prod(sizes[1:]), sizes[0]
+        return sizes if self.kind == "embedding" else (math.prod(sizes),)
+
+    def canonical(self, leaf: Any) -> Any:
+        """The tensor in the canonical layout, out of the leaf."""
+        block = leaf[_slices(self.region)]
+        if self.kind == "kernel":
+            return block.reshape(self.shape[::-1]).T
+        return block.reshape(self.shape)
+
+    def copy(self, tensor: Any, shard: np.ndarray, place: Region) -> None:
+        """Fill what this tensor covers of a shard, whose place in the leaf is given.
+
+        `tensor[rows, columns]`, or `tensor[rows]`, is a block in the canonical layout.
+        """
+        both = tuple(
+            range(max(ours.start, theirs.start), min(ours.stop, theirs.stop))
+            for ours, theirs in zip(self.region, place, strict=True)
+        )
+        if not all(both):
+            return
+        target = shard[_slices(both, place)]
+        block = _slices(both, self.region)[self.stacked :]
+        if self.kind == "embedding":
+            target[...] = tensor[block].reshape(target.shape)
+            return
+        columns = block[: self.kind == "kernel"]
+        # The axes of `out` are one in the canonical layout; only the first long one is ever cut.
+        out = block[len(columns) :]
+        sizes = [len(axis) for axis in self.region[self.stacked + len(columns) :]]
+        corners = [cut.start for cut in out], [cut.stop - 1 for cut in out]
+        first, last = (int(np.ravel_multi_index(corner, sizes)) for corner in corners)
+        target[...] = tensor[slice(first, last + 1), *columns].T.reshape(target.shape)
+
+
+def parts(path: Path_, shape: tuple[int, ...]) -> list[Part]:
+    """The canonical tensors that a leaf of the Flax model holds, e.g. layers.0.mlp.w1.weight.
+
+    Raises `InputError` for a leaf that is none of the model's.
+    """
     names = [str(getattr(key, "key", key)) for key in path]
-    assert names[-1] in LEAVES, names
-    return ".".join([*names[:-1], LEAVES[names[-1]][0]])
+    if len(names) < 2 or names[-1] not in KINDS:
+        raise InputError(f"{'.'.join(names)} is no parameter of the model")
+    *modules, module, kind = names
+    stacked = names[0] == "layers" and not names[1].isdecimal()
+    result = []
+    for layer in range(shape[0]) if stacked else (0,):
+        within = ["layers", str(layer), *modules[1:]] if stacked else modules
+        for name, out in FUSED.get(module, {module: ()}).items():
+            cuts = [slice(layer, layer + 1)] if stacked else []
+            cuts += [EVERY, *out] if kind == "kernel" else [*out]
+            cuts += [EVERY] * (len(shape) - len(cuts))
+            region = tuple(range(size)[cut] for cut, size in zip(cuts, shape, strict=True))
+            name = ".".join([*within, name, KINDS[kind]])
+            result.append(Part(name, kind, stacked, region))
+    return result
 
 
-def to_canonical(path: Path_, array: Any) -> Any:
-    """A Flax parameter in the canonical layout; its own inverse."""
-    return array.T if LEAVES[str(getattr(path[-1], "key", path[-1]))][1] else array
+def _slices(region: Region, within: Region | None = None) -> tuple[slice, ...]:
+    """What picks a region out of an array, which is the region `within` of a larger one."""
+    starts = [0] * len(region) if within is None else [axis.start for axis in within]
+    return tuple(slice(r.start - at, r.stop - at) for r, at in zip(region, starts, strict=True))
 
 
-def abstract_params(model: ModelConfig, dtype: Dtype) -> Any:
-    """Shapes and dtypes of the parameters, as a tree of dicts, without allocating any."""
-    return nnx.to_pure_dict(_split(model, dtype)[1])
+def abstract_params(model: ModelConfig, dtype: Dtype, parallel: Parallel | None = None) -> Any:
+    """Shapes, dtypes and shardings of the parameters, as a tree of dicts, without allocating any.
+
+    Without `parallel` they are whole on one device.
+    """
+    layers = ("layers",) if model.scan_layers else ()
+
+    def leaf(path: Path_, variable: nnx.Variable) -> jax.ShapeDtypeStruct:
+        axes = variable.get_metadata()["axes"]
+        axes = (*layers, *axes) if str(getattr(path[0], "key", path[0])) == "layers" else axes
+        sharding = parallel and parallel.sharding(*axes)
+        return jax.ShapeDtypeStruct(variable.shape, variable.dtype, sharding=sharding)
+
+    state = _split(model, dtype)[1]
+    leaves = jax.tree.map_with_path(leaf, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return nnx.to_pure_dict(leaves)
 
 
-def graph(model: ModelConfig, dtype: Dtype) -> nnx.GraphDef:
+def graph(model: ModelConfig, dtype: Dtype, remat: str = "none") -> nnx.GraphDef:
     """The model without its parameters; `join` puts both together."""
-    return _split(model, dtype)[0]
+    return _split(model, dtype, remat)[0]
 
 
-def _split(model: ModelConfig, dtype: Dtype) -> tuple[nnx.GraphDef, Any]:
-    split = nnx.split(nnx.eval_shape(lambda: Model(model, dtype)), nnx.Param, ...)
+def _split(model: ModelConfig, dtype: Dtype, remat: str = "none") -> tuple[nnx.GraphDef, Any]:
+    split = nnx.split(nnx.eval_shape(lambda: Model(model, dtype, remat)), nnx.Param, ...)
     return split[0], split[1]
 
 
@@ -70,24 +173,60 @@ def join(graphdef: nnx.GraphDef, params: Any) -> Model:
     return nnx.merge(graphdef, nnx.State(params))
 
 
-def fill(abstract: Any, read: Callable[[str], np.ndarray]) -> Any:
-    """A tree like `abstract`, its arrays read by canonical name."""
+def fill(abstract: Any, read: Callable[[str], Any]) -> Any:
+    """A tree like `abstract`, each device of this process given its shard of every leaf.
 
-    def leaf(path: Path_, like: jax.ShapeDtypeStruct) -> Array:
-        value = to_canonical(path, read(canonical_name(path)))
-        if value.shape != like.shape:
-            raise InputError(f"{canonical_name(path)} has shape {value.shape}, not {like.shape}")
-        return jax.device_put(np.ascontiguousarray(value).astype(like.dtype))
+    `read(name)[rows, columns]` is a block of a canonical tensor.
+    """
+
+    def leaf(path: Path_, like: Any) -> Array:
+        sharding = like.sharding or SingleDeviceSharding(jax.devices()[0])
+        indices: Mapping[Any, Any] = sharding.addressable_devices_indices_map(like.shape)
+        places = {
+            device: tuple(range(size)[cut] for cut, size in zip(cuts, like.shape, strict=True))
+            for device, cuts in indices.items()
+        }
+        # Devices that hold the same part of the leaf are given the same array.
+        shards = {place: np.empty([*map(len, place)], like.dtype) for place in places.values()}
+        for part in parts(path, like.shape):
+            tensor = read(part.name)
+            for place, shard in shards.items():
+                part.copy(tensor, shard, place)
+        arrays = [jax.device_put(shards[place], device) for device, place in places.items()]
+        return jax.make_array_from_single_device_arrays(like.shape, sharding, arrays)
 
     return jax.tree.map_with_path(leaf, abstract)
 
 
-def initialize(model: ModelConfig, dtype: Dtype, seed: int, gain_std: float = 0.0) -> Any:
-    """The parameters from the counter-based initialiser."""
+@dataclass(frozen=True)
+class _Initial:
+    """The initial value of a parameter; a block of it is made when it is asked for."""
+
+    model: ModelConfig
+    seed: int
+    name: str
+    dtype: np.dtype
+    gain_std: float
+
+    def __getitem__(self, block: tuple[slice, ...]) -> np.ndarray:
+        rows, columns = (*block, EVERY)[:2]
+        return initial_weight(
+            self.model, self.seed, self.name, rows, columns, self.dtype, self.gain_std
+        )
+
+
+def initialize(
+    model: ModelConfig,
+    dtype: Dtype,
+    seed: int,
+    gain_std: float = 0.0,
+    parallel: Parallel | None = None,
+) -> Any:
+    """The parameters from the counter-based initialiser: every process makes its shards only."""
     kind = np.dtype(PARAMETERS[dtype])
     return fill(
-        abstract_params(model, dtype),
-        lambda name: initial_weight(model, seed, name, dtype=kind, gain_std=gain_std),
+        abstract_params(model, dtype, parallel),
+        lambda name: _Initial(model, seed, name, kind, gain_std),
     )
 
 
@@ -103,9 +242,11 @@ def start_saving(state: dict[str, Any], path: Path) -> Callable[[], None]:
     return wait
 
 
-def restore(dtype: Dtype, source: Checkpoint) -> dict[str, Any]:
-    """`params`, `exp_avg` and `exp_avg_sq` of an open training checkpoint."""
-    abstract = abstract_params(source.model, dtype)
+def restore(
+    model: ModelConfig, dtype: Dtype, source: Checkpoint, parallel: Parallel | None = None
+) -> dict[str, Any]:
+    """`params`, `exp_avg` and `exp_avg_sq` of an open training checkpoint, laid out as `model`."""
+    abstract = abstract_params(model, dtype, parallel)
     state = {"params": fill(abstract, source.read)}
     for moment in interchange.MOMENTS:
         state[moment] = fill(abstract, partial(_read_moment, source, moment))
@@ -116,11 +257,19 @@ def _read_moment(source: Checkpoint, moment: str, name: str) -> np.ndarray:
     return source.read(f"{moment}.{name}")
 
 
-def load(path: str | Path, dtype: Dtype) -> tuple[ModelConfig, Any]:
-    """The model's description and parameters of a checkpoint of any kind."""
+def load(
+    path: str | Path,
+    dtype: Dtype,
+    parallel: Parallel | None = None,
+    layout: ModelConfig | None = None,
+) -> tuple[ModelConfig, Any]:
+    """The model's description and parameters of a checkpoint of any kind, laid out as `layout`."""
     with readable(Path(path), "jax") as source_path:
         source = open_checkpoint(source_path)
-        return source.model, fill(abstract_params(source.model, dtype), source.read)
+        model = source.model
+        if layout is not None:
+            model = replace(model, scan_layers=layout.scan_layers, fuse_kernels=layout.fuse_kernels)
+        return model, fill(abstract_params(model, dtype, parallel), source.read)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -135,21 +284,20 @@ def open_checkpoint(path: Path) -> Checkpoint:
         tree = handler.metadata(directory).item_metadata.tree
     except Exception as error:
         raise InputError(f"{directory} has no readable metadata: {error}") from error
-    places: dict[str, Path_] = {}
+    places: dict[str, tuple[Path_, Part]] = {}
     tensors = {}
     for keys, entry in jax.tree_util.tree_leaves_with_path(tree):
-        part, *rest = (str(getattr(key, "key", key)) for key in keys)
-        key = canonical_name(tuple(rest)) if rest else part
-        key = key if part == "params" else f"{part}.{key}"
-        places[key] = (part, *rest)
-        shape = tuple(entry.shape)
-        transposed = bool(rest) and rest[-1] in LEAVES and LEAVES[rest[-1]][1]
-        tensors[key] = (np.dtype(entry.dtype), shape[::-1] if transposed else shape)
+        kind, *names = (str(getattr(key, "key", key)) for key in keys)
+        for part in parts(tuple(names), tuple(entry.shape)):
+            key = part.name if kind == "params" else f"{kind}.{part.name}"
+            places[key] = ((kind, *names), part)
+            tensors[key] = (np.dtype(entry.dtype), part.shape)
     tensors = interchange.check_tensors(path, model, tensors)
 
-    def read(key: str, rows: slice = interchange.EVERY) -> np.ndarray:
+    def read(key: str, rows: slice = EVERY) -> np.ndarray:
+        keys, part = places[key]
         item: Any = jax.ShapeDtypeStruct((), tensors[key][0])
-        for name in reversed(places[key]):
+        for name in reversed(keys):
             item = {name: item}
         restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
         arguments = ocp.args.PyTreeRestore(
@@ -161,7 +309,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
             raise InputError(
                 f"{path}: tensor {key} cannot be read; the checkpoint is truncated"
             ) from error
-        return to_canonical(places[key], leaf)[rows]
+        return part.canonical(leaf)[rows]
 
     companions = interchange.companions(path)
     return Checkpoint(path, "jax", model, state, tensors, read, companions=companions)
@@ -174,16 +322,20 @@ def write_checkpoint(path: Path, source: Checkpoint) -> None:
             directory, source.model, source.trainer_state, source.companions
         )
         abstract = abstract_params(source.model, "float32")
-        parts = ["params", *(interchange.MOMENTS if source.has_optimizer else ())]
+        kinds = ["params", *(interchange.MOMENTS if source.has_optimizer else ())]
 
-        def part(prefix: str) -> Any:
-            def leaf(path: Path_, _: Any) -> np.ndarray:
-                value = source.read(prefix + canonical_name(path))
-                return np.ascontiguousarray(to_canonical(path, value))
+        def tree(prefix: str) -> Any:
+            def leaf(path: Path_, like: jax.ShapeDtypeStruct) -> np.ndarray:
+                held = parts(path, like.shape)
+                array = np.empty(like.shape, source.tensors[prefix + held[0].name][0])
+                for part in held:
+                    tensor = source.read(prefix + part.name)
+                    part.copy(tensor, array, tuple(map(range, like.shape)))
+                return array
 
             return jax.tree.map_with_path(leaf, abstract)
 
-        state = {name: part("" if name == "params" else f"{name}.") for name in parts}
+        state = {kind: tree("" if kind == "params" else f"{kind}.") for kind in kinds}
         ocp.PyTreeCheckpointer().save(directory.absolute() / "orbax", _stored(state))
 
 

@@ -5,8 +5,6 @@ python -m mooshak_jax.evaluate RUN/checkpoints/600 --evaluate.sequences 256
 
 from functools import partial
 
-import jax
-
 from mooshak.errors import command
 from mooshak.evaluation import compare, options, report
 from mooshak_jax.checkpoint import load
@@ -19,8 +17,7 @@ def main() -> None:
     config, arguments = options(__doc__.split("\n")[0])
     parallel = make_parallel(config)
     precise(config)
-    model, params = load(arguments.source, config.train.dtype)
-    params = jax.device_put(params, parallel.replicated)
+    model, params = load(arguments.source, config.train.dtype, parallel, config.model)
     score = partial(evaluate, make_evaluate(config, parallel), params)
     scores = compare(
         partial(score, config=config, parallel=parallel), model, config, arguments.source

@@ -1,13 +1,17 @@
 """The model in Flax NNX. Its mirror, class for class, is mooshak_torch/model.py.
 
 Shapes stand in the names: B batch, T time, S time of the keys, D model width, H query heads,
-G key/value heads, K head width, F MLP width, V vocabulary.
+G key/value heads, R query heads per key/value head, K head width, F MLP width, V vocabulary,
+L layers. Parameters have logical axes, which mooshak_jax/parallel.py lays over the mesh.
 
 A model of float64 computes in float64 throughout. In bfloat16 the parameters stay float32, matrices
 are multiplied in bfloat16, and norms, rotary angles, softmax and loss are computed in float32.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,33 +21,63 @@ from jax import Array
 
 from mooshak.config import Dtype, ModelConfig
 from mooshak.rope import rope_tables
+from mooshak_jax.parallel import GATHERED, Axes, constrain, gather, row_shards
 
 COMPUTE = {"float64": jnp.float64, "float32": jnp.float32, "bfloat16": jnp.bfloat16}
 PARAMETERS = {"float64": jnp.float64, "float32": jnp.float32, "bfloat16": jnp.float32}
 # float32 means float32: a GPU would multiply in TF32 and a TPU in bfloat16 otherwise.
-PRECISION = jax.lax.Precision.HIGHEST
+PRECISION = {
+    "float64": jax.lax.Precision.HIGHEST,
+    "float32": jax.lax.Precision.HIGHEST,
+    "bfloat16": jax.lax.DotAlgorithmPreset.BF16_BF16_F32,
+}
+# What the backward pass computes again; it gathers parameters again in any case.
+REMAT = {
+    "none": jax.checkpoint_policies.save_anything_except_these_names(GATHERED),
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def product(equation: str, a: Array, b: Array) -> Array:
+    """einsum of two arrays of one dtype: bfloat16 is added up in float32, and rounded once."""
+    wide = jnp.promote_types(a.dtype, jnp.float32)
+    how: Any = {"precision": PRECISION[a.dtype.name], "preferred_element_type": wide}
+    return jnp.einsum(equation, a, b, **how)
 
 
 class Linear(nnx.Module):
-    """y = x W (+ b), in the dtype of x. Kernel [in, out]: the canonical weight's transpose."""
+    """y = x W (+ b), in the dtype of x. Kernel [in, *out]: the canonical weight's transpose."""
 
-    def __init__(self, n_in: int, n_out: int, dtype: jnp.dtype, bias: bool = False):
-        self.kernel = nnx.Param(jnp.zeros((n_in, n_out), dtype))
-        self.bias = nnx.Param(jnp.zeros((n_out,), dtype)) if bias else None
+    def __init__(
+        self,
+        n_in: int,
+        n_out: int | tuple[int, ...],
+        dtype: jnp.dtype,
+        axes: Axes,
+        bias: bool = False,
+    ):
+        out = (n_out,) if isinstance(n_out, int) else n_out
+        self.axes = axes
+        self.kernel = nnx.Param(jnp.zeros((n_in, *out), dtype), axes=axes)
+        self.bias = nnx.Param(jnp.zeros(out, dtype), axes=axes[1:]) if bias else None
 
     def __call__(self, x: Array) -> Array:
-        y = jnp.matmul(x, self.kernel[...].astype(x.dtype), precision=PRECISION)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        kernel = gather(self.kernel[...], x.dtype, self.axes)
+        y = product("BTD,D...->BT...", x, kernel).astype(x.dtype)
+        return y if self.bias is None else y + gather(self.bias[...], x.dtype, self.axes[1:])
 
 
 class Embedding(nnx.Module):
     """The row of each token. Embedding [V, D]."""
 
     def __init__(self, n_tokens: int, dim: int, dtype: jnp.dtype):
-        self.embedding = nnx.Param(jnp.zeros((n_tokens, dim), dtype))
+        self.embedding = nnx.Param(jnp.zeros((n_tokens, dim), dtype), axes=("vocab", "embed"))
 
     def __call__(self, tokens_BT: Array) -> Array:
-        return self.embedding[...][tokens_BT]
+        # Every device looks up its columns: the rows that come out are smaller than the table.
+        tokens_BT = constrain(tokens_BT, "replica", None)
+        return constrain(self.embedding[...][tokens_BT], "replica", None, "embed")
 
 
 class RMSNorm(nnx.Module):
@@ -51,7 +85,7 @@ class RMSNorm(nnx.Module):
 
     def __init__(self, dim: int, eps: float, dtype: jnp.dtype):
         self.eps = eps
-        self.scale = nnx.Param(jnp.ones((dim,), dtype))
+        self.scale = nnx.Param(jnp.ones((dim,), dtype), axes=(None,))
 
     def __call__(self, x_BTD: Array) -> Array:
         wide_BTD = x_BTD.astype(self.scale.dtype)
@@ -100,23 +134,37 @@ class Attention(nnx.Module):
     """
 
     def __init__(self, model: ModelConfig, dtype: jnp.dtype):
-        self.head_dim, self.window = model.K, model.sliding_window
-        heads_HK, bias, eps = model.n_heads * model.K, model.qkv_bias, model.norm_eps
-        self.wq = Linear(model.dim, heads_HK, dtype, bias)
-        self.wk = Linear(model.dim, model.G * model.K, dtype, bias)
-        self.wv = Linear(model.dim, model.G * model.K, dtype, bias)
-        self.q_norm = RMSNorm(model.K, eps, dtype) if model.qk_norm else None
-        self.k_norm = RMSNorm(model.K, eps, dtype) if model.qk_norm else None
+        self.head_dim, self.window, self.fused = model.K, model.sliding_window, model.fuse_kernels
+        D, H, G, K = model.dim, model.n_heads, model.G, model.K
+        bias, eps = model.qkv_bias, model.norm_eps
+        if self.fused:
+            # Beside each key head and its value head the R query heads that read them.
+            width, axes = (G, H // G + 2, K), ("embed", "kv_heads", None, None)
+            self.wqkv = Linear(D, width, dtype, axes, bias)
+        else:
+            self.wq = Linear(D, H * K, dtype, ("embed", "heads"), bias)
+            self.wk = Linear(D, G * K, dtype, ("embed", "kv_heads"), bias)
+            self.wv = Linear(D, G * K, dtype, ("embed", "kv_heads"), bias)
+        self.q_norm = RMSNorm(K, eps, dtype) if model.qk_norm else None
+        self.k_norm = RMSNorm(K, eps, dtype) if model.qk_norm else None
         llama = model.architecture == "llama"
-        self.wo = Linear(heads_HK, model.dim, dtype, model.wo_bias) if llama else None
+        out = ("heads", "embed")
+        self.wo = Linear(H * K, D, dtype, out, model.wo_bias) if llama else None
 
     def __call__(
         self, x_BTD: Array, rope: Rope, positions_BT: Array, cache: KVCache | None = None
     ) -> tuple[Array, KVCache | None]:
         B, T, _ = x_BTD.shape
-        q_BTHK = rope(self.heads(x_BTD, self.wq, self.q_norm), positions_BT)
-        k_BSGK = rope(self.heads(x_BTD, self.wk, self.k_norm), positions_BT)
-        v_BSGK = self.heads(x_BTD, self.wv)
+        x_BTD = constrain(x_BTD, "batch", None, None)
+        if self.fused:
+            qkv_BTGRK = self.wqkv(x_BTD)
+            q_BTHK = rope(self.heads(qkv_BTGRK[:, :, :, :-2], self.q_norm), positions_BT)
+            k_BSGK = rope(self.heads(qkv_BTGRK[:, :, :, -2], self.k_norm), positions_BT)
+            v_BSGK = qkv_BTGRK[:, :, :, -1]
+        else:
+            q_BTHK = rope(self.heads(self.wq(x_BTD), self.q_norm), positions_BT)
+            k_BSGK = rope(self.heads(self.wk(x_BTD), self.k_norm), positions_BT)
+            v_BSGK = self.heads(self.wv(x_BTD))
         queries_BT = jnp.arange(T)[None]
         if cache is not None:
             rows_B1 = jnp.arange(B)[:, None]
@@ -126,11 +174,12 @@ class Attention(nnx.Module):
             queries_BT = positions_BT
         mask_BTS = self.mask(queries_BT, k_BSGK.shape[1])
         out_BTE = self.attend(q_BTHK, k_BSGK, v_BSGK, mask_BTS).reshape(B, T, -1)
-        return (out_BTE if self.wo is None else self.wo(out_BTE)), cache
+        out_BTD = out_BTE if self.wo is None else self.wo(out_BTE)
+        return constrain(out_BTD, "batch", "sequence", None), cache
 
-    def heads(self, x_BTD: Array, linear: Linear, norm: RMSNorm | None = None) -> Array:
+    def heads(self, x: Array, norm: RMSNorm | None = None) -> Array:
         """A projection cut into heads, [B, T, heads, K], normed where there is a norm."""
-        x_BTHK = linear(x_BTD).reshape(*x_BTD.shape[:2], -1, self.head_dim)
+        x_BTHK = x.reshape(*x.shape[:2], -1, self.head_dim)
         return x_BTHK if norm is None else norm(x_BTHK)
 
     def mask(self, queries_BT: Array, n_keys: int) -> Array:
@@ -150,17 +199,10 @@ class Attention(nnx.Module):
         """
         B, T, H, K = q_BTHK.shape
         q_BTGRK = q_BTHK.reshape(B, T, k_BSGK.shape[2], -1, K)
-        wide = jnp.promote_types(q_BTHK.dtype, jnp.float32)
-        scores_BGRTS = jnp.einsum(
-            "BTGRK,BSGK->BGRTS",
-            q_BTGRK,
-            k_BSGK,
-            precision=PRECISION,
-            preferred_element_type=wide,
-        ) * (1 / math.sqrt(K))
+        scores_BGRTS = product("BTGRK,BSGK->BGRTS", q_BTGRK, k_BSGK) * (1 / math.sqrt(K))
         scores_BGRTS = jnp.where(mask_BTS[:, None, None], scores_BGRTS, -jnp.inf)
         weights_BGRTS = jax.nn.softmax(scores_BGRTS, axis=-1).astype(v_BSGK.dtype)
-        out_BTGRK = jnp.einsum("BGRTS,BSGK->BTGRK", weights_BGRTS, v_BSGK, precision=PRECISION)
+        out_BTGRK = product("BGRTS,BSGK->BTGRK", weights_BGRTS, v_BSGK).astype(v_BSGK.dtype)
         return out_BTGRK.reshape(B, T, H, K)
 
 
@@ -168,12 +210,23 @@ class MLP(nnx.Module):
     """SwiGLU (arXiv:2002.05202): W2 (silu(W1 x) * W3 x)."""
 
     def __init__(self, model: ModelConfig, dtype: jnp.dtype):
-        self.w1 = Linear(model.dim, model.hidden_dim, dtype, model.mlp_bias)
-        self.w2 = Linear(model.hidden_dim, model.dim, dtype, model.mlp_bias)
-        self.w3 = Linear(model.dim, model.hidden_dim, dtype, model.mlp_bias)
+        self.fused = model.fuse_kernels
+        if self.fused:
+            self.w13 = Linear(
+                model.dim, (2, model.hidden_dim), dtype, ("embed", None, "mlp"), model.mlp_bias
+            )
+        else:
+            self.w1 = Linear(model.dim, model.hidden_dim, dtype, ("embed", "mlp"), model.mlp_bias)
+            self.w3 = Linear(model.dim, model.hidden_dim, dtype, ("embed", "mlp"), model.mlp_bias)
+        self.w2 = Linear(model.hidden_dim, model.dim, dtype, ("mlp", "embed"), model.mlp_bias)
 
     def __call__(self, x_BTD: Array) -> Array:
-        return self.w2(jax.nn.silu(self.w1(x_BTD)) * self.w3(x_BTD))
+        x_BTD = constrain(x_BTD, "batch", None, None)
+        if self.fused:
+            gate_BTF, up_BTF = jnp.moveaxis(self.w13(x_BTD), -2, 0)
+        else:
+            gate_BTF, up_BTF = self.w1(x_BTD), self.w3(x_BTD)
+        return constrain(self.w2(jax.nn.silu(gate_BTF) * up_BTF), "batch", "sequence", None)
 
 
 class MooshakBlock(nnx.Module):
@@ -215,19 +268,29 @@ BLOCKS = {"mooshak": MooshakBlock, "llama": LlamaBlock}
 
 
 class Model(nnx.Module):
-    """The language model. checkpoint.py has the table from its paths to the canonical names."""
+    """The language model. checkpoint.py has the table from its paths to the canonical names.
 
-    def __init__(self, model: ModelConfig, dtype: Dtype = "float32"):
-        self.config, self.dtype = model, dtype
+    `remat` is what the backward pass computes again (`train.remat`). With `scan_layers` the
+    parameters of all layers are stacked in one block.
+    """
+
+    def __init__(self, model: ModelConfig, dtype: Dtype = "float32", remat: str = "none"):
+        self.config, self.dtype, self.remat = model, dtype, remat
         parameters = PARAMETERS[dtype]
         self.embeddings = Embedding(model.vocab_size, model.dim, parameters)
         self.rope = Rope(model, parameters)
         block = BLOCKS[model.architecture]
-        self.layers = nnx.List([block(model, parameters) for _ in range(model.n_layers)])
+        self.layers: Any
+        if model.scan_layers:
+            stacked = nnx.vmap(lambda _: block(model, parameters))
+            self.layers = stacked(jnp.arange(model.n_layers))
+        else:
+            self.layers = nnx.List([block(model, parameters) for _ in range(model.n_layers)])
         # A mooshak layer ends in a norm of its own.
         llama, tied = model.architecture == "llama", model.tie_embeddings
         self.norm = RMSNorm(model.dim, model.norm_eps, parameters) if llama else None
-        self.lm_head = None if tied else Linear(model.dim, model.vocab_size, parameters)
+        axes = ("embed", "vocab")
+        self.lm_head = None if tied else Linear(model.dim, model.vocab_size, parameters, axes)
 
     @property
     def head_DV(self) -> Array:
@@ -250,17 +313,45 @@ class Model(nnx.Module):
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
         x_BTD = self.embeddings(tokens_BT).astype(COMPUTE[self.dtype])
+        x_BTD = constrain(x_BTD, "batch", "sequence", None)
         if trace is not None:
             trace.append(x_BTD)
-        for i, layer in enumerate(self.layers):
-            x_BTD, cache = layer(
-                x_BTD, self.rope, positions_BT, None if caches is None else caches[i]
-            )
+
+        def through(
+            layer: nnx.Module, x_BTD: Array, cache: KVCache | None
+        ) -> tuple[Array, KVCache | None]:
+            return layer(x_BTD, self.rope, positions_BT, cache)
+
+        if self.config.scan_layers and caches is None and trace is None:
+            graph, stacked = nnx.split(self.layers)
+            one = self._rematerialized(lambda x, layer: through(nnx.merge(graph, layer), x, None))
+            x_BTD, _ = jax.lax.scan(one, x_BTD, stacked)
+            return self._final(x_BTD)
+        for i in range(self.config.n_layers):
+            cache = None if caches is None else caches[i]
+            x_BTD, cache = self._rematerialized(partial(through, self._layer(i)))(x_BTD, cache)
             if caches is not None and cache is not None:
                 caches[i] = cache
             if trace is not None:
                 trace.append(x_BTD)
+        return self._final(x_BTD)
+
+    def _final(self, x_BTD: Array) -> Array:
         return x_BTD if self.norm is None else self.norm(x_BTD)
+
+    def _layer(self, i: int) -> Any:
+        if not self.config.scan_layers:
+            return self.layers[i]
+        graph, stacked = nnx.split(self.layers)
+        return nnx.merge(graph, jax.tree.map(lambda array: array[i], stacked))
+
+    def _rematerialized(self, function: Callable) -> Callable:
+        """A function of one layer, under the policy; as it is where that changes nothing."""
+        if self.remat == "none" and row_shards() == 1:
+            return function
+        # A loop keeps the second computation apart from the first by itself.
+        apart = not self.config.scan_layers
+        return jax.checkpoint(function, policy=REMAT[self.remat], prevent_cse=apart)
 
     def __call__(
         self,
@@ -272,7 +363,7 @@ class Model(nnx.Module):
         """Logits [B, T, V], in at least float32."""
         x_BTD = self.hidden(tokens_BT, positions_BT, caches, trace)
         if self.lm_head is None:
-            logits_BTV = jnp.matmul(x_BTD, self.head_DV.astype(x_BTD.dtype), precision=PRECISION)
+            logits_BTV = product("BTD,DV->BTV", x_BTD, self.head_DV.astype(x_BTD.dtype))
         else:
             logits_BTV = self.lm_head(x_BTD)
         return logits_BTV.astype(PARAMETERS[self.dtype])

@@ -1,15 +1,43 @@
-"""Devices of the JAX side: one mesh, `--mesh data=2`, and where arrays lie on it."""
+"""Processes and devices of the JAX side: one mesh, `--mesh data=2,fsdp=2,tensor=2`, and where
+arrays lie on it.
+
+`RULES` is the one table of what is cut over which axes of the mesh. Parameters say their logical
+axes where they are made (mooshak_jax/model.py).
+"""
 
 import contextlib
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mooshak.config import Config
-from mooshak.mesh import check_mesh, mesh_sizes, parse_mesh
+from mooshak.errors import InputError
+from mooshak.mesh import AXES, check_mesh, mesh_sizes, parse_mesh
+
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "replica": ("data",),  # Of a batch whose columns are cut over fsdp: the embedding's.
+    "sequence": ("tensor",),  # Of activations between the attention and MLP blocks.
+    "embed": ("fsdp",),  # Of parameters; the residual stream is whole.
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+}
+"""Logical axis -> the mesh axes that cut it. Every other axis (layers, gains) stays whole."""
+
+Axes = tuple[str | None, ...]
+"""The logical axes of an array, None where one has no name."""
 
 
 @dataclass(frozen=True)
@@ -24,34 +52,157 @@ class Parallel:
 
     @property
     def replicated(self) -> NamedSharding:
-        """Whole on every device: parameters and optimizer state."""
+        """Whole on every device: scalars."""
         return NamedSharding(self.mesh, PartitionSpec())
 
     @property
     def rows(self) -> NamedSharding:
-        """Cut by rows over the axis `data`: batches."""
-        return NamedSharding(self.mesh, PartitionSpec("data"))
+        """Cut by rows: batches."""
+        return self.sharding("batch")
 
-    def put(self, batch_BS: np.ndarray) -> jax.Array:
-        """This process's rows of a batch, as its part of the global array."""
+    @property
+    def row_shards(self) -> int:
+        """Into how many parts the rows of a batch are cut."""
+        return math.prod(self.mesh.shape[axis] for axis in RULES["batch"])
+
+    def sharding(self, *axes: str | None) -> NamedSharding:
+        """Where an array with these logical axes lies."""
+        return NamedSharding(self.mesh, _spec(axes))
+
+    def rows_here(self, n_rows: int) -> list[int]:
+        """The rows of a batch that this process's devices need, in order.
+
+        Processes that share rows (their devices differ in `tensor` only) name the same ones.
+        """
+        indices: Mapping[Any, Any] = self.rows.addressable_devices_indices_map((n_rows,))
+        return sorted({row for (rows,) in indices.values() for row in range(n_rows)[rows]})
+
+    def put(self, batch_BS: np.ndarray) -> Array:
+        """A batch of which every process has at least its `rows_here`, in their order."""
         return jax.make_array_from_process_local_data(self.rows, batch_BS)
 
+    def put_whole(self, batch_BS: np.ndarray) -> Array:
+        """A batch that every process has in full."""
+        return jax.make_array_from_callback(batch_BS.shape, self.rows, batch_BS.__getitem__)
 
-def make_parallel(config: Config) -> Parallel:
-    """The mesh of the configuration; on a CPU, as many devices are made as it needs.
+    def any_process(self, flag: bool) -> bool:
+        """Whether the flag is set in any process; all of them ask at the same step."""
+        if jax.process_count() == 1:
+            return flag
+        return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
-    Call it before anything touches a device. Raises `InputError` when the mesh does not divide the
-    devices or the batch.
+    def activate(self) -> contextlib.AbstractContextManager[Any]:
+        """Inside the block, which stands in a compiled function, the model cuts its arrays."""
+        return jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh)
+
+
+def constrain(x: Array, *axes: str | None) -> Array:
+    """Cut an array by its logical axes; nothing happens outside of `Parallel.activate`.
+
+    A dimension that its mesh axes do not divide (a sequence, the rows of one prompt) stays whole.
     """
-    wanted = config.parallel.cpu_devices or max(
-        1, math.prod(parse_mesh(config.parallel.mesh).values())
-    )
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+
+    def divided(axis: str | None, size: int) -> bool:
+        return size % math.prod(mesh.shape[name] for name in RULES.get(axis or "", ())) == 0
+
+    kept = [a if divided(a, size) else None for a, size in zip(axes, x.shape, strict=True)]
+    return jax.lax.with_sharding_constraint(x, _spec(kept))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gather(w: Array, dtype: Any, axes: Axes) -> Array:
+    """A parameter as a product needs it: in the compute dtype, and no longer cut over `fsdp`.
+
+    The cast stands before the transfer, which moves half the bytes in bfloat16. The gradient comes
+    back in the parameter's dtype, summed over the devices right into its shards.
+    """
+    whole = (None if axis == "embed" else axis for axis in axes)
+    return checkpoint_name(constrain(w.astype(dtype), *whole), GATHERED)
+
+
+def _gather_forward(w: Array, dtype: Any, axes: Axes) -> tuple[Array, None]:
+    return gather(w, dtype, axes), None
+
+
+def _gather_backward(dtype: Any, axes: Axes, _: None, grad: Array) -> tuple[Array]:
+    # Parameters are of the compute dtype, and at least float32.
+    return (constrain(grad.astype(jnp.promote_types(dtype, jnp.float32)), *axes),)
+
+
+gather.defvjp(_gather_forward, _gather_backward)
+
+GATHERED = "gathered"
+"""Name of what `gather` makes, which the backward pass makes again."""
+
+
+def row_shards() -> int:
+    """Into how many parts the rows of a batch are cut, inside of `Parallel.activate`; else 1."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in RULES["batch"])
+
+
+def make_parallel(config: Config, devices: Sequence[Any] | None = None) -> Parallel:
+    """Join the other processes, if there are any, and lay the mesh over all devices.
+
+    On a CPU, as many devices are made as the mesh needs. `devices` are those of a machine that is
+    not there, for a plan. Call it before anything touches a device. Raises `InputError` before
+    anything is allocated when the mesh fits neither the devices nor the batch and the model.
+    """
+    parallel = config.parallel
+    if devices is None:
+        _join(config)
+        _make_cpu_devices(config)
+        devices = jax.devices()
+    sizes = mesh_sizes(parallel.mesh, len(devices))
+    if jax.process_count() > 1 and math.prod(sizes.values()) != len(devices):
+        raise InputError(
+            f"mesh {parallel.mesh} has {math.prod(sizes.values())} devices, the "
+            f"{jax.process_count()} processes have {len(devices)}; every one must be in it"
+        )
+    if sizes["data"] % parallel.slices:
+        raise InputError(
+            f"mesh data={sizes['data']} is not divisible by parallel.slices {parallel.slices}: "
+            "data is the axis that spans slices"
+        )
+    check_mesh(config, sizes)
+    shape = tuple(sizes[axis] for axis in AXES)
+    chosen = list(devices)[: math.prod(shape)]
+    if chosen[0].platform != "tpu":
+        grid = np.array(chosen).reshape(shape)
+    elif parallel.slices > 1:
+        within = (shape[0] // parallel.slices, *shape[1:])
+        grid = mesh_utils.create_hybrid_device_mesh(within, (parallel.slices, 1, 1), chosen)
+    else:
+        grid = mesh_utils.create_device_mesh(shape, chosen)
+    return Parallel(Mesh(grid, AXES))
+
+
+def _join(config: Config) -> None:
+    """Meet the other processes at the coordinator; they are told, or TPU and Slurm know them."""
+    parallel = config.parallel
+    if parallel.coordinator is None or jax.distributed.is_initialized():
+        return
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    if parallel.coordinator == "auto":
+        jax.distributed.initialize()
+    else:
+        jax.distributed.initialize(parallel.coordinator, parallel.processes, parallel.process)
+
+
+def _make_cpu_devices(config: Config) -> None:
+    """Cut the processor into as many devices as the mesh needs of this process."""
+    n_processes = config.parallel.processes or 1
+    needed = max(1, math.prod(parse_mesh(config.parallel.mesh).values()))
+    wanted = config.parallel.cpu_devices or -(-needed // n_processes)
     made: int = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]  # set at run time
     if wanted > made:
-        # JAX refuses once its devices are counted; what they are then is looked at below.
+        # JAX refuses once its devices are counted; what they are then is looked at afterwards.
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", wanted)
-    devices = jax.devices()
-    sizes = mesh_sizes(config.parallel.mesh, len(devices))
-    check_mesh(config, sizes)
-    return Parallel(Mesh(np.array(devices[: sizes["data"]]), ("data",)))
+
+
+def _spec(axes: Iterable[str | None]) -> PartitionSpec:
+    return PartitionSpec(*(RULES.get(axis or "") for axis in axes))

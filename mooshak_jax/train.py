@@ -24,6 +24,7 @@ from mooshak.interchange import MOMENTS
 from mooshak.run_log import RunLog, stop_request
 from mooshak.schedule import learning_rate
 from mooshak_jax.checkpoint import (
+    abstract_params,
     graph,
     initialize,
     join,
@@ -42,7 +43,7 @@ State = dict[str, Any]
 
 def train(config: Config, resume: str = "auto") -> None:
     """Train until `train.steps` are done, a signal comes, or `train.stop_at` is reached."""
-    from mooshak.data.batches import train_batches, validation_sequences
+    from mooshak.data.batches import batches_of_rows, validation_sequences
     from mooshak.data.shards import ensure
 
     parallel = make_parallel(config)
@@ -51,18 +52,19 @@ def train(config: Config, resume: str = "auto") -> None:
     path = checkpoints.resume_from(config, resume)
     step, validation_loss = 0, None
     if path is None:
-        state = initial_state(initialize(config.model, config.train.dtype, config.run.seed))
+        params = initialize(config.model, config.train.dtype, config.run.seed, parallel=parallel)
+        state = initial_state(params)
     else:
         with checkpoints.readable(path, "jax") as readable:
             source = open_checkpoint(readable)
             step, validation_loss = checkpoints.check_resume(config, source, tokenizer.fingerprint)
-            state = restore(config.train.dtype, source)
-            state["step"] = jnp.asarray(step, jnp.int32)
-    state = jax.device_put(state, parallel.replicated)
+            state = restore(config.model, config.train.dtype, source, parallel)
+            state["step"] = np.int32(step)
     update = make_train_step(config, parallel)
     measure = make_evaluate(config, parallel)
     validation = validation_sequences(config) if config.evaluate.every else {}
-    batches = train_batches(config, step, jax.process_index(), jax.process_count())
+    rows = parallel.rows_here(config.train.batch_size)
+    batches = batches_of_rows(config, rows, step)
     saver = Checkpoints(config, parallel.main)
     log = RunLog(config, step, parallel.main, jax.devices()[0].device_kind, parallel.mesh.size)
     last = min(config.train.steps, config.train.stop_at or config.train.steps)
@@ -75,7 +77,7 @@ def train(config: Config, resume: str = "auto") -> None:
                 batch = parallel.put(np.asarray(next(batches)))
                 state, loss, norm = update(state, batch, rate)
                 step += 1
-                stopped = stop.is_set()
+                stopped = parallel.any_process(stop.is_set())
                 metrics = {"loss": float(loss), "learning_rate": rate, "grad_norm": float(norm)}
                 metrics |= memory()
                 seconds = time.perf_counter() - start
@@ -113,9 +115,18 @@ def train(config: Config, resume: str = "auto") -> None:
 
 
 def initial_state(params: Any) -> State:
-    """The state before the first step."""
-    zeros = {moment: jax.tree.map(jnp.zeros_like, params) for moment in MOMENTS}
-    return {"params": params, **zeros, "step": jnp.zeros((), jnp.int32)}
+    """The state before the first step, its moments cut as the parameters are."""
+    cut = jax.tree.map(lambda p: p.sharding, params)
+    zeros = jax.jit(partial(jax.tree.map, jnp.zeros_like), out_shardings=cut)
+    moments = {moment: zeros(params) for moment in MOMENTS}
+    return {"params": params, **moments, "step": np.int32(0)}
+
+
+def abstract_state(config: Config, parallel: Parallel) -> State:
+    """Shapes, dtypes and shardings of the state, without allocating any."""
+    params = abstract_params(config.model, config.train.dtype, parallel)
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=parallel.replicated)
+    return {"params": params, **dict.fromkeys(MOMENTS, params), "step": step}
 
 
 def objective(graphdef: nnx.GraphDef, chunk: int, params: Any, batch_BS: Array) -> Array:
@@ -132,7 +143,8 @@ def make_train_step(
 
     It is compiled once and takes over the memory of the state that it is given.
     """
-    compute = partial(objective, graph(config.model, config.train.dtype), config.train.loss_chunk)
+    graphdef = graph(config.model, config.train.dtype, config.train.remat)
+    compute = partial(objective, graphdef, config.train.loss_chunk)
     n_parts = config.train.accumulation
 
     def train_step(state: State, batch_BS: Array, rate: Array) -> tuple[State, Array, Array]:
@@ -142,33 +154,39 @@ def make_train_step(
         def add_part(total: Any, part_BS: Array) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, mean(state["params"], part_BS)), None
 
-        if n_parts == 1:
-            loss, grads = mean(state["params"], batch_BS)
-        else:
-            # Row r goes to part r % n_parts: every device keeps the rows that it has.
-            parts_nBS = batch_BS.reshape(-1, n_parts, batch_BS.shape[1]).swapaxes(0, 1)
-            zero = jnp.zeros((), PARAMETERS[config.train.dtype])
-            nothing = (zero, jax.tree.map(jnp.zeros_like, state["params"]))
-            (loss, grads), _ = jax.lax.scan(add_part, nothing, parts_nBS)
+        with parallel.activate():
+            if n_parts == 1:
+                loss, grads = mean(state["params"], batch_BS)
+            else:
+                # Row r goes to part r % n_parts: every device keeps the rows that it has.
+                parts_nBS = batch_BS.reshape(-1, n_parts, batch_BS.shape[1]).swapaxes(0, 1)
+                zero = jnp.zeros((), PARAMETERS[config.train.dtype])
+                nothing = (zero, jax.tree.map(jnp.zeros_like, state["params"]))
+                (loss, grads), _ = jax.lax.scan(add_part, nothing, parts_nBS)
         grads, norm = clip_gradients(grads, config.optimizer.clip_norm)
         return adamw(state, grads, rate, config.optimizer), loss, norm
 
-    whole, rows = parallel.replicated, parallel.rows
-    compiled = jax.jit(
+    whole = parallel.replicated
+    cut = jax.tree.map(lambda array: array.sharding, abstract_state(config, parallel))
+    return jax.jit(
         train_step,
-        in_shardings=(whole, rows, whole),
-        out_shardings=(whole, whole, whole),
+        in_shardings=(cut, parallel.rows, whole),
+        out_shardings=(cut, whole, whole),
         donate_argnums=0,
     )
-    dtype = PARAMETERS[config.train.dtype]
-    return lambda state, batch_BS, rate: compiled(state, batch_BS, np.asarray(rate, dtype))
 
 
 def make_evaluate(config: Config, parallel: Parallel) -> Callable[[Any, Array], Array]:
     """The compiled function (params, batch [B, T + 1]) -> summed cross entropy in nats."""
     compute = partial(objective, graph(config.model, config.train.dtype), config.train.loss_chunk)
-    whole, rows = parallel.replicated, parallel.rows
-    return jax.jit(compute, in_shardings=(whole, rows), out_shardings=whole)
+
+    def measure(params: Any, batch_BS: Array) -> Array:
+        with parallel.activate():
+            return compute(params, batch_BS)
+
+    abstract = abstract_params(config.model, config.train.dtype, parallel)
+    cut = jax.tree.map(lambda array: array.sharding, abstract)
+    return jax.jit(measure, in_shardings=(cut, parallel.rows), out_shardings=parallel.replicated)
 
 
 def evaluate(
@@ -179,8 +197,8 @@ def evaluate(
     parallel: Parallel,
 ) -> float:
     """Summed cross entropy, in nats, of all tokens but the first of each sequence."""
-    n_devices = parallel.mesh.size
-    rows = -(-config.evaluate.batch_size // n_devices) * n_devices
+    n_shards = parallel.row_shards
+    rows = -(-config.evaluate.batch_size // n_shards) * n_shards
     total = 0.0
     for start in range(0, len(sequences_NS), rows):
         batch_BS = sequences_NS[start : start + rows].astype(np.int32)
@@ -188,8 +206,7 @@ def evaluate(
         missing = rows - len(batch_BS)
         filler_BS = np.full((missing, batch_BS.shape[1]), IGNORED_ROW, np.int32)
         batch_BS = np.concatenate([batch_BS, filler_BS])
-        mine = np.array_split(batch_BS, jax.process_count())[jax.process_index()]
-        total += float(measure(params, parallel.put(mine)))
+        total += float(measure(params, parallel.put_whole(batch_BS)))
     return total
 
 

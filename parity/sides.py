@@ -227,8 +227,11 @@ class JaxSide:
     def steps(self, config: Config, tokens_nBS: np.ndarray) -> Iterator[Step]:
         parallel = mooshak_jax.parallel.make_parallel(config)
         update = mooshak_jax.train.make_train_step(config, parallel)
-        state = mooshak_jax.train.initial_state(self.params(config.train.dtype))
-        state = jax.device_put(state, parallel.replicated)
+        abstract = mooshak_jax.checkpoint.abstract_params(
+            config.model, config.train.dtype, parallel
+        )
+        params = mooshak_jax.checkpoint.fill(abstract, self.source.read)
+        state = mooshak_jax.train.initial_state(params)
         for step, batch_BS in enumerate(tokens_nBS):
             rate = learning_rate(config, step)
             state, loss, norm = update(state, parallel.put(batch_BS), rate)
@@ -295,12 +298,11 @@ class In:
 
 def canonical(tree: Any) -> Arrays:
     """The leaves of a tree of Flax parameters by canonical name and in the canonical layout."""
-    return {
-        mooshak_jax.checkpoint.canonical_name(path): mooshak_jax.checkpoint.to_canonical(
-            path, np.asarray(leaf)
-        )
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    arrays = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        for part in mooshak_jax.checkpoint.parts(path, leaf.shape):
+            arrays[part.name] = part.canonical(np.asarray(leaf))
+    return arrays
 
 
 class _Recorder:

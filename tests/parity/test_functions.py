@@ -4,6 +4,7 @@ The sizes all differ, and grouped heads are among them: a missing transpose cann
 """
 
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import jax
@@ -134,12 +135,15 @@ def test_full_model_has_the_canonical_names_and_shapes_on_both_sides() -> None:
     with torch.device("meta"):
         ours = {name: tuple(p.shape) for name, p in Model(full).named_parameters()}
     assert ours == full.parameter_shapes()
-    leaves = jax.tree_util.tree_leaves_with_path(jax_checkpoint.abstract_params(full, "float32"))
-    theirs = {}
-    for path, leaf in leaves:
-        transposed = jax_checkpoint.LEAVES[path[-1].key][1]
-        theirs[jax_checkpoint.canonical_name(path)] = leaf.shape[::-1] if transposed else leaf.shape
-    assert theirs == full.parameter_shapes()
+    for model, scan, fuse in product([full, *MODELS.values()], [False, True], [False, True]):
+        laid_out = replace(model, scan_layers=scan, fuse_kernels=fuse)
+        leaves = jax_checkpoint.abstract_params(laid_out, "float32")
+        theirs = {
+            part.name: part.shape
+            for path, leaf in jax.tree_util.tree_leaves_with_path(leaves)
+            for part in jax_checkpoint.parts(path, leaf.shape)
+        }
+        assert theirs == model.parameter_shapes()
 
 
 def test_evaluation_is_the_same_with_a_rest_that_fills_no_batch() -> None:
@@ -155,7 +159,9 @@ def test_evaluation_is_the_same_with_a_rest_that_fills_no_batch() -> None:
     truth = evaluate(TorchSide(source).model("float64"), sequences, config, make_parallel(config))
     mesh = jax_parallel.make_parallel(config)
     measure = jax_train.make_evaluate(config, mesh)
-    params = jax.device_put(JaxSide(source).params("float64"), mesh.replicated)
+    params = jax_checkpoint.fill(
+        jax_checkpoint.abstract_params(MODEL, "float64", mesh), source.read
+    )
     assert np.isclose(
         jax_train.evaluate(measure, params, sequences, config, mesh), truth, rtol=1e-13
     )
