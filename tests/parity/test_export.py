@@ -1,0 +1,202 @@
+"""The mooshak architecture in transformers: what is written for it loads, computes and learns."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+# Before transformers is imported: no network, and the code of remote models in a place of its own.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="modules-")
+
+import peft
+import torch
+import transformers
+
+from mooshak import interchange
+from mooshak.config import Config, ModelConfig
+from mooshak.initial import initial_weight
+from mooshak.tokenizer import CHAT_MARKERS, Tokenizer
+from parity import measures
+from parity.convert import convert, open_any
+from parity.sides import JaxSide, TorchSide
+
+MODEL = ModelConfig(
+    vocab_size=512, dim=24, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=40, max_seq_len=96
+)
+TEXTS = (
+    "एक चालाक चूहा जंगल में रहता था।",
+    "the lion became its friend; 12 apples, १२ सेब",
+    "",
+    " ",
+    "  two  spaces,\ttabs\n\n and lines \n",
+    "क्‍या ज्ञान\u200cश्री \u200d",
+    "the mark \u2581 itself\u2581\u2581 and <0xE2>, 😀, \u00a0 e\u0301",
+)
+
+
+@pytest.fixture(scope="module")
+def exported(
+    tmp_path_factory: pytest.TempPathFactory, tiny_config: Config, tiny_tokenizer: Tokenizer
+) -> Path:
+    """A drawn model as a training state of a run, and that as a directory for transformers."""
+    run = tmp_path_factory.mktemp("run")
+    start = run / "checkpoints" / "20"
+    shapes = MODEL.parameter_shapes()
+    tensors = {name: (np.dtype(np.float32), shape) for name, shape in shapes.items()}
+    state = {"format_version": 1, "step": 20, "data": {"batch_size": 4, "sequence_length": 32}}
+
+    def read(name: str, rows: slice = slice(None)) -> np.ndarray:
+        return initial_weight(MODEL, 0, name, rows, gain_std=0.2)
+
+    interchange.write_checkpoint(
+        start,
+        interchange.Checkpoint(run, "drawn", MODEL, state, tensors, read),
+    )
+    (start / "tokenizer.model").write_bytes(tiny_tokenizer.path.read_bytes())
+    metrics = [{"step": 20, "loss": 3.25, "bits_per_byte_hi": 1.5}, {"step": 21, "loss": 3.0}]
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, metrics)))
+    convert(start, run / "hf", "hf")
+    return run / "hf"
+
+
+@pytest.fixture(scope="module")
+def theirs(exported: Path) -> Any:
+    """The model as transformers loads it."""
+    auto = transformers.AutoModelForCausalLM
+    return auto.from_pretrained(exported, trust_remote_code=True).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(exported: Path) -> Any:
+    """The tokenizer as transformers loads it."""
+    return transformers.AutoTokenizer.from_pretrained(exported)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_it_is_the_same_function(attention: str, theirs: Any, exported: Path) -> None:
+    source = open_any(exported)
+    tokens_BT = np.random.default_rng(0).integers(0, 505, (2, 40), dtype=np.int32)
+    theirs.set_attn_implementation(attention)
+    truth = TorchSide(source).operations("float64", tokens_BT)["logits"]
+    ours = JaxSide(source).operations("float32", tokens_BT)["logits"]
+    with torch.no_grad():
+        found = theirs(torch.from_numpy(tokens_BT).long()).logits.numpy()
+    allowed = measures.RATIO * measures.distance(ours, truth)
+    assert measures.distance(found, truth) <= allowed <= measures.FLOAT32_LOGITS
+
+
+def test_it_generates_with_its_cache_what_we_generate(theirs: Any, exported: Path) -> None:
+    prompts = [[1, 40, 300, 7], [1, 9]]
+    ours = TorchSide(open_any(exported)).generate("float32", prompts, 64, 0.0)
+    padded = torch.tensor([prompts[0], [3, 3, *prompts[1]]])  # transformers pads on the left.
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+    greedy = {"max_new_tokens": 64, "do_sample": False, "eos_token_id": None, "pad_token_id": 3}
+    for use_cache in (True, False):
+        found = theirs.generate(padded, attention_mask=mask, use_cache=use_cache, **greedy)
+        assert found[:, 4:].tolist() == ours.tolist()
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_its_tokenizer_gives_our_ids_and_the_text_back(
+    text: str, tokenizer: Any, tiny_tokenizer: Tokenizer
+) -> None:
+    ids = tokenizer(text)["input_ids"]
+    assert ids == tiny_tokenizer.encode(text, bos=True)
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+def test_a_chat_is_written_in_markers(tokenizer: Any, tiny_tokenizer: Tokenizer) -> None:
+    messages = [{"role": "user", "content": "a mouse"}, {"role": "assistant", "content": "शेर"}]
+    ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+    _, user, assistant, end = map(tiny_tokenizer.id_of, CHAT_MARKERS)
+    expected = [1, user, *tiny_tokenizer.encode("a mouse"), end]
+    expected += [assistant, *tiny_tokenizer.encode("शेर"), end]
+    assert ids == expected
+    ids = tokenizer.apply_chat_template(
+        messages[:1], add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+    assert ids == [*expected[: expected.index(end) + 1], assistant]
+
+
+def test_a_pipeline_writes_text(exported: Path) -> None:
+    pipe = transformers.pipeline(
+        "text-generation", model=str(exported), tokenizer=str(exported), trust_remote_code=True
+    )
+    (written,) = pipe("एक चूहा", max_new_tokens=5, do_sample=False)
+    assert written["generated_text"].startswith("एक चूहा")
+
+
+def test_the_trainer_lowers_the_loss_and_what_it_saves_comes_back(
+    exported: Path, tmp_path: Path
+) -> None:
+    auto = transformers.AutoModelForCausalLM
+    model = auto.from_pretrained(exported, trust_remote_code=True)
+    rows = np.random.default_rng(1).integers(0, 505, (4, 24))
+    data = [{"input_ids": torch.tensor(row), "labels": torch.tensor(row)} for row in rows]
+    arguments = transformers.TrainingArguments(
+        str(tmp_path / "trainer"),
+        max_steps=3,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        gradient_checkpointing=True,
+    )
+    trainer = transformers.Trainer(model, arguments, train_dataset=data)
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert len(losses) == 3 and losses[-1] < losses[0]
+    model.save_pretrained(tmp_path / "saved")
+    again = auto.from_pretrained(tmp_path / "saved", trust_remote_code=True)
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)
+    )
+    # Ours reads what transformers saves, too.
+    assert open_any(tmp_path / "saved").model == MODEL
+    ours = open_any(tmp_path / "saved").read("layers.1.mlp.w2.weight")
+    assert np.array_equal(ours, model.model.layers[1].mlp.down_proj.weight.detach().numpy())
+
+
+def test_an_adapter_of_peft_goes_on_and_off(exported: Path, tmp_path: Path) -> None:
+    auto = transformers.AutoModelForCausalLM
+    base = auto.from_pretrained(exported, trust_remote_code=True)
+    tokens = torch.arange(20)[None]
+    before = base(tokens).logits
+    config = peft.LoraConfig(
+        r=2,
+        target_modules=["q_proj", "v_proj", "down_proj"],
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )
+    adapted = peft.get_peft_model(base, config)
+    changed = adapted(tokens).logits
+    assert not torch.equal(changed, before)
+    adapted.save_pretrained(tmp_path / "adapter")
+    fresh = auto.from_pretrained(exported, trust_remote_code=True)
+    loaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter")
+    assert torch.equal(loaded(tokens).logits, changed)
+    assert torch.equal(loaded.unload()(tokens).logits, before)
+
+
+def test_the_card_tells_what_the_run_measured(exported: Path) -> None:
+    card = (exported / "README.md").read_text()
+    assert f"{MODEL.parameter_count():,} parameters" in card
+    assert "| tokens seen | 2,560 |" in card and "| loss | 3.2500 |" in card
+    assert "| bits per byte hi | 1.5000 |" in card
+
+
+def test_two_dtypes_are_kept(exported: Path, tmp_path: Path) -> None:
+    convert(exported, tmp_path / "half", "hf", dtype="bfloat16")
+    auto = transformers.AutoModelForCausalLM
+    model = auto.from_pretrained(tmp_path / "half", trust_remote_code=True)
+    assert model.dtype == torch.bfloat16
+    convert(tmp_path / "half", tmp_path / "ours", "safetensors")
+    assert open_any(tmp_path / "ours").tensors["lm_head.weight"][0] == interchange.DTYPES["BF16"]
