@@ -368,12 +368,18 @@ class TrainConfig:
 class ParallelConfig:
     """How the work is spread over devices."""
 
-    strategy: Literal["single", "ddp", "auto"] = "auto"
+    strategy: Literal["auto", "single", "ddp", "fsdp", "hsdp"] = "auto"
     """torch: single, ddp, or auto (ddp under torchrun)."""
     mesh: str = ""
     """Axes and sizes, like data=2,fsdp=4; --mesh is short for it (empty: all devices on data)."""
     cpu_devices: int | None = None
     """JAX on CPU: how many devices each process has (null: as many as the mesh needs)."""
+    reshard_after_forward: bool = True
+    """torch, fsdp: free gathered parameters after the forward pass and gather them again."""
+    cpu_offload: bool = False
+    """torch, fsdp: keep parameters, gradients and optimizer state in the host's memory."""
+    prefetch: int = 1
+    """torch, fsdp: layers that are gathered ahead of the one that computes."""
     slices: int = 1
     """JAX: slices of a TPU pod, joined by the data-center network, that the data axis spans."""
     coordinator: str | None = None

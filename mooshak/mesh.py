@@ -43,6 +43,11 @@ def parse_mesh(text: str) -> dict[str, int]:
     return sizes
 
 
+def mesh_text(sizes: dict[str, int]) -> str:
+    """A mesh in its notation: the axes with more than one device."""
+    return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "data=1"
+
+
 def check_mesh(config: Config, sizes: dict[str, int]) -> None:
     """Raises `InputError` unless the mesh divides the batch and the model's widths."""
     train, model = config.train, config.model

@@ -41,7 +41,7 @@ from mooshak.config import Dtype
 from mooshak.errors import InputError
 from mooshak.files import new_directory
 from mooshak.interchange import Checkpoint
-from mooshak_torch.model import Model
+from mooshak_torch.model import Model, local_part
 from mooshak_torch.optimizer import moments, set_step
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -303,12 +303,17 @@ class _SavePlanner(SavePlanner):
 
 
 def fill(state: dict[str, Tensor], source: Checkpoint) -> None:
-    """Copy the checkpoint's tensors into those of `state`, which has the same keys."""
+    """Copy the checkpoint's tensors into those of `state`, which has the same keys.
+
+    A process reads the rows of its own part of each, one tensor at a time.
+    """
     with torch.no_grad():
         for key, tensor in state.items():
             if key not in source.tensors or source.tensors[key][1] != tuple(tensor.shape):
                 raise InputError(f"{source.path}: tensor {key} is not the model's")
-            tensor.copy_(_to_torch(source.read(key)))
+            part, where = local_part(tensor)
+            rows, columns = where[0], where[1:]
+            part.copy_(_to_torch(source.read(key, rows)[slice(None), *columns]))
 
 
 def _numpy_dtype(dtype: torch.dtype) -> np.dtype:

@@ -6,11 +6,12 @@ python -m mooshak_torch.evaluate RUN/checkpoints/600 --evaluate.sequences 256
 import os
 from functools import partial
 
+from mooshak.checkpoints import readable
 from mooshak.errors import command
 from mooshak.evaluation import compare, options, report
-from mooshak_torch.checkpoint import load
+from mooshak_torch.checkpoint import fill, open_checkpoint
 from mooshak_torch.parallel import make_parallel
-from mooshak_torch.train import evaluate, precise
+from mooshak_torch.train import evaluate, make_objective, model_of, precise
 
 
 @command
@@ -19,9 +20,12 @@ def main() -> None:
     config, arguments = options(__doc__.split("\n")[0])
     parallel = make_parallel(config)
     precise()
-    model = load(arguments.source, config.train.dtype).to(parallel.device)
-    score = partial(evaluate, model, config=config, parallel=parallel)
-    scores = compare(score, model.config, config, arguments.source)
+    with readable(arguments.source, "torch") as path:
+        source = open_checkpoint(path)
+        objective = parallel.wrap(make_objective(source.model, config), config)
+        fill(dict(model_of(objective).named_parameters()), source)
+    score = partial(evaluate, objective, config=config, parallel=parallel)
+    scores = compare(score, source.model, config, arguments.source)
     if parallel.main:
         report(scores, arguments.json)
     parallel.close()

@@ -8,9 +8,23 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 IGNORE = -100
+
+
+class HeadLoss(nn.Module):
+    """Output head and cross entropy in one module: the head is gathered for it under FSDP."""
+
+    def __init__(self, head: nn.Module, chunk: int):
+        super().__init__()
+        self.head, self.chunk = head, chunk
+
+    def forward(self, x_BTD: Tensor, labels_BT: Tensor) -> Tensor:
+        """Summed cross entropy, in nats, of the head's logits of hidden states."""
+        weight_VD = self.head.weight
+        assert isinstance(weight_VD, Tensor)
+        return cross_entropy(x_BTD, weight_VD, labels_BT, self.chunk)
 
 
 def cross_entropy(x_BTD: Tensor, w_VD: Tensor, labels_BT: Tensor, chunk: int) -> Tensor:

@@ -10,9 +10,10 @@ are multiplied in bfloat16, and norms, rotary angles, softmax and loss are compu
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mooshak.config import Dtype, ModelConfig
-from mooshak.initial import initial_weights
+from mooshak.initial import initial_weight
 from mooshak.rope import rope_tables
 
 COMPUTE = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -270,11 +271,25 @@ def make_caches(model: Model, batch: int, length: int) -> list[KVCache]:
 
 
 def initialize(model: Model, seed: int, gain_std: float = 0.0) -> Model:
-    """Fill the parameters from the counter-based initialiser; returns the model."""
-    parameters = dict(model.named_parameters())
+    """Fill the parameters from the counter-based initialiser; returns the model.
+
+    A process makes its own shards only, with the bits that they have in the whole.
+    """
     dtype = torch.empty(0, dtype=PARAMETERS[model.dtype]).numpy().dtype
     with torch.no_grad():
-        for name, value in initial_weights(model.config, seed, dtype, gain_std):
-            parameters.pop(name).copy_(torch.from_numpy(value))
-    assert not parameters, f"parameters without an initial value: {list(parameters)}"
+        for name, parameter in model.named_parameters():
+            part, where = local_part(parameter)
+            rows, columns = (*where, slice(None))[:2]
+            value = initial_weight(model.config, seed, name, rows, columns, dtype, gain_std)
+            part.copy_(torch.from_numpy(value))
     return model
+
+
+def local_part(tensor: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
+    """The part of a tensor that this process holds, and the block of the whole that it is."""
+    if not isinstance(tensor, DTensor):
+        return tensor, tuple(slice(0, size) for size in tensor.shape)
+    # What DCP writes of it; public in all but its name.
+    (chunk,) = tensor.__create_chunk_list__()
+    blocks = zip(chunk.offsets, chunk.sizes, strict=True)
+    return tensor.to_local(), tuple(slice(start, start + size) for start, size in blocks)

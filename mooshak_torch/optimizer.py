@@ -1,9 +1,12 @@
 """AdamW with decay on matrices only, and clipping by the global norm."""
 
+import math
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mooshak.config import OptimizerConfig
 from mooshak.interchange import MOMENTS
@@ -36,10 +39,24 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     1.5e-9 after 20 steps.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads)
+    parts = [g.to_local() if isinstance(g, DTensor) else g for g in grads]
+    squares = torch.stack(torch._foreach_norm(parts)).square()
+    copies = [_copies(g) for g in grads]
+    square = (squares / squares.new_tensor(copies)).sum()
+    if any(isinstance(g, DTensor) for g in grads):
+        dist.all_reduce(square)
+    norm = square.sqrt()
     scale = max_norm / torch.clamp(norm, min=max_norm)
-    torch._foreach_mul_(grads, scale)
+    torch._foreach_mul_(parts, scale)
     return norm
+
+
+def _copies(tensor: Tensor) -> int:
+    """How many processes hold the same part of a tensor."""
+    if not isinstance(tensor, DTensor):
+        return 1
+    sizes = zip(tensor.placements, tensor.device_mesh.shape, strict=True)
+    return math.prod(size for placement, size in sizes if placement.is_replicate())
 
 
 def moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:

@@ -1,16 +1,40 @@
-"""Processes and devices of the torch side: one process, or DDP under torchrun."""
+"""Processes and devices of the torch side: one mesh, `--mesh data=2,fsdp=4`, and what lies on it.
 
+`data` repeats the model (DDP; with fsdp: HSDP), `fsdp` cuts its parameters, gradients and optimizer
+state (FSDP2), and both cut the batch.
+"""
+
+import math
 import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 from mooshak.config import Config
 from mooshak.errors import InputError
+from mooshak.mesh import AXES, check_mesh, mesh_sizes, mesh_text, parse_mesh
+from mooshak_torch.model import COMPUTE, Model, RMSNorm, Rope
+
+DEFAULT_MESHES = {
+    "single": "data=1",
+    "ddp": "data=-1",
+    "fsdp": "fsdp=-1",
+    "hsdp": "data=-1,fsdp={local}",
+}
+"""Strategy -> its mesh where none is given; `local` is the number of processes on this machine."""
 
 
 @dataclass(frozen=True)
@@ -18,8 +42,13 @@ class Parallel:
     """Where this process stands among all of them."""
 
     rank: int
-    world: int
+    sizes: dict[str, int]
+    """Axis of the mesh -> its size; their product is the number of processes."""
     device: torch.device
+    sharded: bool = False
+    """Whether parameters are kept by FSDP2."""
+    mesh: DeviceMesh | None = None
+    """None for one process that nobody launched."""
     saving: dist.ProcessGroup | None = None
     """Process group in which checkpoints are written beside the training."""
 
@@ -27,55 +56,166 @@ class Parallel:
     def main(self) -> bool:
         return self.rank == 0
 
-    def wrap(self, module: nn.Module) -> nn.Module:
-        """The module with its gradients averaged over the processes."""
-        if self.world == 1:
-            return module
-        devices = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(module, device_ids=devices)
+    @property
+    def world(self) -> int:
+        return math.prod(self.sizes.values())
 
-    def without_reduction(self, module: nn.Module, when: bool) -> AbstractContextManager[None]:
+    @property
+    def layout(self) -> str:
+        """The mesh in the notation of `--mesh`."""
+        return mesh_text(self.sizes)
+
+    @property
+    def parts(self) -> int:
+        """How many parts the batch is cut into."""
+        return self.sizes["data"] * self.sizes["fsdp"]
+
+    @property
+    def part(self) -> int:
+        """Which of them is this process's."""
+        return self.rank // self.sizes["tensor"]
+
+    def wrap(self, objective: nn.Module, config: Config) -> nn.Module:
+        """Lay an objective (with its `model` and its `loss`, on the meta device) on the mesh.
+
+        Its parameters get memory, for this process's shards only, but no values yet. Gradients of
+        what is returned are averaged over the parts of the batch.
+        """
+        model = objective.model
+        assert isinstance(model, Model)
+        if self.sharded:
+            assert self.mesh is not None
+            shard(objective, self.mesh, config)
+        objective.to_empty(device="cpu" if config.parallel.cpu_offload else self.device)
+        # Tables, not parameters: the meta device has lost their values.
+        model.rope = Rope(model.config, model.rope.cos.dtype).to(self.device)
+        if self.mesh is None or self.sharded:
+            return objective
+        devices = [self.device] if self.device.type == "cuda" else None
+        # Every process fills in the same values, and there are no buffers that change.
+        return DistributedDataParallel(
+            objective, device_ids=devices, init_sync=False, forward_sync_buffers=False
+        )
+
+    @contextmanager
+    def without_reduction(self, objective: nn.Module, when: bool) -> Iterator[None]:
         """Leave gradients unreduced inside the block (all micro-batches but the last)."""
-        if when and isinstance(module, DistributedDataParallel):
-            return module.no_sync()
-        return nullcontext()
+        if when and isinstance(objective, DistributedDataParallel):
+            with objective.no_sync():
+                yield
+        elif when and isinstance(objective, FSDPModule):
+            objective.set_requires_gradient_sync(False)
+            yield
+            objective.set_requires_gradient_sync(True)
+        else:
+            yield
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum over the processes, in place."""
-        if self.world > 1:
+        """Sum over the parts of the batch, in place."""
+        if self.mesh is not None:
             dist.all_reduce(values)
         return values
 
     def close(self) -> None:
         """Leave the process group."""
-        if self.world > 1:
+        if self.mesh is not None:
             dist.destroy_process_group()
 
 
 def make_parallel(config: Config) -> Parallel:
     """Join the other processes that torchrun started, if it did.
 
-    Raises `InputError` before anything is allocated when the batch cannot be divided.
+    Raises `InputError` before anything is allocated when the strategy, the mesh, the processes and
+    the batch do not go together.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    strategy = config.parallel.strategy
-    if strategy == "ddp" and "WORLD_SIZE" not in os.environ:
-        raise InputError("parallel.strategy ddp needs processes: start with torchrun")
-    if strategy == "single" and world > 1:
-        raise InputError(
-            f"parallel.strategy single, but torchrun started {world} processes; use ddp"
-        )
-    rows = config.train.batch_size
-    if rows % (world * config.train.accumulation):
-        raise InputError(
-            f"train.batch_size {rows} is not divisible by {world} processes x train.accumulation "
-            f"{config.train.accumulation}"
-        )
+    strategy, sizes = _strategy_and_sizes(config, world)
+    check_mesh(config, sizes)
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-        return Parallel(rank, world, device, dist.new_group(backend="gloo"))
-    return Parallel(rank, world, device)
+    if strategy == "single":
+        return Parallel(rank, sizes, device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=AXES)
+    sharded = strategy in ("fsdp", "hsdp")
+    return Parallel(rank, sizes, device, sharded, mesh, dist.new_group(backend="gloo"))
+
+
+def _strategy_and_sizes(config: Config, world: int) -> tuple[str, dict[str, int]]:
+    strategy, text = config.parallel.strategy, config.parallel.mesh
+    launched = "WORLD_SIZE" in os.environ
+    if strategy == "auto" and launched:
+        named = parse_mesh(text)
+        strategy = "fsdp" if named.get("fsdp", 1) != 1 or named.get("tensor", 1) != 1 else "ddp"
+    elif strategy == "auto":
+        strategy = "single"
+    if strategy == "single" and world > 1:
+        raise InputError(
+            f"parallel.strategy single, but torchrun started {world} processes; use ddp"
+        )
+    if strategy != "single" and not launched:
+        raise InputError(f"parallel.strategy {strategy} needs processes: start with torchrun")
+    local = os.environ.get("LOCAL_WORLD_SIZE", str(world))
+    text = text or DEFAULT_MESHES[strategy].format(local=local)
+    count = math.prod(size for size in parse_mesh(text).values() if size > 0)
+    if count != world and (world % count or "-1" not in text):
+        raise InputError(
+            f"mesh {text} needs {count} processes and there are {world}; start as many with "
+            "torchrun, or give one axis the size -1"
+        )
+    sizes = mesh_sizes(text, world)
+    if strategy in ("single", "ddp") and sizes["data"] != world:
+        raise InputError(
+            f"parallel.strategy {strategy} has only the axis data, not {mesh_text(sizes)}"
+        )
+    return strategy, sizes
+
+
+def shard(objective: nn.Module, mesh: DeviceMesh, config: Config) -> None:
+    """Cut parameters, gradients and optimizer state over the axis `fsdp` (FSDP2), in place.
+
+    A layer is gathered when it computes. In low precision its matrices are gathered in the compute
+    dtype. What is read or summed up in float32 is gathered so: the gains of norms, and the
+    embedding and the output head, whose gradients are sums over many tokens. All gradients are
+    reduced in the parameters' dtype.
+    """
+    parallel, model, loss = config.parallel, objective.model, objective.loss
+    assert isinstance(model, Model) and isinstance(loss, nn.Module)
+    axes = ("data", "fsdp") if mesh["data"].size() > 1 else ("fsdp",)
+    wide, compute = model.embeddings.weight.dtype, COMPUTE[model.dtype]
+    common: dict[str, Any] = {"mesh": mesh[axes]}
+    if parallel.cpu_offload:
+        common["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
+
+    def policy(dtype: torch.dtype) -> MixedPrecisionPolicy:
+        # The modules cast on their own.
+        return MixedPrecisionPolicy(dtype, wide, cast_forward_inputs=False)
+
+    if compute != wide:
+        for module in model.modules():
+            if isinstance(module, RMSNorm):
+                fully_shard(module, reshard_after_forward=False, mp_policy=policy(wide), **common)
+    for layer in model.layers:
+        fully_shard(
+            layer,
+            reshard_after_forward=parallel.reshard_after_forward,
+            mp_policy=policy(compute),
+            **common,
+        )
+    tied = model.lm_head is None  # What is read at both ends stays from one to the other.
+    for module in () if tied else (model.embeddings, loss):
+        # The loss makes the head's gradient in the forward pass: it is not read in the backward.
+        fully_shard(module, reshard_after_forward=True, mp_policy=policy(wide), **common)
+    # The head is met again on the way through the model.
+    head = set() if tied else set(loss.parameters())
+    fully_shard(objective, mp_policy=policy(wide), ignored_params=head, **common)
+    _prefetch(list(model.layers), parallel.prefetch)
+
+
+def _prefetch(layers: list[Any], ahead: int) -> None:
+    """Gather so many layers ahead of the one that computes, in both directions."""
+    for i, layer in enumerate(layers):
+        layer.set_modules_to_forward_prefetch(layers[i + 1 : i + 1 + ahead])
+        layer.set_modules_to_backward_prefetch(layers[max(0, i - ahead) : i][::-1])

@@ -4,6 +4,7 @@ python -m mooshak_torch.train --config configs/demo.yaml
 torchrun --nproc-per-node 2 -m mooshak_torch.train --config configs/demo.yaml
 """
 
+import math
 import os
 import time
 from functools import partial
@@ -15,13 +16,13 @@ from torch import Tensor, nn
 from mooshak import checkpoints
 from mooshak import config as configuration
 from mooshak.checkpoints import Checkpoints
-from mooshak.config import Config
+from mooshak.config import Config, ModelConfig
 from mooshak.errors import command
 from mooshak.evaluation import validation_metrics
 from mooshak.run_log import RunLog, stop_request
 from mooshak.schedule import learning_rate
 from mooshak_torch.checkpoint import open_checkpoint, restore, start_saving
-from mooshak_torch.loss import cross_entropy
+from mooshak_torch.loss import HeadLoss
 from mooshak_torch.model import Model, initialize
 from mooshak_torch.optimizer import clip_gradients, make_optimizer
 from mooshak_torch.parallel import Parallel, make_parallel
@@ -36,8 +37,9 @@ def train(config: Config, resume: str = "auto") -> None:
     precise()
     tokenizer, _ = ensure(config)
     path = checkpoints.resume_from(config, resume)
-    model = Model(config.model, config.train.dtype)
-    optimizer = make_optimizer(model.to(parallel.device), config.optimizer)
+    objective = parallel.wrap(make_objective(config.model, config), config)
+    model = model_of(objective)
+    optimizer = make_optimizer(model, config.optimizer)
     step, validation_loss = 0, None
     if path is None:
         initialize(model, config.run.seed)
@@ -46,9 +48,8 @@ def train(config: Config, resume: str = "auto") -> None:
             source = open_checkpoint(readable)
             step, validation_loss = checkpoints.check_resume(config, source, tokenizer.fingerprint)
             restore(model, optimizer, source)
-    objective = parallel.wrap(Objective(model, config.train.loss_chunk))
     validation = validation_sequences(config) if config.evaluate.every else {}
-    batches = train_batches(config, step, parallel.rank, parallel.world)
+    batches = train_batches(config, step, parallel.part, parallel.parts)
     saver = Checkpoints(config, parallel.main)
     device = torch.cuda.get_device_name() if parallel.device.type == "cuda" else "cpu"
     log = RunLog(config, step, parallel.main, device, parallel.world)
@@ -68,7 +69,7 @@ def train(config: Config, resume: str = "auto") -> None:
                 metrics |= memory(parallel.device)
                 seconds = time.perf_counter() - start
                 if validation and (step % config.evaluate.every == 0 or step == last):
-                    score = partial(evaluate, model, config=config, parallel=parallel)
+                    score = partial(evaluate, objective, config=config, parallel=parallel)
                     measured = validation_metrics(score, validation, tokenizer.token_bytes())
                     validation_loss = measured["validation_loss"]
                     metrics |= measured
@@ -84,7 +85,7 @@ def train(config: Config, resume: str = "auto") -> None:
                         tokenizer.fingerprint,
                         validation_loss,
                         parallel.world,
-                        f"data={parallel.world}",
+                        parallel.layout,
                     )
                     saver.save(
                         state, partial(start_saving, model, optimizer, group=parallel.saving)
@@ -101,16 +102,30 @@ def train(config: Config, resume: str = "auto") -> None:
 
 
 class Objective(nn.Module):
-    """The model and its loss in one module, as DDP wants them."""
+    """The model and its loss in one module, as DDP and FSDP want them."""
 
     def __init__(self, model: Model, chunk: int):
         super().__init__()
-        self.model, self.chunk = model, chunk
+        self.model = model
+        self.loss = HeadLoss(model.lm_head or model.embeddings, chunk)
 
     def forward(self, batch_BS: Tensor) -> Tensor:
         """Summed cross entropy in nats of tokens 1 .. S - 1, each given those before it."""
-        hidden_BTD = self.model.hidden(batch_BS[:, :-1])
-        return cross_entropy(hidden_BTD, self.model.head_VD, batch_BS[:, 1:], self.chunk)
+        loss: Tensor = self.loss(self.model.hidden(batch_BS[:, :-1]), batch_BS[:, 1:])
+        return loss
+
+
+def make_objective(model: ModelConfig, config: Config) -> Objective:
+    """The objective on the meta device: shapes without memory, for `Parallel.wrap`."""
+    with torch.device("meta"):
+        return Objective(Model(model, config.train.dtype), config.train.loss_chunk)
+
+
+def model_of(objective: nn.Module) -> Model:
+    """The model in an objective, wrapped or not."""
+    model = getattr(objective, "module", objective).model
+    assert isinstance(model, Model)
+    return model
 
 
 def train_step(
@@ -127,13 +142,13 @@ def train_step(
     """
     optimizer.zero_grad(set_to_none=True)
     parts = batch_BS.chunk(config.train.accumulation)
-    n_tokens = batch_BS[:, 1:].numel() * parallel.world
+    n_tokens = batch_BS[:, 1:].numel() * parallel.parts
     loss = torch.zeros((), dtype=next(objective.parameters()).dtype, device=batch_BS.device)
     for i, part in enumerate(parts):
         with parallel.without_reduction(objective, i < len(parts) - 1):
             part_loss = objective(part) / n_tokens
-            # DDP averages over the processes, and the parts are to be added.
-            (part_loss * parallel.world).backward()
+            # DDP and FSDP average over the processes, and the parts are to be added.
+            (part_loss * parallel.parts).backward()
         loss += part_loss.detach()
     norm = clip_gradients(objective.parameters(), config.optimizer.clip_norm)
     for group in optimizer.param_groups:
@@ -143,13 +158,20 @@ def train_step(
 
 
 @torch.no_grad()
-def evaluate(model: Model, sequences_NS: np.ndarray, config: Config, parallel: Parallel) -> float:
+def evaluate(
+    objective: nn.Module, sequences_NS: np.ndarray, config: Config, parallel: Parallel
+) -> float:
     """Summed cross entropy, in nats, of all tokens but the first of each sequence."""
     total = torch.zeros((), dtype=torch.float64, device=parallel.device)
-    rows = config.evaluate.batch_size
-    mine_NS = torch.from_numpy(sequences_NS[parallel.rank :: parallel.world]).long()
-    for batch_BS in mine_NS.to(parallel.device).split(rows):
-        total += Objective(model, config.train.loss_chunk)(batch_BS)
+    every_NS = torch.from_numpy(sequences_NS).long().to(parallel.device)
+    mine_NS, rows = every_NS[parallel.part :: parallel.parts], config.evaluate.batch_size
+    # All processes go through the model equally often: it gathers its parameters together.
+    for start in range(0, math.ceil(len(every_NS) / parallel.parts), rows):
+        batch_BS = mine_NS[start : start + rows]
+        if len(batch_BS):
+            total += objective(batch_BS)
+        else:
+            objective(every_NS[:1])
     return parallel.sum(total).item()
 
 

@@ -21,6 +21,7 @@ import mooshak_jax.checkpoint
 import mooshak_jax.model
 import mooshak_jax.optimizer
 import mooshak_jax.train
+import mooshak_torch.loss
 import mooshak_torch.model
 import mooshak_torch.optimizer
 import mooshak_torch.train
@@ -206,8 +207,8 @@ def _embedding(kind: Any, call: str) -> list[Patch]:
 
 def _unshifted_torch() -> list[Patch]:
     def forward(self: Any, batch: torch.Tensor) -> torch.Tensor:
-        hidden, head = self.model.hidden(batch[:, :-1]), self.model.head_VD
-        return tt.cross_entropy(hidden, head, batch[:, :-1], self.chunk)
+        loss: torch.Tensor = self.loss(self.model.hidden(batch[:, :-1]), batch[:, :-1])
+        return loss
 
     return [(tt.Objective, "forward", forward)]
 
@@ -489,7 +490,10 @@ FAULTS = {
     ),
     "labels not shifted": Fault("loss", "^loss", _unshifted_torch, _unshifted_jax),
     "padding counts in the loss": Fault(
-        "padding", "^loss of labels that are padding", lambda: _padding(tt), lambda: _padding(jt)
+        "padding",
+        "^loss of labels that are padding",
+        lambda: _padding(mooshak_torch.loss),
+        lambda: _padding(jt),
     ),
     "clipping after the step": Fault(
         "training",

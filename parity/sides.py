@@ -22,6 +22,7 @@ import mooshak_jax.parallel
 import mooshak_jax.train
 import mooshak_torch.checkpoint
 import mooshak_torch.generate
+import mooshak_torch.loss
 import mooshak_torch.model
 import mooshak_torch.optimizer
 import mooshak_torch.parallel
@@ -122,7 +123,7 @@ class TorchSide:
         model = self.model(dtype)
         tokens = torch.from_numpy(tokens_BS).long()
         labels = tokens[:, 1:].masked_fill(torch.from_numpy(padding_BT), -100)
-        total = mooshak_torch.train.cross_entropy(
+        total = mooshak_torch.loss.cross_entropy(
             model.hidden(tokens[:, :-1]), model.head_VD, labels, tokens.numel() // 3
         )
         return total.item() / int((~padding_BT).sum())

@@ -152,7 +152,7 @@ def test_batch_or_devices_that_cannot_be_divided(
     assert "data=7" in refused("mooshak_jax.train", *here, "--mesh", "data=7")
     assert "axis=size" in refused("mooshak_jax.train", *here, "--mesh", "date=2")
     monkeypatch.setenv("WORLD_SIZE", "3")
-    assert "8 is not divisible by 3 processes" in refused("mooshak_torch.train", *here)
+    assert "8 is not divisible by mesh data=3" in refused("mooshak_torch.train", *here)
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)

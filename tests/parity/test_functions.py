@@ -148,15 +148,16 @@ def test_full_model_has_the_canonical_names_and_shapes_on_both_sides() -> None:
 
 def test_evaluation_is_the_same_with_a_rest_that_fills_no_batch() -> None:
     from mooshak_torch.parallel import make_parallel
-    from mooshak_torch.train import evaluate
+    from mooshak_torch.train import Objective, evaluate
 
     source = check.drawn(MODEL)
     sequences = np.random.default_rng(2).integers(0, 192, (5, 31), dtype=np.int32)
     question = measures.Question(TorchSide(source), JaxSide(source), sequences[None, :4], 0)
     config = question.config("float64")
-    config = replace(config, parallel=replace(config.parallel, mesh="data=2"))
     config = replace(config, evaluate=replace(config.evaluate, batch_size=3))
-    truth = evaluate(TorchSide(source).model("float64"), sequences, config, make_parallel(config))
+    objective = Objective(TorchSide(source).model("float64"), config.train.loss_chunk)
+    truth = evaluate(objective, sequences, config, make_parallel(config))
+    config = replace(config, parallel=replace(config.parallel, mesh="data=2"))
     mesh = jax_parallel.make_parallel(config)
     measure = jax_train.make_evaluate(config, mesh)
     params = jax_checkpoint.fill(

@@ -1,0 +1,136 @@
+"""The torch side on several processes (gloo): every layout trains as one process does."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mooshak import config as configuration
+from mooshak.config import Config, ModelConfig
+from mooshak_torch.train import train
+
+STEPS = 10
+
+LAYOUTS = {
+    "ddp": ("--parallel.strategy", "ddp"),
+    "fsdp": ("--parallel.strategy", "fsdp"),
+    "hsdp": ("--mesh", "data=2,fsdp=2", "--train.accumulation", 2),
+}
+"""Of four processes."""
+
+VARIANTS = {
+    "accumulation": ("--mesh", "fsdp=4", "--train.accumulation", 2),
+    "kept": ("--mesh", "fsdp=-1", "--parallel.reshard_after_forward", "false"),
+    "offload": ("--mesh", "fsdp=4", "--parallel.cpu_offload", "true", "--parallel.prefetch", 2),
+}
+
+
+@pytest.fixture(scope="module")
+def config(tiny_config: Config, tiny_tokenizer: object, tmp_path_factory: Any) -> Path:
+    """A tiny model whose widths four processes do not divide, in float64."""
+    model = ModelConfig(
+        vocab_size=512, dim=40, n_layers=3, n_heads=4, n_kv_heads=2, hidden_dim=42, max_seq_len=32
+    )
+    changed = replace(
+        tiny_config,
+        model=model,
+        train=replace(tiny_config.train, steps=STEPS, dtype="float64"),
+        optimizer=replace(tiny_config.optimizer, learning_rate=1e-2, clip_norm=0.5),
+        schedule=replace(tiny_config.schedule, warmup_steps=2),
+        # Seven sequences in batches of two: four processes do not go through equally many.
+        evaluate=replace(tiny_config.evaluate, every=STEPS // 2, sequences=7, batch_size=1),
+    )
+    path: Path = tmp_path_factory.mktemp("parallel") / "config.yaml"
+    path.write_text(configuration.dump(changed))
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(config: Path) -> Path:
+    """The run of one process."""
+    directory = config.parent / "alone"
+    train(configuration.load(config, ["--run.dir", str(directory)]))
+    return directory
+
+
+def launch(processes: int, runs: list[tuple[str, list[Any]]], file: Path) -> list[list[Any]]:
+    """Do all runs in one start of torchrun; returns for every process what its runs came to."""
+    with ExitStack() as stack:
+        # A port for every run: where a group has met, its next one would find its traces.
+        sockets = [stack.enter_context(socket.socket()) for _ in runs]
+        for free in sockets:
+            free.bind(("127.0.0.1", 0))
+        ports = [free.getsockname()[1] for free in sockets]
+    listed = [[p, do, [*map(str, argv)]] for p, (do, argv) in zip(ports, runs, strict=True)]
+    file.write_text(json.dumps(listed))
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
+    done = subprocess.run(
+        [sys.executable, *torchrun, str(Path(__file__).with_name("ranks.py")), str(file)],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    files = [file.with_name(f"{file.stem}-{rank}.json") for rank in range(processes)]
+    return [json.loads(written.read_text()) for written in files]
+
+
+def metrics(directory: Path, key: str = "loss") -> list[float]:
+    """A figure of all steps that have it; asserts that no step is missing or doubled."""
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line[key] for line in lines if key in line]
+
+
+def test_every_layout_trains_as_one_process(config: Path, alone: Path, tmp_path: Path) -> None:
+    layouts = LAYOUTS | VARIANTS
+    runs = [
+        ("train", [config, *options, "--run.dir", tmp_path / name])
+        for name, options in layouts.items()
+    ]
+    held = ["ddp", "fsdp", "hsdp", "offload"]
+    runs += [("hold", [config, *layouts[name]]) for name in held]
+    results = launch(4, runs, tmp_path / "runs.json")
+    for name in layouts:
+        for key in ("loss", "grad_norm", "validation_loss"):
+            there, here = metrics(tmp_path / name, key), metrics(alone, key)
+            assert len(here) == (2 if key == "validation_loss" else STEPS)
+            assert there == pytest.approx(here, rel=1e-12, abs=0), (name, key)
+
+    model = configuration.load(config).model
+    whole = 8 * model.parameter_count()
+    for result in results:
+        per_process = dict(zip(held, result[len(layouts) :], strict=True))
+        assert per_process["ddp"] == {
+            "parameters": whole,
+            "gradients": whole,
+            "optimizer": 2 * whole,
+        }
+        for name, shards in (("fsdp", 4), ("hsdp", 2), ("offload", 4)):
+            for what, held_bytes in per_process[name].items():
+                share = per_process["ddp"][what] / shards
+                # Rows are dealt out whole: the last process has fewer of 42, the others more.
+                assert abs(held_bytes - share) < 0.05 * share, (name, what)
+
+
+def test_a_resume_on_shards_of_unequal_size_is_exact(config: Path, tmp_path: Path) -> None:
+    """torchtitan #809 and #1702: the loss differed after a resume."""
+    uneven = ("--model.n_heads", 3, "--model.n_kv_heads", 3, "--model.dim", 30)
+    options = [config, *uneven, "--model.head_dim", 10, "--train.dtype", "float32"]
+    options += ["--mesh", "fsdp=4", "--run.dir"]
+    runs = [
+        ("train", [*options, tmp_path / "whole"]),
+        ("train", [*options, tmp_path / "parts", "--train.stop_at", 3]),
+        ("train", [*options, tmp_path / "parts"]),
+    ]
+    launch(4, runs, tmp_path / "runs.json")
+    for key in ("loss", "grad_norm"):
+        assert metrics(tmp_path / "parts", key) == metrics(tmp_path / "whole", key)
