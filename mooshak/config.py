@@ -380,6 +380,8 @@ class ParallelConfig:
     """torch, fsdp: keep parameters, gradients and optimizer state in the host's memory."""
     prefetch: int = 1
     """torch, fsdp: layers that are gathered ahead of the one that computes."""
+    sequence_parallel: bool = False
+    """torch, tensor: cut hidden states by sequence where they are not cut by heads or width."""
     slices: int = 1
     """JAX: slices of a TPU pod, joined by the data-center network, that the data axis spans."""
     coordinator: str | None = None

@@ -64,3 +64,8 @@ def check_mesh(config: Config, sizes: dict[str, int]) -> None:
     ):
         if width % sizes["tensor"]:
             raise InputError(f"model.{key} {width} is not divisible by tensor={sizes['tensor']}")
+    if config.parallel.sequence_parallel and config.T % sizes["tensor"]:
+        raise InputError(
+            f"parallel.sequence_parallel: {config.T} tokens are not divisible by "
+            f"tensor={sizes['tensor']}"
+        )

@@ -7,8 +7,10 @@ Shapes: B batch, T time, C positions of a chunk, N = B x C tokens, D model width
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 IGNORE = -100
 
@@ -33,13 +35,30 @@ def cross_entropy(x_BTD: Tensor, w_VD: Tensor, labels_BT: Tensor, chunk: int) ->
     `x_BTD` are hidden states in the compute dtype and `w_VD` the output head, whose dtype (at least
     float32) is that of the softmax and of the sum. `chunk` is the number of tokens whose logits are
     in memory at once. The caller divides by the number of labels.
+
+    Where the head is a DTensor, every process has the logits of its part of the vocabulary, and the
+    gradient of `x_BTD` that they give: the processes' gradients are to be added.
     """
-    return _ChunkedCrossEntropy.apply(x_BTD, w_VD, labels_BT, max(1, chunk // len(x_BTD)))
+    group, first = None, 0
+    if isinstance(w_VD, DTensor):
+        group, w_VD = w_VD.device_mesh.get_group(), w_VD.to_local()
+        first = dist.get_rank(group) * len(w_VD)
+    step = max(1, chunk // len(x_BTD))
+    return _ChunkedCrossEntropy.apply(x_BTD, w_VD, labels_BT, step, group, first)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_BTD: Tensor, w_VD: Tensor, labels_BT: Tensor, step: int) -> Tensor:
+    def forward(
+        ctx: Any,
+        x_BTD: Tensor,
+        w_VD: Tensor,
+        labels_BT: Tensor,
+        step: int,
+        group: dist.ProcessGroup | None,
+        first: int,
+    ) -> Tensor:
+        """`w_VD` are the rows of the head from `first` on, `group` the processes with all rows."""
         differentiate = any(ctx.needs_input_grad[:2])
         total = w_VD.new_zeros(())
         if differentiate:
@@ -49,15 +68,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             here = slice(start, start + step)
             x_ND, labels_N = x_BTD[:, here].flatten(0, 1), labels_BT[:, here].flatten()
             counts_N1 = (labels_N != IGNORE).unsqueeze(1)
-            targets_N1 = labels_N.unsqueeze(1).where(counts_N1, 0)
+            targets_N1 = labels_N.unsqueeze(1).where(counts_N1, 0) - first
+            here_N1 = (targets_N1 >= 0) & (targets_N1 < len(w_VD))
+            targets_N1 = targets_N1.where(here_N1, 0)
             logits_NV = F.linear(x_ND, narrow_VD).to(w_VD.dtype)
             log_z_N1 = logits_NV.logsumexp(1, keepdim=True)
-            losses_N1 = log_z_N1 - logits_NV.gather(1, targets_N1)
+            chosen_N1 = logits_NV.gather(1, targets_N1).where(here_N1, 0)
+            if group is not None:
+                log_z_N1, chosen_N1 = _over_vocabulary(log_z_N1, chosen_N1, group)
+            losses_N1 = log_z_N1 - chosen_N1
             total += (losses_N1 * counts_N1).sum()
             if differentiate:
                 # d loss / d logits = softmax - one_hot(label).
                 d_NV = logits_NV.sub_(log_z_N1).exp_()
-                d_NV.scatter_add_(1, targets_N1, torch.full_like(losses_N1, -1.0))
+                d_NV.scatter_add_(1, targets_N1, -here_N1.to(d_NV.dtype))
                 d_NV = d_NV.mul_(counts_N1).to(x_BTD.dtype)
                 dx_BTD[:, here] = (d_NV @ narrow_VD).unflatten(0, (len(x_BTD), -1))
                 dw_VD += (d_NV.T @ x_ND).to(w_VD.dtype)
@@ -66,6 +90,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dx_BTD, dw_VD = ctx.saved_tensors
-        return (dx_BTD * grads[0]).to(dx_BTD.dtype), dw_VD * grads[0], None, None
+        return (dx_BTD * grads[0]).to(dx_BTD.dtype), dw_VD * grads[0], None, None, None, None
+
+
+def _over_vocabulary(
+    log_z_N1: Tensor, chosen_N1: Tensor, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp and chosen logit of the whole vocabulary from those of its parts."""
+    parts_n2N1 = log_z_N1.new_empty(group.size(), 2, *log_z_N1.shape)
+    dist.all_gather_single(parts_n2N1.flatten(0, 1), torch.stack((log_z_N1, chosen_N1)), group)
+    return parts_n2N1[:, 0].logsumexp(0), parts_n2N1[:, 1].sum(0)

@@ -38,7 +38,7 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     `torch.nn.utils.clip_grad_norm_` adds 1e-6 to the norm, which alone would part the frameworks by
     1.5e-9 after 20 steps.
     """
-    grads = [p.grad for p in parameters if p.grad is not None]
+    grads = [_reduced(p) for p in parameters if p.grad is not None]
     parts = [g.to_local() if isinstance(g, DTensor) else g for g in grads]
     squares = torch.stack(torch._foreach_norm(parts)).square()
     copies = [_copies(g) for g in grads]
@@ -49,6 +49,19 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     scale = max_norm / torch.clamp(norm, min=max_norm)
     torch._foreach_mul_(parts, scale)
     return norm
+
+
+def _reduced(parameter: Tensor) -> Tensor:
+    """The gradient, laid out as its parameter is.
+
+    Under tensor parallelism, where each process saw its own heads or its own part of the sequence,
+    the gradient of a norm's gain is still to be added up.
+    """
+    grad = parameter.grad
+    assert grad is not None
+    if isinstance(parameter, DTensor) and isinstance(grad, DTensor):
+        grad = parameter.grad = grad.redistribute(placements=parameter.placements)
+    return grad
 
 
 def _copies(tensor: Tensor) -> int:

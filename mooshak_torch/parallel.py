@@ -1,11 +1,12 @@
 """Processes and devices of the torch side: one mesh, `--mesh data=2,fsdp=4`, and what lies on it.
 
 `data` repeats the model (DDP; with fsdp: HSDP), `fsdp` cuts its parameters, gradients and optimizer
-state (FSDP2), and both cut the batch.
+state (FSDP2), and both cut the batch. `tensor` cuts heads, MLP width and vocabulary.
 """
 
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,12 +22,21 @@ from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     fully_shard,
 )
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Placement,
+    Replicate,
+    Shard,
+    distribute_tensor,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 from mooshak.config import Config
 from mooshak.errors import InputError
 from mooshak.mesh import AXES, check_mesh, mesh_sizes, mesh_text, parse_mesh
-from mooshak_torch.model import COMPUTE, Model, RMSNorm, Rope
+from mooshak_torch.loss import HeadLoss
+from mooshak_torch.model import COMPUTE, MLP, Attention, Model, RMSNorm, Rope
 
 DEFAULT_MESHES = {
     "single": "data=1",
@@ -35,6 +45,17 @@ DEFAULT_MESHES = {
     "hsdp": "data=-1,fsdp={local}",
 }
 """Strategy -> its mesh where none is given; `local` is the number of processes on this machine."""
+
+COLUMNS = ("embeddings", "wq", "wk", "wv", "w1", "w3", "lm_head")
+ROWS = ("wo", "w2")
+TENSOR_CUTS = {
+    **{f"{name}.{key}": Shard(0) for name in COLUMNS for key in ("weight", "bias")},
+    **{f"{name}.weight": Shard(1) for name in ROWS},
+}
+"""End of a canonical name -> the dimension that the axis `tensor` cuts; others are whole."""
+
+# Nobody writes into the output of an embedding or a layer, which DTensors give as views.
+warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
 
 
 @dataclass(frozen=True)
@@ -83,13 +104,14 @@ class Parallel:
         """
         model = objective.model
         assert isinstance(model, Model)
-        if self.sharded:
-            assert self.mesh is not None
+        if self.mesh is not None and self.sizes["tensor"] > 1:
+            cut(objective, self.mesh["tensor"], config)
+        if self.mesh is not None and self.sharded:
             shard(objective, self.mesh, config)
         objective.to_empty(device="cpu" if config.parallel.cpu_offload else self.device)
         # Tables, not parameters: the meta device has lost their values.
         model.rope = Rope(model.config, model.rope.cos.dtype).to(self.device)
-        if self.mesh is None or self.sharded:
+        if self.mesh is None or self.sharded or self.sizes["data"] == 1:
             return objective
         devices = [self.device] if self.device.type == "cuda" else None
         # Every process fills in the same values, and there are no buffers that change.
@@ -114,7 +136,7 @@ class Parallel:
         """Sum over the parts of the batch, in place."""
         if self.mesh is not None:
             dist.all_reduce(values)
-        return values
+        return values.div_(self.sizes["tensor"])
 
     def close(self) -> None:
         """Leave the process group."""
@@ -139,7 +161,7 @@ def make_parallel(config: Config) -> Parallel:
         return Parallel(rank, sizes, device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=AXES)
-    sharded = strategy in ("fsdp", "hsdp")
+    sharded = strategy in ("fsdp", "hsdp") and sizes["data"] * sizes["fsdp"] > 1
     return Parallel(rank, sizes, device, sharded, mesh, dist.new_group(backend="gloo"))
 
 
@@ -171,6 +193,73 @@ def _strategy_and_sizes(config: Config, world: int) -> tuple[str, dict[str, int]
             f"parallel.strategy {strategy} has only the axis data, not {mesh_text(sizes)}"
         )
     return strategy, sizes
+
+
+def cut(objective: nn.Module, mesh: DeviceMesh, config: Config) -> None:
+    """Cut heads, MLP width and vocabulary over the axis `tensor` (arXiv:1909.08053), in place.
+
+    Between attention and MLP the stream of hidden states is whole on every process, or cut by
+    sequence (arXiv:2205.05198). Parameters become DTensors; modules compute on what they are given.
+    """
+    model, loss = objective.model, objective.loss
+    assert isinstance(model, Model) and isinstance(loss, HeadLoss)
+    whole, last = Replicate(), Shard(-1)
+    stream: Placement = Shard(1) if config.parallel.sequence_parallel else whole
+
+    def take(module: nn.Module, is_now: Placement, wanted: Placement) -> None:
+        """Make the module's first input a DTensor."""
+
+        def hook(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            x = DTensor.from_local(inputs[0], mesh, [is_now])
+            return x.redistribute(placements=[wanted]), *inputs[1:]
+
+        module.register_forward_pre_hook(hook)
+
+    def give(module: nn.Module, wanted: Placement, is_now: Placement | None = None) -> None:
+        """Make the module's output a plain tensor, this process's part of it."""
+
+        def hook(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+            if is_now is not None:
+                output = DTensor.from_local(output, mesh, [is_now])
+            assert isinstance(output, DTensor)
+            return output.redistribute(placements=[wanted]).to_local()
+
+        module.register_forward_hook(hook)
+
+    for path, module in model.named_modules():
+        name = path.rpartition(".")[2]
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            placement = TENSOR_CUTS.get(f"{name}.{key}", whole)
+            value = distribute_tensor(parameter, mesh, [placement])
+            module.register_parameter(key, nn.Parameter(value))
+        if isinstance(module, Attention | MLP):
+            take(module, stream, whole)
+        if isinstance(module, Attention) and module.wo is None:
+            give(module, stream, last)
+        if name in ("wq", "wk", "wv", "w1", "w3"):
+            give(module, last)
+        elif name in ("wo", "w2"):
+            take(module, last, last)
+            give(module, stream)
+        elif name in ("q_norm", "k_norm"):
+            heads = Shard(2)
+            take(module, heads, heads)
+            give(module, heads)
+        elif isinstance(module, RMSNorm):
+            take(module, stream, stream)
+            give(module, stream)
+    take(model.embeddings, whole, whole)
+    give(model.embeddings, stream)
+    if model.lm_head is not None:
+        take(model.lm_head, stream, whole)
+        give(model.lm_head, whole)
+
+    def gather(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        x = DTensor.from_local(inputs[0], mesh, [stream]).redistribute(placements=[whole])
+        # The loss of a part of the vocabulary has a part of the gradient.
+        return x.to_local(grad_placements=[Partial()]), *inputs[1:]
+
+    loss.register_forward_pre_hook(gather)
 
 
 def shard(objective: nn.Module, mesh: DeviceMesh, config: Config) -> None:

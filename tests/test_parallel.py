@@ -22,6 +22,7 @@ LAYOUTS = {
     "ddp": ("--parallel.strategy", "ddp"),
     "fsdp": ("--parallel.strategy", "fsdp"),
     "hsdp": ("--mesh", "data=2,fsdp=2", "--train.accumulation", 2),
+    "tensor": ("--mesh", "fsdp=2,tensor=2"),
 }
 """Of four processes."""
 
@@ -29,7 +30,13 @@ VARIANTS = {
     "accumulation": ("--mesh", "fsdp=4", "--train.accumulation", 2),
     "kept": ("--mesh", "fsdp=-1", "--parallel.reshard_after_forward", "false"),
     "offload": ("--mesh", "fsdp=4", "--parallel.cpu_offload", "true", "--parallel.prefetch", 2),
+    "sequence": ("--mesh", "data=2,tensor=2", "--parallel.sequence_parallel", "true"),
 }
+
+LLAMA = ("--model.architecture", "llama", "--model.head_dim", 6, "--model.qk_norm", "true")
+LLAMA += ("--model.qkv_bias", "true", "--model.wo_bias", "true", "--model.mlp_bias", "true")
+LLAMA += ("--model.tie_embeddings", "true")
+"""The other architecture with everything that can be in it."""
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +103,7 @@ def test_every_layout_trains_as_one_process(config: Path, alone: Path, tmp_path:
         ("train", [config, *options, "--run.dir", tmp_path / name])
         for name, options in layouts.items()
     ]
-    held = ["ddp", "fsdp", "hsdp", "offload"]
+    held = ["ddp", "fsdp", "hsdp", "tensor", "offload"]
     runs += [("hold", [config, *layouts[name]]) for name in held]
     results = launch(4, runs, tmp_path / "runs.json")
     for name in layouts:
@@ -114,11 +121,38 @@ def test_every_layout_trains_as_one_process(config: Path, alone: Path, tmp_path:
             "gradients": whole,
             "optimizer": 2 * whole,
         }
-        for name, shards in (("fsdp", 4), ("hsdp", 2), ("offload", 4)):
+        for name, shards in (("fsdp", 4), ("hsdp", 2), ("tensor", 4), ("offload", 4)):
             for what, held_bytes in per_process[name].items():
                 share = per_process["ddp"][what] / shards
                 # Rows are dealt out whole: the last process has fewer of 42, the others more.
                 assert abs(held_bytes - share) < 0.05 * share, (name, what)
+
+
+def test_a_checkpoint_of_every_layout_restores_in_every_other(config: Path, tmp_path: Path) -> None:
+    """One step in each, so that each follows on each; then two processes go on, then one."""
+    names = list(LAYOUTS)
+    order = [names[0]]
+    pairs = {(a, b) for a in names for b in names if a != b}
+    while following := [b for b in names if (order[-1], b) in pairs]:
+        # The one with most ways left to go: the walk ends when every pair has been passed.
+        order.append(max(following, key=lambda b: sum(a == b for a, _ in pairs)))
+        pairs.discard((order[-2], order[-1]))
+    assert not pairs
+    steps = len(order) + 2
+    options = [config, *LLAMA, "--train.steps", steps, "--evaluate.every", 0, "--run.dir"]
+    chain = [
+        ("train", [*options, tmp_path / "chain", *LAYOUTS[name], "--train.stop_at", step])
+        for step, name in enumerate(order, 1)
+    ]
+    launch(4, chain, tmp_path / "four.json")
+    pair = [*options, tmp_path / "chain", "--mesh", "tensor=2", "--train.stop_at", steps - 1]
+    launch(2, [("train", pair)], tmp_path / "two.json")
+    for directory in ("chain", "alone"):
+        argv = [str(option) for option in (*options[1:], tmp_path / directory)]
+        train(configuration.load(config, argv))
+    for key in ("loss", "grad_norm"):
+        there, here = metrics(tmp_path / "chain", key), metrics(tmp_path / "alone", key)
+        assert len(here) == steps and there == pytest.approx(here, rel=1e-12, abs=0)
 
 
 def test_a_resume_on_shards_of_unequal_size_is_exact(config: Path, tmp_path: Path) -> None:
