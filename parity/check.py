@@ -47,6 +47,7 @@ from parity.measures import (
     distance,
     precision,
 )
+from parity.ranks import N_DEVICES, layouts
 from parity.sides import In, JaxSide, TorchSide
 
 PARTS = (
@@ -59,8 +60,10 @@ PARTS = (
     "training",
     "cache",
     "decoding",
+    "layouts",
     "round trip",
 )
+IN_THIS_PROCESS = tuple(part for part in PARTS if part != "layouts")
 
 
 def check(
@@ -108,6 +111,8 @@ def check(
             if floors and name in FLOORED:
                 lines = with_floors(question, lines, measure)
             yield from with_controls(question, lines, measure, faults) if controls else lines
+    if "layouts" in parts:
+        yield from layouts(question)
     if "round trip" in parts:
         yield round_trip(source, controls)
 
@@ -262,14 +267,18 @@ def _cells(line: Line) -> list[str]:
 def main() -> None:
     # JAX is imported by now: the environment variable would be read no more.
     jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", N_DEVICES)
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("source", type=Path, help="a checkpoint of any kind, or a *.yaml")
     parser.add_argument("other", type=Path, nargs="?", help="a checkpoint for JAX to compute with")
     parser.add_argument("--out", type=Path, help="directory for report.json, .md, .html")
     parser.add_argument(
-        "--quick", action="store_true", help="without bfloat16 and without planted faults"
+        "--quick",
+        action="store_true",
+        help="without bfloat16, planted faults, meshes and processes",
     )
     args = parser.parse_args()
+    parts = IN_THIS_PROCESS if args.quick else PARTS
     if args.source.suffix in (".yaml", ".yml"):
         source = drawn(configuration.load(args.source).model)
     else:
@@ -279,7 +288,7 @@ def main() -> None:
     lines = []
     low: tuple[Dtype, ...] = ("float32",) if args.quick else ("float32", "bfloat16")
     with Console(stderr=True).status("measuring") as status:
-        for line in check(source, other, controls=not args.quick, low=low):
+        for line in check(source, other, parts=parts, controls=not args.quick, low=low):
             status.update(f"measured: {line.name}, {line.dtype}")
             lines.append(line)
             table.add_row(*_cells(line), style="" if line.passed else "bold red")

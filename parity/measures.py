@@ -59,6 +59,8 @@ class Line:
     fault: str = ""
     where: str = ""
     """Where it first goes wrong; of a line that passes, where the largest difference is."""
+    layout: str = ""
+    """The mesh or the processes, where it is about them."""
 
     @property
     def passed(self) -> bool:
@@ -227,15 +229,15 @@ def training(q: Question) -> Iterator[Line]:
         apart = {
             "losses": abs(theirs.loss / ours.loss - 1),
             "gradient norms": abs(theirs.norm / ours.norm - 1),
-            "exp_avg": _worst(theirs.exp_avg, ours.exp_avg)[1],
-            "exp_avg_sq": _worst(theirs.exp_avg_sq, ours.exp_avg_sq)[1],
-            "parameters": _worst(theirs.params, ours.params)[1],
+            "exp_avg": worst_tensor(theirs.exp_avg, ours.exp_avg)[1],
+            "exp_avg_sq": worst_tensor(theirs.exp_avg_sq, ours.exp_avg_sq)[1],
+            "parameters": worst_tensor(theirs.params, ours.params)[1],
         }
         if not fault and not max(apart.values()) <= FLOAT64:
             fault = f"step {k}, " + _diagnosis(q, k, ours, theirs, past)
         past = ours.params
         worst = {name: max(worst[name], apart[name]) for name in names}
-        last = _worst(theirs.params, ours.params)[0]
+        last = worst_tensor(theirs.params, ours.params)[0]
     for name in names:
         title = f"{name} of {STEPS} AdamW steps, the worst"
         where = fault or (last if name == "parameters" else "")
@@ -255,13 +257,13 @@ def _diagnosis(q: Question, k: int, ours: Step, theirs: Step, past: Arrays) -> s
         return "the loss"
     if abs(theirs.norm / ours.norm - 1) > FLOAT64:
         return f"the gradient: its norm is {theirs.norm / ours.norm:.3g} times as large in JAX"
-    name, apart = _worst(theirs.exp_avg, ours.exp_avg)
+    name, apart = worst_tensor(theirs.exp_avg, ours.exp_avg)
     if apart > FLOAT64:
         factor = _factor(theirs.exp_avg, ours.exp_avg)
         if factor is not None:
             return f"clipping or beta1: the gradient is {factor:.7g} times as large in JAX"
         return f"exp_avg of {name}"
-    name, apart = _worst(theirs.exp_avg_sq, ours.exp_avg_sq)
+    name, apart = worst_tensor(theirs.exp_avg_sq, ours.exp_avg_sq)
     if apart > FLOAT64:
         return f"exp_avg_sq of {name}: beta2"
     updates = [{n: p[n] - past[n] for n in past} for p in (theirs.params, ours.params)]
@@ -288,7 +290,7 @@ def _factor(measured: Arrays, truth: Arrays) -> float | None:
     dots = sum(float((measured[n] * truth[n]).sum()) for n in truth)
     factor = dots / sum(float((truth[n] ** 2).sum()) for n in truth)
     scaled = {n: factor * truth[n] for n in truth}
-    same = _worst(measured, scaled)[1] < 1e-9 and abs(factor - 1) > 1e-9
+    same = worst_tensor(measured, scaled)[1] < 1e-9 and abs(factor - 1) > 1e-9
     return factor if same else None
 
 
@@ -370,7 +372,8 @@ def distance(measured: np.ndarray, truth: np.ndarray) -> float:
     return float(difference / norm) if norm else float(difference)
 
 
-def _worst(measured: Arrays, truth: Arrays) -> tuple[str, float]:
+def worst_tensor(measured: Arrays, truth: Arrays) -> tuple[str, float]:
+    """The name and the relative difference of the tensor that is furthest from the truth."""
     assert measured.keys() == truth.keys()
     distances = {key: distance(measured[key], truth[key]) for key in truth}
     where = max(distances, key=lambda key: distances[key])

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from flax import nnx
+from torch.distributed.tensor import DTensor
 
 import mooshak_jax.checkpoint
 import mooshak_jax.generate
@@ -88,6 +89,8 @@ class TorchSide:
 
     def __init__(self, source: Checkpoint):
         self.source = source
+        self.main = True
+        """Whether this is the first process, where there are several."""
 
     def model(self, dtype: Dtype) -> mooshak_torch.model.Model:
         model = mooshak_torch.model.Model(self.source.model, dtype)
@@ -135,20 +138,26 @@ class TorchSide:
         return {n: p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None}
 
     def steps(self, config: Config, tokens_nBS: np.ndarray) -> Iterator[Step]:
+        """As `Side.steps`; under torchrun every process takes its rows and has the whole result."""
         parallel = mooshak_torch.parallel.make_parallel(config)
-        model = self.model(config.train.dtype)
+        self.main = parallel.main
+        bare = mooshak_torch.train.make_objective(config.model, config)
+        objective = parallel.wrap(bare, config)
+        model = mooshak_torch.train.model_of(objective)
+        mooshak_torch.checkpoint.fill(dict(model.named_parameters()), self.source)
         optimizer = mooshak_torch.optimizer.make_optimizer(model, config.optimizer)
-        objective = mooshak_torch.train.Objective(model, config.train.loss_chunk)
         for step, batch_BS in enumerate(tokens_nBS):
-            batch, rate = torch.from_numpy(batch_BS).long(), learning_rate(config, step)
+            mine_BS = torch.from_numpy(batch_BS).long().chunk(parallel.parts)[parallel.part]
             loss, norm = mooshak_torch.train.train_step(
-                objective, optimizer, batch, rate, config, parallel
+                objective, optimizer, mine_BS, learning_rate(config, step), config, parallel
             )
+            loss = parallel.sum(loss)
             moments = mooshak_torch.optimizer.moments(model, optimizer)
             trees: list[dict[str, torch.Tensor]] = [dict(model.named_parameters())]
             trees += [moments[moment] for moment in MOMENTS]
-            arrays = [{n: p.detach().numpy().copy() for n, p in t.items()} for t in trees]
+            arrays = [{name: _whole(tensor) for name, tensor in tree.items()} for tree in trees]
             yield Step(loss.item(), norm.item(), *arrays)
+        parallel.close()
 
     @torch.no_grad()
     def cached_logits(self, dtype: Dtype, tokens_BT: np.ndarray) -> np.ndarray:
@@ -343,6 +352,11 @@ def _recorded(model: nnx.Module, seen: _Recorder) -> Iterator[None]:
 def _halves_then_one_by_one(length: int) -> list[slice]:
     half = length // 2
     return [slice(0, half), *(slice(t, t + 1) for t in range(half, length))]
+
+
+def _whole(tensor: torch.Tensor) -> np.ndarray:
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).numpy().copy()
 
 
 def _numpy(tensor: torch.Tensor) -> np.ndarray:

@@ -66,7 +66,17 @@ MODELS = {
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 def test_every_line_of_the_check_passes(model: ModelConfig) -> None:
     source = check.drawn(model)
-    lines = list(check.check(source, batch=4, time=30, decode=20, controls=False, floors=False))
+    lines = list(
+        check.check(
+            source,
+            batch=4,
+            time=30,
+            decode=20,
+            parts=check.IN_THIS_PROCESS,
+            controls=False,
+            floors=False,
+        )
+    )
     assert len(lines) > 40
     assert [line for line in lines if not line.passed] == []
 

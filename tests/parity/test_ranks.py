@@ -1,0 +1,32 @@
+"""The same training on eight CPU devices in every mesh, and on processes that torchrun starts."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mooshak.config import Config, ModelConfig, TrainConfig
+from parity import check
+from parity.ranks import fitting
+
+MODEL = ModelConfig(vocab_size=96, dim=16, n_layers=2, n_heads=4, hidden_dim=24, max_seq_len=24)
+
+
+@pytest.mark.slow
+def test_layouts_change_nothing_and_a_fault_would_show(tmp_path: Path) -> None:
+    lines = list(check.check(check.drawn(MODEL), batch=4, time=20, parts=("layouts",)))
+    names = {line.layout for line in lines}
+    assert len(names) == 5 and len(lines) == 25
+    for line in lines:
+        assert line.floor is not None and line.control is not None
+        assert line.floor < line.allowed < line.control
+        assert line.passed, line
+    check.write_report(lines, tmp_path, "drawn")
+    page = (tmp_path / "report.html").read_text()
+    assert all(name in page for name in names)
+
+
+def test_meshes_that_the_model_does_not_allow_are_left_out() -> None:
+    one_head = replace(MODEL, n_heads=1, n_kv_heads=1, head_dim=16)
+    config = Config(model=one_head, train=TrainConfig(batch_size=8))
+    assert fitting(config) == ["data=8", "fsdp=8"]
