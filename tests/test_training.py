@@ -8,7 +8,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 STEPS = 8
 
@@ -213,6 +215,41 @@ def test_all_held_out_text_is_evaluated_on_demand(torch_run: Path) -> None:
     manifest = json.loads((torch_run.parent / "tokens/hindi/manifest.json").read_text())
     held_out = sum(s["tokens"] for s in manifest["shards"] if s["split"] == "validation")
     assert tokens == [(held_out - 1) // 32 * 32]
+
+
+@pytest.mark.slow
+def test_one_run_over_five_layouts_has_the_same_curve(
+    config: Path, torch_run: Path, tmp_path: Path
+) -> None:
+    """DDP, FSDP2, a mesh of JAX, one process of torch, another mesh: one run directory."""
+    ranks = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m")
+    scanned = ("--model.scan_layers", "true")
+    options = ("--config", config, "--run.dir", tmp_path / "run", "--checkpoint.keep", 9)
+    for stop, framework, launcher, layout in (
+        (2, "torch", ranks, ("--parallel.strategy", "ddp")),
+        (4, "torch", ranks, ("--parallel.strategy", "fsdp")),
+        (5, "jax", ("-m",), ("--mesh", "data=2,fsdp=2", *scanned)),
+        (6, "torch", ("-m",), ()),
+        (8, "jax", ("-m",), ("--mesh", "fsdp=4")),
+    ):
+        words = (*options, *layout, "--train.stop_at", stop)
+        run(f"mooshak_{framework}.train", *words, launcher=launcher)
+    pairs = zip(losses(tmp_path / "run"), losses(torch_run), strict=True)
+    assert max(abs(loss / truth - 1) for loss, truth in pairs) < 1e-12
+    # What the last checkpoint holds is what the run that stayed holds.
+    for name, directory in (("moved", tmp_path / "run"), ("stayed", torch_run)):
+        source = directory / "checkpoints" / str(STEPS)
+        run("parity.convert", source, tmp_path / name, "--to", "safetensors")
+    moved, stayed = (load_tensors(tmp_path / name) for name in ("moved", "stayed"))
+    for key, truth in stayed.items():
+        assert np.linalg.norm(moved[key] - truth) <= 1e-12 * np.linalg.norm(truth), key
+
+
+def load_tensors(directory: Path) -> dict[str, np.ndarray]:
+    """The tensors of an interchange directory, optimizer included."""
+    return load_file(directory / "model.safetensors") | load_file(
+        directory / "optimizer.safetensors"
+    )
 
 
 def refused(module: str, *arguments: object) -> str:
