@@ -122,6 +122,13 @@ def kind_of(path: Path) -> str:
     return kinds[0]
 
 
+def model_of(path: Path) -> ModelConfig:
+    """The model that a checkpoint of any kind says it is, from its `config.json` alone."""
+    if kind_of(path) == "hf":
+        return huggingface.read_config(path)
+    return interchange.read_description(path)[0]
+
+
 def resume_from(config: Config, resume: str) -> Path | None:
     """The checkpoint that a run continues from, or None for a start from the beginning.
 

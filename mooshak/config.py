@@ -233,6 +233,15 @@ class TokenizerConfig:
 
 
 @dataclass(frozen=True)
+class InitConfig:
+    """What the weights are before the first step. The key is `from`, a keyword of Python."""
+
+    from_: str = ""
+    """A checkpoint of any kind, a Hugging Face directory too, to begin with (empty: drawn weights).
+    Keys of model that are left at their default are its, and so is the tokenizer."""
+
+
+@dataclass(frozen=True)
 class SourceConfig:
     """One stream of documents."""
 
@@ -452,6 +461,7 @@ class Config:
     """Everything that decides a run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    init: InitConfig = field(default_factory=InitConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -496,7 +506,11 @@ def parser(description: str) -> jsonargparse.ArgumentParser:
     result.add_argument("--config", action="config", help="a YAML file with the sections below")
     # Section by section: defaults come from the signatures, where a derived value is still null.
     for section in fields(Config):
-        result.add_class_arguments(section.type, section.name)
+        if section.type is InitConfig:
+            text = "a checkpoint of any kind to begin with; the model and the tokenizer are its own"
+            result.add_argument("--init.from", default="", help=f"{text} (empty: drawn weights)")
+        else:
+            result.add_class_arguments(section.type, section.name)
     return result
 
 
@@ -522,8 +536,27 @@ def parse(
         if isinstance(error, UnicodeDecodeError) or message.startswith("Problems parsing config"):
             message = f"{_config_file(words)} is not YAML: {message}"
         raise InputError(message) from error
-    config = Config(**{name: values[name] for name in SECTIONS})
-    return config, values
+    sections = {name: values[name] for name in SECTIONS}
+    sections["init"] = InitConfig(values["init.from"])
+    if sections["init"].from_:
+        sections |= _begun(**sections)
+    return Config(**sections), values
+
+
+def _begun(
+    init: InitConfig, model: ModelConfig, tokenizer: TokenizerConfig, **_: Any
+) -> dict[str, Any]:
+    """The sections `model` and `tokenizer` of a run that begins with a checkpoint."""
+    from mooshak.checkpoints import model_of
+    from mooshak.prompts import find_tokenizer
+
+    path, unset = Path(init.from_), ModelConfig()
+    there = description(model_of(path))
+    given = {key: value for key, value in description(model).items() if value != there.get(key)}
+    given = {key: value for key, value in given.items() if value != getattr(unset, key)}
+    if tokenizer.path == TokenizerConfig().path:
+        tokenizer = replace(tokenizer, path=str(find_tokenizer(path, None)))
+    return {"model": replace(model, **there | given), "tokenizer": tokenizer}
 
 
 def _long(word: str) -> str:
@@ -538,7 +571,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def dump(config: Config) -> str:
     """The configuration as YAML; `load` reads it back as the same configuration."""
-    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
+    values = asdict(config) | {"init": {"from": config.init.from_}}
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def description(model: ModelConfig) -> dict[str, Any]:
@@ -596,7 +630,9 @@ def _explain(message: str) -> str:
 @functools.cache
 def _known_keys() -> tuple[str, ...]:
     sections = get_type_hints(Config).items()
-    keys = [f"{name}.{key.name}" for name, section in sections for key in fields(section)]
+    keys = [
+        f"{name}.{key.name.rstrip('_')}" for name, section in sections for key in fields(section)
+    ]
     return (*SECTIONS, *keys, *(f.name for f in fields(SourceConfig)), "config", "mesh", "resume")
 
 

@@ -267,6 +267,16 @@ def is_hf(path: Path) -> bool:
     return isinstance(values, dict) and "model_type" in values
 
 
+def read_config(path: Path) -> ModelConfig:
+    """The model of a Hugging Face directory. Raises `InputError` where it is not supported."""
+    config = path / "config.json"
+    try:
+        values = json.loads(config.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{config} is not JSON: {error}") from error
+    return model_from_hf(values, str(config))
+
+
 @dataclass(frozen=True)
 class Stored:
     """The tensors of a directory under the names that they have there."""
@@ -282,12 +292,7 @@ def open_checkpoint(path: Path, stored: Stored | None = None) -> Checkpoint:
     Raises `InputError` for a model that is not supported, and for a tensor that is missing, has
     another shape, or belongs to no parameter.
     """
-    config = path / "config.json"
-    try:
-        values = json.loads(config.read_bytes())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{config} is not JSON: {error}") from error
-    model = model_from_hf(values, str(config))
+    model = read_config(path)
     there = stored or _safetensors(path)
     theirs = {hf_name(name): name for name in model.parameter_shapes()}
     computed = "|".join(NO_PARAMETERS)
@@ -305,7 +310,7 @@ def open_checkpoint(path: Path, stored: Stored | None = None) -> Checkpoint:
         return there.read(hf_name(key), rows)
 
     read = checked(rows_of, tensors, checksums, lambda key: path)
-    along = companions(path) | {HF_CONFIG: config}
+    along = companions(path) | {HF_CONFIG: path / "config.json"}
     return Checkpoint(path, "hf", model, None, tensors, read, checksums, along)
 
 

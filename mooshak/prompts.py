@@ -16,7 +16,10 @@ def complete(
 ) -> None:
     """Tokenise the prompts, generate, and print each text up to its end of text."""
     tokenizer = Tokenizer(find_tokenizer(Path(args.checkpoint), args.tokenizer))
-    if tokenizer.padded_vocab_size != model.vocab_size:
+    # A model that was not made here may have rows to spare; its tokenizer stands beside it.
+    own = tokenizer.path.parent == Path(args.checkpoint)
+    needed = tokenizer.vocab_size if own else tokenizer.padded_vocab_size
+    if needed > model.vocab_size or (needed < model.vocab_size and not own):
         raise InputError(
             f"the tokenizer has {tokenizer.vocab_size} pieces, the model's vocabulary is "
             f"{model.vocab_size}; name the right one with --tokenizer"

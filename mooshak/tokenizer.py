@@ -6,6 +6,7 @@ which the models published for Hindi do not give: NFKC changes Devanagari. The s
 chat markers are control symbols: no text encodes to them.
 
     python -m mooshak.tokenizer train  --config configs/demo.yaml
+    python -m mooshak.tokenizer extend --init.from LLAMA --config C --tokenizer.path new.model
     python -m mooshak.tokenizer encode --config configs/demo.yaml "नमस्ते दुनिया"
     python -m mooshak.tokenizer decode --tokenizer.path tokenizer.model 1 302 17
     python -m mooshak.tokenizer report --config configs/demo.yaml
@@ -36,7 +37,7 @@ _SPACE_MARK = "\u2581"
 # SentencePiece splits only numbers in 0-9 into digits. A line of its own for each Devanagari digit
 # has the same effect: no piece with two of them is ever seen.
 _LINE_ENDS = re.compile("\n|(?<=[०-९])|(?=[०-९])")
-_ACTIONS = ("train", "encode", "decode", "report")
+_ACTIONS = ("train", "extend", "encode", "decode", "report")
 # Longest line that is shown to the trainer, in characters (at most 4 bytes each).
 _LINE = 4096
 
@@ -120,15 +121,22 @@ class Tokenizer:
             )
         return self._model.decode([id for id in pieces if id < self.vocab_size])
 
+    def texts(self) -> list[str]:
+        """The text that each piece stands for; none of specials, and none of single bytes."""
+        specials = (self._model.is_byte, self._model.is_control, self._model.is_unknown)
+        return [
+            ""
+            if any(special(id) for special in specials)
+            else self._model.id_to_piece(id).replace(_SPACE_MARK, " ")
+            for id in range(self.vocab_size)
+        ]
+
     def token_bytes(self) -> np.ndarray:
         """Bytes of text that each id stands for, int32 [padded_vocab_size]; specials have none."""
         result = np.zeros(self.padded_vocab_size, np.int32)
-        for id in range(self.vocab_size):
-            if self._model.is_byte(id):
-                result[id] = 1
-            elif not self._model.is_control(id) and not self._model.is_unknown(id):
-                piece = self._model.id_to_piece(id)
-                result[id] = len(piece.replace(_SPACE_MARK, " ").encode())
+        result[: self.vocab_size] = [
+            self._model.is_byte(id) or len(text.encode()) for id, text in enumerate(self.texts())
+        ]
         return result
 
 
@@ -143,7 +151,9 @@ def ensure(config: Config) -> Tokenizer:
             if not path.exists():  # Another process may have trained it while this one waited.
                 train(config)
     tokenizer = Tokenizer(path)
-    if tokenizer.padded_vocab_size != config.model.vocab_size:
+    # A model that was not made here may have rows to spare.
+    spare = bool(config.init.from_) and tokenizer.vocab_size <= config.model.vocab_size
+    if tokenizer.padded_vocab_size != config.model.vocab_size and not spare:
         raise InputError(
             f"tokenizer {path} has {tokenizer.vocab_size} pieces, the model's vocab_size is "
             f"{config.model.vocab_size}; set model.vocab_size to {tokenizer.padded_vocab_size}, "
@@ -153,7 +163,12 @@ def ensure(config: Config) -> Tokenizer:
 
 
 def train(config: Config) -> None:
-    """Train a tokenizer on text of the sources and write it to `tokenizer.path`.
+    """Train a tokenizer on text of the sources and write it to `tokenizer.path`."""
+    write_atomically(Path(config.tokenizer.path), trained(config))
+
+
+def trained(config: Config) -> bytes:
+    """The model file of a tokenizer that is trained on text of the sources.
 
     The same text gives the same file, bit for bit.
     """
@@ -209,7 +224,7 @@ def train(config: Config) -> None:
         raise
     if unreadable:
         raise unreadable[0]
-    write_atomically(Path(settings.path), model.getvalue())
+    return model.getvalue()
 
 
 def _training_lines(config: Config) -> Iterator[str]:
@@ -278,11 +293,13 @@ def _is_of_letters(word: str) -> bool:
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    """`python -m mooshak.tokenizer train|encode|decode|report`."""
+    """`python -m mooshak.tokenizer train|extend|encode|decode|report`."""
     words = list(sys.argv[1:] if argv is None else argv)
     # The action comes first, and not as an argument: then texts may stand behind the options.
     action = words.pop(0) if words and words[0] in _ACTIONS else None
-    arguments = parser(f"{', '.join(_ACTIONS)}: train a tokenizer, use it, or report how it fits.")
+    arguments = parser(
+        f"{', '.join(_ACTIONS)}: train or extend a tokenizer, use it, or report how it fits."
+    )
     arguments.add_argument(
         "input", nargs="*", help="encode: texts, decode: token ids (default: standard input)"
     )
@@ -294,8 +311,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(f"the first argument says what to do; give one of {', '.join(_ACTIONS)}")
     if action == "train":
         train(config)
+    elif action == "extend":
+        from mooshak.extension import extend
+
+        extend(config)
     tokenizer = Tokenizer(config.tokenizer.path)
-    if action == "train":
+    if action in ("train", "extend"):
         print(f"{tokenizer.path}: {tokenizer.vocab_size} pieces")
     elif action == "report":
         _report(config, tokenizer, options.documents)

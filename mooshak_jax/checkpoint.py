@@ -21,11 +21,13 @@ from jax.sharding import SingleDeviceSharding
 
 from mooshak import huggingface, interchange
 from mooshak.checkpoints import kind_of, readable
-from mooshak.config import Dtype, ModelConfig
+from mooshak.config import Config, Dtype, ModelConfig
 from mooshak.errors import InputError
+from mooshak.extension import initial
 from mooshak.files import new_directory
 from mooshak.initial import initial_weight
 from mooshak.interchange import EVERY, Checkpoint
+from mooshak.tokenizer import Tokenizer
 from mooshak_jax.model import PARAMETERS, Model
 from mooshak_jax.parallel import Parallel
 
@@ -255,6 +257,13 @@ def restore(
 
 def _read_moment(source: Checkpoint, moment: str, name: str) -> np.ndarray:
     return source.read(f"{moment}.{name}")
+
+
+def begin(config: Config, tokenizer: Tokenizer, parallel: Parallel) -> Any:
+    """The parameters with the weights of `init.from`, and rows for the pieces that it lacks."""
+    with readable(Path(config.init.from_), "jax") as source_path:
+        source = initial(config, open_checkpoint(source_path), tokenizer)
+        return fill(abstract_params(config.model, config.train.dtype, parallel), source.read)
 
 
 def load(

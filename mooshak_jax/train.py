@@ -25,6 +25,7 @@ from mooshak.run_log import RunLog, stop_request
 from mooshak.schedule import learning_rate
 from mooshak_jax.checkpoint import (
     abstract_params,
+    begin,
     graph,
     initialize,
     join,
@@ -51,7 +52,9 @@ def train(config: Config, resume: str = "auto") -> None:
     tokenizer, _ = ensure(config)
     path = checkpoints.resume_from(config, resume)
     step, validation_loss = 0, None
-    if path is None:
+    if path is None and config.init.from_:
+        state = initial_state(begin(config, tokenizer, parallel))
+    elif path is None:
         params = initialize(config.model, config.train.dtype, config.run.seed, parallel=parallel)
         state = initial_state(params)
     else:

@@ -37,10 +37,12 @@ from torch.distributed.checkpoint.planner import (
 
 from mooshak import huggingface, interchange
 from mooshak.checkpoints import kind_of, readable
-from mooshak.config import Dtype
+from mooshak.config import Config, Dtype
 from mooshak.errors import InputError
+from mooshak.extension import initial
 from mooshak.files import new_directory
 from mooshak.interchange import Checkpoint
+from mooshak.tokenizer import Tokenizer
 from mooshak_torch.model import Model, local_part
 from mooshak_torch.optimizer import moments, set_step
 
@@ -100,6 +102,13 @@ def restore(model: Model, optimizer: torch.optim.Optimizer, source: Checkpoint) 
     fill(state, source)
     assert source.trainer_state is not None
     set_step(optimizer, source.trainer_state["step"])
+
+
+def begin(model: Model, config: Config, tokenizer: Tokenizer) -> None:
+    """Fill the model with the weights of `init.from`, and rows for the pieces that it lacks."""
+    with readable(Path(config.init.from_), "torch") as source_path:
+        source = initial(config, open_checkpoint(source_path), tokenizer)
+        fill(dict(model.named_parameters()), source)
 
 
 def load(path: str | Path, dtype: Dtype) -> Model:

@@ -21,7 +21,7 @@ from mooshak.errors import command
 from mooshak.evaluation import validation_metrics
 from mooshak.run_log import RunLog, stop_request
 from mooshak.schedule import learning_rate
-from mooshak_torch.checkpoint import open_checkpoint, restore, start_saving
+from mooshak_torch.checkpoint import begin, open_checkpoint, restore, start_saving
 from mooshak_torch.loss import HeadLoss
 from mooshak_torch.model import Model, initialize
 from mooshak_torch.optimizer import clip_gradients, make_optimizer
@@ -41,7 +41,9 @@ def train(config: Config, resume: str = "auto") -> None:
     model = model_of(objective)
     optimizer = make_optimizer(model, config.optimizer)
     step, validation_loss = 0, None
-    if path is None:
+    if path is None and config.init.from_:
+        begin(model, config, tokenizer)
+    elif path is None:
         initialize(model, config.run.seed)
     else:
         with checkpoints.readable(path, "torch") as readable:

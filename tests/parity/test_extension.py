@@ -1,0 +1,222 @@
+"""A model from elsewhere goes on here, `--init.from`, also with a vocabulary that has grown."""
+
+import io
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+
+from mooshak import extension, interchange
+from mooshak.config import Config, ModelConfig, dump
+from mooshak.errors import InputError
+from mooshak.initial import initial_weight
+from mooshak.interchange import Checkpoint
+from mooshak.tokenizer import Tokenizer
+from parity.convert import convert, open_any
+
+FRAMEWORKS = ("torch", "jax")
+MODEL = ModelConfig(
+    architecture="llama",
+    vocab_size=330,
+    dim=24,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=10,
+    hidden_dim=36,
+    max_seq_len=48,
+)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory as from the hub: an English tokenizer of 320 pieces, a model of 330 rows."""
+    directory = tmp_path_factory.mktemp("llama")
+    model = io.BytesIO()
+    text = "a clever mouse lived in the forest; the lion became its friend and the farmer came"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([text] * 3),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=320,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    (directory / "tokenizer.model").write_bytes(model.getvalue())
+    shapes = MODEL.parameter_shapes()
+    tensors = {name: (np.dtype(np.float32), shape) for name, shape in shapes.items()}
+
+    def read(name: str, rows: slice = slice(None)) -> np.ndarray:
+        return initial_weight(MODEL, 0, name, rows, gain_std=0.2)
+
+    along = {"tokenizer.model": directory / "tokenizer.model"}
+    source = Checkpoint(directory, "drawn", MODEL, None, tensors, read, companions=along)
+    interchange.write_checkpoint(directory / "ours", source)
+    convert(directory / "ours", directory / "hf", "hf", dtype="bfloat16")
+    return directory / "hf"
+
+
+@pytest.fixture(scope="module")
+def config(llama: Path, tiny_config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe that continues it on the Hindi of the corpus."""
+    here = tmp_path_factory.mktemp("hindi")
+    hindi = replace(
+        tiny_config,
+        data=replace(
+            tiny_config.data, dir=str(here / "shards"), sources=tiny_config.data.sources[:1]
+        ),
+        train=replace(tiny_config.train, steps=3, dtype="float64", sequence_length=24),
+        run=replace(tiny_config.run, dir=str(here / "run")),
+    )
+    text = dump(hindi).split("data:", 1)[1]  # Without the sections that are the checkpoint's.
+    path = here / "hindi.yaml"
+    path.write_text(f"init: {{from: {llama}}}\ndata:{text}")
+    return path
+
+
+@pytest.fixture(scope="module")
+def extended(config: Path) -> Tokenizer:
+    """The tokenizer with 380 pieces."""
+    from mooshak.tokenizer import main
+
+    path = config.parent / "extended.model"
+    main(
+        [
+            "extend",
+            "--config",
+            str(config),
+            "--tokenizer.path",
+            str(path),
+            "--tokenizer.vocab_size",
+            "380",
+        ]
+    )
+    return Tokenizer(path)
+
+
+@pytest.fixture
+def command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Run the `main` of a module in this process; returns what it prints."""
+
+    def call(module: str, *arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", [module, *map(str, arguments)])
+        capsys.readouterr()
+        import_module(module).main()
+        return capsys.readouterr().out
+
+    return call
+
+
+def test_old_pieces_keep_their_ids_and_hindi_costs_fewer_tokens(
+    llama: Path, extended: Tokenizer
+) -> None:
+    old = Tokenizer(llama / "tokenizer.model")
+    assert extended.vocab_size == 380
+    assert extended.texts()[:320] == old.texts()
+    english, hindi = "the lion came", "एक चालाक चूहा जंगल में रहता था 😀"
+    assert extended.encode(english) == old.encode(english)
+    assert len(extended.encode(hindi)) < len(old.encode(hindi)) / 2
+    assert extended.decode(extended.encode(hindi)) == hindi
+
+
+def test_new_rows_are_means_and_have_the_same_bits_in_both_frameworks(
+    llama: Path, config: Path, extended: Tokenizer
+) -> None:
+    import mooshak_jax.checkpoint
+    import mooshak_jax.parallel
+    import mooshak_torch.checkpoint
+    import mooshak_torch.model
+    from mooshak.config import load
+    from parity.sides import canonical
+
+    options = ["--tokenizer.path", str(extended.path), "--model.vocab_size", "384"]
+    recipe = load(config, [*options, "--train.dtype", "float32"])
+    assert recipe.model == replace(MODEL, vocab_size=384)
+    source = open_any(llama)
+    for name in extension.VOCABULARY:
+        rows = source.read(name).astype(np.float64)
+        new = extension.initial(recipe, source, extended).read(name).astype(np.float64)
+        assert np.array_equal(new[:320], rows[:320])
+        mean = rows.mean(0)
+        assert np.allclose(new[380:], mean, rtol=2**-7, atol=1e-3)
+        # Of a Devanagari piece, the mean of its bytes' rows.
+        row = next(i for i, text in enumerate(extended.texts()) if i >= 320 and "च" in text)
+        text = extended.texts()[row]
+        byte_rows = [3 + byte for byte in text.encode() if byte != 32]
+        space = [extended.id_of("\u2581")] * text.startswith(" ")
+        assert np.allclose(new[row], rows[space + byte_rows].mean(0), rtol=2**-7, atol=1e-3)
+    model = mooshak_torch.model.Model(recipe.model)
+    mooshak_torch.checkpoint.begin(model, recipe, extended)
+    parallel = mooshak_jax.parallel.make_parallel(recipe)
+    theirs = canonical(mooshak_jax.checkpoint.begin(recipe, extended, parallel))
+    for name, parameter in model.named_parameters():
+        assert np.array_equal(parameter.detach().numpy(), theirs[name]), name
+
+
+def test_pretraining_continues_alike_in_both_frameworks(
+    config: Path, extended: Tokenizer, tmp_path: Path, command: Command
+) -> None:
+    options = ("--config", config, "--tokenizer.path", extended.path, "--model.vocab_size", 384)
+    curves = []
+    for framework in FRAMEWORKS:
+        run = tmp_path / framework
+        command(f"mooshak_{framework}.train", *options, "--run.dir", run)
+        lines = (run / "metrics.jsonl").read_text().splitlines()
+        curves.append([json.loads(line)["loss"] for line in lines])
+    assert len(curves[0]) == 3
+    assert curves[0] == pytest.approx(curves[1], rel=1e-12, abs=0)
+    # The run's checkpoint goes back to the hub with the larger tokenizer.
+    convert(tmp_path / "jax/checkpoints/3", tmp_path / "hf", "hf")
+    assert open_any(tmp_path / "hf").model == replace(MODEL, vocab_size=384)
+    assert (tmp_path / "hf/tokenizer.model").read_bytes() == extended.path.read_bytes()
+
+
+def test_a_directory_from_the_hub_generates_in_both_frameworks(
+    llama: Path, command: Callable[..., str]
+) -> None:
+    options = (llama, "--prompt", "the lion", "--tokens", 12)
+    ours, theirs = (command(f"mooshak_{framework}.generate", *options) for framework in FRAMEWORKS)
+    assert ours == theirs and ours.startswith("the lion")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model.n_layers", "3"], "its n_layers is 2"),
+        (["--model.vocab_size", "320"], "its vocab_size is 330"),
+        (["--tokenizer.path", "EXTENDED"], "set model.vocab_size to 384"),
+        (["--init.from", "/nowhere"], "no checkpoint directory /nowhere"),
+    ],
+)
+def test_what_does_not_fit_is_named(
+    options: list[str], message: str, config: Path, extended: Tokenizer, tmp_path: Path
+) -> None:
+    from mooshak.config import load
+    from mooshak_torch.train import train
+
+    options = [str(extended.path) if option == "EXTENDED" else option for option in options]
+    options += ["--run.dir", str(tmp_path), "--data.dir", str(tmp_path / "tokens")]
+    with pytest.raises(InputError, match=message):
+        train(load(config, options))
+
+
+def test_an_extension_needs_room_and_text(config: Path, tmp_path: Path) -> None:
+    from mooshak.config import load
+
+    path = ["--tokenizer.path", str(tmp_path / "new.model")]
+    for size, message in (("300", "more than the 320 pieces"), ("5000", "too large for the text")):
+        with pytest.raises(InputError, match=message):
+            extension.extend(load(config, [*path, "--tokenizer.vocab_size", size]))
+    (tmp_path / "new.model").touch()
+    with pytest.raises(InputError, match="exists already"):
+        extension.extend(load(config, [*path, "--tokenizer.vocab_size", "380"]))
