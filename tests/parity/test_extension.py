@@ -102,10 +102,11 @@ def extended(config: Path) -> Tokenizer:
     return Tokenizer(path)
 
 
+Command = Callable[..., str]
+
+
 @pytest.fixture
-def command(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., str]:
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
     """Run the `main` of a module in this process; returns what it prints."""
 
     def call(module: str, *arguments: object) -> str:
@@ -182,7 +183,7 @@ def test_pretraining_continues_alike_in_both_frameworks(
 
 
 def test_a_directory_from_the_hub_generates_in_both_frameworks(
-    llama: Path, command: Callable[..., str]
+    llama: Path, command: Command
 ) -> None:
     options = (llama, "--prompt", "the lion", "--tokens", 12)
     ours, theirs = (command(f"mooshak_{framework}.generate", *options) for framework in FRAMEWORKS)
