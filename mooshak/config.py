@@ -377,7 +377,7 @@ class TrainConfig:
 class ParallelConfig:
     """How the work is spread over devices."""
 
-    strategy: Literal["auto", "single", "ddp", "fsdp", "hsdp"] = "auto"
+    strategy: Literal["auto", "single", "ddp", "fsdp", "hsdp", "deepspeed"] = "auto"
     """torch: single, ddp, or auto (ddp under torchrun)."""
     mesh: str = ""
     """Axes and sizes, like data=2,fsdp=4; --mesh is short for it (empty: all devices on data)."""
@@ -389,6 +389,8 @@ class ParallelConfig:
     """torch, fsdp: keep parameters, gradients and optimizer state in the host's memory."""
     prefetch: int = 1
     """torch, fsdp: layers that are gathered ahead of the one that computes."""
+    zero_stage: Literal[1, 2, 3] = 2
+    """torch, deepspeed: cut the optimizer state (1), gradients too (2), parameters too (3)."""
     sequence_parallel: bool = False
     """torch, tensor: cut hidden states by sequence where they are not cut by heads or width."""
     slices: int = 1

@@ -45,6 +45,7 @@ from mooshak.interchange import Checkpoint
 from mooshak.tokenizer import Tokenizer
 from mooshak_torch.model import Model, local_part
 from mooshak_torch.optimizer import moments, set_step
+from mooshak_torch.zero import ZeroOptimizer
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -80,7 +81,7 @@ logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
 
 def start_saving(
     model: Model,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | ZeroOptimizer,
     path: Path,
     group: dist.ProcessGroup | None = None,
 ) -> Callable[[], None]:
@@ -89,7 +90,11 @@ def start_saving(
     `group` is a process group of the saves' own: in the background they must not meet the
     collectives of the training.
     """
-    state = {"params": dict(model.named_parameters()), **moments(model, optimizer)}
+    state: dict[str, Any]
+    if isinstance(optimizer, ZeroOptimizer):
+        state = optimizer.state()
+    else:
+        state = {"params": dict(model.named_parameters()), **moments(model, optimizer)}
     future: Any = dcp.async_save(state, checkpoint_id=path / "dcp", process_group=group)
     return future.result
 

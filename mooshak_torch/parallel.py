@@ -35,6 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mooshak.config import Config
 from mooshak.errors import InputError
 from mooshak.mesh import AXES, check_mesh, mesh_sizes, mesh_text, parse_mesh
+from mooshak_torch import zero
 from mooshak_torch.loss import HeadLoss
 from mooshak_torch.model import COMPUTE, MLP, Attention, Model, RMSNorm, Rope
 
@@ -42,6 +43,7 @@ DEFAULT_MESHES = {
     "single": "data=1",
     "ddp": "data=-1",
     "fsdp": "fsdp=-1",
+    "deepspeed": "data=-1",
     "hsdp": "data=-1,fsdp={local}",
 }
 """Strategy -> its mesh where none is given; `local` is the number of processes on this machine."""
@@ -66,8 +68,8 @@ class Parallel:
     sizes: dict[str, int]
     """Axis of the mesh -> its size; their product is the number of processes."""
     device: torch.device
-    sharded: bool = False
-    """Whether parameters are kept by FSDP2."""
+    strategy: str = "single"
+    """single, ddp, fsdp (HSDP and tensor parallelism included) or deepspeed."""
     mesh: DeviceMesh | None = None
     """None for one process that nobody launched."""
     saving: dist.ProcessGroup | None = None
@@ -106,12 +108,13 @@ class Parallel:
         assert isinstance(model, Model)
         if self.mesh is not None and self.sizes["tensor"] > 1:
             cut(objective, self.mesh["tensor"], config)
-        if self.mesh is not None and self.sharded:
+        sharded = self.strategy == "fsdp" and self.parts > 1
+        if self.mesh is not None and sharded:
             shard(objective, self.mesh, config)
         objective.to_empty(device="cpu" if config.parallel.cpu_offload else self.device)
         # Tables, not parameters: the meta device has lost their values.
         model.rope = Rope(model.config, model.rope.cos.dtype).to(self.device)
-        if self.mesh is None or self.sharded or self.sizes["data"] == 1:
+        if sharded or self.parts == 1:
             return objective
         devices = [self.device] if self.device.type == "cuda" else None
         # Every process fills in the same values, and there are no buffers that change.
@@ -129,8 +132,20 @@ class Parallel:
             objective.set_requires_gradient_sync(False)
             yield
             objective.set_requires_gradient_sync(True)
+        elif self.strategy == "deepspeed":
+            engine: Any = objective
+            engine.set_gradient_accumulation_boundary(not when)
+            yield
         else:
             yield
+
+    def backward(self, objective: nn.Module, loss: Tensor) -> None:
+        """Add the gradients of a loss to those of the parameters."""
+        if self.strategy == "deepspeed":
+            engine: Any = objective
+            engine.backward(loss, scale_wrt_gas=False)
+        else:
+            loss.backward()
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over the parts of the batch, in place."""
@@ -161,8 +176,7 @@ def make_parallel(config: Config) -> Parallel:
         return Parallel(rank, sizes, device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=AXES)
-    sharded = strategy in ("fsdp", "hsdp") and sizes["data"] * sizes["fsdp"] > 1
-    return Parallel(rank, sizes, device, sharded, mesh, dist.new_group(backend="gloo"))
+    return Parallel(rank, sizes, device, strategy, mesh, dist.new_group(backend="gloo"))
 
 
 def _strategy_and_sizes(config: Config, world: int) -> tuple[str, dict[str, int]]:
@@ -188,11 +202,13 @@ def _strategy_and_sizes(config: Config, world: int) -> tuple[str, dict[str, int]
             "torchrun, or give one axis the size -1"
         )
     sizes = mesh_sizes(text, world)
-    if strategy in ("single", "ddp") and sizes["data"] != world:
+    if strategy in ("single", "ddp", "deepspeed") and sizes["data"] != world:
         raise InputError(
             f"parallel.strategy {strategy} has only the axis data, not {mesh_text(sizes)}"
         )
-    return strategy, sizes
+    if strategy == "deepspeed":
+        zero.check(config)
+    return {"hsdp": "fsdp"}.get(strategy, strategy), sizes
 
 
 def cut(objective: nn.Module, mesh: DeviceMesh, config: Config) -> None:

@@ -4,6 +4,7 @@ python -m mooshak_torch.train --config configs/demo.yaml
 torchrun --nproc-per-node 2 -m mooshak_torch.train --config configs/demo.yaml
 """
 
+import contextlib
 import math
 import os
 import time
@@ -19,13 +20,17 @@ from mooshak.checkpoints import Checkpoints
 from mooshak.config import Config, ModelConfig
 from mooshak.errors import command
 from mooshak.evaluation import validation_metrics
+from mooshak.initial import initial_weight
+from mooshak.interchange import Checkpoint
 from mooshak.run_log import RunLog, stop_request
 from mooshak.schedule import learning_rate
+from mooshak.tokenizer import Tokenizer
 from mooshak_torch.checkpoint import begin, open_checkpoint, restore, start_saving
 from mooshak_torch.loss import HeadLoss
 from mooshak_torch.model import Model, initialize
 from mooshak_torch.optimizer import clip_gradients, make_optimizer
 from mooshak_torch.parallel import Parallel, make_parallel
+from mooshak_torch.zero import ZeroOptimizer, make_engine
 
 
 def train(config: Config, resume: str = "auto") -> None:
@@ -37,19 +42,13 @@ def train(config: Config, resume: str = "auto") -> None:
     precise()
     tokenizer, _ = ensure(config)
     path = checkpoints.resume_from(config, resume)
-    objective = parallel.wrap(make_objective(config.model, config), config)
-    model = model_of(objective)
-    optimizer = make_optimizer(model, config.optimizer)
-    step, validation_loss = 0, None
-    if path is None and config.init.from_:
-        begin(model, config, tokenizer)
-    elif path is None:
-        initialize(model, config.run.seed)
-    else:
-        with checkpoints.readable(path, "torch") as readable:
-            source = open_checkpoint(readable)
+    step, validation_loss, source = 0, None, None
+    with contextlib.ExitStack() as open_files:
+        if path is not None:
+            source = open_checkpoint(open_files.enter_context(checkpoints.readable(path, "torch")))
             step, validation_loss = checkpoints.check_resume(config, source, tokenizer.fingerprint)
-            restore(model, optimizer, source)
+        objective, optimizer = make_state(config, parallel, tokenizer, source)
+    model = model_of(objective)
     validation = validation_sequences(config) if config.evaluate.every else {}
     batches = train_batches(config, step, parallel.part, parallel.parts)
     saver = Checkpoints(config, parallel.main)
@@ -123,6 +122,29 @@ def make_objective(model: ModelConfig, config: Config) -> Objective:
         return Objective(Model(model, config.train.dtype), config.train.loss_chunk)
 
 
+def make_state(
+    config: Config, parallel: Parallel, tokenizer: Tokenizer, source: Checkpoint | None
+) -> tuple[nn.Module, torch.optim.Optimizer | ZeroOptimizer]:
+    """The objective on the mesh and its optimizer, as in a checkpoint or at the beginning."""
+    objective: nn.Module = make_objective(config.model, config)
+    if parallel.strategy == "deepspeed":
+        values = source.read if source else partial(initial_weight, config.model, config.run.seed)
+        objective, engine = make_engine(objective, config, parallel.device, values)
+        if source is not None and source.trainer_state is not None:
+            engine.restore(source.read, source.trainer_state["step"])
+        return objective, engine
+    objective = parallel.wrap(objective, config)
+    model = model_of(objective)
+    optimizer = make_optimizer(model, config.optimizer)
+    if source is not None:
+        restore(model, optimizer, source)
+    elif config.init.from_:
+        begin(model, config, tokenizer)
+    else:
+        initialize(model, config.run.seed)
+    return objective, optimizer
+
+
 def model_of(objective: nn.Module) -> Model:
     """The model in an objective, wrapped or not."""
     model = getattr(objective, "module", objective).model
@@ -132,7 +154,7 @@ def model_of(objective: nn.Module) -> Model:
 
 def train_step(
     objective: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | ZeroOptimizer,
     batch_BS: Tensor,
     rate: float,
     config: Config,
@@ -149,10 +171,13 @@ def train_step(
     for i, part in enumerate(parts):
         with parallel.without_reduction(objective, i < len(parts) - 1):
             part_loss = objective(part) / n_tokens
-            # DDP and FSDP average over the processes, and the parts are to be added.
-            (part_loss * parallel.parts).backward()
+            # DDP, FSDP and DeepSpeed average over the processes, and the parts are to be added.
+            parallel.backward(objective, part_loss * parallel.parts)
         loss += part_loss.detach()
-    norm = clip_gradients(objective.parameters(), config.optimizer.clip_norm)
+    if isinstance(optimizer, ZeroOptimizer):
+        norm = optimizer.clip(config.optimizer.clip_norm)
+    else:
+        norm = clip_gradients(objective.parameters(), config.optimizer.clip_norm)
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()

@@ -13,6 +13,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # Grain imports JAX.
 os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # Every run meets at a port of its own.
 
 import torch
+import torch.distributed as dist
 
 from mooshak import config as configuration
 from mooshak.config import Config
@@ -28,6 +29,8 @@ def main(runs: Path) -> None:
     results = []
     for number, (port, do, argv) in enumerate(json.loads(runs.read_text())):
         os.environ["MASTER_PORT"] = str(port)
+        if "deepspeed" in argv:
+            stay_together()
         config = configuration.load(argv[0], argv[1:])
         try:
             results.append(held_bytes(config) if do == "hold" else train(config))
@@ -36,6 +39,13 @@ def main(runs: Path) -> None:
         print(number, argv[1:], flush=True)
     rank = os.environ["RANK"]
     runs.with_name(f"{runs.stem}-{rank}.json").write_text(json.dumps(results))
+
+
+def stay_together() -> None:
+    """From now on one process group for all runs: DeepSpeed keeps the first that it sees."""
+    join = dist.init_process_group
+    dist.init_process_group = lambda *args: None if dist.is_initialized() else join(*args)
+    dist.destroy_process_group = lambda: None
 
 
 def held_bytes(config: Config) -> dict[str, Any]:

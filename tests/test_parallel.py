@@ -10,10 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mooshak import config as configuration
 from mooshak.config import Config, ModelConfig
+from mooshak_torch.checkpoint import open_checkpoint
 from mooshak_torch.train import train
 
 STEPS = 10
@@ -153,6 +155,34 @@ def test_a_checkpoint_of_every_layout_restores_in_every_other(config: Path, tmp_
     for key in ("loss", "grad_norm"):
         there, here = metrics(tmp_path / "chain", key), metrics(tmp_path / "alone", key)
         assert len(here) == steps and there == pytest.approx(here, rel=1e-12, abs=0)
+
+
+def test_zero_trains_as_ddp(config: Path, tmp_path: Path) -> None:
+    """DeepSpeed's three stages, one after the other in one run, whose checkpoint is like any."""
+    pytest.importorskip("deepspeed")
+    options = [config, "--train.dtype", "float32", "--run.dir"]
+    zero = ("--parallel.strategy", "deepspeed", "--parallel.zero_stage")
+    runs = [
+        ("train", [*options, tmp_path / "ddp"]),
+        ("train", [*options, tmp_path / "zero", *zero, 3, "--train.stop_at", 2]),
+        ("train", [*options, tmp_path / "zero", *zero, 1, "--train.stop_at", 4]),
+        ("train", [*options, tmp_path / "zero", *zero, 2, "--train.stop_at", 5]),
+        ("train", [*options, tmp_path / "zero", *zero, 3, "--train.accumulation", 2]),
+        ("train", [*options, tmp_path / "wide", *zero, 2, "--train.dtype", "float64"]),
+    ]
+    results = launch(2, runs, tmp_path / "runs.json")
+    assert all("in float32 or bfloat16, not float64" in result[-1] for result in results)
+    for key in ("loss", "grad_norm"):
+        there, here = metrics(tmp_path / "zero", key), metrics(tmp_path / "ddp", key)
+        assert len(here) == STEPS and there == pytest.approx(here, rel=5e-6, abs=0), key
+    # As it converts: every tensor and every moment, whole.
+    there, here = (
+        open_checkpoint(tmp_path / run / "checkpoints" / str(STEPS)) for run in ("zero", "ddp")
+    )
+    assert list(there.tensors) == list(here.tensors) and there.has_optimizer
+    for name in here.tensors:
+        difference = np.linalg.norm(there.read(name) - here.read(name))
+        assert difference <= 1e-3 * np.linalg.norm(here.read(name)), name
 
 
 def test_a_resume_on_shards_of_unequal_size_is_exact(config: Path, tmp_path: Path) -> None:
