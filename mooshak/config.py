@@ -396,7 +396,7 @@ class ParallelConfig:
     slices: int = 1
     """JAX: slices of a TPU pod, joined by the data-center network, that the data axis spans."""
     coordinator: str | None = None
-    """JAX: HOST:PORT of process 0 of several (null: what TPU or Slurm say, or one process)."""
+    """JAX: HOST:PORT of process 0 of several, or auto: TPU or Slurm know (null: one process)."""
     processes: int | None = None
     """JAX: how many processes there are, with a coordinator."""
     process: int | None = None
@@ -404,10 +404,10 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         _require(self.slices > 0, "parallel.slices must be positive")
-        together = (self.coordinator, self.processes, self.process)
+        named = self.coordinator not in (None, "auto")
         _require(
-            None not in together or together == (None, None, None),
-            "parallel.coordinator, parallel.processes and parallel.process go together; "
+            named == (self.processes is not None) == (self.process is not None),
+            "parallel.coordinator HOST:PORT, parallel.processes and parallel.process go together; "
             "give all three or none",
         )
         if self.processes is not None and self.process is not None:

@@ -1,9 +1,12 @@
-"""Cross entropy that never holds the logits of more than a chunk of positions.
+"""Cross entropy that never holds more logits than those of a chunk of tokens.
 
-The gradients are made in the forward pass, chunk by chunk, so no logits are kept or made twice.
-Shapes: B batch, N parts of it on devices of their own, T time, C positions of a chunk, n chunks,
-D model width, V vocabulary. Chunks cut the time, not the batch: a batch that is cut stays so, the
-output head is gathered once for all chunks, and its gradient is summed over the devices once.
+The gradients are made in the forward pass, so no logits are kept. Chunks cut the vocabulary, not
+the tokens as in torch: a piece of the output head that is cut over `fsdp` is gathered when its turn
+comes (twice: for the softmax's sum, and for the gradients), and its gradient, final at once, goes
+back into its shards; neither is ever whole on a device.
+
+Shapes: B batch, T time, D model width, V vocabulary, which is S shards (`tensor`) of n chunks of C
+tokens.
 """
 
 from functools import partial
@@ -13,11 +16,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from mooshak_jax.model import product
-from mooshak_jax.parallel import Axes, constrain, gather, row_shards
+from mooshak_jax.parallel import constrain, gather, shards
 
 IGNORE = -100
-HEAD: Axes = ("embed", "vocab")
-"""Logical axes of the output head."""
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -25,8 +26,8 @@ def cross_entropy(x_BTD: Array, w_DV: Array, labels_BT: Array, chunk: int) -> Ar
     """Sum of -log p(label) over the tokens, in nats; labels of `IGNORE` count nothing.
 
     `x_BTD` are hidden states in the compute dtype and `w_DV` the output head, whose dtype (at least
-    float32) is that of the softmax and of the sum. `chunk` is the number of tokens whose logits are
-    in memory at once. The caller divides by the number of labels.
+    float32) is that of the softmax and of the sum. As many logits are in memory at once as `chunk`
+    tokens have over the vocabulary. The caller divides by the number of labels.
     """
     return _chunked(x_BTD, w_DV, labels_BT, chunk, differentiate=False)[0]
 
@@ -34,43 +35,58 @@ def cross_entropy(x_BTD: Array, w_DV: Array, labels_BT: Array, chunk: int) -> Ar
 def _chunked(
     x_BTD: Array, w_DV: Array, labels_BT: Array, chunk: int, differentiate: bool
 ) -> tuple[Array, Array | None, Array | None]:
-    narrow_DV = gather(w_DV, x_BTD.dtype, HEAD)
+    D, V = w_DV.shape
+    S = shards("vocab", V)
+    n = _chunks(V // S, -(-labels_BT.size // chunk))
+    w_nDSC = jnp.moveaxis(w_DV.reshape(D, S, n, -1), 2, 0)
+    ids_nSC = jnp.arange(V).reshape(S, n, -1).swapaxes(0, 1)
+    x_BTD = constrain(x_BTD, "batch", None, None)
+    counts_BT = labels_BT != IGNORE
 
-    def one_chunk(carry: tuple, inputs: tuple[Array, Array]) -> tuple[tuple, Array | None]:
-        total, dw_NDV = carry
-        x_NBCD, labels_NBC = inputs
-        counts_NBC1 = (labels_NBC != IGNORE)[..., None]
-        targets_NBC1 = jnp.where(counts_NBC1, labels_NBC[..., None], 0)
-        one_hot_NBCV = targets_NBC1 == jnp.arange(w_DV.shape[1])
-        logits_NBCV = product("NBCD,DV->NBCV", x_NBCD, narrow_DV)
-        log_z_NBC1 = jax.nn.logsumexp(logits_NBCV, axis=-1, keepdims=True)
+    def logits(w_DSC: Array, ids_SC: Array) -> tuple[Array, Array, Array]:
+        """The piece of the head, its logits, and where the labels are among them."""
+        narrow_DSC = gather(w_DSC, x_BTD.dtype, ("embed", "vocab", None))
+        logits_BTSC = product("BTD,DSC->BTSC", x_BTD, narrow_DSC)
+        return narrow_DSC, logits_BTSC, labels_BT[..., None, None] == ids_SC
+
+    def add(carry: tuple, piece: tuple[Array, Array]) -> tuple[tuple, None]:
+        """Sums of exponentials relative to the largest logit so far (arXiv:1805.02867)."""
+        largest_BTS, sum_BTS, own_BTS = carry
+        _, logits_BTSC, is_label_BTSC = logits(*piece)
+        new_BTS = jnp.maximum(largest_BTS, logits_BTSC.max(-1))
+        sum_BTS *= jnp.exp(largest_BTS - new_BTS)
+        sum_BTS += jnp.exp(logits_BTSC - new_BTS[..., None]).sum(-1)
         # A sum of one number and zeros: a vocabulary that is cut cannot be indexed into.
-        own_NBC1 = jnp.sum(jnp.where(one_hot_NBCV, logits_NBCV, 0), axis=-1, keepdims=True)
-        total += jnp.sum((log_z_NBC1 - own_NBC1) * counts_NBC1)
-        if not differentiate:
-            return (total, None), None
-        # d loss / d logits = softmax - one_hot(label).
-        d_NBCV = (jnp.exp(logits_NBCV - log_z_NBC1) - one_hot_NBCV) * counts_NBC1
-        d_NBCV = d_NBCV.astype(x_BTD.dtype)
-        dw_NDV += product("NBCD,NBCV->NDV", x_NBCD, d_NBCV)
-        dx_NBCD = product("NBCV,DV->NBCD", d_NBCV, narrow_DV).astype(x_BTD.dtype)
-        return (total, constrain(dw_NDV, "batch", None, "vocab")), dx_NBCD
+        own_BTS += jnp.where(is_label_BTSC, logits_BTSC, 0).sum(-1)
+        return (new_BTS, sum_BTS, own_BTS), None
 
-    B, T, D = x_BTD.shape
-    N = row_shards() if B % row_shards() == 0 else 1
-    step = min(max(1, chunk // B), T)
-    padding = -T % step
-    x_BTD = jnp.pad(constrain(x_BTD, "batch", None, None), ((0, 0), (0, padding), (0, 0)))
-    labels_BT = jnp.pad(labels_BT, ((0, 0), (0, padding)), constant_values=IGNORE)
-    x_nNBCD = jnp.moveaxis(x_BTD.reshape(N, B // N, -1, step, D), 2, 0)
-    labels_nNBC = jnp.moveaxis(labels_BT.reshape(N, B // N, -1, step), 2, 0)
-    dw_NDV = constrain(jnp.zeros((N, *w_DV.shape), w_DV.dtype), "batch", None, "vocab")
-    start = (jnp.zeros((), w_DV.dtype), dw_NDV if differentiate else None)
-    (total, dw), dx_nNBCD = jax.lax.scan(one_chunk, start, (x_nNBCD, labels_nNBC))
-    if dw is None or dx_nNBCD is None:
+    zeros_BTS = jnp.zeros((*labels_BT.shape, S), w_DV.dtype)
+    start = (zeros_BTS - jnp.inf, zeros_BTS, zeros_BTS)
+    (largest_BTS, sum_BTS, own_BTS), _ = jax.lax.scan(add, start, (w_nDSC, ids_nSC))
+    log_z_BT = jax.nn.logsumexp(largest_BTS + jnp.log(sum_BTS), axis=-1)
+    total = jnp.sum((log_z_BT - own_BTS.sum(-1)) * counts_BT)
+    if not differentiate:
         return total, None, None
-    dx_BTD = jnp.moveaxis(dx_nNBCD, 0, 2).reshape(B, -1, D)[:, :T]
-    return total, constrain(dx_BTD, "batch", "sequence", None), constrain(dw.sum(0), *HEAD)
+
+    def grads(dx_SBTD: Array, piece: tuple[Array, Array]) -> tuple[Array, Array]:
+        narrow_DSC, logits_BTSC, is_label_BTSC = logits(*piece)
+        # d loss / d logits = softmax - one_hot(label).
+        d_BTSC = jnp.exp(logits_BTSC - log_z_BT[..., None, None]) - is_label_BTSC
+        d_BTSC = (d_BTSC * counts_BT[..., None, None]).astype(x_BTD.dtype)
+        dw_DSC = constrain(product("BTD,BTSC->DSC", x_BTD, d_BTSC), "embed", "vocab", None)
+        dx_SBTD += product("BTSC,DSC->SBTD", d_BTSC, narrow_DSC)
+        return constrain(dx_SBTD, "vocab", "batch", None, None), dw_DSC
+
+    start_SBTD = constrain(jnp.zeros((S, *x_BTD.shape), w_DV.dtype), "vocab", "batch", None, None)
+    dx_SBTD, dw_nDSC = jax.lax.scan(grads, start_SBTD, (w_nDSC, ids_nSC))
+    dx_BTD = constrain(dx_SBTD.sum(0), "batch", "sequence", None).astype(x_BTD.dtype)
+    dw_DV = jnp.moveaxis(dw_nDSC, 0, 2).reshape(D, V)
+    return total, dx_BTD, constrain(dw_DV, "embed", "vocab")
+
+
+def _chunks(width: int, wanted: int) -> int:
+    """The fewest chunks of equal size, at least those wanted."""
+    return next(n for n in range(min(wanted, width), width + 1) if width % n == 0)
 
 
 def _forward(

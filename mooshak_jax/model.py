@@ -21,7 +21,7 @@ from jax import Array
 
 from mooshak.config import Dtype, ModelConfig
 from mooshak.rope import rope_tables
-from mooshak_jax.parallel import GATHERED, Axes, constrain, gather, row_shards
+from mooshak_jax.parallel import GATHERED, Axes, constrain, gather, sharded
 
 COMPUTE = {"float64": jnp.float64, "float32": jnp.float32, "bfloat16": jnp.bfloat16}
 PARAMETERS = {"float64": jnp.float64, "float32": jnp.float32, "bfloat16": jnp.float32}
@@ -347,7 +347,7 @@ class Model(nnx.Module):
 
     def _rematerialized(self, function: Callable) -> Callable:
         """A function of one layer, under the policy; as it is where that changes nothing."""
-        if self.remat == "none" and row_shards() == 1:
+        if self.remat == "none" and not sharded():
             return function
         # A loop keeps the second computation apart from the first by itself.
         apart = not self.config.scan_layers

@@ -99,16 +99,11 @@ class Parallel:
 def constrain(x: Array, *axes: str | None) -> Array:
     """Cut an array by its logical axes; nothing happens outside of `Parallel.activate`.
 
-    A dimension that its mesh axes do not divide (a sequence, the rows of one prompt) stays whole.
+    An axis that its mesh axes do not divide stays whole.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if not sharded():
         return x
-
-    def divided(axis: str | None, size: int) -> bool:
-        return size % math.prod(mesh.shape[name] for name in RULES.get(axis or "", ())) == 0
-
-    kept = [a if divided(a, size) else None for a, size in zip(axes, x.shape, strict=True)]
+    kept = [a if a and shards(a, size) > 1 else None for a, size in zip(axes, x.shape, strict=True)]
     return jax.lax.with_sharding_constraint(x, _spec(kept))
 
 
@@ -138,10 +133,21 @@ GATHERED = "gathered"
 """Name of what `gather` makes, which the backward pass makes again."""
 
 
-def row_shards() -> int:
-    """Into how many parts the rows of a batch are cut, inside of `Parallel.activate`; else 1."""
+def sharded() -> bool:
+    """Whether this stands inside of `Parallel.activate`, on more than one device."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in RULES["batch"])
+    return not mesh.empty and mesh.size > 1
+
+
+def shards(axis: str, size: int) -> int:
+    """Into how many parts a logical axis of that size is cut, inside of `Parallel.activate`.
+
+    An axis that its mesh axes do not divide (a sequence, the rows of one prompt) stays whole, and
+    so does everything outside.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = 1 if mesh.empty else math.prod(mesh.shape[name] for name in RULES[axis])
+    return parts if size % parts == 0 else 1
 
 
 def make_parallel(config: Config, devices: Sequence[Any] | None = None) -> Parallel:
@@ -154,8 +160,7 @@ def make_parallel(config: Config, devices: Sequence[Any] | None = None) -> Paral
     parallel = config.parallel
     if devices is None:
         _join(config)
-        _make_cpu_devices(config)
-        devices = jax.devices()
+        devices = _devices(config)
     sizes = mesh_sizes(parallel.mesh, len(devices))
     if jax.process_count() > 1 and math.prod(sizes.values()) != len(devices):
         raise InputError(
@@ -168,6 +173,8 @@ def make_parallel(config: Config, devices: Sequence[Any] | None = None) -> Paral
             "data is the axis that spans slices"
         )
     check_mesh(config, sizes)
+    if config.model.dim % sizes["fsdp"]:
+        raise InputError(f"model.dim {config.model.dim} is not divisible by fsdp={sizes['fsdp']}")
     shape = tuple(sizes[axis] for axis in AXES)
     chosen = list(devices)[: math.prod(shape)]
     if chosen[0].platform != "tpu":
@@ -186,14 +193,18 @@ def _join(config: Config) -> None:
     if parallel.coordinator is None or jax.distributed.is_initialized():
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    if parallel.coordinator == "auto":
-        jax.distributed.initialize()
-    else:
-        jax.distributed.initialize(parallel.coordinator, parallel.processes, parallel.process)
+    try:
+        if parallel.coordinator == "auto":
+            jax.distributed.initialize()
+        else:
+            jax.distributed.initialize(parallel.coordinator, parallel.processes, parallel.process)
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"parallel.coordinator {parallel.coordinator}: {reason}") from error
 
 
-def _make_cpu_devices(config: Config) -> None:
-    """Cut the processor into as many devices as the mesh needs of this process."""
+def _devices(config: Config) -> list[Any]:
+    """All devices; of a CPU, cut into as many as the mesh needs, those that it needs."""
     n_processes = config.parallel.processes or 1
     needed = max(1, math.prod(parse_mesh(config.parallel.mesh).values()))
     wanted = config.parallel.cpu_devices or -(-needed // n_processes)
@@ -202,6 +213,9 @@ def _make_cpu_devices(config: Config) -> None:
         # JAX refuses once its devices are counted; what they are then is looked at afterwards.
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", wanted)
+    devices = jax.devices()
+    alone = jax.process_count() == 1 and devices[0].platform == "cpu"
+    return devices[:wanted] if alone else devices
 
 
 def _spec(axes: Iterable[str | None]) -> PartitionSpec:

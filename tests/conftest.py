@@ -5,6 +5,7 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import pytest
 
 from mooshak import tokenizer as tokenizers
@@ -19,6 +20,9 @@ from mooshak.config import (
     TrainConfig,
 )
 from mooshak.tokenizer import Tokenizer
+
+# Devices are counted once per process, and a mesh takes as many of them as it needs.
+jax.config.update("jax_num_cpu_devices", 8)
 
 HINDI = (
     "एक चालाक चूहा जंगल में रहता था और शेर उसका दोस्त बन गया किसान ने हाथी को पानी दिया क्‍या ज्ञान श्री"

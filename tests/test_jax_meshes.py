@@ -1,13 +1,19 @@
 """Meshes of JAX on eight CPU devices: the same steps, a part of the memory, any layout from any."""
 
+import functools
+import math
+import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
+from mooshak import interchange
 from mooshak.config import (
     Config,
     ModelConfig,
@@ -16,6 +22,9 @@ from mooshak.config import (
     ScheduleConfig,
     TrainConfig,
 )
+from mooshak.errors import InputError
+from mooshak.initial import initial_weight
+from mooshak.interchange import MOMENTS
 from mooshak.schedule import learning_rate
 from mooshak_jax import checkpoint
 from mooshak_jax.parallel import make_parallel
@@ -25,6 +34,7 @@ STEPS = 10
 MODEL = ModelConfig(
     vocab_size=192, dim=32, n_layers=3, n_heads=8, n_kv_heads=4, hidden_dim=48, max_seq_len=24
 )
+NAMES = list(MODEL.parameter_shapes())
 CONFIG = Config(
     model=MODEL,
     optimizer=OptimizerConfig(learning_rate=1e-2),
@@ -44,7 +54,7 @@ def configured(mesh: str, scan: bool = False, fuse: bool = False, **train: Any) 
         CONFIG,
         model=replace(MODEL, scan_layers=scan, fuse_kernels=fuse),
         train=replace(CONFIG.train, **train),
-        parallel=ParallelConfig(mesh=mesh, cpu_devices=8),
+        parallel=ParallelConfig(mesh=mesh),
     )
 
 
@@ -82,7 +92,7 @@ def truth(float64: None) -> list[float]:
         ("data=2,tensor=4", {"scan": True}),
         ("data=2,fsdp=2,tensor=2", {"remat": "full"}),
         ("data=2,fsdp=2,tensor=2", {"scan": True, "fuse": True, "remat": "dots"}),
-        ("fsdp=2,tensor=-1", {"scan": True, "accumulation": 2}),
+        ("fsdp=2,tensor=2", {"scan": True, "accumulation": 2}),
     ],
 )
 def test_every_mesh_and_layout_trains_as_one_device(
@@ -90,3 +100,117 @@ def test_every_mesh_and_layout_trains_as_one_device(
 ) -> None:
     losses, _ = run(configured(mesh, **options))
     assert losses == pytest.approx(truth, rel=1e-10, abs=0)
+
+
+def llama(mesh: str, **layout: bool) -> Config:
+    """Every kind of parameter, of sizes that differ; head width x heads is not the width."""
+    model = ModelConfig(
+        architecture="llama",
+        vocab_size=192,
+        dim=24,
+        n_layers=2,
+        n_heads=8,
+        n_kv_heads=2,
+        head_dim=6,
+        hidden_dim=20,
+        max_seq_len=24,
+        tie_embeddings=True,
+        qkv_bias=True,
+        wo_bias=True,
+        mlp_bias=True,
+        qk_norm=True,
+        **layout,
+    )
+    return replace(CONFIG, model=model, parallel=ParallelConfig(mesh=mesh))
+
+
+def test_a_llama_with_all_its_parts_trains_on_a_mesh_as_on_one_device() -> None:
+    alone, _ = run(llama("data=1"), first=6)
+    for layout in ({}, {"scan_layers": True, "fuse_kernels": True}):
+        losses, _ = run(llama("data=2,fsdp=2,tensor=2", **layout), first=6)
+        assert losses == pytest.approx(alone, rel=1e-10, abs=0)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "parts"), [("fsdp=8", 8), ("tensor=4", 4), ("data=2,fsdp=2,tensor=2", 4)]
+)
+@pytest.mark.parametrize("layout", [False, True], ids=["plain", "scanned and fused"])
+def test_a_device_holds_its_part_of_the_state(mesh: str, parts: int, layout: bool) -> None:
+    config = configured(mesh, scan=layout, fuse=layout)
+    parallel = make_parallel(config)
+    state = initial_state(checkpoint.initialize(config.model, "float64", 0, parallel=parallel))
+    held: Counter[Any] = Counter()
+    for array in jax.tree.leaves({key: state[key] for key in ("params", *MOMENTS)}):
+        for shard in array.addressable_shards:
+            held[shard.device] += shard.data.nbytes
+    # Gains are whole on every device; all else is cut into as many parts as the mesh has.
+    sizes = {name: math.prod(shape) for name, shape in MODEL.parameter_shapes().items()}
+    gains = sum(size for name, size in sizes.items() if "norm" in name)
+    expected = 3 * 8 * (gains + (sum(sizes.values()) - gains) // parts)
+    assert set(held.values()) == {expected} and len(held) == parallel.mesh.size
+
+
+LAYOUTS = [
+    ("data=1", False, False),
+    ("fsdp=8", True, False),
+    ("data=2,tensor=4", False, True),
+    ("data=2,fsdp=2,tensor=2", True, True),
+]
+
+
+def test_a_checkpoint_of_any_layout_and_mesh_is_restored_in_every_other_to_the_last_bit(
+    tmp_path: Path,
+) -> None:
+    models = [replace(MODEL, scan_layers=scan, fuse_kernels=fuse) for _, scan, fuse in LAYOUTS]
+    meshes = [make_parallel(configured(mesh)) for mesh, _, _ in LAYOUTS]
+    truth = {
+        kind: {n: initial_weight(MODEL, seed, n, dtype=np.float32, gain_std=0.2) for n in NAMES}
+        for seed, kind in enumerate(("params", *MOMENTS))
+    }
+    for i, (model, mesh) in enumerate(zip(models, meshes, strict=True)):
+        state = {
+            kind: checkpoint.initialize(model, "float32", seed, 0.2, mesh)
+            for seed, kind in enumerate(truth)
+        }
+        (tmp_path / str(i)).mkdir()
+        checkpoint.start_saving(state, tmp_path / str(i))()
+        interchange.write_description(tmp_path / str(i), MODEL, None)
+    for i in range(len(LAYOUTS)):
+        source = checkpoint.open_checkpoint(tmp_path / str(i))
+        source = replace(source, read=functools.cache(source.read))
+        for model, mesh in zip(models, meshes, strict=True):
+            restored = checkpoint.restore(model, "float32", source, mesh)
+            for kind, tree in restored.items():
+                for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+                    for part in checkpoint.parts(path, leaf.shape):
+                        values = part.canonical(np.asarray(leaf))
+                        assert np.array_equal(values, truth[kind][part.name]), (i, part.name)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        ("fsdp=5", "train.batch_size 8 is not divisible by mesh data=1 x fsdp=5"),
+        ("tensor=8", "model.n_kv_heads 4 is not divisible by tensor=8"),
+        ("data=-1,tensor=-1", "only one axis may be -1"),
+        ("model=2", "expected axis=size with the axes data, fsdp, tensor"),
+        ("fsdp=4", "model.dim 30 is not divisible by fsdp=4"),
+        ("data=2", "mesh data=2 is not divisible by parallel.slices 4"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused(mesh: str, message: str) -> None:
+    model = replace(MODEL, dim=30, head_dim=None, n_heads=15, n_kv_heads=5)
+    config = configured(mesh)
+    if "dim" in message:
+        config = replace(config, model=model)
+    if "slices" in message:
+        config = replace(config, parallel=replace(config.parallel, slices=4))
+    with pytest.raises(InputError, match=re.escape(message)):
+        make_parallel(config)
+
+
+def test_slices_are_spanned_by_the_data_axis() -> None:
+    config = configured("data=2,fsdp=4")
+    config = replace(config, parallel=replace(config.parallel, slices=2))
+    ids = [[d.id for d in row] for row in make_parallel(config).mesh.devices.reshape(2, 4)]
+    assert ids == [[0, 1, 2, 3], [4, 5, 6, 7]]
