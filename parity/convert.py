@@ -1,6 +1,6 @@
 """Convert a checkpoint between torch (DCP), JAX (Orbax), interchange and Hugging Face, exactly.
 
-python -m parity.convert SRC DST --to torch|jax|safetensors|hf
+python -m parity.convert SRC DST --to torch|jax|safetensors|hf|gguf
 python -m parity.convert SRC --describe
 
 Tensors pass through some rows at a time. The destination has its name only when it is complete, on
@@ -77,6 +77,8 @@ def convert(
         from parity import export
 
         write_checkpoint = partial(export.write_checkpoint, shard_size=shard_size)
+    elif to == "gguf":
+        from parity.export_gguf import write_checkpoint
     else:
         write_checkpoint = partial(interchange.write_checkpoint, shard_size=shard_size)
     write_checkpoint(target, checkpoint)
@@ -243,8 +245,8 @@ def _bar() -> Iterator[Callable[[int, int], None]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("source", type=Path, help="a checkpoint of any kind")
-    parser.add_argument("target", type=Path, nargs="?", help="the directory to make")
-    parser.add_argument("--to", choices=[*sorted(STATES), "hf"], default="safetensors")
+    parser.add_argument("target", type=Path, nargs="?", help="the directory (gguf: file) to make")
+    parser.add_argument("--to", choices=[*sorted(STATES), "hf", "gguf"], default="safetensors")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="cast the weights")
     parser.add_argument("--weights-only", action="store_true", help="leave the training state out")
     parser.add_argument(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,17 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="modules-")
 
+import gguf
 import torch
 import transformers
 
+from mooshak.errors import InputError
 from mooshak.huggingface import model_from_hf
 from mooshak.interchange import Checkpoint
+from mooshak.tokenizer import Tokenizer
 from parity import measures
 from parity.convert import convert, open_any
+from parity.export_gguf import frequency_factors
 from parity.sides import JaxSide, TorchSide
 
 SIZES = {
@@ -138,3 +143,128 @@ def test_the_way_there_and_back_keeps_every_bit(
     # The form of transformers 4 alone says the same.
     del written["rope_parameters"]
     assert model_from_hf(written, "here") == open_any(at).model
+
+
+@pytest.mark.parametrize("case", [case for case, (kind, _) in GRID.items() if kind != "mistral"])
+def test_a_gguf_file_holds_the_model(case: str, tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
+    kind, settings = GRID[case]
+    settings = settings | {"vocab_size": 512}
+    original = make(tmp_path / "hf", kind, **settings)
+    shutil.copyfile(tiny_tokenizer.path, tmp_path / "hf" / "tokenizer.model")
+    convert(tmp_path / "hf", tmp_path / "model.gguf", "gguf")
+    read = gguf.GGUFReader(tmp_path / "model.gguf")
+    source = open_any(tmp_path / "hf")
+    model, found = source.model, {tensor.name: tensor.data for tensor in read.tensors}
+    factors = frequency_factors(model)
+    assert len(found) == len(source.tensors) + (factors is not None)
+    # llama.cpp's Llama turns neighbours: element j of a half follows on element j of the other.
+    order = [s * model.K // 2 + j for j in range(model.K // 2) for s in range(2)]
+    for theirs, ours, heads in (("q", "wq", model.n_heads), ("k", "wk", model.G)):
+        rows = [h * model.K + k for h in range(heads) for k in order]
+        for last in ("weight", "bias") if model.qkv_bias else ("weight",):
+            expected = source.read(f"layers.1.attention.{ours}.{last}")
+            expected = expected[rows] if kind == "llama" else expected
+            assert np.array_equal(found[f"blk.1.attn_{theirs}.{last}"], expected)
+    assert np.array_equal(found["blk.0.ffn_down.weight"], source.read("layers.0.mlp.w2.weight"))
+    assert np.array_equal(found["output_norm.weight"], source.read("norm.weight"))
+    pieces = read.get_field("tokenizer.ggml.tokens").contents()
+    assert len(pieces) == 512 and pieces[tiny_tokenizer.id_of("<|user|>")] == "<|user|>"
+    if case in ("llama, MHA", "qwen2"):
+        # transformers reads plain ones by code of its own; not head_dim and rope_freqs.
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf")
+        tokens = torch.arange(30)[None]
+        with torch.no_grad():
+            logits = [m(tokens).logits.numpy() for m in (again, original)]
+        assert measures.distance(*logits) < 1e-6
+
+
+def test_gguf_refuses_what_llama_cpp_has_no_code_for(tmp_path: Path) -> None:
+    make(tmp_path / "hf", *GRID["mistral, window"][:1], **GRID["mistral, window"][1])
+    with pytest.raises(
+        InputError, match=r"no architecture for this model \(mistral, sliding window"
+    ):
+        convert(tmp_path / "hf", tmp_path / "model.gguf", "gguf")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gemma"}, "model_type 'gemma' is not supported; known: llama"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "architectures .* not supported"),
+        ({"logits_soft_cap": 30.0}, "key 'logits_soft_cap' .30.0. is not used here"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2}}, "dynamic is not supported; linear"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2}}, "yarn is not supported; linear"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}, "rope_theta": 6.0},
+            "rope_parameters say",
+        ),
+        (
+            {
+                "model_type": "qwen2",
+                "use_sliding_window": True,
+                "sliding_window": 8,
+                "max_window_layers": 1,
+            },
+            "layers with and without a sliding window",
+        ),
+        ({"hidden_size": None}, "hidden_size"),
+    ],
+)
+def test_what_is_not_supported_is_named(change: dict[str, Any], message: str) -> None:
+    values = SIZES | {"model_type": "llama"} | change
+    if values["model_type"] == "qwen2":
+        values.pop("architectures", None)
+    values = {key: value for key, value in values.items() if value is not None}
+    with pytest.raises(InputError, match=message):
+        model_from_hf(values, "here")
+
+
+def test_a_key_that_is_left_over_is_an_error_on_either_side(tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    make(tmp_path, "llama", tie_word_embeddings=True)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    computed = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)}
+    save_file(tensors | computed | {"lm_head.weight": np.ones((2, 2), np.float32)}, file)
+    assert open_any(tmp_path).model.tie_embeddings
+    save_file(tensors | {"model.layers.0.self_attn.q_scale": np.ones(2, np.float32)}, file)
+    with pytest.raises(InputError, match="q_scale belongs to no parameter"):
+        open_any(tmp_path)
+    del tensors["model.norm.weight"]
+    save_file(tensors, file)
+    with pytest.raises(InputError, match=r"tensor norm\.weight is missing"):
+        open_any(tmp_path)
+
+
+def test_a_pickle_is_read_as_tensors_alone(tmp_path: Path) -> None:
+    model = make(tmp_path / "hf", "qwen2", torch.bfloat16)
+    convert(tmp_path / "hf", tmp_path / "truth", "safetensors")
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "hf" / "pytorch_model.bin")
+    for to in ("safetensors", "jax"):
+        convert(tmp_path / "hf", tmp_path / to, to)
+        assert bits(open_any(tmp_path / to)) == bits(open_any(tmp_path / "truth"))
+
+    class Bomb:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(tmp_path / "harm"),)
+
+    torch.save({"model.norm.weight": Bomb()}, tmp_path / "hf" / "pytorch_model.bin")
+    with pytest.raises(InputError, match="does not hold tensors alone"):
+        open_any(tmp_path / "hf")
+    assert not (tmp_path / "harm").exists()
+
+
+def test_shards_are_read_and_written(tmp_path: Path) -> None:
+    model = make(tmp_path / "one", "llama")
+    model.save_pretrained(tmp_path / "many", max_shard_size="20KB")
+    assert (tmp_path / "many" / "model.safetensors.index.json").is_file()
+    convert(tmp_path / "many", tmp_path / "ours", "hf", shard_size=20_000)
+    assert len(list((tmp_path / "ours").glob("model-*.safetensors"))) > 2
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    for ours, theirs in zip(again.parameters(), model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert bits(open_any(tmp_path / "one")) == bits(open_any(tmp_path / "ours"))
