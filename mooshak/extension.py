@@ -123,6 +123,8 @@ def with_new_rows(source: Checkpoint, old: Path, new: Tokenizer, vocab_size: int
 
 def _proto(path: Path) -> Any:
     """The message of a SentencePiece model. Raises `InputError` if the file is none."""
+    if path.suffix == ".json":
+        raise InputError(f"{path}: only a SentencePiece model (tokenizer.model) can be extended")
     tokenizer = Tokenizer(path)
     proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     proto.ParseFromString(tokenizer.path.read_bytes())

@@ -8,14 +8,14 @@ import numpy as np
 
 from mooshak.config import ModelConfig
 from mooshak.errors import InputError
-from mooshak.tokenizer import Tokenizer
+from mooshak.tokenizer import Tokenizer, open_tokenizer
 
 
 def complete(
     args: argparse.Namespace, model: ModelConfig, generate: Callable[..., np.ndarray]
 ) -> None:
     """Tokenise the prompts, generate, and print each text up to its end of text."""
-    tokenizer = Tokenizer(find_tokenizer(Path(args.checkpoint), args.tokenizer))
+    tokenizer = open_tokenizer(find_tokenizer(Path(args.checkpoint), args.tokenizer))
     # A model that was not made here may have rows to spare; its tokenizer stands beside it.
     own = tokenizer.path.parent == Path(args.checkpoint)
     needed = tokenizer.vocab_size if own else tokenizer.padded_vocab_size
@@ -60,15 +60,15 @@ def find_tokenizer(checkpoint: Path, given: str | None) -> Path:
     """The tokenizer of a checkpoint: the one given, the one inside, or that of its run."""
     if given:
         return Path(given)
-    inside = checkpoint / "tokenizer.model"
-    if inside.is_file():
-        return inside
+    for inside in (checkpoint / "tokenizer.model", checkpoint / "tokenizer.json"):
+        if inside.is_file():
+            return inside
     config = checkpoint.parent.parent / "config.yaml"
     if config.is_file():
         from mooshak.config import load
 
         return Path(load(config).tokenizer.path)
-    raise InputError(f"{checkpoint} has no tokenizer.model; name one with --tokenizer")
+    raise InputError(f"{checkpoint} has no tokenizer.model or .json; name one with --tokenizer")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -140,6 +140,15 @@ class Tokenizer:
         return result
 
 
+def open_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer in a file: a SentencePiece model, or a `tokenizer.json` of Hugging Face."""
+    if Path(path).suffix == ".json":
+        from mooshak.fast_tokenizer import FastTokenizer
+
+        return FastTokenizer(path)
+    return Tokenizer(path)
+
+
 def ensure(config: Config) -> Tokenizer:
     """The tokenizer of a configuration, trained first when its file is missing.
 
@@ -150,7 +159,7 @@ def ensure(config: Config) -> Tokenizer:
         with locked(path.with_name(f".{path.name}.lock")):
             if not path.exists():  # Another process may have trained it while this one waited.
                 train(config)
-    tokenizer = Tokenizer(path)
+    tokenizer = open_tokenizer(path)
     # A model that was not made here may have rows to spare.
     spare = bool(config.init.from_) and tokenizer.vocab_size <= config.model.vocab_size
     if tokenizer.padded_vocab_size != config.model.vocab_size and not spare:
@@ -315,7 +324,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from mooshak.extension import extend
 
         extend(config)
-    tokenizer = Tokenizer(config.tokenizer.path)
+    tokenizer = open_tokenizer(config.tokenizer.path)
     if action in ("train", "extend"):
         print(f"{tokenizer.path}: {tokenizer.vocab_size} pieces")
     elif action == "report":

@@ -14,13 +14,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="modules-")
 
 import peft
+import tokenizers
 import torch
 import transformers
 
 from mooshak import interchange
 from mooshak.config import Config, ModelConfig
+from mooshak.errors import InputError
 from mooshak.initial import initial_weight
-from mooshak.tokenizer import CHAT_MARKERS, Tokenizer
+from mooshak.tokenizer import CHAT_MARKERS, Tokenizer, open_tokenizer
 from parity import measures
 from parity.convert import convert, open_any
 from parity.sides import JaxSide, TorchSide
@@ -200,3 +202,42 @@ def test_two_dtypes_are_kept(exported: Path, tmp_path: Path) -> None:
     assert model.dtype == torch.bfloat16
     convert(tmp_path / "half", tmp_path / "ours", "safetensors")
     assert open_any(tmp_path / "ours").tensors["lm_head.weight"][0] == interchange.DTYPES["BF16"]
+
+
+def test_a_tokenizer_json_alone_will_do(exported: Path, tiny_tokenizer: Tokenizer) -> None:
+    ours = open_tokenizer(exported / "tokenizer.json")
+    for text in TEXTS:
+        ids = ours.encode(text, bos=True)
+        assert ids == tiny_tokenizer.encode(text, bos=True)
+        assert ours.decode(ids) == text
+    assert (ours.bos_id, ours.eos_id, ours.pad_id) == (1, 2, 3)
+    assert ours.vocab_size == tiny_tokenizer.vocab_size
+    assert np.array_equal(ours.token_bytes(), tiny_tokenizer.token_bytes())
+    assert ours.encode_batch(list(TEXTS)) == tiny_tokenizer.encode_batch(list(TEXTS))
+    assert ours.id_of("<|end|>") == tiny_tokenizer.id_of("<|end|>")
+
+
+def test_a_byte_level_tokenizer_as_llama_3_has_one(tmp_path: Path) -> None:
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|begin|>", "<|stop|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )
+    made.train_from_iterator([text for text in TEXTS * 9 if text], trainer)
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|begin|> $A", special_tokens=[("<|begin|>", 0)]
+    )
+    made.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(InputError, match="names its eos_token"):
+        open_tokenizer(tmp_path / "tokenizer.json")
+    config = {"bos_token": {"content": "<|begin|>"}, "eos_token": "<|stop|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours = open_tokenizer(tmp_path / "tokenizer.json")
+    assert (ours.bos_id, ours.eos_id, ours.pad_id) == (0, 1, 1)
+    for text in TEXTS:
+        ids = ours.encode(text, bos=True, eos=True)
+        assert ids[0] == 0 and ids[-1] == 1 and ours.decode(ids) == text
+        assert ours.token_bytes()[ids].sum() == len(text.encode())
