@@ -1,5 +1,6 @@
 """How a command ends when its input is wrong: one line with what and what to do, exit code 2."""
 
+import errno
 import functools
 import sys
 from collections.abc import Callable
@@ -31,8 +32,7 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-# ENOSPC and EDQUOT: no space left on the device, disk quota exceeded.
-_DISK_ERRORS = (28, 122)
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def _fail(message: str) -> int:

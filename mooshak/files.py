@@ -4,7 +4,9 @@ import contextlib
 import fcntl
 import os
 import shutil
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
@@ -69,10 +71,8 @@ def new_directory(path: Path, n_bytes: int = 0) -> Iterator[Path]:
                     f"{path} needs {n_bytes / 1e9:.3g} GB and the disk has {free / 1e9:.3g} GB "
                     "free; free some space"
                 )
-            yield temporary
-            for file in temporary.rglob("*"):
-                _to_disk(file)
-            _to_disk(temporary)
+            with _going_to_disk(temporary):
+                yield temporary
             _check_absent(path)
             temporary.rename(path)
         except BaseException:
@@ -105,6 +105,28 @@ def _hold(directory: Path, target: Path) -> BinaryIO:
 def _check_absent(path: Path) -> None:
     if path.exists():
         raise InputError(f"{path} exists already; remove it or choose another destination")
+
+
+@contextlib.contextmanager
+def _going_to_disk(directory: Path) -> Iterator[None]:
+    """All files of a directory are on the disk at the end; they go there from the beginning."""
+    done = threading.Event()
+
+    def ahead() -> None:
+        while not done.wait(0.2):
+            with contextlib.suppress(FileNotFoundError):
+                for file in directory.rglob("*"):
+                    _to_disk(file)
+
+    thread = threading.Thread(target=ahead)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+    with ThreadPoolExecutor(8) as pool:  # The file system writes their names together.
+        list(pool.map(_to_disk, [*directory.rglob("*"), directory]))
 
 
 def _to_disk(path: Path) -> None:

@@ -28,6 +28,7 @@ from mooshak.files import new_directory
 from mooshak.initial import initial_weight
 from mooshak.interchange import EVERY, Checkpoint
 from mooshak.tokenizer import Tokenizer
+from mooshak_jax.arrays import Arrays, writing
 from mooshak_jax.model import PARAMETERS, Model
 from mooshak_jax.parallel import Parallel
 
@@ -83,10 +84,28 @@ class Part:
 
     def canonical(self, leaf: Any) -> Any:
         """The tensor in the canonical layout, out of the leaf."""
-        block = leaf[_slices(self.region)]
+        return self.rows(leaf[_slices(self.region)])
+
+    def rows(self, block: Any) -> Any:
+        """Rows of the tensor in the canonical layout, out of the block of the leaf with them."""
         if self.kind == "kernel":
-            return block.reshape(self.shape[::-1]).T
-        return block.reshape(self.shape)
+            return block.reshape(self.shape[1], -1).T
+        return block.reshape(-1, *self.shape[1:])
+
+    def block(self, rows: slice) -> tuple[tuple[slice, ...], slice]:
+        """The smallest block of the leaf with some rows of the tensor, and where they are in it."""
+        axis = self.stacked + (self.kind == "kernel")
+        sizes = [len(indices) for indices in self.region[axis:]]
+        sizes = sizes[:1] if self.kind == "embedding" else sizes
+        # Of several axes of `out`, the first long one is cut.
+        long = next((i for i, size in enumerate(sizes) if size > 1), 0)
+        step = math.prod(sizes[long + 1 :])
+        start, stop, _ = rows.indices(self.shape[0])
+        first, last = start // step, -(-stop // step)
+        cuts = list(_slices(self.region))
+        offset = cuts[axis + long].start
+        cuts[axis + long] = slice(offset + first, offset + last)
+        return tuple(cuts), slice(start - first * step, stop - first * step)
 
     def copy(self, tensor: Any, shard: np.ndarray, place: Region) -> None:
         """Fill what this tensor covers of a shard, whose place in the leaf is given.
@@ -287,65 +306,69 @@ def open_checkpoint(path: Path) -> Checkpoint:
         opener = huggingface if kind == "hf" else interchange
         return opener.open_checkpoint(path)
     model, state = interchange.read_description(path)
-    directory = path.absolute() / "orbax"
-    handler = ocp.PyTreeCheckpointer()
+    directory = path / "orbax"
     try:
-        tree = handler.metadata(directory).item_metadata.tree
+        arrays = Arrays(directory)
     except Exception as error:
         raise InputError(f"{directory} has no readable metadata: {error}") from error
-    places: dict[str, tuple[Path_, Part]] = {}
+    places: dict[str, tuple[str, Part]] = {}
     tensors = {}
-    for keys, entry in jax.tree_util.tree_leaves_with_path(tree):
+    for keys, entry in jax.tree_util.tree_leaves_with_path(arrays.tree):
         kind, *names = (str(getattr(key, "key", key)) for key in keys)
         for part in parts(tuple(names), tuple(entry.shape)):
             key = part.name if kind == "params" else f"{kind}.{part.name}"
-            places[key] = ((kind, *names), part)
+            places[key] = (".".join([kind, *names]), part)
             tensors[key] = (np.dtype(entry.dtype), part.shape)
     tensors = interchange.check_tensors(path, model, tensors)
+    checksums = interchange.read_checksums(path)
 
-    def read(key: str, rows: slice = EVERY) -> np.ndarray:
-        keys, part = places[key]
-        item: Any = jax.ShapeDtypeStruct((), tensors[key][0])
-        for name in reversed(keys):
-            item = {name: item}
-        restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
-        arguments = ocp.args.PyTreeRestore(
-            item=item, restore_args=restore_args, partial_restore=True
-        )
+    def rows_of(key: str, rows: slice = EVERY) -> np.ndarray:
+        name, part = places[key]
+        block, those = part.block(rows)
         try:
-            leaf = jax.tree.leaves(handler.restore(directory, args=arguments))[0]
+            array = arrays.read(name, block)
         except Exception as error:
             raise InputError(
-                f"{path}: tensor {key} cannot be read; the checkpoint is truncated"
+                f"{directory}: tensor {key} cannot be read; the checkpoint is truncated ({error})"
             ) from error
-        return part.canonical(leaf)[rows]
+        return interchange.contiguous(part.rows(array)[those])
 
+    read = interchange.checked(rows_of, tensors, checksums, lambda _: directory)
     companions = interchange.companions(path)
-    return Checkpoint(path, "jax", model, state, tensors, read, companions=companions)
+    return Checkpoint(path, "jax", model, state, tensors, read, checksums, companions)
 
 
 def write_checkpoint(path: Path, source: Checkpoint) -> None:
-    """Write a checkpoint of any kind as Orbax; `path` exists only when it is complete."""
+    """Write a checkpoint of any kind as Orbax; `path` exists only when it is complete.
+
+    A kernel is stored in Fortran order, `[in, out]` by columns: the bytes are the canonical
+    tensor's, and nothing is transposed on the way.
+    """
+    checksums = interchange.Checksums()
     with new_directory(path, source.n_bytes) as directory:
         interchange.write_description(
             directory, source.model, source.trainer_state, source.companions
         )
         abstract = abstract_params(source.model, "float32")
         kinds = ["params", *(interchange.MOMENTS if source.has_optimizer else ())]
-
-        def tree(prefix: str) -> Any:
-            def leaf(path: Path_, like: jax.ShapeDtypeStruct) -> np.ndarray:
-                held = parts(path, like.shape)
-                array = np.empty(like.shape, source.tensors[prefix + held[0].name][0])
-                for part in held:
-                    tensor = source.read(prefix + part.name)
-                    part.copy(tensor, array, tuple(map(range, like.shape)))
-                return array
-
-            return jax.tree.map_with_path(leaf, abstract)
-
-        state = {kind: tree("" if kind == "params" else f"{kind}.") for kind in kinds}
-        ocp.PyTreeCheckpointer().save(directory.absolute() / "orbax", _stored(state))
+        tree = _stored(dict.fromkeys(kinds, abstract))
+        with writing(directory / "orbax", tree) as writer:
+            for keys, like in jax.tree_util.tree_leaves_with_path(tree):
+                kind, *names = (key.key for key in keys)
+                (part,) = parts(tuple(names), like.shape)
+                key = part.name if kind == "params" else f"{kind}.{part.name}"
+                tensor = source.tensors[key]
+                blocks = list(interchange.blocks(tensor))
+                fortran = part.kind == "kernel"
+                store = writer.create(
+                    ".".join([kind, *names]), tensor[0], tensor[1], blocks[0].stop, fortran
+                )
+                for rows in blocks:
+                    array = source.read(key, rows)
+                    checksums.add(key, tensor[1], rows, array)
+                    writer.write(store[rows], array)
+        interchange.write_checksums(directory, checksums)
+        interchange.verify(open_checkpoint(directory))
 
 
 def _stored(state: Any) -> Any:

@@ -18,7 +18,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from numpy.lib.stride_tricks import as_strided
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -34,6 +36,8 @@ from torch.distributed.checkpoint.planner import (
     WriteItem,
     WriteItemType,
 )
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from mooshak import huggingface, interchange
 from mooshak.checkpoints import kind_of, readable
@@ -257,17 +261,39 @@ def write_checkpoint(path: Path, source: Checkpoint) -> None:
         interchange.write_description(
             directory, source.model, source.trainer_state, source.companions
         )
-        planner = _SavePlanner(source)
-        # Nothing is copied ahead: what comes, comes in the order of the plan.
-        writer = dcp.FileSystemWriter(directory / "dcp", per_thread_copy_ahead=0)
+        planner, writer = _SavePlanner(source), _Writer(directory / "dcp", sync_files=False)
         sums = torch.serialization.get_crc32_options()
         torch.serialization.set_crc32_options(False)  # Slower than the disk, and never looked at.
         try:
             dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)
+        except CheckpointException as error:
+            raise error.failures[0][0] from error
         finally:
             torch.serialization.set_crc32_options(sums)
         interchange.write_checksums(directory, planner.checksums)
         interchange.verify(open_checkpoint(directory))
+
+
+class _Writer(dcp.FileSystemWriter):
+    """DCP's writer in the order of the plan; its own keeps some of every tensor in memory."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        results, name = [], f"__0_0{DEFAULT_SUFFIX}"
+        with (Path(self.path) / name).open("wb") as file:
+            for item in plan.items:
+                start = file.tell()
+                try:
+                    torch.save(planner.resolve_data(item), file)
+                except RuntimeError:
+                    # Torch says no more than that the file ends elsewhere; a full disk says so.
+                    file.write(bytes(interchange.BLOCK))
+                    raise
+                length = file.tell() - start
+                place = _StorageInfo(name, start, length)
+                results.append(WriteResult(item.index, length, place))
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results)
+        return done
 
 
 class _SavePlanner(SavePlanner):

@@ -1,0 +1,197 @@
+"""Time and memory of `parity.convert` beside `cp` of the same bytes, for every pair of formats.
+
+python benchmarks/conversion.py --size 8GB --out conversion.json
+
+Before each measurement the source leaves the page cache. Memory is RssAnon at its peak, above what
+the process has after its imports; time is that of the conversion with all that it verifies and
+syncs, and `whole` that of the process, imports included. `cp` verifies and syncs nothing.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from mooshak import interchange
+from mooshak.checkpoints import STATES
+from mooshak.config import ModelConfig
+from mooshak.files import write_atomically
+from mooshak.interchange import EVERY, MOMENTS, Checkpoint
+from mooshak.tables import print_table
+from parity.convert import convert, size_in_bytes
+
+
+def model_of(size: int) -> ModelConfig:
+    """A model whose training state in float32 has about `size` bytes, shaped as the 2 B model."""
+    # 12 bytes for each parameter: 2 x 32 D^2 of vocabulary, 8 layers of (3 + 3 x 2.6875) D^2.
+    dim = max(64, 64 * round(math.sqrt(size / 12 / (64 + 8 * 11.0625)) / 64))
+    return ModelConfig(
+        vocab_size=32 * dim,
+        dim=dim,
+        n_layers=8,
+        n_heads=dim // 64,
+        hidden_dim=2 * dim + 11 * dim // 16,
+        max_seq_len=2048,
+    )
+
+
+def drawn_state(model: ModelConfig) -> Checkpoint:
+    """A training state of random bits, which differ from tensor to tensor."""
+    pool = np.random.default_rng(0).random(1 << 24, np.float32)
+    shapes = model.parameter_shapes()
+    keys = [prefix + name for prefix in ("", *(f"{m}." for m in MOMENTS)) for name in shapes]
+    tensors = {
+        key: (
+            np.dtype(np.float32),
+            shapes[key.removeprefix("exp_avg.").removeprefix("exp_avg_sq.")],
+        )
+        for key in keys
+    }
+
+    def read(key: str, rows: slice = EVERY) -> np.ndarray:
+        shape = tensors[key][1]
+        start, stop, _ = rows.indices(shape[0])
+        width = math.prod(shape[1:])
+        first = (start * width + 7919 * keys.index(key)) % pool.size
+        values = np.take(pool, range(first, first + (stop - start) * width), mode="wrap")
+        return values.reshape(stop - start, *shape[1:])
+
+    state = {"format_version": 1, "step": 1, "seed": 0}
+    return Checkpoint(Path("(drawn)"), "drawn", model, state, tensors, read)
+
+
+def measure(source: Path, target: Path, to: str) -> dict[str, float]:
+    """Convert in a process of its own: `seconds`, `whole` and `anon_bytes`."""
+    start = time.perf_counter()
+    command = [sys.executable, __file__, "--child", str(source), str(target), to]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+    return {**json.loads(done.stdout), "whole": time.perf_counter() - start}
+
+
+def child(source: Path, target: Path, to: str) -> dict[str, float]:
+    """What `measure` starts."""
+    from parity.convert import kind_of
+
+    for kind in {kind_of(source), to}:
+        if kind == "torch":
+            import mooshak_torch.checkpoint  # noqa: F401
+        elif kind == "jax":
+            import mooshak_jax.checkpoint  # noqa: F401
+    imported = peak = rss_anon()
+    done = threading.Event()
+
+    def sample() -> None:
+        nonlocal peak
+        while not done.wait(0.005):
+            peak = max(peak, rss_anon())
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    start = time.perf_counter()
+    convert(source, target, to)
+    seconds = time.perf_counter() - start
+    done.set()
+    sampler.join()
+    return {"seconds": seconds, "anon_bytes": peak - imported}
+
+
+def rss_anon() -> int:
+    """Bytes of this process's memory that no file backs."""
+    status = Path("/proc/self/status").read_text()
+    (line,) = (line for line in status.splitlines() if line.startswith("RssAnon:"))
+    return 1024 * int(line.split()[1])
+
+
+def copy(source: Path, target: Path) -> float:
+    """Seconds that `cp -r` takes."""
+    start = time.perf_counter()
+    subprocess.run(["cp", "-r", source, target], check=True)
+    return time.perf_counter() - start
+
+
+def forget(path: Path) -> None:
+    """Let the files of a directory leave the page cache."""
+    os.sync()
+    for file in filter(Path.is_file, path.rglob("*")):
+        with file.open("rb") as opened:
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def compare(source: Path, to: str, repeats: int) -> dict[str, Any]:
+    """Both by turns, `repeats` times; medians of the times, the largest memory."""
+    target = source.parent / "target"
+    copies, runs = [], []
+    for _ in range(repeats):
+        for is_copy in (True, False):
+            shutil.rmtree(target, ignore_errors=True)
+            forget(source)
+            if is_copy:
+                copies.append(copy(source, target))
+            else:
+                runs.append(measure(source, target, to))
+    shutil.rmtree(target)
+    seconds = {key: statistics.median(run[key] for run in runs) for key in ("seconds", "whole")}
+    copied = statistics.median(copies)
+    return {
+        "from": source.name,
+        "to": to,
+        "bytes": sum(file.stat().st_size for file in source.rglob("*") if file.is_file()),
+        "cp_seconds": copied,
+        **seconds,
+        "ratio": seconds["seconds"] / copied,
+        "anon_bytes": max(run["anon_bytes"] for run in runs),
+        "copies": copies,
+        "runs": runs,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--size", type=size_in_bytes, default="8GB", help="of the training state")
+    parser.add_argument("--from", nargs="+", choices=STATES, default=list(STATES), dest="sources")
+    parser.add_argument("--to", nargs="+", choices=STATES, default=list(STATES))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--directory", type=Path, default=Path("runs/conversion"))
+    parser.add_argument("--keep", action="store_true", help="leave the states for another run")
+    parser.add_argument("--out", type=Path, help="JSON; the pairs of earlier runs stay in it")
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        source, target, to = args.child
+        print(json.dumps(child(Path(source), Path(target), to)))
+        return
+    results = json.loads(args.out.read_text()) if args.out and args.out.is_file() else {}
+    first = args.directory / "safetensors"
+    if not first.exists():
+        interchange.write_checkpoint(first, drawn_state(model_of(args.size)))
+    for kind in args.sources:
+        source = args.directory / kind
+        if not source.exists():
+            measure(first, source, kind)
+        for to in args.to:
+            results[f"{kind} -> {to}"] = compare(source, to, args.repeats)
+            if args.out:
+                write_atomically(args.out, json.dumps(results, indent=2) + "\n")
+    if not args.keep:
+        shutil.rmtree(args.directory)
+    table = Table("pair", "GB", "cp, s", "conversion, s", "ratio", "whole, s", "RssAnon, MiB")
+    for pair, result in results.items():
+        numbers = (result["bytes"] / 1e9, result["cp_seconds"], result["seconds"], result["ratio"])
+        cells = [f"{number:.2f}" for number in (*numbers, result["whole"])]
+        table.add_row(pair, *cells, f"{result['anon_bytes'] / 2**20:.0f}")
+    print_table(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""The arrays of an Orbax checkpoint by its storage layer (tensorstore), a part of one at a time.
+
+Orbax itself reads and writes whole trees: it would hold every array of a conversion in memory.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+
+from mooshak.interchange import BLOCK
+
+IN_FLIGHT = 4
+"""Blocks of rows that are being written at once."""
+
+
+class Arrays:
+    """The arrays of a checkpoint that exists, by their names: the keys of `tree`, dotted."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        metadata = ocp.PyTreeCheckpointer().metadata(directory.absolute()).item_metadata
+        self.tree = metadata.tree
+        self._driver = "zarr3" if metadata.use_zarr3 else "zarr"
+        self._open: dict[str, tensorstore.TensorStore] = {}
+
+    def read(self, name: str, region: tuple[slice, ...]) -> np.ndarray:
+        """A part of an array, in the order of axes in which it is stored."""
+        if name not in self._open:
+            self._open = {name: self._opened(name, region)}
+        store = self._open[name]
+        fortran = store.chunk_layout.inner_order != tuple(range(store.rank))
+        return store[region].read(order="F" if fortran else "C").result()
+
+    def _opened(self, name: str, region: tuple[slice, ...]) -> tensorstore.TensorStore:
+        spec = {"driver": self._driver, "kvstore": _place(self.directory, name)}
+        store = tensorstore.open(spec, open=True, read=True).result()
+        # Chunks that lie across the part are kept, decoded: the next part needs them again.
+        kept = store.dtype.numpy_dtype.itemsize
+        chunk: Any = store.chunk_layout.read_chunk.shape
+        for cut, size, width in zip(region, store.shape, chunk, strict=True):
+            start, stop, _ = cut.indices(size)
+            kept *= (-(-stop // width) - start // width) * width
+        if kept <= 2 * BLOCK:
+            return store
+        context = tensorstore.Context({"cache_pool": {"total_bytes_limit": kept}})
+        return tensorstore.open(spec, open=True, read=True, context=context).result()
+
+
+@contextmanager
+def writing(directory: Path, tree: Any) -> Iterator["Writer"]:
+    """Make a checkpoint of the structure of `tree`, whose arrays the block then writes.
+
+    Raises `OSError` where the disk is full.
+    """
+    # Orbax writes its descriptions, which have no shapes, with one element for each array.
+    empty = jax.tree.map(lambda _: np.zeros(1, np.float32), tree)
+    try:
+        # A file for each chunk: OCDBT would write its index anew for every array.
+        ocp.PyTreeCheckpointer(use_ocdbt=False).save(directory.absolute(), empty)
+        writer = Writer(directory)
+        yield writer
+        writer.finish()
+    except (ValueError, RuntimeError) as error:
+        # tensorstore has one kind of error for everything, and the number in its text.
+        if number := re.search(r"os_error_code='(\d+)'", str(error)):
+            code = int(number[1])
+            raise OSError(code, os.strerror(code), str(directory)) from error
+        raise
+
+
+class Writer:
+    """Writes the arrays of a checkpoint in which they have their names."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self._context = tensorstore.Context({"file_io_sync": False})
+        self._writes: list[tensorstore.WriteFutures] = []
+
+    def create(
+        self, name: str, dtype: np.dtype, shape: tuple[int, ...], chunk: int, transposed: bool
+    ) -> tensorstore.TensorStore:
+        """An array to `write`, `chunk` rows in each chunk.
+
+        With `transposed` it is its transpose that is called `name`, in Fortran order. Chunks are
+        not compressed: the bits of weights are noise, and zstd is slower than the disk.
+        """
+        shutil.rmtree(self.directory / name)
+        turn = slice(None, None, -1 if transposed else 1)
+        spec = {
+            "driver": "zarr",
+            "kvstore": _place(self.directory, name),
+            "metadata": {
+                "shape": shape[turn],
+                "chunks": (chunk, *shape[1:])[turn],
+                "order": "F" if transposed else "C",
+                "dtype": dtype.name if dtype.name == "bfloat16" else dtype.str,
+                "compressor": None,
+            },
+            "store_data_equal_to_fill_value": True,
+        }
+        store = tensorstore.open(spec, create=True, context=self._context).result()
+        return store.T if transposed else store
+
+    def write(self, rows: tensorstore.TensorStore, array: np.ndarray) -> None:
+        """Write rows of an array; `array` may not change any more."""
+        self._writes.append(rows.write(array, can_reference_source_data_indefinitely=True))
+        while len(self._writes) >= IN_FLIGHT:
+            self._writes.pop(0).result()
+
+    def finish(self) -> None:
+        """Wait for what is being written."""
+        while self._writes:
+            self._writes.pop(0).result()
+
+
+def _place(directory: Path, name: str) -> dict[str, str]:
+    base = directory.absolute()
+    if (base / "manifest.ocdbt").is_file():
+        return {"driver": "ocdbt", "base": f"file://{base}", "path": f"{name}/"}
+    return {"driver": "file", "path": f"{base / name}/"}
