@@ -275,7 +275,7 @@ def main() -> None:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="without bfloat16, planted faults, meshes and processes",
+        help="without bfloat16, faults, floors of float64, meshes and processes",
     )
     args = parser.parse_args()
     parts = IN_THIS_PROCESS if args.quick else PARTS
@@ -288,7 +288,9 @@ def main() -> None:
     lines = []
     low: tuple[Dtype, ...] = ("float32",) if args.quick else ("float32", "bfloat16")
     with Console(stderr=True).status("measuring") as status:
-        for line in check(source, other, parts=parts, controls=not args.quick, low=low):
+        for line in check(
+            source, other, parts=parts, controls=not args.quick, floors=not args.quick, low=low
+        ):
             status.update(f"measured: {line.name}, {line.dtype}")
             lines.append(line)
             table.add_row(*_cells(line), style="" if line.passed else "bold red")
