@@ -58,6 +58,10 @@ def test_without_a_fault_every_line_passes_and_its_control_does_not() -> None:
     assert [line for line in lines if not line.passed] == []
     blind = [line for line in lines if line.control is None or line.control <= line.allowed]
     assert blind == []
+    # What float64 shows lies about its floor: between frameworks, no more than rounding.
+    floors = [line for line in lines if line.dtype == "float64" and line.floor is not None]
+    assert len(floors) > 10
+    assert [line for line in floors if not 1e-19 < line.floor < 1e-12] == []
 
 
 def test_two_checkpoints_that_differ_in_one_element() -> None:
