@@ -20,7 +20,7 @@ import yaml
 
 from mooshak.errors import InputError
 
-Dtype: TypeAlias = Literal["float64", "float32", "bfloat16"]
+Dtype: TypeAlias = Literal["float64", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
@@ -358,11 +358,14 @@ class TrainConfig:
     accumulation: int = 1
     """Micro-batches per step, whose gradients are added up."""
     dtype: Dtype = "float32"
-    """float64, float32, or bfloat16 (matmuls in bf16; parameters, norms and loss in fp32)."""
+    """float64, float32, bfloat16 (matmuls in bf16; parameters, norms and loss in fp32), or float16
+    (the same; torch only: gradients are scaled)."""
     loss_chunk: int = 2048
     """Tokens whose logits are in memory at once."""
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass computes again: nothing, all but matrix products, or whole layers."""
+    compile: bool = False
+    """torch: compile each layer (`torch.compile`); JAX always compiles the whole step."""
     log_every: int = 1
     """Steps between lines of the metrics."""
     stop_at: int | None = None
@@ -391,6 +394,8 @@ class ParallelConfig:
     """torch, fsdp: layers that are gathered ahead of the one that computes."""
     zero_stage: Literal[1, 2, 3] = 2
     """torch, deepspeed: cut the optimizer state (1), gradients too (2), parameters too (3)."""
+    timeout: int = 600
+    """torch: seconds after which a process that waits for the others gives up and says where."""
     sequence_parallel: bool = False
     """torch, tensor: cut hidden states by sequence where they are not cut by heads or width."""
     slices: int = 1

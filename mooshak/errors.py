@@ -9,6 +9,14 @@ from collections.abc import Callable
 class InputError(Exception):
     """What the user gave cannot be used. The message is one line: what is wrong, and what to do."""
 
+    exit_code = 2
+
+
+class PeerError(InputError):
+    """A run on several processes lost one. The message is one line: which waited, and in what."""
+
+    exit_code = 3
+
 
 def command(main: Callable[..., None]) -> Callable[..., None]:
     """Wrap a command's `main`, so that an `InputError` becomes `error: ...` and exit code 2.
@@ -21,7 +29,7 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
         try:
             main(*args, **kwargs)
         except InputError as error:
-            sys.exit(_fail(str(error)))
+            sys.exit(_fail(str(error), error.exit_code))
         except OSError as error:
             if error.errno not in _DISK_ERRORS:
                 raise
@@ -35,6 +43,6 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, exit_code: int = 2) -> int:
     print("error: " + " ".join(message.split()), file=sys.stderr)
-    return 2
+    return exit_code

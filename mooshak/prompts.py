@@ -81,5 +81,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--top-p", type=float, default=1.0, help="sample from this much probability"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling noise")
-    parser.add_argument("--dtype", choices=["float64", "float32", "bfloat16"], default="float32")
+    parser.add_argument(
+        "--dtype", choices=["float64", "float32", "bfloat16", "float16"], default="float32"
+    )
     parser.add_argument("--tokenizer", help="tokenizer.model, if the checkpoint has none")

@@ -23,8 +23,18 @@ from mooshak.config import Dtype, ModelConfig
 from mooshak.rope import rope_tables
 from mooshak_jax.parallel import GATHERED, Axes, constrain, gather, sharded
 
-COMPUTE = {"float64": jnp.float64, "float32": jnp.float32, "bfloat16": jnp.bfloat16}
-PARAMETERS = {"float64": jnp.float64, "float32": jnp.float32, "bfloat16": jnp.float32}
+COMPUTE = {
+    "float64": jnp.float64,
+    "float32": jnp.float32,
+    "bfloat16": jnp.bfloat16,
+    "float16": jnp.float16,
+}
+PARAMETERS = {
+    "float64": jnp.float64,
+    "float32": jnp.float32,
+    "bfloat16": jnp.float32,
+    "float16": jnp.float32,
+}
 # float32 means float32: a GPU would multiply in TF32 and a TPU in bfloat16 otherwise.
 PRECISION = {
     "float64": jax.lax.Precision.HIGHEST,

@@ -18,7 +18,7 @@ from mooshak import checkpoints
 from mooshak import config as configuration
 from mooshak.checkpoints import Checkpoints
 from mooshak.config import Config
-from mooshak.errors import command
+from mooshak.errors import InputError, command
 from mooshak.evaluation import validation_metrics
 from mooshak.interchange import MOMENTS
 from mooshak.run_log import RunLog, stop_request
@@ -47,6 +47,11 @@ def train(config: Config, resume: str = "auto") -> None:
     from mooshak.data.batches import batches_of_rows, validation_sequences
     from mooshak.data.shards import ensure
 
+    if config.train.dtype == "float16":
+        raise InputError(
+            "train.dtype float16 needs its gradients scaled, which only mooshak_torch.train does; "
+            "use bfloat16"
+        )
     parallel = make_parallel(config)
     precise(config)
     tokenizer, _ = ensure(config)

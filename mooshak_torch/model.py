@@ -16,8 +16,18 @@ from mooshak.config import Dtype, ModelConfig
 from mooshak.initial import initial_weight
 from mooshak.rope import rope_tables
 
-COMPUTE = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
-PARAMETERS = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.float32}
+COMPUTE = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+PARAMETERS = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.float32,
+    "float16": torch.float32,
+}
 
 
 class Linear(nn.Module):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -32,8 +33,33 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
     )
 
 
-def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+@dataclass
+class LossScale:
+    """Dynamic scaling of the loss in float16 runs (arXiv:1710.03740), by powers of two.
+
+    Torch's GradScaler looks for infinities among this process's shards; the global norm, which
+    clipping needs anyhow, has those of all.
+    """
+
+    scale: float = 2.0**16
+    clean: int = 0
+    """Steps since the scale was changed."""
+    skipped: int = 0
+    """Steps that did not change the parameters, because a gradient was not finite."""
+
+    def update(self, finite: bool) -> None:
+        """Halve the scale after a gradient that was not finite, double it after 2000 that were."""
+        self.clean += 1
+        if not finite:
+            self.scale, self.clean, self.skipped = self.scale / 2, 0, self.skipped + 1
+        elif self.clean == 2000:
+            self.scale, self.clean = self.scale * 2, 0
+
+
+def clip_gradients(parameters: Iterable[Tensor], max_norm: float, scale: float = 1.0) -> Tensor:
     """Scale the gradients by max_norm / max(norm, max_norm), in place; returns the global norm.
+
+    They are divided by `scale` first, the loss's. The norm is over all processes.
 
     `torch.nn.utils.clip_grad_norm_` adds 1e-6 to the norm, which alone would part the frameworks by
     1.5e-9 after 20 steps.
@@ -45,9 +71,8 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     square = (squares / squares.new_tensor(copies)).sum()
     if any(isinstance(g, DTensor) for g in grads):
         dist.all_reduce(square)
-    norm = square.sqrt()
-    scale = max_norm / torch.clamp(norm, min=max_norm)
-    torch._foreach_mul_(parts, scale)
+    norm = square.sqrt() / scale
+    torch._foreach_mul_(parts, max_norm / torch.clamp(norm, min=max_norm) / scale)
     return norm
 
 

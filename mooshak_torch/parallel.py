@@ -6,10 +6,15 @@ state (FSDP2), and both cut the batch. `tensor` cuts heads, MLP width and vocabu
 
 import math
 import os
+import re
+import shutil
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,9 +36,14 @@ from torch.distributed.tensor import (
     distribute_tensor,
 )
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from mooshak.config import Config
-from mooshak.errors import InputError
+from mooshak.errors import InputError, PeerError
 from mooshak.mesh import AXES, check_mesh, mesh_sizes, mesh_text, parse_mesh
 from mooshak_torch import zero
 from mooshak_torch.loss import HeadLoss
@@ -47,6 +57,13 @@ DEFAULT_MESHES = {
     "hsdp": "data=-1,fsdp={local}",
 }
 """Strategy -> its mesh where none is given; `local` is the number of processes on this machine."""
+
+COLLECTIVES = "^(all_(reduce|gather|to_all)|reduce_scatter|broadcast|barrier)"
+WAITING = "timed? ?out|connection (closed|reset)|connection was|broken pipe|socket|abort"
+"""Names of functions that wait for the other processes, and what they say when none comes."""
+
+PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
+"""What `train.remat dots` keeps."""
 
 COLUMNS = ("embeddings", "wq", "wk", "wv", "w1", "w3", "lm_head")
 ROWS = ("wo", "w2")
@@ -147,6 +164,27 @@ class Parallel:
         else:
             loss.backward()
 
+    @contextmanager
+    def naming_hangs(self) -> Iterator[None]:
+        """Inside the block, a wait for other processes that fails is a `PeerError`.
+
+        It names this process and the collective. (NCCL's own watchdog names them, too, and ends
+        the process.)
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            if self.mesh is None or not re.search(WAITING, str(error), re.IGNORECASE):
+                raise
+            frames = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+            called = [name for name in frames if re.search(COLLECTIVES, name)]
+            where = called[-1] if called else "all_reduce of gradients, in the backward pass"
+            raise PeerError(
+                f"rank {self.rank} of {self.world} waited in {where} for a process that did not "
+                f"come (parallel.timeout, or it ended): {reason}"
+            ) from error
+
     def sum(self, values: Tensor) -> Tensor:
         """Sum over the parts of the batch, in place."""
         if self.mesh is not None:
@@ -174,7 +212,10 @@ def make_parallel(config: Config) -> Parallel:
         torch.cuda.set_device(device)
     if strategy == "single":
         return Parallel(rank, sizes, device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        timeout=timedelta(seconds=config.parallel.timeout),
+    )
     mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=AXES)
     return Parallel(rank, sizes, device, strategy, mesh, dist.new_group(backend="gloo"))
 
@@ -209,6 +250,38 @@ def _strategy_and_sizes(config: Config, world: int) -> tuple[str, dict[str, int]
     if strategy == "deepspeed":
         zero.check(config)
     return {"hsdp": "fsdp"}.get(strategy, strategy), sizes
+
+
+def rematerialise(model: Model, policy: str) -> None:
+    """Have the backward pass make the layers' activations again (`train.remat`), in place.
+
+    full keeps the input of each layer, dots the results of matrix products, too.
+    """
+    kept = partial(create_selective_checkpoint_contexts, _keep_products)
+    options: dict[str, Any] = {"context_fn": kept} if policy == "dots" else {}
+    for layer in model.layers if policy != "none" else ():
+        again = partial(
+            checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False, **options
+        )
+        layer.forward = again  # type: ignore[assignment]
+
+
+def _keep_products(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    keep = operation in PRODUCTS
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def compile_layers(model: Model, config: Config) -> None:
+    """Compile each layer, in place: all have the same code, which is compiled once.
+
+    Raises `InputError` where that is not possible.
+    """
+    if config.parallel.strategy == "deepspeed":
+        raise InputError("train.compile does not go with parallel.strategy deepspeed; use fsdp")
+    if not torch.cuda.is_available() and not shutil.which(os.environ.get("CXX", "g++")):
+        raise InputError("train.compile needs a C++ compiler (g++, or what CXX names)")
+    for layer in model.layers:
+        layer.forward = torch.compile(layer.forward)  # type: ignore[assignment]
 
 
 def cut(objective: nn.Module, mesh: DeviceMesh, config: Config) -> None:

@@ -8,6 +8,7 @@ import contextlib
 import math
 import os
 import time
+from dataclasses import asdict
 from functools import partial
 
 import numpy as np
@@ -28,8 +29,8 @@ from mooshak.tokenizer import Tokenizer
 from mooshak_torch.checkpoint import begin, open_checkpoint, restore, start_saving
 from mooshak_torch.loss import HeadLoss
 from mooshak_torch.model import Model, initialize
-from mooshak_torch.optimizer import clip_gradients, make_optimizer
-from mooshak_torch.parallel import Parallel, make_parallel
+from mooshak_torch.optimizer import LossScale, clip_gradients, make_optimizer, set_step
+from mooshak_torch.parallel import Parallel, compile_layers, make_parallel, rematerialise
 from mooshak_torch.zero import ZeroOptimizer, make_engine
 
 
@@ -48,6 +49,7 @@ def train(config: Config, resume: str = "auto") -> None:
             source = open_checkpoint(open_files.enter_context(checkpoints.readable(path, "torch")))
             step, validation_loss = checkpoints.check_resume(config, source, tokenizer.fingerprint)
         objective, optimizer = make_state(config, parallel, tokenizer, source)
+        scale = make_loss_scale(config, optimizer, source)
     model = model_of(objective)
     validation = validation_sequences(config) if config.evaluate.every else {}
     batches = train_batches(config, step, parallel.part, parallel.parts)
@@ -57,16 +59,18 @@ def train(config: Config, resume: str = "auto") -> None:
     last = min(config.train.steps, config.train.stop_at or config.train.steps)
     stopped = False
     try:
-        with stop_request() as stop:
+        with stop_request() as stop, parallel.naming_hangs():
             while step < last and not stopped:
                 start = time.perf_counter()
                 rate = learning_rate(config, step)
                 batch = torch.from_numpy(np.asarray(next(batches))).to(parallel.device).long()
-                loss, norm = train_step(objective, optimizer, batch, rate, config, parallel)
+                loss, norm = train_step(objective, optimizer, batch, rate, config, parallel, scale)
                 step += 1
                 flags = parallel.sum(torch.stack([loss, loss.new_tensor(float(stop.is_set()))]))
                 stopped = flags[1].item() > 0
                 metrics = {"loss": flags[0].item(), "learning_rate": rate, "grad_norm": norm.item()}
+                if scale is not None:
+                    metrics["loss_scale"] = scale.scale
                 metrics |= memory(parallel.device)
                 seconds = time.perf_counter() - start
                 if validation and (step % config.evaluate.every == 0 or step == last):
@@ -88,6 +92,8 @@ def train(config: Config, resume: str = "auto") -> None:
                         parallel.world,
                         parallel.layout,
                     )
+                    if scale is not None:
+                        state["loss_scale"] = asdict(scale)
                     saver.save(
                         state, partial(start_saving, model, optimizer, group=parallel.saving)
                     )
@@ -119,7 +125,11 @@ class Objective(nn.Module):
 def make_objective(model: ModelConfig, config: Config) -> Objective:
     """The objective on the meta device: shapes without memory, for `Parallel.wrap`."""
     with torch.device("meta"):
-        return Objective(Model(model, config.train.dtype), config.train.loss_chunk)
+        objective = Objective(Model(model, config.train.dtype), config.train.loss_chunk)
+    rematerialise(objective.model, config.train.remat)
+    if config.train.compile:
+        compile_layers(objective.model, config)
+    return objective
 
 
 def make_state(
@@ -145,6 +155,20 @@ def make_state(
     return objective, optimizer
 
 
+def make_loss_scale(
+    config: Config, optimizer: torch.optim.Optimizer | ZeroOptimizer, source: Checkpoint | None
+) -> LossScale | None:
+    """The scale of a float16 run, as in a checkpoint or at the beginning."""
+    if config.train.dtype != "float16" or isinstance(optimizer, ZeroOptimizer):
+        return None
+    state = {} if source is None else source.trainer_state or {}
+    scale = LossScale(**state.get("loss_scale", {}))
+    if source is not None:
+        # Skipped steps have not moved the moments.
+        set_step(optimizer, state["step"] - scale.skipped)
+    return scale
+
+
 def model_of(objective: nn.Module) -> Model:
     """The model in an objective, wrapped or not."""
     model = getattr(objective, "module", objective).model
@@ -159,12 +183,14 @@ def train_step(
     rate: float,
     config: Config,
     parallel: Parallel,
+    loss_scale: LossScale | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One optimizer step on this process's rows of the batch, [B, T + 1] tokens.
 
     Returns this process's part of the mean loss (the parts add up) and the gradient's norm.
     """
     optimizer.zero_grad(set_to_none=True)
+    scale = 1.0 if loss_scale is None else loss_scale.scale
     parts = batch_BS.chunk(config.train.accumulation)
     n_tokens = batch_BS[:, 1:].numel() * parallel.parts
     loss = torch.zeros((), dtype=next(objective.parameters()).dtype, device=batch_BS.device)
@@ -172,12 +198,17 @@ def train_step(
         with parallel.without_reduction(objective, i < len(parts) - 1):
             part_loss = objective(part) / n_tokens
             # DDP, FSDP and DeepSpeed average over the processes, and the parts are to be added.
-            parallel.backward(objective, part_loss * parallel.parts)
+            parallel.backward(objective, part_loss * (parallel.parts * scale))
         loss += part_loss.detach()
     if isinstance(optimizer, ZeroOptimizer):
         norm = optimizer.clip(config.optimizer.clip_norm)
-    else:
+    elif loss_scale is None:
         norm = clip_gradients(objective.parameters(), config.optimizer.clip_norm)
+    else:
+        norm = clip_gradients(objective.parameters(), config.optimizer.clip_norm, scale)
+        loss_scale.update(finite=bool(norm.isfinite()))
+        if not norm.isfinite():
+            return loss, norm
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()

@@ -6,6 +6,7 @@ Processes take seconds to start; a run of the tiny model takes less. Results are
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # Every run meets at a por
 import torch
 import torch.distributed as dist
 
+import mooshak_torch.train
 from mooshak import config as configuration
 from mooshak.config import Config
 from mooshak.errors import InputError
@@ -33,12 +35,20 @@ def main(runs: Path) -> None:
             stay_together()
         config = configuration.load(argv[0], argv[1:])
         try:
-            results.append(held_bytes(config) if do == "hold" else train(config))
+            results.append(DO[do](config))
         except InputError as error:
             results.append(str(error))
         print(number, argv[1:], flush=True)
     rank = os.environ["RANK"]
     runs.with_name(f"{runs.stem}-{rank}.json").write_text(json.dumps(results))
+
+
+def absent(config: Config) -> None:
+    """A run whose second process stays away from the first step for longer than the timeout."""
+    if os.environ["RANK"] == "1":
+        step = mooshak_torch.train.train_step
+        mooshak_torch.train.train_step = lambda *args: time.sleep(8) or step(*args)
+    train(config)
 
 
 def stay_together() -> None:
@@ -64,6 +74,8 @@ def held_bytes(config: Config) -> dict[str, Any]:
     parallel.close()
     return {what: sum(local_part(t)[0].nbytes for t in held) for what, held in tensors.items()}
 
+
+DO = {"train": train, "hold": held_bytes, "absent": absent}
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))

@@ -1,6 +1,8 @@
 """The torch side on several processes (gloo): every layout trains as one process does."""
 
+import functools
 import json
+import math
 import os
 import socket
 import subprocess
@@ -15,7 +17,9 @@ import pytest
 
 from mooshak import config as configuration
 from mooshak.config import Config, ModelConfig
+from mooshak.errors import InputError
 from mooshak_torch.checkpoint import open_checkpoint
+from mooshak_torch.optimizer import LossScale
 from mooshak_torch.train import train
 
 STEPS = 10
@@ -31,9 +35,11 @@ LAYOUTS = {
 VARIANTS = {
     "accumulation": ("--mesh", "fsdp=4", "--train.accumulation", 2),
     "kept": ("--mesh", "fsdp=-1", "--parallel.reshard_after_forward", "false"),
+    "remat": ("--mesh", "fsdp=2,tensor=2", "--train.remat", "full"),
     "offload": ("--mesh", "fsdp=4", "--parallel.cpu_offload", "true", "--parallel.prefetch", 2),
     "sequence": ("--mesh", "data=2,tensor=2", "--parallel.sequence_parallel", "true"),
 }
+VARIANTS["sequence"] += ("--train.remat", "dots")
 
 LLAMA = ("--model.architecture", "llama", "--model.head_dim", 6, "--model.qk_norm", "true")
 LLAMA += ("--model.qkv_bias", "true", "--model.wo_bias", "true", "--model.mlp_bias", "true")
@@ -155,6 +161,51 @@ def test_a_checkpoint_of_every_layout_restores_in_every_other(config: Path, tmp_
     for key in ("loss", "grad_norm"):
         there, here = metrics(tmp_path / "chain", key), metrics(tmp_path / "alone", key)
         assert len(here) == steps and there == pytest.approx(here, rel=1e-12, abs=0)
+
+
+def test_what_cannot_work_is_said(config: Path, tmp_path: Path) -> None:
+    """Meshes that do not fit, before anything is allocated; a process that does not come."""
+    wrong = [
+        (("--mesh", "fsdp=3"), "mesh fsdp=3 needs 3 processes and there are 2"),
+        (("--mesh", "fsdp=-1,data=4"), "mesh fsdp=-1,data=4 needs 4 processes and there are 2"),
+        (("--mesh", "date=2"), "expected axis=size with the axes data, fsdp, tensor"),
+        (("--parallel.strategy", "ddp", "--mesh", "fsdp=2"), "ddp has only the axis data"),
+        (("--parallel.strategy", "single"), "single, but torchrun started 2 processes"),
+        (("--mesh", "tensor=2", "--model.n_kv_heads", 1), "n_kv_heads 1 is not divisible"),
+        (("--train.accumulation", 8), "train.batch_size 8 is not divisible by mesh data=2"),
+    ]
+    options = [config, "--run.dir", tmp_path / "run", "--train.dtype", "float32"]
+    runs = [("train", [*options, *argv]) for argv, _ in wrong]
+    runs.append(("absent", [*options, "--mesh", "fsdp=2", "--parallel.timeout", 3]))
+    results = launch(2, runs, tmp_path / "runs.json")
+    for number, (_, message) in enumerate(wrong):
+        assert all(message in result[number] for result in results), results[0][number]
+    assert "rank 0 of 2 waited in all_gather" in results[0][-1]
+    assert "Timed out" in results[0][-1] and "\n" not in results[0][-1]
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+    with pytest.raises(InputError, match="needs processes: start with torchrun"):
+        train(configuration.load(config, ["--parallel.strategy", "fsdp"]))
+
+
+def test_float16_skips_what_is_not_finite_and_resumes_exactly(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # So much that the first gradients overflow.
+    scale = functools.partial(LossScale, scale=2.0**30)
+    monkeypatch.setattr("mooshak_torch.train.LossScale", scale)
+    options = ["--train.dtype", "float16", "--evaluate.every", "0", "--run.dir"]
+    for directory, stops in (("whole", (STEPS,)), ("parts", (6, STEPS))):
+        for stop in stops:
+            argv = [*options, str(tmp_path / directory), "--train.stop_at", str(stop)]
+            train(configuration.load(config, argv))
+    whole = metrics(tmp_path / "whole")
+    assert metrics(tmp_path / "parts") == whole
+    scales = metrics(tmp_path / "whole", "loss_scale")
+    assert scales[0] == 2.0**29 and 2.0**15 < scales[-1] < 2.0**28
+    assert scales[-1] == scales[-2] and whole[-1] < whole[0]
+    state = json.loads((tmp_path / f"whole/checkpoints/{STEPS}/trainer_state.json").read_text())
+    assert state["loss_scale"]["scale"] == scales[-1]
+    assert state["loss_scale"]["skipped"] == 30 - math.log2(scales[-1])
 
 
 def test_zero_trains_as_ddp(config: Path, tmp_path: Path) -> None:
