@@ -3,11 +3,21 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 
+import mooshak_jax.plan as jax_plan
+import mooshak_torch.plan as torch_plan
+from mooshak.config import Config, Dtype, ModelConfig, ParallelConfig, TrainConfig, dump
 from mooshak.hardware import DEVICES, peak_flops
+from mooshak.plans import Plan
 from mooshak_jax.hlo import collectives
+from mooshak_torch.model import initialize
+from mooshak_torch.train import make_objective
 
 
 @pytest.mark.parametrize(
@@ -56,7 +66,10 @@ import jax, jax.numpy as jnp, numpy as np
 from functools import partial
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 jax.config.update("jax_num_cpu_devices", 8)
+from mooshak.plans import Plan
 from mooshak_jax.hlo import collectives
+from mooshak_torch.model import initialize
+from mooshak_torch.train import make_objective
 
 mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "fsdp"))
 found = {}
@@ -184,3 +197,138 @@ def test_a_loop_whose_turns_are_unknown_is_no_plan() -> None:
     endless = TPU_PROGRAM.replace("direction=LT", "direction=NE")
     with pytest.raises(ValueError, match="how often"):
         collectives(endless)
+
+
+BIG = ModelConfig(
+    vocab_size=2048,
+    dim=256,
+    n_layers=4,
+    n_heads=2,
+    hidden_dim=1024,
+    max_seq_len=256,
+    scan_layers=True,
+)
+
+# 13 GB of parameters and moments, and their gradients: more than a chip of v5e has.
+WIDE = ModelConfig(
+    vocab_size=2**18, dim=2048, n_layers=1, n_heads=16, hidden_dim=1024, max_seq_len=256
+)
+
+
+def small_plan(topology: str, mesh: str, model: ModelConfig = BIG) -> Plan:
+    train = TrainConfig(batch_size=8, dtype="bfloat16", remat="full")
+    config = Config(model=model, train=train, parallel=ParallelConfig(mesh=mesh))
+    return jax_plan.plan(config, topology)
+
+
+@pytest.mark.slow
+def test_the_step_is_compiled_for_a_slice_that_is_not_here() -> None:
+    """What a device holds is exact; what it sends is at most 1.1 times what FSDP must send."""
+    plan = small_plan("v5e:2x2", "fsdp=4")
+    assert plan.fits and plan.moved is not None
+    # Gains are whole on every device.
+    gains = 2 * BIG.n_layers * BIG.dim
+    shards = (BIG.parameter_count() - gains) // 4 + gains
+    assert plan.memory["parameters"] == 4 * shards
+    assert plan.memory["optimizer"] == 8 * shards
+    # With full remat a layer's input stays; the head's gradients are made in the forward pass.
+    inputs = 2 * 8 * 256 * BIG.dim // 4
+    assert plan.memory["activations"] >= BIG.n_layers * inputs
+    assert plan.flops == 8 * 256 * BIG.flops_per_token(256)
+    # Matrices are gathered twice in bfloat16, and reduced once in float32.
+    needed = 3 / 4 * (2 + 2 + 4) * BIG.parameter_count()
+    assert 0.5 * needed < sum(plan.moved.values()) < 1.1 * needed
+    assert 0 < plan.mfu <= 1
+
+    whole = small_plan("v5e:2x2", "data=4")
+    assert whole.memory["parameters"] == 4 * BIG.parameter_count()
+    # Gradients are reduced whole, in bfloat16 or float32 as XLA likes; nothing is gathered.
+    sent = whole.moved or {}
+    least = 2 * 3 / 4 * 2 * BIG.parameter_count()
+    assert 0.98 * least < sent["all-reduce"] < 1.02 * 2 * least
+    assert sum(sent.values()) == pytest.approx(sent["all-reduce"], rel=0.01)
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_is_said_so() -> None:
+    plan = small_plan("v5e:1x1", "", WIDE)
+    assert not plan.fits and plan.moved is None
+    assert plan.total > plan.capacity > 15e9
+    assert plan.to_json()["bytes_moved_per_step"] is None
+
+
+@pytest.mark.slow
+def test_a_sweep_ranks_every_mesh(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = Config(model=BIG, train=TrainConfig(batch_size=8, dtype="bfloat16"))
+    (tmp_path / "config.yaml").write_text(dump(config))
+    argv = ["plan", "--config", f"{tmp_path}/config.yaml", "--topology", "v5e:1x2", "--sweep"]
+    monkeypatch.setattr(sys, "argv", [*argv, "--plot", f"{tmp_path}/plan.svg"])
+    jax_plan.main()
+    shown = capsys.readouterr().out
+    assert {mesh for mesh in ("data=2", "fsdp=2", "tensor=2") if mesh in shown} == {
+        "data=2",
+        "fsdp=2",
+        "tensor=2",
+    }
+    assert (tmp_path / "plan.svg").read_text().count("<svg") == 1
+
+
+@pytest.mark.parametrize(
+    ("main", "argv", "message"),
+    [
+        (jax_plan.main, ["--topology", "v9:4x4"], "kinds are v6e, v5p, v5e, v4"),
+        (jax_plan.main, ["--topology", "v5e:3x5"], "topology v5e:3x5"),
+        (jax_plan.main, ["--topology", "v5e:2x2", "--mesh", "fsdp=3"], "does not divide"),
+        (jax_plan.main, ["--topology", "v5e:2x2", "--mesh", "fsdp=2"], "v5e:2x2 has 4"),
+        (torch_plan.main, ["--gpu", "v100"], "no figures for 'v100'"),
+        (torch_plan.main, ["--gpu", "v5e"], "mooshak_jax.plan"),
+        (torch_plan.main, ["--gpus", "0"], "--gpus must be at least 1"),
+        (torch_plan.main, ["--gpus", "8", "--mesh", "fsdp=3"], "does not divide"),
+        (torch_plan.main, ["--strategy", "ddp", "--mesh", "fsdp=8"], "only the axis data"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_line(
+    main: Callable[[], None],
+    argv: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["plan", *argv])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_activations_are_what_autograd_saves(dtype: Dtype, remat: str) -> None:
+    """Storages that the forward pass of real tensors saves, all but the parameters'."""
+    model = ModelConfig(
+        vocab_size=320, dim=64, n_layers=3, n_heads=4, n_kv_heads=2, hidden_dim=176, max_seq_len=96
+    )
+    train = TrainConfig(batch_size=2, dtype=dtype, remat=remat, loss_chunk=50)
+    config = Config(model=model, train=train)
+    objective = make_objective(config.model, config).to_empty(device="cpu")
+    initialize(objective.model, seed=0)
+    tensors = [*objective.parameters(), *objective.buffers()]
+    own = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    saved = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage
+        return tensor
+
+    tokens_BS = torch.randint(model.vocab_size, (2, 97))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        objective(tokens_BS)
+    measured = sum(storage.nbytes() for storage in saved.values())
+    predicted, temporary = torch_plan.passing(config, rows=2, sharded=False)
+    assert predicted == pytest.approx(measured, rel=0.1)
+    assert temporary > 0

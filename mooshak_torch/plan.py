@@ -1,0 +1,348 @@
+"""Plan training on GPUs that are not here: does it fit, and what bounds it?
+
+python -m mooshak_torch.plan --config configs/mooshak-2b.yaml --gpus 8 --gpu h100-80g --strategy ddp
+
+The real modules are laid on a mesh of processes that do not exist, and the real forward and
+backward pass goes through them with tensors that have shapes and no memory.
+"""
+
+import contextlib
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from mooshak import config as configuration
+from mooshak import hardware
+from mooshak.config import Config
+from mooshak.errors import InputError, command
+from mooshak.hardware import Device
+from mooshak.mesh import AXES, check_mesh, mesh_sizes
+from mooshak.plans import (
+    Plan,
+    memory_traffic,
+    print_json,
+    print_plan,
+    print_sweep,
+    ranked,
+    step_times,
+)
+from mooshak_torch.model import COMPUTE, PARAMETERS
+from mooshak_torch.parallel import shard
+from mooshak_torch.train import make_objective
+
+STRATEGIES = {
+    "single": "data=1",
+    "ddp": "data=-1",
+    "fsdp": "fsdp=-1",
+    "hsdp": "data=-1,fsdp={node}",
+    "zero1": "fsdp=-1",
+    "zero2": "fsdp=-1",
+    "zero3": "fsdp=-1",
+}
+"""Strategy -> its mesh where none is given; `node` is the number of GPUs of a node."""
+
+
+def plan(config: Config, gpu: str, gpus: int, strategy: str) -> Plan:
+    """The plan of one strategy. Raises `InputError` for a device or a mesh that cannot be."""
+    device = hardware.device(gpu)
+    if device.torus:
+        raise InputError(f"{gpu} is a TPU; python -m mooshak_jax.plan plans for those")
+    sizes = mesh_of(config, device, gpus, strategy)
+    check_mesh(config, sizes)
+    rows = config.train.batch_size // (sizes["data"] * sizes["fsdp"])
+    units = held(config, sizes, strategy)
+    parts = memory(config, sizes, strategy, units, rows)
+    exchanges = communication(config, sizes, strategy, units, rows)
+    moved: dict[str, float] = {}
+    seconds = 0.0
+    for exchange in exchanges:
+        moved[exchange.kind] = moved.get(exchange.kind, 0) + exchange.moved
+        # Ranks count `tensor` fastest, then `fsdp`, then `data`: a group is within a node or not.
+        inside = exchange.span <= device.per_node
+        seconds += exchange.moved / (device.link if inside else device.network)
+    cut = sizes["fsdp"] * sizes["tensor"]
+    traffic = memory_traffic(config, rows, cut=cut, tensor=sizes["tensor"])
+    shown = ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1)
+    layout = f"{strategy} {shown}".strip()
+    if strategy in ("fsdp", "hsdp") and not config.parallel.reshard_after_forward:
+        layout += ", kept after forward"
+    return Plan(
+        machine=f"{gpus} x {gpu}",
+        layout=layout,
+        device=device,
+        n_devices=gpus,
+        memory=parts,
+        capacity=int(device.memory * USABLE),
+        moved={kind: round(size) for kind, size in moved.items()},
+        flops=config.model.flops_per_token(config.T) * config.T * config.train.batch_size,
+        times=step_times(config, device, gpus, traffic, seconds),
+    )
+
+
+USABLE = 0.94
+"""Share of a GPU's memory for a program's tensors; CUDA, NCCL and fragmentation have the rest."""
+
+
+def sweep(config: Config, gpu: str, gpus: int) -> list[Plan]:
+    """The plans of every strategy that goes with the model and the batch, best first."""
+    plans, reasons = [], []
+    for strategy in STRATEGIES if gpus > 1 else ("single",):
+        if strategy == "single" and gpus > 1:
+            continue
+        for reshard in (True, False) if strategy in ("fsdp", "hsdp") else (True,):
+            parallel = replace(config.parallel, reshard_after_forward=reshard)
+            try:
+                plans.append(plan(replace(config, parallel=parallel), gpu, gpus, strategy))
+            except InputError as error:
+                reasons.append(str(error))
+    if not plans:
+        raise InputError(f"no strategy for {gpus} x {gpu} goes with this batch: {reasons[0]}")
+    return ranked(plans)
+
+
+def mesh_of(config: Config, device: Device, gpus: int, strategy: str) -> dict[str, int]:
+    """The size of every axis of the mesh."""
+    node = min(gpus, device.per_node)
+    text = config.parallel.mesh or STRATEGIES[strategy].format(node=node)
+    sizes = mesh_sizes(text, gpus)
+    if math.prod(sizes.values()) != gpus:
+        raise InputError(f"mesh {text} has {math.prod(sizes.values())} places for {gpus} GPUs")
+    if strategy in ("single", "ddp") and sizes["data"] != gpus:
+        raise InputError(f"strategy {strategy} has only the axis data, not {text}")
+    if strategy.startswith("zero") and sizes["fsdp"] != gpus:
+        raise InputError(f"strategy {strategy} has only the axis fsdp, not {text}")
+    return sizes
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Parameters that are gathered and reduced together."""
+
+    name: str
+    numbers: int
+    """Parameters in all."""
+    local: int
+    """Of them, how many the first rank keeps: none keeps more."""
+    width: int
+    """Bytes of each when it is gathered."""
+    again: bool
+    """Whether it is gathered again in the backward pass."""
+
+
+def held(config: Config, sizes: dict[str, int], strategy: str) -> list[Unit]:
+    """The units of the real modules, cut by the real `shard`, as the first rank keeps them."""
+    objective = make_objective(config.model, config)
+    wide = torch.finfo(PARAMETERS[config.train.dtype]).bits // 8
+    if strategy not in ("fsdp", "hsdp"):
+        numbers = sum(p.numel() for p in objective.parameters())
+        cut = sizes["fsdp"] if strategy == "zero3" else 1
+        return [Unit("model", numbers, -(-numbers // cut), wide, strategy == "zero3")]
+    with processes_that_do_not_exist(math.prod(sizes.values())):
+        mesh = init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=AXES)
+        shard(objective, mesh, config)
+        return [unit for name, module in objective.named_modules() for unit in _unit(name, module)]
+
+
+def _unit(name: str, module: nn.Module) -> list[Unit]:
+    """What FSDP2 gathers for a module: its parameters that no module within is gathered for."""
+    state = getattr(module, "_get_fsdp_state", lambda: None)()
+    group = state and state._fsdp_param_group
+    if not group:
+        return []
+    parameters = [item.sharded_param for item in group.fsdp_params]
+    dtype = group.mp_policy.param_dtype or parameters[0].dtype
+    return [
+        Unit(
+            name,
+            sum(p.numel() for p in parameters),
+            sum(_local(p) for p in parameters),
+            dtype.itemsize,
+            group._reshard_after_forward,
+        )
+    ]
+
+
+def _local(parameter: Any) -> int:
+    return (parameter.to_local() if isinstance(parameter, DTensor) else parameter).numel()
+
+
+@contextlib.contextmanager
+def processes_that_do_not_exist(world: int) -> Iterator[None]:
+    """Inside the block this is rank 0 of so many processes, whose collectives do nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def memory(
+    config: Config, sizes: dict[str, int], strategy: str, units: list[Unit], rows: int
+) -> dict[str, int]:
+    """What the fullest rank holds at the peak of a step, in bytes."""
+    wide = torch.finfo(PARAMETERS[config.train.dtype]).bits // 8
+    local, numbers = sum(unit.local for unit in units), sum(unit.numbers for unit in units)
+    sharded = strategy in ("fsdp", "hsdp", "zero3")
+    slices = -(-numbers // sizes["fsdp"])
+    gradients = slices if strategy in ("zero2", "zero3") else local
+    moments = slices if strategy.startswith("zero") else local
+    kept, temporary = passing(config, rows // config.train.accumulation, sharded)
+    result = {
+        "parameters": wide * local,
+        "gradients": wide * gradients,
+        "optimizer": 2 * wide * moments,
+        "activations": kept // sizes["tensor"],
+        "temporaries": temporary // sizes["tensor"],
+    }
+    if sharded:
+        result["gathered"] = gathered(config, units)
+        if config.train.accumulation > 1:
+            # Gradients that are not reduced yet are whole.
+            result["gathered"] += wide * numbers // sizes["tensor"]
+    elif strategy == "ddp":
+        # DDP adds up gradients in buckets of its own.
+        result["buckets"] = wide * numbers
+    if config.parallel.cpu_offload and strategy in ("fsdp", "hsdp"):
+        result |= dict.fromkeys(("parameters", "gradients", "optimizer"), 0)
+    return result
+
+
+def gathered(config: Config, units: list[Unit]) -> int:
+    """Bytes of whole parameters, and of what they are received in and reduced from, at the peak.
+
+    FSDP gathers into a buffer and copies out of it; gradients are reduced in the parameters' dtype.
+    Layers are gathered `parallel.prefetch` ahead.
+    """
+    wide = torch.finfo(PARAMETERS[config.train.dtype]).bits // 8
+    layers = [unit for unit in units if ".layers." in unit.name or unit.name.startswith("layers.")]
+    others = [unit for unit in units if unit not in layers]
+    stay = sum(unit.numbers * unit.width for unit in units if not unit.again)
+    sizes = sorted((unit.numbers * unit.width for unit in layers if unit.again), reverse=True)
+    reduced = wide * max((unit.numbers for unit in layers), default=0)
+    at_once = sizes[: 1 + config.parallel.prefetch]
+    in_layers = sum(at_once) + max(sizes, default=0) + reduced
+    in_others = max((2 * unit.width + wide) * unit.numbers for unit in others if unit.again)
+    return stay + max(in_layers, in_others)
+
+
+def passing(config: Config, rows: int, sharded: bool) -> tuple[int, int]:
+    """Bytes that the forward pass keeps for the backward pass, and that come and go beside them.
+
+    The real objective goes forward and backward on `rows` sequences, with tensors of no memory, as
+    on one rank. Under FSDP the layers' matrices are in the compute dtype already.
+    """
+    objective = make_objective(config.model, config)
+    layers = set(objective.model.layers.parameters())
+    with FakeTensorMode():
+        made: dict[Tensor, nn.Parameter] = {}
+        for module in objective.modules():
+            for name, like in module.named_parameters(recurse=False):
+                narrow = sharded and like in layers and like.ndim == 2
+                dtype = COMPUTE[config.train.dtype] if narrow else like.dtype
+                made.setdefault(like, nn.Parameter(torch.empty(like.shape, dtype=dtype)))
+                setattr(module, name, made[like])
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+        for parameter in made.values():
+            # Gradients are counted by themselves; one at a time comes and goes here.
+            parameter.register_post_accumulate_grad_hook(_drop)
+        batch_BS = torch.zeros((rows, config.T + 1), dtype=torch.long)
+        tracker = MemTracker()
+        tracker.track_external(objective)
+        with tracker, warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            loss = objective(batch_BS)
+            kept = _total(tracker, "current")
+            loss.backward()
+            peak = _total(tracker, "peak")
+    return kept, peak - kept
+
+
+def _drop(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def _total(tracker: MemTracker, when: str) -> int:
+    """Bytes of everything but parameters and buffers, now or at the peak."""
+    (sizes,) = tracker.get_tracker_snapshot(when).values()
+    parts = {str(getattr(key, "value", key)): size for key, size in sizes.items()}
+    return parts["Total"] - parts["Parameter"] - parts["Buffer"]
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Collectives of a step that are alike."""
+
+    kind: str
+    moved: float
+    """Bytes that each rank sends in a step."""
+    span: int
+    """Ranks from the first to the last of a group, the end included: do they share a node?"""
+
+
+def communication(
+    config: Config, sizes: dict[str, int], strategy: str, units: list[Unit], rows: int
+) -> list[Exchange]:
+    """What every rank sends in a step, along rings (arXiv:1802.05799, section 3)."""
+    wide = torch.finfo(PARAMETERS[config.train.dtype]).bits // 8
+    data, fsdp, tensor = (sizes[axis] for axis in AXES)
+    parts = config.train.accumulation
+    whole = wide * sum(unit.numbers for unit in units)
+    shard_span, world = fsdp * tensor, math.prod(sizes.values())
+    along = (fsdp - 1) / fsdp
+    result = []
+    if strategy in ("fsdp", "hsdp", "zero3"):
+        gathers = parts * sum(u.numbers * u.width * (2 if u.again else 1) for u in units)
+        result.append(Exchange("all-gather", gathers * along, shard_span))
+        result.append(Exchange("reduce-scatter", whole * along, shard_span))
+        if data > 1:
+            result.append(Exchange("all-reduce", 2 * whole / fsdp * (data - 1) / data, world))
+    elif strategy.startswith("zero"):
+        # Every rank updates its slice, and all are given the parameters.
+        result.append(Exchange("reduce-scatter", whole * along, shard_span))
+        result.append(Exchange("all-gather", whole * along, shard_span))
+    elif strategy == "ddp":
+        result.append(Exchange("all-reduce", 2 * whole * (data - 1) / data, world))
+    return [exchange for exchange in result if exchange.moved]
+
+
+@command
+def main() -> None:
+    parser = configuration.parser(__doc__.split("\n")[0])
+    parser.add_argument("--gpus", type=int, default=8, help="how many")
+    parser.add_argument("--gpu", default="h100-80g", help=", ".join(GPUS))
+    parser.add_argument("--strategy", choices=list(STRATEGIES), default="fsdp")
+    parser.add_argument("--sweep", action="store_true", help="every strategy, best first")
+    parser.add_argument("--plot", type=Path, default=Path("plan.svg"), help="of a sweep: picture")
+    parser.add_argument("--json", action="store_true", help="print one object")
+    config, arguments = configuration.parse(parser)
+    if arguments.gpus < 1:
+        raise InputError(f"--gpus must be at least 1, not {arguments.gpus}")
+    if arguments.sweep:
+        plans = sweep(config, arguments.gpu, arguments.gpus)
+    else:
+        plans = [plan(config, arguments.gpu, arguments.gpus, arguments.strategy)]
+    if arguments.json:
+        print_json(plans, arguments.sweep)
+    elif arguments.sweep:
+        print_sweep(plans, arguments.plot)
+    else:
+        print_plan(plans[0], config)
+
+
+GPUS = [name for name, device in hardware.DEVICES.items() if not device.torus]
+
+if __name__ == "__main__":
+    main()
