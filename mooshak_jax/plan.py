@@ -38,8 +38,6 @@ from mooshak_jax.model import PARAMETERS
 from mooshak_jax.parallel import Parallel, make_parallel
 from mooshak_jax.train import abstract_state, make_train_step, objective, precise
 
-GIB = 2**30
-
 
 def plan(config: Config, topology: str) -> Plan:
     """The plan of one mesh. Raises `InputError` for a topology or a mesh that cannot be."""
@@ -66,7 +64,7 @@ def plan(config: Config, topology: str) -> Plan:
     try:
         compiled = lowered(config, parallel).compile()
     except jax.errors.JaxRuntimeError as error:
-        used, capacity = _refused(error)
+        used, capacity = _refused(error, sum(parts.values()))
         parts["temporaries"] = used - sum(parts.values())
         return Plan(**common, memory=parts, capacity=capacity, moved=None)
     stats = compiled.memory_analysis()
@@ -188,14 +186,18 @@ def bandwidth(collective: Collective, device: Device, parallel: Parallel, topolo
     return device.link * max(1, links)
 
 
-def _refused(error: Exception) -> tuple[int, int]:
-    """What a program needs and what there is, in bytes, where the compiler says it is too large."""
-    sizes = re.search(r"Used ([\d.]+)([GM]) of ([\d.]+)([GM]) hbm", str(error))
+def _refused(error: Exception, state: int) -> tuple[int, int]:
+    """What a program needs and what there is, in bytes, where the compiler says it is too large.
+
+    It counts temporaries alone, or all that the program needs.
+    """
+    beside = re.search(r"temporaries \((.*?)\) exceeds available HBM \((.*?)\)", str(error))
+    sizes = beside or re.search(r"Used (\S+) of (\S+) hbm", str(error))
     if sizes is None:
         raise error
-    unit = {"G": GIB, "M": 2**20}
-    used, capacity = float(sizes[1]) * unit[sizes[2]], float(sizes[3]) * unit[sizes[4]]
-    return int(used), int(capacity)
+    units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    used, capacity = (int(float(size[:-1]) * units[size[-1]]) for size in sizes.groups())
+    return used + (state if beside else 0), capacity
 
 
 def _divisors(n: int) -> list[tuple[int, int]]:

@@ -39,7 +39,7 @@ from mooshak.plans import (
     step_times,
 )
 from mooshak_torch.model import COMPUTE, PARAMETERS
-from mooshak_torch.parallel import shard
+from mooshak_torch.parallel import cut, shard
 from mooshak_torch.train import make_objective
 
 STRATEGIES = {
@@ -47,9 +47,9 @@ STRATEGIES = {
     "ddp": "data=-1",
     "fsdp": "fsdp=-1",
     "hsdp": "data=-1,fsdp={node}",
-    "zero1": "fsdp=-1",
-    "zero2": "fsdp=-1",
-    "zero3": "fsdp=-1",
+    "zero1": "data=-1",
+    "zero2": "data=-1",
+    "zero3": "data=-1",
 }
 """Strategy -> its mesh where none is given; `node` is the number of GPUs of a node."""
 
@@ -72,8 +72,8 @@ def plan(config: Config, gpu: str, gpus: int, strategy: str) -> Plan:
         # Ranks count `tensor` fastest, then `fsdp`, then `data`: a group is within a node or not.
         inside = exchange.span <= device.per_node
         seconds += exchange.moved / (device.link if inside else device.network)
-    cut = sizes["fsdp"] * sizes["tensor"]
-    traffic = memory_traffic(config, rows, cut=cut, tensor=sizes["tensor"])
+    kept = sizes["fsdp"] * sizes["tensor"]
+    traffic = memory_traffic(config, rows, cut=kept, tensor=sizes["tensor"])
     shown = ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1)
     layout = f"{strategy} {shown}".strip()
     if strategy in ("fsdp", "hsdp") and not config.parallel.reshard_after_forward:
@@ -119,10 +119,8 @@ def mesh_of(config: Config, device: Device, gpus: int, strategy: str) -> dict[st
     sizes = mesh_sizes(text, gpus)
     if math.prod(sizes.values()) != gpus:
         raise InputError(f"mesh {text} has {math.prod(sizes.values())} places for {gpus} GPUs")
-    if strategy in ("single", "ddp") and sizes["data"] != gpus:
+    if strategy not in ("fsdp", "hsdp") and sizes["data"] != gpus:
         raise InputError(f"strategy {strategy} has only the axis data, not {text}")
-    if strategy.startswith("zero") and sizes["fsdp"] != gpus:
-        raise InputError(f"strategy {strategy} has only the axis fsdp, not {text}")
     return sizes
 
 
@@ -132,7 +130,7 @@ class Unit:
 
     name: str
     numbers: int
-    """Parameters in all."""
+    """Parameters, where they are gathered: one `tensor`-th of what that axis cuts."""
     local: int
     """Of them, how many the first rank keeps: none keeps more."""
     width: int
@@ -142,15 +140,21 @@ class Unit:
 
 
 def held(config: Config, sizes: dict[str, int], strategy: str) -> list[Unit]:
-    """The units of the real modules, cut by the real `shard`, as the first rank keeps them."""
+    """The units of the real modules, cut by the real `cut` and `shard`, as the first rank has them.
+
+    It has the most: what does not divide evenly is dealt out from the first rank on.
+    """
     objective = make_objective(config.model, config)
-    wide = torch.finfo(PARAMETERS[config.train.dtype]).bits // 8
+    wide = PARAMETERS[config.train.dtype].itemsize
     if strategy not in ("fsdp", "hsdp"):
         numbers = sum(p.numel() for p in objective.parameters())
-        cut = sizes["fsdp"] if strategy == "zero3" else 1
-        return [Unit("model", numbers, -(-numbers // cut), wide, strategy == "zero3")]
+        if strategy != "zero3":
+            return [Unit("model", numbers, numbers, wide, again=False)]
+        return [Unit("model", numbers, -(-numbers // sizes["data"]), wide, again=True)]
     with processes_that_do_not_exist(math.prod(sizes.values())):
         mesh = init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=AXES)
+        if sizes["tensor"] > 1:
+            cut(objective, mesh["tensor"], config)
         shard(objective, mesh, config)
         return [unit for name, module in objective.named_modules() for unit in _unit(name, module)]
 
@@ -166,7 +170,7 @@ def _unit(name: str, module: nn.Module) -> list[Unit]:
     return [
         Unit(
             name,
-            sum(p.numel() for p in parameters),
+            sum(math.prod(item._orig_size) for item in group.fsdp_params),
             sum(_local(p) for p in parameters),
             dtype.itemsize,
             group._reshard_after_forward,
@@ -192,25 +196,27 @@ def memory(
     config: Config, sizes: dict[str, int], strategy: str, units: list[Unit], rows: int
 ) -> dict[str, int]:
     """What the fullest rank holds at the peak of a step, in bytes."""
-    wide = torch.finfo(PARAMETERS[config.train.dtype]).bits // 8
+    wide = PARAMETERS[config.train.dtype].itemsize
     local, numbers = sum(unit.local for unit in units), sum(unit.numbers for unit in units)
     sharded = strategy in ("fsdp", "hsdp", "zero3")
-    slices = -(-numbers // sizes["fsdp"])
+    slices = -(-numbers // sizes["data"])  # ZeRO's.
     gradients = slices if strategy in ("zero2", "zero3") else local
     moments = slices if strategy.startswith("zero") else local
     kept, temporary = passing(config, rows // config.train.accumulation, sharded)
+    # Sequence parallelism cuts what stands between the products too; without it this is too much.
+    across = sizes["tensor"] if config.parallel.sequence_parallel else 1
     result = {
         "parameters": wide * local,
         "gradients": wide * gradients,
         "optimizer": 2 * wide * moments,
-        "activations": kept // sizes["tensor"],
-        "temporaries": temporary // sizes["tensor"],
+        "activations": kept // across,
+        "temporaries": temporary // across,
     }
     if sharded:
         result["gathered"] = gathered(config, units)
         if config.train.accumulation > 1:
             # Gradients that are not reduced yet are whole.
-            result["gathered"] += wide * numbers // sizes["tensor"]
+            result["gathered"] += wide * numbers
     elif strategy == "ddp":
         # DDP adds up gradients in buckets of its own.
         result["buckets"] = wide * numbers
@@ -225,7 +231,7 @@ def gathered(config: Config, units: list[Unit]) -> int:
     FSDP gathers into a buffer and copies out of it; gradients are reduced in the parameters' dtype.
     Layers are gathered `parallel.prefetch` ahead.
     """
-    wide = torch.finfo(PARAMETERS[config.train.dtype]).bits // 8
+    wide = PARAMETERS[config.train.dtype].itemsize
     layers = [unit for unit in units if ".layers." in unit.name or unit.name.startswith("layers.")]
     others = [unit for unit in units if unit not in layers]
     stay = sum(unit.numbers * unit.width for unit in units if not unit.again)
@@ -296,25 +302,36 @@ def communication(
     config: Config, sizes: dict[str, int], strategy: str, units: list[Unit], rows: int
 ) -> list[Exchange]:
     """What every rank sends in a step, along rings (arXiv:1802.05799, section 3)."""
-    wide = torch.finfo(PARAMETERS[config.train.dtype]).bits // 8
+    wide = PARAMETERS[config.train.dtype].itemsize
     data, fsdp, tensor = (sizes[axis] for axis in AXES)
     parts = config.train.accumulation
     whole = wide * sum(unit.numbers for unit in units)
-    shard_span, world = fsdp * tensor, math.prod(sizes.values())
-    along = (fsdp - 1) / fsdp
+    gathers = parts * sum(u.numbers * u.width * (2 if u.again else 1) for u in units)
+    everyone = data * fsdp * tensor
     result = []
-    if strategy in ("fsdp", "hsdp", "zero3"):
-        gathers = parts * sum(u.numbers * u.width * (2 if u.again else 1) for u in units)
-        result.append(Exchange("all-gather", gathers * along, shard_span))
-        result.append(Exchange("reduce-scatter", whole * along, shard_span))
-        if data > 1:
-            result.append(Exchange("all-reduce", 2 * whole / fsdp * (data - 1) / data, world))
-    elif strategy.startswith("zero"):
-        # Every rank updates its slice, and all are given the parameters.
-        result.append(Exchange("reduce-scatter", whole * along, shard_span))
-        result.append(Exchange("all-gather", whole * along, shard_span))
+    if strategy in ("fsdp", "hsdp"):
+        along, span = (fsdp - 1) / fsdp, fsdp * tensor
+        result.append(Exchange("all-gather", gathers * along, span))
+        result.append(Exchange("reduce-scatter", whole * along, span))
+        result.append(Exchange("all-reduce", 2 * whole / fsdp * (data - 1) / data, everyone))
     elif strategy == "ddp":
-        result.append(Exchange("all-reduce", 2 * whole * (data - 1) / data, world))
+        result.append(Exchange("all-reduce", 2 * whole * (data - 1) / data, everyone))
+    elif strategy != "single":
+        # Below stage 3 every rank updates its slice, and all are given the parameters once.
+        along = (data - 1) / data
+        given = gathers if strategy == "zero3" else whole
+        result.append(Exchange("all-gather", given * along, everyone))
+        result.append(Exchange("reduce-scatter", whole * along, everyone))
+    if tensor > 1:
+        model = config.model
+        stream = rows * config.T * model.dim * COMPUTE[config.train.dtype].itemsize
+        # Into attention and MLP and out of the MLP, and back; once more where layers are.
+        passes = 3 if config.train.remat == "full" else 2
+        share = stream * (tensor - 1) / tensor
+        turned = model.n_layers * passes * share / tensor
+        sent = model.n_layers * passes * 3 * share + 4 * share  # And embedding and loss.
+        result.append(Exchange("all-gather, reduce-scatter of activations", sent, tensor))
+        result.append(Exchange("all-to-all of activations", turned, tensor))
     return [exchange for exchange in result if exchange.moved]
 
 
