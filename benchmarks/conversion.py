@@ -1,6 +1,6 @@
 """Time and memory of `parity.convert` beside `cp` of the same bytes, for every pair of formats.
 
-python benchmarks/conversion.py --size 8GB --out conversion.json
+python -m benchmarks.conversion --size 8GB --out conversion.json
 
 Before each measurement the source leaves the page cache. Memory is RssAnon at its peak, above what
 the process has after its imports; time is that of the conversion with all that it verifies and
@@ -74,7 +74,8 @@ def drawn_state(model: ModelConfig) -> Checkpoint:
 def measure(source: Path, target: Path, to: str) -> dict[str, float]:
     """Convert in a process of its own: `seconds`, `whole` and `anon_bytes`."""
     start = time.perf_counter()
-    command = [sys.executable, __file__, "--child", str(source), str(target), to]
+    command = [sys.executable, "-m", "benchmarks.conversion"]
+    command += ["--child", str(source), str(target), to]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
     return {**json.loads(done.stdout), "whole": time.perf_counter() - start}
 

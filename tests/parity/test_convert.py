@@ -17,6 +17,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.numpy import load_file
 
+from benchmarks.conversion import drawn_state, measure, model_of
 from mooshak import interchange
 from mooshak.config import ModelConfig
 from mooshak.errors import InputError
@@ -307,6 +308,21 @@ def test_a_disk_that_fills_up(state: Checkpoint, to: str, tmp_path: Path) -> Non
     assert error.splitlines()[-1].startswith("error: ") and "Traceback" not in error
     assert "File too large" in error and "free some space" in error
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_conversion_takes_little_memory(tmp_path: Path) -> None:
+    """What it takes does not grow with the state: 400 MB here, whose embedding has 43 MB."""
+    first = tmp_path / "safetensors"
+    interchange.write_checkpoint(first, drawn_state(model_of(400_000_000)))
+    for source, to in (("safetensors", "torch"), ("torch", "jax"), ("jax", "torch")):
+        target = tmp_path / f"{to}-of-{source}"
+        memory = measure(tmp_path / source, target, to)["anon_bytes"]
+        assert memory < 200 << 20, (source, to, memory)
+        if (tmp_path / to).exists():
+            shutil.rmtree(target)
+        else:
+            target.rename(tmp_path / to)
 
 
 def test_a_description(
