@@ -129,7 +129,8 @@ class Part:
         sizes = [len(axis) for axis in self.region[self.stacked + len(columns) :]]
         corners = [cut.start for cut in out], [cut.stop - 1 for cut in out]
         first, last = (int(np.ravel_multi_index(corner, sizes)) for corner in corners)
-        target[...] = tensor[slice(first, last + 1), *columns].T.reshape(target.shape)
+        value = tensor[slice(first, last + 1), *columns].T
+        target[...] = interchange.contiguous(value).reshape(target.shape)
 
 
 def parts(path: Path_, shape: tuple[int, ...]) -> list[Part]:
@@ -253,8 +254,12 @@ def initialize(
 
 def start_saving(state: dict[str, Any], path: Path) -> Callable[[], None]:
     """Take a snapshot and write it to `path` in the background; returns the function that waits."""
-    checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
-    checkpointer.save(path.absolute() / "orbax", args=ocp.args.PyTreeSave(_stored(state)))
+    # The bits of weights are noise: zstd is slower than the disk. Small chunks are for conversions,
+    # which need not hold a whole array to read a part of it.
+    checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
+    chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=interchange.BLOCK), state)
+    arguments = ocp.args.PyTreeSave(_stored(state), save_args=_stored(chunks))
+    checkpointer.save(path.absolute() / "orbax", args=arguments)
 
     def wait() -> None:
         checkpointer.wait_until_finished()
