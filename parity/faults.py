@@ -48,6 +48,8 @@ class Fault:
     jax: Callable[[], list[Patch]] | None = None
     read: Callable[[Checkpoint], Checkpoint] | None = None
     """The checkpoint as the faulty framework reads it."""
+    architecture: str = "mooshak"
+    """Which architecture has the operation."""
 
 
 @contextmanager
@@ -123,6 +125,40 @@ def _block(kind: Any, call: str, norm_after: bool, residual: bool) -> list[Patch
         return (out, *rest) if rest else out
 
     return [(kind, call, block)]
+
+
+def _post_norm(kind: Any, call: str) -> list[Patch]:
+    """A Llama block that norms the attention's output, not its input."""
+
+    def block(self: Any, x: Any, rope: Any, positions: Any, cache: Any = None) -> Any:
+        attention = self.attention(x, rope, positions, cache)
+        attention, *rest = attention if isinstance(attention, tuple) else (attention,)
+        h = x + self.attention_norm(attention)
+        out = h + self.mlp(self.mlp_norm(h))
+        return (out, *rest) if rest else out
+
+    return [(kind, call, block)]
+
+
+def _window(module: Any) -> list[Patch]:
+    """A window that reaches one position further back."""
+    original = module.Attention.mask
+
+    def mask(self: Any, queries: Any, n_keys: int) -> Any:
+        before = queries - self.window
+        further = before[..., None] == _positions_like(queries, n_keys)
+        return original(self, queries, n_keys) | further
+
+    return [(module.Attention, "mask", mask)]
+
+
+def _positions_like(queries: Any, n: int) -> Any:
+    return torch.arange(n) if isinstance(queries, torch.Tensor) else jnp.arange(n)
+
+
+def _unscaled_frequencies(module: Any) -> list[Patch]:
+    tables = rope.rope_tables
+    return [(module, "rope_tables", lambda m: tables(replace(m, rope_scaling=None)))]
 
 
 def _mlp_torch() -> list[Patch]:
@@ -563,5 +599,52 @@ FAULTS = {
         lambda: _step_jax(_late),
     ),
     "KV cache one position late": Fault("cache", "^KV cache", _cache_torch, _cache_jax),
+    "norm after the attention": Fault(
+        "forward",
+        "^layer 0, input of attention$|^layer 0 attention, wq|^layer 0, input of attention",
+        lambda: _post_norm(tm.LlamaBlock, "forward"),
+        lambda: _post_norm(jm.LlamaBlock, "__call__"),
+        architecture="llama",
+    ),
+    "window one position wider": Fault(
+        "forward",
+        "^layer 0 attention, softmax",
+        lambda: _window(tm),
+        lambda: _window(jm),
+        architecture="llama",
+    ),
+    "frequencies of RoPE not rescaled": Fault(
+        "forward",
+        "^layer 0 attention, RoPE of q",
+        lambda: _unscaled_frequencies(tm),
+        lambda: _unscaled_frequencies(jm),
+        architecture="llama",
+    ),
+    "rows of wo permuted": Fault(
+        "forward",
+        "^layer 1 attention, wo$",
+        read=_changed("layers.1.attention.wo.weight", lambda w: np.roll(w, 1, 0)),
+        architecture="llama",
+    ),
+    "bias of wk missing": Fault(
+        "forward",
+        "^layer 1 attention, wk$",
+        read=_changed("layers.1.attention.wk.bias", np.zeros_like),
+        architecture="llama",
+    ),
+    "norms of queries and keys swapped": Fault(
+        "forward",
+        "^layer 2 attention, q_norm$",
+        read=_renamed(
+            _swapped("layers.2.attention.q_norm.weight", "layers.2.attention.k_norm.weight")
+        ),
+        architecture="llama",
+    ),
+    "gains of the final norm missing": Fault(
+        "forward",
+        "^norm$",
+        read=_changed("norm.weight", np.ones_like),
+        architecture="llama",
+    ),
 }
 """Name -> fault."""

@@ -15,12 +15,25 @@ from parity.faults import FAULTS, planted
 from parity.measures import Line
 
 MODEL = ModelConfig(vocab_size=96, dim=24, n_layers=3, n_heads=3, hidden_dim=40, max_seq_len=40)
+LLAMA = replace(
+    MODEL,
+    architecture="llama",
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=8,
+    rope_scaling={"rope_type": "linear", "factor": 2.0},
+    tie_embeddings=True,
+    qkv_bias=True,
+    qk_norm=True,
+    sliding_window=6,
+)
 CASES = [(name, ("torch", "JAX")[i % 2]) for i, name in enumerate(FAULTS)]
 
 
 def lines_of(name: str, framework: str) -> list[Line]:
     """What the part that has to find the fault says."""
-    fault, source = FAULTS[name], check.drawn(MODEL)
+    fault = FAULTS[name]
+    source = check.drawn(LLAMA if fault.architecture == "llama" else MODEL)
     sizes = {"batch": 4, "time": 20, "decode": 10}
     options = {
         "parts": (fault.part,),
