@@ -233,7 +233,9 @@ def model_to_hf(model: ModelConfig, original: Mapping[str, Any] | None = None) -
     """
     theta, scaling = model.rope_theta, model.rope_scaling
     five = {"rope_theta": theta, **(scaling or {"rope_type": "default"})}
-    rotary = {"rope_parameters": five, "rope_theta": theta, "rope_scaling": scaling}
+    rotary = {"rope_parameters": five, "rope_theta": theta}
+    if scaling is not None:
+        rotary["rope_scaling"] = scaling
     if original is not None and model_from_hf(original, HF_CONFIG) == model:
         return {**original, **rotary}
     common = {their: getattr(model, our) for their, our in KEYS.items()} | rotary

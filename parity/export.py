@@ -44,7 +44,7 @@ def write_checkpoint(path: Path, source: Checkpoint, shard_size: int | None = No
 
     Raises `InputError` where no architecture of transformers is the model's function.
     """
-    model, files = source.model, dict(source.companions)
+    model, files = source.model, companions_of(source)
     original = json.loads(files.pop(HF_CONFIG).read_bytes()) if HF_CONFIG in files else None
     config = model_to_hf(model, original)
     names = {hf_name(name): name for name in model.parameter_shapes()}
@@ -56,10 +56,6 @@ def write_checkpoint(path: Path, source: Checkpoint, shard_size: int | None = No
     config |= _dtype(tensors)
     if model.architecture == "mooshak":
         config["auto_map"] = AUTO_MAP
-    if not any(name.startswith("tokenizer") for name in files):
-        # Weights alone, such as another program writes, have no tokenizer to bring along.
-        with contextlib.suppress(InputError):
-            files["tokenizer.model"] = find_tokenizer(source.path, None)
     with new_directory(path, source.n_bytes) as directory:
         for name, file in files.items():
             shutil.copyfile(file, directory / name)
@@ -75,6 +71,20 @@ def write_checkpoint(path: Path, source: Checkpoint, shard_size: int | None = No
         (directory / "README.md").write_text(model_card(source, config))
         interchange.write_tensors(directory, "model", tensors, read, shard_size)
         interchange.verify(open_checkpoint(directory))
+
+
+def companions_of(source: Checkpoint) -> dict[str, Path]:
+    """Name -> file of what comes along: of a run's checkpoint, what its tokenizer stands among."""
+    files = dict(source.companions)
+    if any(name.startswith("tokenizer") for name in files):
+        return files
+    # Weights alone, such as another program writes, have no tokenizer to bring along.
+    with contextlib.suppress(InputError):
+        found = find_tokenizer(source.path, None)
+        beside = interchange.companions(found.parent)
+        beside.pop(HF_CONFIG, None)
+        files |= beside if found.name in beside else {"tokenizer.model": found}
+    return files
 
 
 def _dtype(tensors: dict[str, Any]) -> dict[str, str]:

@@ -16,9 +16,8 @@ from mooshak.errors import InputError
 from mooshak.files import locked
 from mooshak.huggingface import hf_name, model_to_hf
 from mooshak.interchange import DTYPES, HF_CONFIG, Checkpoint
-from mooshak.prompts import find_tokenizer
 from mooshak.rope import rescaled
-from parity.export import CHAT_TEMPLATE
+from parity.export import CHAT_TEMPLATE, companions_of
 
 ARCHITECTURES = {
     "llama": gguf.MODEL_ARCH.LLAMA,
@@ -137,10 +136,10 @@ def _describe(writer: gguf.GGUFWriter, source: Checkpoint) -> None:
 
 def _add_tokenizer(writer: gguf.GGUFWriter, source: Checkpoint) -> None:
     """The pieces of the SentencePiece model; rows that no piece has are unused ones."""
-    files = source.companions
-    if "tokenizer.model" not in files and "tokenizer.json" in files:
+    files = companions_of(source)
+    file = files.get("tokenizer.model")
+    if file is None:
         raise InputError(f"{source.path} has no tokenizer.model; GGUF is written from one only")
-    file = files.get("tokenizer.model") or find_tokenizer(source.path, None)
     proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     proto.ParseFromString(file.read_bytes())
     spare = range(len(proto.pieces), source.model.vocab_size)

@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 import transformers
 
 from mooshak import interchange
-from mooshak.config import Config, ModelConfig
+from mooshak.config import Config, ModelConfig, dump
 from mooshak.errors import InputError
 from mooshak.initial import initial_weight
 from mooshak.tokenizer import CHAT_MARKERS, Tokenizer, open_tokenizer
@@ -241,3 +242,19 @@ def test_a_byte_level_tokenizer_as_llama_3_has_one(tmp_path: Path) -> None:
         ids = ours.encode(text, bos=True, eos=True)
         assert ids[0] == 0 and ids[-1] == 1 and ours.decode(ids) == text
         assert ours.token_bytes()[ids].sum() == len(text.encode())
+
+
+def test_what_stands_beside_a_runs_tokenizer_comes_along(
+    exported: Path, tiny_config: Config, tmp_path: Path
+) -> None:
+    start = exported.parent / "checkpoints" / "20"
+    (tmp_path / "checkpoints").mkdir()
+    weights = tmp_path / "checkpoints" / "20"
+    weights.mkdir()
+    for name in ("config.json", "model.safetensors", "trainer_state.json"):
+        (weights / name).symlink_to(start / name)
+    tokenizer = replace(tiny_config.tokenizer, path=str(exported / "tokenizer.json"))
+    (tmp_path / "config.yaml").write_text(dump(replace(tiny_config, tokenizer=tokenizer)))
+    convert(weights, tmp_path / "hf", "hf")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (tmp_path / "hf" / name).read_bytes() == (exported / name).read_bytes()
