@@ -246,10 +246,11 @@ def model_to_hf(model: ModelConfig, original: Mapping[str, Any] | None = None) -
         "use_sliding_window": model.sliding_window is not None,
         "max_window_layers": 0,
     }
-    first = () if original is None else (original["model_type"],)
-    for kind in (*first, *FAMILIES):
+    before = {key: value for key, value in (original or {}).items() if key not in ROTARY}
+    first = before.get("model_type", "llama")
+    for kind in (first, *FAMILIES):
         family = FAMILIES[kind]
-        values = dict(original) if original and original["model_type"] == kind else {}
+        values = dict(before) if kind == first else {}
         values |= {"model_type": kind, "architectures": [family.head], "hidden_act": "silu"}
         values |= common | {key: own[key] for key in family.keys}
         if model_from_hf(values, HF_CONFIG) == model:

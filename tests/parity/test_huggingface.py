@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 import transformers
 
 from mooshak.errors import InputError
-from mooshak.huggingface import model_from_hf
+from mooshak.huggingface import model_from_hf, model_to_hf
 from mooshak.interchange import Checkpoint
 from mooshak.tokenizer import Tokenizer
 from parity import measures
@@ -219,6 +220,18 @@ def test_what_is_not_supported_is_named(change: dict[str, Any], message: str) ->
     values = {key: value for key, value in values.items() if value is not None}
     with pytest.raises(InputError, match=message):
         model_from_hf(values, "here")
+
+
+def test_a_model_that_has_changed_keeps_its_family_and_what_it_said_besides() -> None:
+    original = SIZES | {"model_type": "mistral", "sliding_window": None, "rope_scaling": LLAMA3}
+    original |= {"num_key_value_heads": 2, "bos_token_id": 7}
+    model = model_from_hf(original, "here")
+    for change in ({"vocab_size": 192}, {"rope_scaling": None}, {"sliding_window": 9}):
+        changed = replace(model, **change)
+        written = model_to_hf(changed, original)
+        assert (written["model_type"], written["bos_token_id"]) == ("mistral", 7)
+        assert model_from_hf(written, "here") == changed
+    assert model_to_hf(replace(model, qkv_bias=True), original)["model_type"] == "qwen2"
 
 
 def test_a_key_that_is_left_over_is_an_error_on_either_side(tmp_path: Path) -> None:
