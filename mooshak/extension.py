@@ -37,6 +37,8 @@ def extend(config: Config) -> None:
     Raises `InputError` where `tokenizer.path` exists, or there are not as many pieces.
     """
     path, wanted = Path(config.tokenizer.path), config.tokenizer.vocab_size
+    if not config.init.from_:
+        raise InputError("there is no tokenizer to extend; name its directory with --init.from")
     if path.exists():
         raise InputError(f"{path} exists already; remove it or choose another tokenizer.path")
     old = _proto(find_tokenizer(Path(config.init.from_), None))

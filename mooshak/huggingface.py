@@ -248,7 +248,10 @@ def model_to_hf(model: ModelConfig, original: Mapping[str, Any] | None = None) -
     }
     before = {key: value for key, value in (original or {}).items() if key not in ROTARY}
     first = before.get("model_type", "llama")
+    ours = {kind for kind in FAMILIES if (kind == "mooshak") == (model.architecture == "mooshak")}
     for kind in (first, *FAMILIES):
+        if kind not in ours:
+            continue
         family = FAMILIES[kind]
         values = dict(before) if kind == first else {}
         values |= {"model_type": kind, "architectures": [family.head], "hidden_act": "silu"}

@@ -232,6 +232,8 @@ def test_a_model_that_has_changed_keeps_its_family_and_what_it_said_besides() ->
         assert (written["model_type"], written["bos_token_id"]) == ("mistral", 7)
         assert model_from_hf(written, "here") == changed
     assert model_to_hf(replace(model, qkv_bias=True), original)["model_type"] == "qwen2"
+    with pytest.raises(InputError, match="no architecture of transformers has this combination"):
+        model_to_hf(replace(model, wo_bias=True, tie_embeddings=True), original)
 
 
 def test_a_key_that_is_left_over_is_an_error_on_either_side(tmp_path: Path) -> None:
