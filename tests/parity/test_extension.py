@@ -218,7 +218,7 @@ def test_an_extension_needs_room_and_text(config: Path, tmp_path: Path) -> None:
     for size, message in (("300", "more than the 320 pieces"), ("5000", "too large for the text")):
         with pytest.raises(InputError, match=message):
             extension.extend(load(config, [*path, "--tokenizer.vocab_size", size]))
-    with pytest.raises(InputError, match="name its directory with --init.from"):
+    with pytest.raises(InputError, match="name its directory with --init"):
         extension.extend(load(config, ["--init.from", ""]))
     (tmp_path / "new.model").touch()
     with pytest.raises(InputError, match="exists already"):
