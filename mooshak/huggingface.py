@@ -97,17 +97,24 @@ INERT = {
     "bos_token_id",
     "dtype",
     "eos_token_id",
-    "hidden_act",  # Checked: silu.
     "initializer_range",
+    "is_llama_config",
     "layer_types",  # Checked: all alike.
     "model_type",
     "pad_token_id",
     "pretraining_tp",
+    "tokenizer_class",
     "torch_dtype",
+    "transformers.js_config",
     "transformers_version",
+    "unsloth_fixed",
+    "unsloth_version",
     "use_cache",
 }
 """Keys that do not change which function the model is, or are checked."""
+
+ONLY = {"hidden_act": "silu", "rope_interleaved": False}
+"""Keys of which one value is supported."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +163,7 @@ def model_from_hf(values: Mapping[str, Any], where: str) -> ModelConfig:
     heads = values.get("architectures") or [family.head]
     if heads != [family.head]:
         raise InputError(f"{where}: architectures {heads} is not supported; expected {family.head}")
-    known = {*KEYS, *ROTARY, *INERT, *family.keys}
+    known = {*KEYS, *ROTARY, *INERT, *ONLY, *family.keys}
     if unused := sorted(set(values) - known):
         raise InputError(
             f"{where}: key {unused[0]!r} ({values[unused[0]]!r}) is not used here; "
@@ -164,8 +171,9 @@ def model_from_hf(values: Mapping[str, Any], where: str) -> ModelConfig:
         )
     if missing := [key for key in REQUIRED if key not in values]:
         raise InputError(f"{where}: key {missing[0]!r} is missing")
-    if (activation := values.get("hidden_act", "silu")) != "silu":
-        raise InputError(f"{where}: hidden_act {activation!r} is not supported, silu is")
+    for key, value in ONLY.items():
+        if (found := values.get(key, value)) != value:
+            raise InputError(f"{where}: {key} {found!r} is not supported, {value!r} is")
     values = {"rms_norm_eps": 1e-6, **dict(family.defaults), **values}
     ours = {our: values[their] for their, our in KEYS.items() if their in values}
     theta, scaling = _rotary(values, where)

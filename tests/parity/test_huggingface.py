@@ -195,6 +195,7 @@ def test_gguf_refuses_what_llama_cpp_has_no_code_for(tmp_path: Path) -> None:
         ({"architectures": ["LlamaForSequenceClassification"]}, "architectures .* not supported"),
         ({"logits_soft_cap": 30.0}, "key 'logits_soft_cap' .30.0. is not used here"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
+        ({"rope_interleaved": True}, "rope_interleaved True is not supported"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2}}, "dynamic is not supported; linear"),
         ({"rope_scaling": {"type": "yarn", "factor": 2}}, "yarn is not supported; linear"),
         (
