@@ -15,7 +15,7 @@ from mooshak.config import Config
 from mooshak.hardware import Device
 from mooshak.tables import print_table
 
-BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
+BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 """Of a number in the compute dtype."""
 
 

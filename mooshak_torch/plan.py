@@ -220,6 +220,10 @@ def memory(
     elif strategy == "ddp":
         # DDP adds up gradients in buckets of its own.
         result["buckets"] = wide * numbers
+    if strategy.startswith("zero"):
+        # DeepSpeed updates a copy of its slice, and reduces in buckets of 5e8 numbers.
+        result["optimizer"] += wide * slices
+        result["buckets"] = wide * min(numbers, 500_000_000)
     if config.parallel.cpu_offload and strategy in ("fsdp", "hsdp"):
         result |= dict.fromkeys(("parameters", "gradients", "optimizer"), 0)
     return result

@@ -20,6 +20,7 @@ from mooshak.config import Config, ModelConfig
 from mooshak.errors import InputError
 from mooshak_torch.checkpoint import open_checkpoint
 from mooshak_torch.optimizer import LossScale
+from mooshak_torch.plan import plan
 from mooshak_torch.train import train
 
 STEPS = 10
@@ -134,6 +135,35 @@ def test_every_layout_trains_as_one_process(config: Path, alone: Path, tmp_path:
                 share = per_process["ddp"][what] / shards
                 # Rows are dealt out whole: the last process has fewer of 42, the others more.
                 assert abs(held_bytes - share) < 0.05 * share, (name, what)
+    for number, name in enumerate(held):
+        there = [result[len(layouts) + number] for result in results]
+        assert_planned(configuration.load(config, [*map(str, layouts[name])]), there)
+
+
+def assert_planned(config: Config, results: list[dict[str, int]]) -> None:
+    """The planner says, to 2 %, what the process that holds most holds."""
+    strategy = config.parallel.strategy
+    if strategy == "auto":
+        strategy = "hsdp" if "data" in config.parallel.mesh else "fsdp"
+    if config.parallel.cpu_offload:
+        # What is held is the same; the host has it.
+        config = replace(config, parallel=replace(config.parallel, cpu_offload=False))
+    planned = plan(config, "h100-80g", len(results), strategy).memory
+    for what in ("parameters", "gradients", "optimizer"):
+        assert planned[what] == pytest.approx(max(r[what] for r in results), rel=0.02), what
+
+
+def test_two_processes_hold_what_is_planned(config: Path, tmp_path: Path) -> None:
+    layouts = [
+        ["--parallel.strategy", "ddp"],
+        ["--parallel.strategy", "fsdp"],
+        ["--parallel.strategy", "fsdp", "--train.dtype", "bfloat16"],
+        ["--mesh", "tensor=2"],
+    ]
+    results = launch(2, [("hold", [config, *options]) for options in layouts], tmp_path / "runs")
+    for number, options in enumerate(layouts):
+        there = [result[number] for result in results]
+        assert_planned(configuration.load(config, options), there)
 
 
 def test_a_checkpoint_of_every_layout_restores_in_every_other(config: Path, tmp_path: Path) -> None:
