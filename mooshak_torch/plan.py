@@ -253,6 +253,7 @@ def passing(config: Config, rows: int, sharded: bool) -> tuple[int, int]:
     The real objective goes forward and backward on `rows` sequences, with tensors of no memory, as
     on one rank. Under FSDP the layers' matrices are in the compute dtype already.
     """
+    config = replace(config, train=replace(config.train, compile=False))
     objective = make_objective(config.model, config)
     layers = set(objective.model.layers.parameters())
     with FakeTensorMode():
