@@ -409,6 +409,8 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         _require(self.slices > 0, "parallel.slices must be positive")
+        _require(self.timeout > 0, "parallel.timeout must be positive")
+        _require(self.prefetch >= 0, "parallel.prefetch must not be negative")
         named = self.coordinator not in (None, "auto")
         _require(
             named == (self.processes is not None) == (self.process is not None),

@@ -125,7 +125,8 @@ class Parallel:
         assert isinstance(model, Model)
         if self.mesh is not None and self.sizes["tensor"] > 1:
             cut(objective, self.mesh["tensor"], config)
-        sharded = self.strategy == "fsdp" and self.parts > 1
+        # One process has nothing to cut, but FSDP2 brings the layers from the host for it, too.
+        sharded = self.strategy == "fsdp" and (self.parts > 1 or config.parallel.cpu_offload)
         if self.mesh is not None and sharded:
             shard(objective, self.mesh, config)
         objective.to_empty(device="cpu" if config.parallel.cpu_offload else self.device)
@@ -247,6 +248,8 @@ def _strategy_and_sizes(config: Config, world: int) -> tuple[str, dict[str, int]
         raise InputError(
             f"parallel.strategy {strategy} has only the axis data, not {mesh_text(sizes)}"
         )
+    if config.parallel.cpu_offload and strategy not in ("fsdp", "hsdp"):
+        raise InputError(f"parallel.cpu_offload goes with parallel.strategy fsdp, not {strategy}")
     if strategy == "deepspeed":
         zero.check(config)
     return {"hsdp": "fsdp"}.get(strategy, strategy), sizes

@@ -54,7 +54,9 @@ def absent(config: Config) -> None:
 def stay_together() -> None:
     """From now on one process group for all runs: DeepSpeed keeps the first that it sees."""
     join = dist.init_process_group
-    dist.init_process_group = lambda *args: None if dist.is_initialized() else join(*args)
+    dist.init_process_group = lambda *args, **options: (
+        None if dist.is_initialized() else join(*args, **options)
+    )
     dist.destroy_process_group = lambda: None
 
 
