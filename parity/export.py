@@ -59,7 +59,8 @@ def write_checkpoint(path: Path, source: Checkpoint, shard_size: int | None = No
     with new_directory(path, source.n_bytes) as directory:
         for name, file in files.items():
             shutil.copyfile(file, directory / name)
-        if "tokenizer.model" in files and "tokenizer.json" not in files:
+        described = {"tokenizer.json", "tokenizer_config.json"} & files.keys()
+        if "tokenizer.model" in files and not described:
             config |= _write_tokenizer(files["tokenizer.model"], directory, model)
         if "generation_config.json" not in files:
             ids = {key: config[key] for key in TOKEN_IDS.values() if config.get(key) is not None}

@@ -258,3 +258,8 @@ def test_what_stands_beside_a_runs_tokenizer_comes_along(
     convert(weights, tmp_path / "hf", "hf")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (tmp_path / "hf" / name).read_bytes() == (exported / name).read_bytes()
+    # What somebody wrote about a SentencePiece model stays, too.
+    (tmp_path / "hf" / "tokenizer.json").unlink()
+    (tmp_path / "hf" / "tokenizer_config.json").write_text('{"theirs": 1}')
+    convert(tmp_path / "hf", tmp_path / "again", "hf")
+    assert (tmp_path / "again" / "tokenizer_config.json").read_text() == '{"theirs": 1}'
