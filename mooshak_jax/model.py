@@ -8,6 +8,7 @@ A model of float64 computes in float64 throughout. In bfloat16 the parameters st
 are multiplied in bfloat16, and norms, rotary angles, softmax and loss are computed in float32.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -41,6 +42,8 @@ PRECISION = {
     "float32": jax.lax.Precision.HIGHEST,
     "bfloat16": jax.lax.DotAlgorithmPreset.BF16_BF16_F32,
 }
+QUERIES = 512
+"""Positions whose attention scores, made again in the backward pass, are in memory at once."""
 # What the backward pass computes again; it gathers parameters again in any case.
 REMAT = {
     "none": jax.checkpoint_policies.save_anything_except_these_names(GATHERED),
@@ -183,7 +186,15 @@ class Attention(nnx.Module):
             cache = (k_BSGK, v_BSGK)
             queries_BT = positions_BT
         mask_BTS = self.mask(queries_BT, k_BSGK.shape[1])
-        out_BTE = self.attend(q_BTHK, k_BSGK, v_BSGK, mask_BTS).reshape(B, T, -1)
+        ends = range(QUERIES, T, QUERIES) if cache is None else ()
+        outs_BtHK = []
+        for start, end in itertools.pairwise((0, *ends, T)):
+            # The causal mask hides what lies after the last query, where there is no cache.
+            seen, some = slice(None if cache is not None else end), slice(start, end)
+            attend = jax.checkpoint(self.attend) if ends else self.attend
+            mask_BtS = mask_BTS[:, some, seen]
+            outs_BtHK.append(attend(q_BTHK[:, some], k_BSGK[:, seen], v_BSGK[:, seen], mask_BtS))
+        out_BTE = jnp.concatenate(outs_BtHK, axis=1).reshape(B, T, -1)
         out_BTD = out_BTE if self.wo is None else self.wo(out_BTE)
         return constrain(out_BTD, "batch", "sequence", None), cache
 

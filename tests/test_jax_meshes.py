@@ -102,6 +102,12 @@ def test_every_mesh_and_layout_trains_as_one_device(
     assert losses == pytest.approx(truth, rel=1e-10, abs=0)
 
 
+def test_queries_in_blocks_see_what_they_see_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    truth, _ = run(llama("data=1"), first=8)
+    monkeypatch.setattr("mooshak_jax.model.QUERIES", 7)
+    assert run(llama("data=1"), first=8)[0] == pytest.approx(truth, rel=1e-13, abs=0)
+
+
 def llama(mesh: str, **layout: bool) -> Config:
     """Every kind of parameter, of sizes that differ; head width x heads is not the width."""
     model = ModelConfig(
@@ -119,6 +125,7 @@ def llama(mesh: str, **layout: bool) -> Config:
         wo_bias=True,
         mlp_bias=True,
         qk_norm=True,
+        sliding_window=9,
         **layout,
     )
     return replace(CONFIG, model=model, parallel=ParallelConfig(mesh=mesh))
@@ -126,9 +133,8 @@ def llama(mesh: str, **layout: bool) -> Config:
 
 def test_a_llama_with_all_its_parts_trains_on_a_mesh_as_on_one_device() -> None:
     alone, _ = run(llama("data=1"), first=6)
-    for layout in ({}, {"scan_layers": True, "fuse_kernels": True}):
-        losses, _ = run(llama("data=2,fsdp=2,tensor=2", **layout), first=6)
-        assert losses == pytest.approx(alone, rel=1e-10, abs=0)
+    losses, _ = run(llama("data=2,fsdp=2,tensor=2", scan_layers=True, fuse_kernels=True), first=6)
+    assert losses == pytest.approx(alone, rel=1e-10, abs=0)
 
 
 @pytest.mark.parametrize(
