@@ -181,14 +181,17 @@ def make_parallel(config: Config, devices: Sequence[Any] | None = None) -> Paral
         grid = np.array(chosen).reshape(shape)
     elif parallel.slices > 1:
         within = (shape[0] // parallel.slices, *shape[1:])
-        grid = mesh_utils.create_hybrid_device_mesh(within, (parallel.slices, 1, 1), chosen)
+        across = (parallel.slices, 1, 1)
+        grid = mesh_utils.create_hybrid_device_mesh(
+            within, across, chosen, allow_split_physical_axes=True
+        )
     else:
-        grid = mesh_utils.create_device_mesh(shape, chosen)
+        grid = mesh_utils.create_device_mesh(shape, chosen, allow_split_physical_axes=True)
     return Parallel(Mesh(grid, AXES))
 
 
 def _join(config: Config) -> None:
-    """Meet the other processes at the coordinator; they are told, or TPU and Slurm know them."""
+    """Meet the other processes, which the configuration names, or (auto) the TPU or Slurm."""
     parallel = config.parallel
     if parallel.coordinator is None or jax.distributed.is_initialized():
         return
