@@ -42,6 +42,7 @@ PRECISION = {
     "float64": jax.lax.Precision.HIGHEST,
     "float32": jax.lax.Precision.HIGHEST,
     "bfloat16": jax.lax.DotAlgorithmPreset.BF16_BF16_F32,
+    "float16": jax.lax.DotAlgorithmPreset.F16_F16_F32,
 }
 QUERIES = 512
 """Positions whose attention scores, made again in the backward pass, are in memory at once."""
