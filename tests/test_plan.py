@@ -336,7 +336,7 @@ def test_activations_are_what_autograd_saves(dtype: Dtype, remat: str) -> None:
         loss = objective(tokens_BS)
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in [*saved, *alive()]}
     measured = sum(s.nbytes() for place, s in storages.items() if place not in before)
-    assert loss.isfinite()
+    assert loss.requires_grad
     predicted, temporary = torch_plan.passing(config, rows=2, sharded=False)
     assert predicted == pytest.approx(measured, rel=0.1)
     assert temporary > 0
