@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from mooshak_torch.products import product
 
 IGNORE = -100
 
@@ -71,7 +72,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             targets_N1 = labels_N.unsqueeze(1).where(counts_N1, 0) - first
             here_N1 = (targets_N1 >= 0) & (targets_N1 < len(w_VD))
             targets_N1 = targets_N1.where(here_N1, 0)
-            logits_NV = F.linear(x_ND, narrow_VD).to(w_VD.dtype)
+            logits_NV = product(x_ND, narrow_VD.T).to(w_VD.dtype)
             log_z_N1 = logits_NV.logsumexp(1, keepdim=True)
             chosen_N1 = logits_NV.gather(1, targets_N1).where(here_N1, 0)
             if group is not None:
@@ -83,8 +84,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 d_NV = logits_NV.sub_(log_z_N1).exp_()
                 d_NV.scatter_add_(1, targets_N1, -here_N1.to(d_NV.dtype))
                 d_NV = d_NV.mul_(counts_N1).to(x_BTD.dtype)
-                dx_BTD[:, here] = (d_NV @ narrow_VD).unflatten(0, (len(x_BTD), -1))
-                dw_VD += (d_NV.T @ x_ND).to(w_VD.dtype)
+                dx_BTD[:, here] = product(d_NV, narrow_VD).unflatten(0, (len(x_BTD), -1))
+                dw_VD += product(d_NV.T, x_ND).to(w_VD.dtype)
         if differentiate:
             ctx.save_for_backward(dx_BTD, dw_VD)
         return total

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from mooshak.config import Dtype, ModelConfig
 from mooshak.initial import initial_weight
 from mooshak.rope import rope_tables
+from mooshak_torch.products import linear
 
 COMPUTE = {
     "float64": torch.float64,
@@ -41,8 +42,8 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(n_out, dtype=dtype)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        y = linear(x, self.weight.to(x.dtype))
+        return y if self.bias is None else y + self.bias.to(x.dtype)
 
 
 class Embedding(nn.Module):
@@ -268,7 +269,7 @@ class Model(nn.Module):
         """Logits [B, T, V], in at least float32."""
         x_BTD = self.hidden(tokens_BT, positions_BT, caches, trace)
         if self.lm_head is None:
-            logits_BTV = F.linear(x_BTD, self.head_VD.to(x_BTD.dtype))
+            logits_BTV = linear(x_BTD, self.head_VD.to(x_BTD.dtype))
         else:
             logits_BTV = self.lm_head(x_BTD)
         return logits_BTV.to(PARAMETERS[self.dtype])

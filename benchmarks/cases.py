@@ -1,0 +1,295 @@
+"""What is measured: the table of cases, their sizes, contestants and reaches.
+
+A contestant is a function of benchmarks/*.py that a process of its own calls. Its figure is what
+one repetition does (`work`, in the case's unit) by the seconds that it takes. A roof is no program
+but what this machine can do: the same work at the speed of its fastest matrix product, or of its
+memory.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mooshak.config import Config, EvaluateConfig, ModelConfig, RunConfig, TrainConfig
+
+Size = dict[str, Any]
+"""Sizes of a case by the names of the configuration's fields."""
+
+TORCH, JAX = "ours, torch", "ours, JAX"
+HF, COMPILED, LITGPT, OPTAX = "HF eager", "HF compiled", "litgpt", "flax/optax loop"
+ROOF = "roof"
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What a figure shall be, as a ratio to another's of the same run."""
+
+    ours: str
+    other: str | None
+    bound: float
+    quantity: Literal["speed", "memory", "seconds"] = "speed"
+    """speed: at least `bound` times the other's; memory, seconds: at most. Without another: the
+    figure itself."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison."""
+
+    name: str
+    title: str
+    contestants: Mapping[str, str]
+    """Name -> module:function."""
+    full: Size
+    tiny: Size
+    """Sizes that are measured, and sizes of the test that everything runs."""
+    unit: str = "tokens/s"
+    work: Callable[[Size], float] | None = None
+    """What a repetition does, in the unit times seconds; None: the figure is its seconds."""
+    reaches: tuple[Reach, ...] = ()
+    repetitions: int = 5
+    grid: tuple[Size, ...] = ()
+    """Growth: sizes that replace fields of `full`, one measurement each."""
+
+
+def config(size: Size) -> Config:
+    """The configuration of a case: a llama model, so that peers compute the same function."""
+    fields = {k: size[k] for k in ("vocab_size", "dim", "n_layers", "n_heads", "hidden_dim")}
+    T = size["sequence_length"]
+    model = ModelConfig(architecture="llama", max_seq_len=T, **fields)
+    train = TrainConfig(batch_size=size["batch_size"], **size.get("train", {}))
+    return Config(
+        model=model,
+        train=train,
+        evaluate=EvaluateConfig(every=0),
+        run=RunConfig(dir=size.get("dir", "unused"), progress=False, tensorboard=False),
+    )
+
+
+def step_flops(size: Size) -> float:
+    """FLOPs of forward and backward over a batch, attention in full (see `flops_per_token`)."""
+    tokens = size["batch_size"] * size["sequence_length"]
+    return float(config(size).model.flops_per_token(size["sequence_length"]) * tokens)
+
+
+def _tokens(size: Size) -> float:
+    return size["batch_size"] * size["sequence_length"]
+
+
+def _new_tokens(size: Size) -> float:
+    return size["batch_size"] * size["new_tokens"]
+
+
+TINY = {
+    "vocab_size": 128,
+    "dim": 32,
+    "n_layers": 2,
+    "n_heads": 2,
+    "hidden_dim": 64,
+    "sequence_length": 16,
+    "batch_size": 2,
+}
+STEP = {
+    "vocab_size": 8192,
+    "dim": 512,
+    "n_layers": 8,
+    "n_heads": 8,
+    "hidden_dim": 1376,
+    "sequence_length": 512,
+    "batch_size": 4,
+}
+# 100 M parameters.
+MEDIUM = {
+    "vocab_size": 32000,
+    "dim": 640,
+    "n_layers": 12,
+    "n_heads": 10,
+    "hidden_dim": 1728,
+    "sequence_length": 2048,
+}
+GENERATE = {
+    TORCH: "torch_models:generate",
+    JAX: "jax_models:generate",
+    HF: "torch_models:hf_generate",
+    ROOF: "roofs:read_weights",
+}
+
+CASES = (
+    Case(
+        "train",
+        "Training step, float32: forward, backward, clipping, AdamW",
+        {
+            TORCH: "torch_models:train",
+            JAX: "jax_models:train",
+            HF: "torch_models:hf_train",
+            COMPILED: "torch_models:hf_train_compiled",
+            LITGPT: "torch_models:litgpt_train",
+            OPTAX: "jax_models:optax_train",
+            "MKL products": "roofs:torch_products",
+            ROOF: "roofs:products",
+        },
+        STEP,
+        TINY,
+        work=_tokens,
+        reaches=(
+            Reach(TORCH, HF, 1.15),
+            Reach(TORCH, COMPILED, 1.15),
+            Reach(TORCH, ROOF, 0.9),
+            Reach(TORCH, "MKL products", 0.9),
+            Reach(TORCH, HF, 0.7, "memory"),
+            Reach(JAX, TORCH, 0.9),
+            Reach(JAX, OPTAX, 0.7, "memory"),
+        ),
+    ),
+    Case(
+        "loss",
+        "Forward and backward with a vocabulary of 64,128: the logits' memory",
+        {
+            TORCH: "torch_models:gradients",
+            JAX: "jax_models:gradients",
+            HF: "torch_models:hf_gradients",
+        },
+        STEP
+        | {
+            "vocab_size": 64128,
+            "dim": 1024,
+            "n_layers": 2,
+            "n_heads": 16,
+            "hidden_dim": 2752,
+            "sequence_length": 2048,
+            "batch_size": 2,
+        },
+        TINY,
+        work=_tokens,
+        reaches=(Reach(TORCH, HF, 0.5, "memory"), Reach(TORCH, HF, 1.0)),
+        repetitions=3,
+    ),
+    Case(
+        "block",
+        "One layer of the 2B model, forward and backward",
+        {
+            TORCH: "torch_models:block",
+            JAX: "jax_models:block",
+            HF: "torch_models:hf_block",
+            "MKL products": "roofs:torch_products",
+            ROOF: "roofs:products",
+        },
+        # The layer alone: a vocabulary of one costs nothing.
+        {
+            "vocab_size": 1,
+            "dim": 4096,
+            "n_layers": 1,
+            "n_heads": 32,
+            "hidden_dim": 11008,
+            "sequence_length": 512,
+            "batch_size": 1,
+        },
+        TINY | {"vocab_size": 1, "n_layers": 1},
+        work=_tokens,
+        reaches=(Reach(TORCH, ROOF, 0.9), Reach(JAX, ROOF, 0.85)),
+    ),
+    Case(
+        "decode-1",
+        "Greedy decoding of one sequence, 100 M parameters, float32, prompt included",
+        GENERATE,
+        MEDIUM | {"batch_size": 1, "prompt": 16, "new_tokens": 64},
+        TINY | {"batch_size": 1, "prompt": 4, "new_tokens": 4},
+        work=_new_tokens,
+        reaches=(Reach(TORCH, HF, 2.0), Reach(TORCH, ROOF, 0.7), Reach(JAX, HF, 2.0)),
+    ),
+    Case(
+        "decode-16",
+        "Greedy decoding of 16 sequences at once",
+        GENERATE,
+        MEDIUM | {"batch_size": 16, "prompt": 16, "new_tokens": 32},
+        TINY | {"batch_size": 3, "prompt": 4, "new_tokens": 4},
+        work=_new_tokens,
+        reaches=(Reach(TORCH, HF, 2.0), Reach(JAX, HF, 2.0)),
+    ),
+    Case(
+        "prefill",
+        "Prompt of 1,024 tokens into the cache, up to the logits of the next",
+        {
+            TORCH: "torch_models:prefill",
+            JAX: "jax_models:prefill",
+            HF: "torch_models:hf_prefill",
+        },
+        MEDIUM | {"batch_size": 1, "prompt": 1024},
+        TINY | {"batch_size": 1, "prompt": 8},
+        work=lambda size: size["prompt"],
+        reaches=(Reach(TORCH, HF, 1.1),),
+    ),
+    Case(
+        "data",
+        "Batches to the training loop, shuffled windows of a token file",
+        {"ours": "pipeline:batches", "torch DataLoader": "pipeline:dataloader"},
+        {"tokens": 2**25, "sequence_length": 1024, "batch_size": 8, "steps": 400, "workers": 2},
+        {"tokens": 2**14, "sequence_length": 16, "batch_size": 4, "steps": 8, "workers": 2},
+        work=lambda size: _tokens(size) * size["steps"],
+        reaches=(Reach("ours", "torch DataLoader", 3.0),),
+    ),
+    Case(
+        "fed",
+        "Training step fed by the data pipeline, beside a constant batch",
+        {"pipeline": "torch_models:fed_train", "constant batch": "torch_models:constant_train"},
+        STEP | {"n_layers": 2, "tokens": 2**22, "steps": 8},
+        TINY | {"tokens": 2**12, "steps": 2},
+        work=lambda size: _tokens(size) * size["steps"],
+        reaches=(Reach("pipeline", "constant batch", 0.99),),
+    ),
+    Case(
+        "tokenize",
+        "Text to shards of tokens, validation split and deduplication included",
+        {"ours": "pipeline:tokenize", "sentencepiece in a loop": "pipeline:sentencepiece_loop"},
+        {"documents": 20000, "vocab_size": 8000},
+        {"documents": 300, "vocab_size": 500},
+        unit="documents/s",
+        work=lambda size: size["documents"],
+        reaches=(Reach("ours", "sentencepiece in a loop", 1.8),),
+    ),
+    Case(
+        "start",
+        "From the command to the end of the first step of the demo's configuration",
+        {TORCH: "commands:start_torch", JAX: "commands:start_jax"},
+        {},
+        {"tiny": True},
+        unit="seconds",
+        reaches=(Reach(TORCH, None, 8.0, "seconds"), Reach(JAX, None, 12.0, "seconds")),
+        repetitions=3,
+    ),
+    Case(
+        "save",
+        "How long a checkpoint stops the training, 100 M parameters with their moments",
+        {
+            TORCH: "torch_models:save",
+            "blocking, torch": "torch_models:save_blocking",
+            JAX: "jax_models:save",
+            "blocking, JAX": "jax_models:save_blocking",
+        },
+        MEDIUM | {"batch_size": 1},
+        TINY,
+        unit="seconds",
+        reaches=(
+            Reach(TORCH, "blocking, torch", 0.1, "seconds"),
+            Reach(JAX, "blocking, JAX", 0.1, "seconds"),
+        ),
+        repetitions=3,
+    ),
+    Case(
+        "growth",
+        "Training step as it grows",
+        {TORCH: "torch_models:train", HF: "torch_models:hf_train"},
+        STEP | {"n_layers": 2, "batch_size": 1},
+        TINY,
+        work=_tokens,
+        repetitions=3,
+        grid=(
+            *({"sequence_length": T} for T in (256, 512, 1024, 2048, 4096, 8192)),
+            *(
+                {"dim": d, "n_heads": d // 64, "hidden_dim": d * 43 // 16}
+                for d in (256, 1024, 2048)
+            ),
+            *({"batch_size": B} for B in (2, 4, 8)),
+        ),
+    ),
+)

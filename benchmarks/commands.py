@@ -1,0 +1,46 @@
+"""Contestants that are whole commands: what a user waits for until the first step is done."""
+
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.cases import Size
+from benchmarks.contestant import Repeat
+from mooshak.errors import InputError
+from mooshak.run_log import read_metrics
+
+_TINY = "--model.dim 32 --model.n_layers 1 --model.n_heads 2 --model.hidden_dim 64"
+_TINY += " --data.dir {dir}/data --tokenizer.path {dir}/tokenizer.model"
+
+
+def start_torch(size: Size) -> Repeat:
+    """`python -m mooshak_torch.train --config configs/demo.yaml`."""
+    return _start("mooshak_torch.train", size)
+
+
+def start_jax(size: Size) -> Repeat:
+    """`python -m mooshak_jax.train --config configs/demo.yaml`, its compilation cached."""
+    return _start("mooshak_jax.train", size)
+
+
+def _start(module: str, size: Size) -> Repeat:
+    directory = tempfile.TemporaryDirectory()
+    numbers = iter(range(10**6))
+    options = ["--config", "configs/demo.yaml", "--train.stop_at", "1", "--evaluate.every", "0"]
+    options += ["--run.progress", "false"]
+    if size.get("tiny"):
+        options += [word.format(dir=directory.name) for word in _TINY.split()]
+
+    def repeat() -> float:
+        run = Path(directory.name) / f"run{next(numbers)}"
+        words = [sys.executable, "-m", module, *options, "--run.dir", str(run)]
+        start = time.time()
+        done = subprocess.run(words, capture_output=True, text=True)
+        if done.returncode:
+            raise InputError(f"{module} failed: {done.stderr[-2000:]}")
+        return read_metrics(run / "metrics.jsonl")[0]["time"] - start
+
+    repeat()  # Makes the data and the tokenizer, and fills the caches.
+    return repeat

@@ -1,0 +1,196 @@
+"""Contestants in JAX: ours, and the loop that a reader of Flax's and optax's guides writes."""
+
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import Array
+
+from benchmarks.cases import Size, config
+from benchmarks.contestant import Repeat, timed
+from mooshak.interchange import MOMENTS
+from mooshak_jax.checkpoint import graph, initialize, join, start_saving
+from mooshak_jax.generate import generate as our_generate
+from mooshak_jax.parallel import make_parallel
+from mooshak_jax.train import initial_state, make_train_step, objective, precise
+
+
+def train(size: Size) -> Repeat:
+    """One optimizer step of our trainer."""
+    parallel = make_parallel(config(size))
+    precise(config(size))
+    state = initial_state(initialize(config(size).model, "float32", 0, parallel=parallel))
+    step, batch_BS = make_train_step(config(size), parallel), _batch(size)
+    rate: Any = np.float32(1e-4)
+
+    def work() -> Any:
+        nonlocal state
+        state, loss, norm = step(state, parallel.put(batch_BS), rate)
+        return loss, norm
+
+    return _warm(work)
+
+
+def gradients(size: Size) -> Repeat:
+    """Loss and gradients of our model, as a step makes them."""
+    params = _params(size)
+    compute = partial(
+        objective, graph(config(size).model, "float32"), config(size).train.loss_chunk
+    )
+    both = jax.jit(jax.value_and_grad(compute))
+    return _warm(lambda: both(params, _batch(size)))
+
+
+def block(size: Size) -> Repeat:
+    """Our layer, forward and backward."""
+    graphdef, params = graph(config(size).model, "float32"), _params(size)
+    shape = (size["batch_size"], size["sequence_length"], size["dim"])
+    x_BTD, out_BTD = (jnp.asarray(a) for a in np.random.default_rng(0).normal(size=(2, *shape)))
+
+    def dot(params: Any, x_BTD: Array) -> Array:
+        model = join(graphdef, params)
+        positions_BT = jnp.arange(shape[1])[None]
+        return jnp.sum(model.layers[0](x_BTD, model.rope, positions_BT)[0] * out_BTD)
+
+    both = jax.jit(jax.grad(dot, (0, 1)))
+    return _warm(lambda: both(params, x_BTD))
+
+
+def generate(size: Size) -> Repeat:
+    """Our greedy decoding."""
+    graphdef, params = graph(config(size).model, "float32"), _params(size)
+    prompts = _batch(size)[:, : size["prompt"]].tolist()
+    return _warm(lambda: our_generate(graphdef, params, prompts, size["new_tokens"]))
+
+
+def prefill(size: Size) -> Repeat:
+    """Our generation of a single token: the prompt once through the model."""
+    return generate(size | {"new_tokens": 1})
+
+
+def save(size: Size) -> Repeat:
+    """Seconds until the training may go on, of a save in the background."""
+    return _save(size, blocking=False)
+
+
+def save_blocking(size: Size) -> Repeat:
+    """Seconds until the state is on the disk."""
+    return _save(size, blocking=True)
+
+
+def optax_train(size: Size) -> Repeat:
+    """A plain loop: Flax's modules, all logits at once, optax's chain."""
+    model = _Llama(size, nnx.Rngs(0))
+    optimizer = nnx.Optimizer(
+        model,
+        optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4, weight_decay=0.1)),
+        wrt=nnx.Param,
+    )
+    batch_BS = jnp.asarray(_batch(size))
+
+    @nnx.jit
+    def step(model: nnx.Module, optimizer: nnx.Optimizer, batch_BS: Array) -> Array:
+        def loss(model: nnx.Module) -> Array:
+            logits_BTV = model(batch_BS[:, :-1])
+            losses_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, batch_BS[:, 1:])
+            return losses_BT.mean()
+
+        value, grads = nnx.value_and_grad(loss)(model)
+        optimizer.update(model, grads)
+        return value
+
+    return _warm(lambda: step(model, optimizer, batch_BS))
+
+
+class _Llama(nnx.Module):
+    def __init__(self, size: Size, rngs: nnx.Rngs):
+        self.embed = nnx.Embed(size["vocab_size"], size["dim"], rngs=rngs)
+        self.layers = nnx.List([_Layer(size, rngs) for _ in range(size["n_layers"])])
+        self.norm = nnx.RMSNorm(size["dim"], rngs=rngs)
+        self.head = nnx.Linear(size["dim"], size["vocab_size"], use_bias=False, rngs=rngs)
+
+    def __call__(self, tokens_BT: Array) -> Array:
+        x_BTD = self.embed(tokens_BT)
+        for layer in self.layers:
+            x_BTD = layer(x_BTD)
+        return self.head(self.norm(x_BTD))
+
+
+class _Layer(nnx.Module):
+    def __init__(self, size: Size, rngs: nnx.Rngs):
+        self.n_heads, D, F = size["n_heads"], size["dim"], size["hidden_dim"]
+        linear = partial(nnx.Linear, use_bias=False, rngs=rngs)
+        self.q, self.k, self.v, self.o = (linear(D, D) for _ in range(4))
+        self.w1, self.w3, self.w2 = linear(D, F), linear(D, F), linear(F, D)
+        self.norm1, self.norm2 = nnx.RMSNorm(D, rngs=rngs), nnx.RMSNorm(D, rngs=rngs)
+
+    def __call__(self, x_BTD: Array) -> Array:
+        h_BTD = self.norm1(x_BTD)
+        q, k, v = (
+            linear(h_BTD).reshape(*h_BTD.shape[:2], self.n_heads, -1)
+            for linear in (self.q, self.k, self.v)
+        )
+        out = jax.nn.dot_product_attention(_rotated(q), _rotated(k), v, is_causal=True)
+        x_BTD = x_BTD + self.o(out.reshape(x_BTD.shape))
+        h_BTD = self.norm2(x_BTD)
+        return x_BTD + self.w2(jax.nn.silu(self.w1(h_BTD)) * self.w3(h_BTD))
+
+
+def _rotated(x_BTHK: Array) -> Array:
+    T, half = x_BTHK.shape[1], x_BTHK.shape[3] // 2
+    angles_Tk = jnp.arange(T)[:, None] / 10000 ** (jnp.arange(half) / half)
+    cos, sin = (f(angles_Tk)[None, :, None] for f in (jnp.cos, jnp.sin))
+    a, b = jnp.split(x_BTHK, 2, axis=-1)
+    return jnp.concatenate((a * cos - b * sin, b * cos + a * sin), axis=-1)
+
+
+def _save(size: Size, blocking: bool) -> Repeat:
+    state = initial_state(_params(size))
+    saved = {key: state[key] for key in ("params", *MOMENTS)}
+    directory = tempfile.TemporaryDirectory()
+    numbers = iter(range(10**6))
+
+    def repeat() -> float:
+        path = Path(directory.name) / str(next(numbers))
+        waits: list[Callable[[], None]] = []
+
+        def work() -> None:
+            waits.append(start_saving(saved, path))
+            if blocking:
+                waits[0]()
+
+        seconds = timed(work)
+        waits[0]()
+        return seconds
+
+    repeat()
+    return repeat
+
+
+def _params(size: Size) -> Any:
+    precise(config(size))
+    return initialize(config(size).model, "float32", 0)
+
+
+def _warm(work: Callable[[], Any]) -> Repeat:
+    """Done twice before it is measured: it is compiled, and memory is there."""
+
+    def finished() -> None:
+        jax.block_until_ready(work())
+
+    finished()
+    finished()
+    return lambda: timed(finished)
+
+
+def _batch(size: Size) -> np.ndarray:
+    """Tokens int32 [B, T + 1], always the same."""
+    shape = (size["batch_size"], size["sequence_length"] + 1)
+    return np.random.default_rng(0).integers(0, size["vocab_size"], shape).astype(np.int32)

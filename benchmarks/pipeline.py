@@ -1,0 +1,156 @@
+"""Contestants of the data pipeline: batches to the training loop, and text to shards."""
+
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentencepiece
+
+from benchmarks.cases import Size
+from benchmarks.contestant import Repeat, timed
+from mooshak import tokenizer as tokenizers
+from mooshak.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    SourceConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
+from mooshak.data.batches import train_batches
+from mooshak.data.shards import prepare
+from mooshak.data.tales import documents
+
+_kept: list[tempfile.TemporaryDirectory] = []
+
+
+def batches(size: Size) -> Repeat:
+    """Ours: Grain over the shards' windows, a shuffle of all of them in every epoch."""
+    return _taken(our_batches(size), size)
+
+
+def our_batches(size: Size) -> Iterator[np.ndarray]:
+    """Our batches [B, T + 1] of tokens drawn at random."""
+    directory = _directory() / "drawn"
+    directory.mkdir()
+    tokens = _tokens(size)
+    np.save(directory / "train-00000.npy", tokens)
+    file = directory / "train-00000.npy"
+    shard = {
+        "file": file.name,
+        "split": "train",
+        "tokens": len(tokens),
+        "dtype": "uint16",
+        "file_bytes": file.stat().st_size,
+    }
+    (directory / "manifest.json").write_text(json.dumps({"shards": [shard]}))
+    T, B = size["sequence_length"], size["batch_size"]
+    config = Config(
+        model=ModelConfig(vocab_size=64, dim=2, n_layers=1, n_heads=1, max_seq_len=T),
+        data=DataConfig(dir=str(directory.parent), sources=[SourceConfig("drawn")]),
+        train=TrainConfig(batch_size=B),
+    )
+    return train_batches(config)
+
+
+def dataloader(size: Size) -> Repeat:
+    """torch's DataLoader with worker processes over windows of a memory map, all shuffled."""
+    import torch
+    from torch.utils.data import DataLoader, Dataset
+
+    path, T = _directory() / "tokens.bin", size["sequence_length"]
+    _tokens(size).tofile(path)
+
+    class Windows(Dataset):
+        def __init__(self) -> None:
+            self.tokens = np.memmap(path, np.uint16, "r")
+
+        def __len__(self) -> int:
+            return (len(self.tokens) - 1) // T
+
+        def __getitem__(self, index: int) -> torch.Tensor:
+            return torch.from_numpy(self.tokens[index * T : index * T + T + 1].astype(np.int64))
+
+    loader = DataLoader(
+        Windows(),
+        batch_size=size["batch_size"],
+        shuffle=True,
+        drop_last=True,
+        num_workers=size["workers"],
+        persistent_workers=True,
+    )
+
+    def endless() -> Iterator[Any]:
+        while True:
+            yield from loader
+
+    return _taken(endless(), size)
+
+
+def tokenize(size: Size) -> Repeat:
+    """Ours: `python -m mooshak.data prepare`, checksums and manifest included."""
+    config = _text(size)
+    tokenizer = tokenizers.ensure(config)
+    numbers = iter(range(10**6))
+
+    def work() -> None:
+        data = replace(config.data, dir=f"{config.data.dir}/{next(numbers)}")
+        prepare(replace(config, data=data), tokenizer, progress=False)
+
+    return lambda: timed(work)
+
+
+def sentencepiece_loop(size: Size) -> Repeat:
+    """What a script does: read a line, encode it, append it to an array, write it in the end."""
+    config = _text(size)
+    tokenizers.ensure(config)
+    model = sentencepiece.SentencePieceProcessor(model_file=config.tokenizer.path)
+    out = Path(config.data.dir) / "tokens.npy"
+
+    def work() -> None:
+        arrays = []
+        with open(config.data.sources[0].path) as file:
+            for line in file:
+                ids = [model.bos_id(), *model.encode(json.loads(line)["text"]), model.eos_id()]
+                arrays.append(np.array(ids, np.uint16))
+        np.save(out, np.concatenate(arrays))
+
+    return lambda: timed(work)
+
+
+def _taken(batches: Iterator[Any], size: Size) -> Repeat:
+    next(batches)
+    return lambda: timed(lambda: [None for _ in islice(batches, size["steps"])])
+
+
+def _text(size: Size) -> Config:
+    """Tales in both languages as a JSONL file, and a tokenizer trained on some of them."""
+    directory = _directory()
+    path, n = directory / "text.jsonl", size["documents"] // 2
+    with path.open("w") as file:
+        for _, text in documents(0, n, ("hi", "en")):
+            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+    model = ModelConfig(vocab_size=-(-size["vocab_size"] // 64) * 64, dim=2, n_layers=1, n_heads=1)
+    sources = [SourceConfig("text", kind="jsonl", path=str(path))]
+    return Config(
+        model=model,
+        tokenizer=TokenizerConfig(
+            str(directory / "tokenizer.model"), size["vocab_size"], 1.0, 10**6
+        ),
+        data=DataConfig(dir=str(directory), sources=sources),
+    )
+
+
+def _tokens(size: Size) -> np.ndarray:
+    vocab_size = size.get("vocab_size", 64)
+    return np.random.default_rng(0).integers(0, vocab_size, size["tokens"], np.uint16)
+
+
+def _directory() -> Path:
+    _kept.append(tempfile.TemporaryDirectory())
+    return Path(_kept[-1].name)

@@ -1,0 +1,284 @@
+"""Contestants in PyTorch: ours, transformers (eager and compiled) and litgpt."""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.cases import Size, config
+from benchmarks.contestant import Repeat, timed
+from mooshak_torch.checkpoint import start_saving
+from mooshak_torch.generate import generate as our_generate
+from mooshak_torch.model import Model, initialize
+from mooshak_torch.optimizer import make_optimizer
+from mooshak_torch.parallel import make_parallel
+from mooshak_torch.train import make_objective, model_of, precise, train_step
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def train(size: Size) -> Repeat:
+    """One optimizer step of our trainer."""
+    step = _our_step(size)
+    batch_BS = _batch(size)
+    return _warm(lambda: step(batch_BS))
+
+
+def constant_train(size: Size) -> Repeat:
+    """Steps of our trainer on the same batch."""
+    step, batch_BS = _our_step(size), _batch(size).int().cpu().numpy()
+    return _warm(lambda: [step(_from_numpy(batch_BS)) for _ in range(size["steps"])])
+
+
+def fed_train(size: Size) -> Repeat:
+    """Steps of our trainer on what the data pipeline gives."""
+    from benchmarks.pipeline import our_batches
+
+    step, batches = _our_step(size), our_batches(size)
+    return _warm(lambda: [step(_from_numpy(next(batches))) for _ in range(size["steps"])])
+
+
+def gradients(size: Size) -> Repeat:
+    """Loss and gradients of our model, as a step makes them."""
+    objective, batch_BS = _our_objective(size)[0], _batch(size)
+
+    def work() -> None:
+        objective.zero_grad(set_to_none=True)
+        (objective(batch_BS) / batch_BS[:, 1:].numel()).backward()
+
+    return _warm(work)
+
+
+def block(size: Size) -> Repeat:
+    """Our layer, forward and backward."""
+    model = initialize(Model(config(size).model).to(DEVICE), 0)
+    positions_BT = torch.arange(size["sequence_length"], device=DEVICE)[None]
+    return _layer(size, model.layers[0], lambda layer, x: layer(x, model.rope, positions_BT))
+
+
+def generate(size: Size) -> Repeat:
+    """Our greedy decoding."""
+    model = initialize(Model(config(size).model).to(DEVICE), 0)
+    prompts = _batch(size)[:, : size["prompt"]].tolist()
+    return _warm(lambda: our_generate(model, prompts, size["new_tokens"]))
+
+
+def prefill(size: Size) -> Repeat:
+    """Our generation of a single token: the prompt once through the model."""
+    return generate(size | {"new_tokens": 1})
+
+
+def save(size: Size) -> Repeat:
+    """Seconds until the training may go on, of a save in the background."""
+    return _save(size, blocking=False)
+
+
+def save_blocking(size: Size) -> Repeat:
+    """Seconds until the state is on the disk."""
+    return _save(size, blocking=True)
+
+
+def hf_train(size: Size) -> Repeat:
+    """The usual loop around transformers' Llama."""
+    return _plain_train(size, _hf(size))
+
+
+def hf_train_compiled(size: Size) -> Repeat:
+    """The same, compiled."""
+    return _plain_train(size, torch.compile(_hf(size)))
+
+
+def hf_gradients(size: Size) -> Repeat:
+    """Loss and gradients of transformers' Llama, all logits at once."""
+    model, batch_BS = _hf(size), _batch(size)
+
+    def work() -> None:
+        model.zero_grad(set_to_none=True)
+        model(input_ids=batch_BS[:, :-1], labels=batch_BS[:, :-1], use_cache=False).loss.backward()
+
+    return _warm(work)
+
+
+def hf_block(size: Size) -> Repeat:
+    """Transformers' Llama layer, forward and backward."""
+    model = _hf(size).model
+    positions_BT = torch.arange(size["sequence_length"], device=DEVICE)[None]
+
+    def forward(layer: nn.Module, x_BTD: Tensor) -> Tensor:
+        rotary = model.rotary_emb(x_BTD, positions_BT)
+        out = layer(x_BTD, attention_mask=None, position_embeddings=rotary)
+        return out if isinstance(out, Tensor) else out[0]
+
+    return _layer(size, model.layers[0], forward)
+
+
+@torch.no_grad()
+def hf_generate(size: Size) -> Repeat:
+    """Transformers' greedy decoding with its static cache."""
+    model = _hf(size).eval()
+    prompts_BT = _batch(size)[:, : size["prompt"]]
+    options: dict[str, Any] = {
+        "max_new_tokens": size["new_tokens"],
+        "min_new_tokens": size["new_tokens"],
+        "do_sample": False,
+        "cache_implementation": "static",
+        "attention_mask": torch.ones_like(prompts_BT),
+        "pad_token_id": 0,
+        "disable_compile": DEVICE.type == "cpu",
+    }
+    return _warm(lambda: model.generate(prompts_BT, **options))
+
+
+def hf_prefill(size: Size) -> Repeat:
+    """Transformers' forward pass with a cache, logits of the last position only."""
+    model, prompts_BT = _hf(size).eval(), _batch(size)[:, : size["prompt"]]
+
+    @torch.no_grad()
+    def work() -> None:
+        model(input_ids=prompts_BT, use_cache=True, logits_to_keep=1)
+
+    return _warm(work)
+
+
+def litgpt_train(size: Size) -> Repeat:
+    """The usual loop around litgpt's GPT in the shape of a Llama."""
+    from litgpt import GPT, Config  # type: ignore[import-not-found]
+    from litgpt.utils import chunked_cross_entropy  # type: ignore[import-not-found]
+
+    litgpt = Config(
+        block_size=size["sequence_length"],
+        padded_vocab_size=size["vocab_size"],
+        vocab_size=size["vocab_size"],
+        n_layer=size["n_layers"],
+        n_head=size["n_heads"],
+        n_embd=size["dim"],
+        intermediate_size=size["hidden_dim"],
+        rotary_percentage=1.0,
+        parallel_residual=False,
+        bias=False,
+        norm_class_name="RMSNorm",
+        mlp_class_name="LLaMAMLP",
+    )
+    model = GPT(litgpt).to(DEVICE)
+    return _plain_train(size, model, lambda x_BT, y_BT: chunked_cross_entropy(model(x_BT), y_BT))
+
+
+def _our_objective(size: Size) -> tuple[nn.Module, Any]:
+    parallel = make_parallel(config(size))
+    precise()
+    objective = parallel.wrap(make_objective(config(size).model, config(size)), config(size))
+    initialize(model_of(objective), 0)
+    return objective, parallel
+
+
+def _our_step(size: Size) -> Callable[[Tensor], Any]:
+    objective, parallel = _our_objective(size)
+    optimizer = make_optimizer(model_of(objective), config(size).optimizer)
+    return lambda batch_BS: train_step(objective, optimizer, batch_BS, 1e-4, config(size), parallel)
+
+
+def _hf(size: Size) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    precise()
+    torch.manual_seed(0)
+    llama: Any = LlamaConfig
+    model: Any = LlamaForCausalLM(
+        llama(
+            vocab_size=size["vocab_size"],
+            hidden_size=size["dim"],
+            intermediate_size=size["hidden_dim"],
+            num_hidden_layers=size["n_layers"],
+            num_attention_heads=size["n_heads"],
+            max_position_embeddings=size["sequence_length"],
+            attn_implementation="sdpa",
+        )
+    )
+    return model.to(DEVICE)
+
+
+def _plain_train(
+    size: Size, model: Any, loss: Callable[[Tensor, Tensor], Tensor] | None = None
+) -> Repeat:
+    """What most people write, with torch's fused AdamW."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
+    batch_BS = _batch(size)
+
+    def work() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        x_BT, y_BT = batch_BS[:, :-1], batch_BS[:, 1:]
+        if loss is None:
+            # The labels of transformers are shifted inside.
+            value = model(input_ids=x_BT, labels=x_BT, use_cache=False).loss
+        else:
+            value = loss(x_BT, y_BT)
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return _warm(work)
+
+
+def _layer(size: Size, layer: nn.Module, forward: Callable[[nn.Module, Tensor], Tensor]) -> Repeat:
+    precise()
+    shape = (size["batch_size"], size["sequence_length"], size["dim"])
+    x_BTD = torch.randn(shape, device=DEVICE, requires_grad=True)
+    out_BTD = torch.randn(shape, device=DEVICE)
+
+    def work() -> None:
+        layer.zero_grad(set_to_none=True)
+        x_BTD.grad = None
+        forward(layer, x_BTD).backward(out_BTD)
+
+    return _warm(work)
+
+
+def _save(size: Size, blocking: bool) -> Repeat:
+    model = initialize(Model(config(size).model).to(DEVICE), 0)
+    optimizer = make_optimizer(model, config(size).optimizer)
+    directory = tempfile.TemporaryDirectory()
+    numbers = iter(range(10**6))
+
+    def repeat() -> float:
+        path = Path(directory.name) / str(next(numbers))
+        waits: list[Callable[[], None]] = []
+
+        def work() -> None:
+            waits.append(start_saving(model, optimizer, path))
+            if blocking:
+                waits[0]()
+
+        seconds = timed(work)
+        waits[0]()
+        return seconds
+
+    repeat()
+    return repeat
+
+
+def _warm(work: Callable[[], Any]) -> Repeat:
+    """Done twice before it is measured: memory is there, and what compiles has compiled."""
+
+    def finished() -> None:
+        work()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+
+    finished()
+    finished()
+    return lambda: timed(finished)
+
+
+def _batch(size: Size) -> Tensor:
+    """Tokens [B, T + 1], always the same."""
+    shape = (size["batch_size"], size["sequence_length"] + 1)
+    tokens_BS = np.random.default_rng(0).integers(0, size["vocab_size"], shape)
+    return torch.from_numpy(tokens_BS).to(DEVICE)
+
+
+def _from_numpy(batch_BS: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.asarray(batch_BS)).to(DEVICE).long()

@@ -1,0 +1,54 @@
+"""Matrix products of the model. In float32 on a CPU they are oneDNN's.
+
+PyTorch comes with two libraries for them and takes MKL, which leaves the AVX-512 units of AMD's
+processors unused: oneDNN is twice as fast there (docs/performance.md), at the same precision.
+Shapes: N rows, I width that is summed over, O width that comes out.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+def linear(x: Tensor, w_OI: Tensor) -> Tensor:
+    """x w^T, [..., O], of x [..., I] in the same dtype."""
+    return _Linear.apply(x, w_OI) if _by_onednn(x, w_OI) else F.linear(x, w_OI)
+
+
+def product(a_NI: Tensor, b_IO: Tensor) -> Tensor:
+    """a b. Either may be a transposed view. Not differentiable."""
+    if _by_onednn(a_NI, b_IO):
+        return _onednn(a_NI, b_IO.T)
+    return a_NI @ b_IO
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w_OI: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w_OI)
+        return _onednn(x, w_OI)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, w_OI = ctx.saved_tensors
+        dy_NO, x_NI = grads[0].flatten(0, -2), x.flatten(0, -2)
+        dx_NI = product(dy_NO, w_OI) if ctx.needs_input_grad[0] else None
+        dw_OI = product(dy_NO.T, x_NI) if ctx.needs_input_grad[1] else None
+        return dx_NI if dx_NI is None else dx_NI.view_as(x), dw_OI
+
+
+def _by_onednn(*tensors: Tensor) -> bool:
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return all(
+        t.device.type == "cpu" and t.dtype == torch.float32 and not isinstance(t, DTensor)
+        for t in tensors
+    )
+
+
+def _onednn(x: Tensor, w_OI: Tensor) -> Tensor:
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, w_OI, None, "none", [], "")
+    return result

@@ -1,0 +1,67 @@
+"""The products of the torch model: oneDNN's in float32 on a CPU, beside PyTorch's own."""
+
+from collections.abc import Callable
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mooshak_torch import products
+
+ONEDNN = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN"
+)
+
+
+def values(multiply: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """A product of [3, 5, I] and [O, I], and the gradients of both, in float64."""
+    torch.manual_seed(0)
+    drawn = (
+        torch.randn(shape, dtype=torch.float64) for shape in ((3, 5, 96), (160, 96), (3, 5, 160))
+    )
+    x, w, out = (a.to(dtype).requires_grad_() for a in drawn)
+    y = multiply(x, w)
+    (y * out).sum().backward()
+    assert x.grad is not None and w.grad is not None
+    return [a.detach().double() for a in (y, x.grad, w.grad)]
+
+
+@ONEDNN
+def test_float32_is_onednns_and_as_exact_as_pytorchs_own() -> None:
+    exact = values(F.linear, torch.float64)
+    with mock.patch.object(products, "_onednn", wraps=products._onednn) as taken:
+        ours = values(products.linear, torch.float32)
+    assert taken.call_count == 3
+    plain = values(F.linear, torch.float32)
+    for ours_, plain_, exact_ in zip(ours, plain, exact, strict=True):
+        distance = (ours_ - exact_).norm() / exact_.norm()
+        assert distance <= 2 * (plain_ - exact_).norm() / exact_.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes_are_pytorchs_own(dtype: torch.dtype) -> None:
+    for ours, plain in zip(values(products.linear, dtype), values(F.linear, dtype), strict=True):
+        assert torch.equal(ours, plain)
+
+
+@ONEDNN
+@pytest.mark.parametrize("n_rows", [1, 7])
+def test_transposed_views_are_multiplied_as_they_are(n_rows: int) -> None:
+    torch.manual_seed(0)
+    a_NI, b_IO = torch.randn(24, n_rows).T, torch.randn(40, 24).T
+    expected = a_NI.double() @ b_IO.double()
+    for left, right in ((a_NI, b_IO), (a_NI.contiguous(), b_IO.contiguous())):
+        torch.testing.assert_close(
+            products.product(left, right).double(), expected, rtol=0, atol=1e-5
+        )
+
+
+@ONEDNN
+def test_what_needs_no_gradient_gets_none() -> None:
+    x, w = torch.randn(4, 8), torch.randn(16, 8, requires_grad=True)
+    with mock.patch.object(products, "_onednn", wraps=products._onednn) as taken:
+        products.linear(x, w).sum().backward()
+    assert x.grad is None and w.grad is not None
+    assert taken.call_count == 2
