@@ -42,10 +42,11 @@ def generate(
     uniform_BT = np.stack([noise(seed, b, new_tokens) for b in range(len(prompts))])
     caches = make_caches(model, len(prompts), tokens_BT.shape[1] + new_tokens)
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    positions_B = jnp.asarray(lengths_B) - 1
-    rows_B = np.arange(len(prompts))
-    logits_BTV, caches = _step(graphdef, params, jnp.asarray(tokens_BT), positions_BT, caches)
-    logits_BV = logits_BTV[rows_B, positions_B]
+    last_B = jnp.asarray(lengths_B) - 1
+    logits_BV, caches = _step(
+        graphdef, params, jnp.asarray(tokens_BT), positions_BT, last_B, caches
+    )
+    positions_B, last_B = last_B, jnp.zeros_like(last_B)
     out = []
     for t in range(new_tokens):
         token_B = sample(logits_BV, jnp.asarray(uniform_BT[:, t]), temperature, top_p)
@@ -53,8 +54,8 @@ def generate(
         if t + 1 == new_tokens:
             break
         positions_B = positions_B + 1
-        logits_BTV, caches = _step(graphdef, params, token_B[:, None], positions_B[:, None], caches)
-        logits_BV = logits_BTV[:, 0]
+        token_B1, positions_B1 = token_B[:, None], positions_B[:, None]
+        logits_BV, caches = _step(graphdef, params, token_B1, positions_B1, last_B, caches)
     return np.asarray(jnp.stack(out, axis=1)).astype(np.int32)
 
 
@@ -77,16 +78,20 @@ def sample(logits_BV: Array, uniform_B: Array, temperature: float, top_p: float)
     return jnp.take_along_axis(order_BV, rank_B[:, None], axis=1)[:, 0]
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=4)
+@partial(jax.jit, static_argnums=0, donate_argnums=5)
 def _step(
     graphdef: nnx.GraphDef,
     params: Any,
     tokens_BT: Array,
     positions_BT: Array,
+    last_B: Array,
     caches: list[KVCache],
 ) -> tuple[Array, list[KVCache]]:
-    logits_BTV = join(graphdef, params)(tokens_BT, positions_BT, caches)
-    return logits_BTV, caches
+    """Logits of the token at index `last_B` of each row, and the caches with all tokens in them."""
+    model = join(graphdef, params)
+    hidden_BTD = model.hidden(tokens_BT, positions_BT, caches)
+    last_B1D = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)
+    return model.logits(last_B1D)[:, 0], caches
 
 
 @command

@@ -386,7 +386,10 @@ class Model(nnx.Module):
         trace: list[Array] | None = None,
     ) -> Array:
         """Logits [B, T, V], in at least float32."""
-        x_BTD = self.hidden(tokens_BT, positions_BT, caches, trace)
+        return self.logits(self.hidden(tokens_BT, positions_BT, caches, trace))
+
+    def logits(self, x_BTD: Array) -> Array:
+        """The output head on what `hidden` gives, [B, T, V], in at least float32."""
         if self.lm_head is None:
             logits_BTV = product("BTD,DV->BTV", x_BTD, self.head_DV.astype(x_BTD.dtype))
         else:

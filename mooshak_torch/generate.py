@@ -38,9 +38,9 @@ def generate(
     caches = make_caches(model, len(prompts), tokens_BT.shape[1] + new_tokens)
     positions_B = torch.from_numpy(lengths_B).to(device) - 1
     rows_B = torch.arange(len(prompts), device=device)
-    positions_BT = torch.arange(tokens_BT.shape[1], device=device).expand(tokens_BT.shape)
-    logits_BTV = model(torch.from_numpy(tokens_BT).to(device).long(), positions_BT, caches)
-    logits_BV = logits_BTV[rows_B, positions_B]
+    # Of the prompts only the last positions go through the output head.
+    hidden_BTD = model.hidden(torch.from_numpy(tokens_BT).to(device).long(), caches=caches)
+    logits_BV = model.logits(hidden_BTD[rows_B, positions_B].unsqueeze(1))[:, 0]
     out = []
     for t in range(new_tokens):
         uniform_B = torch.from_numpy(uniform_BT[:, t]).to(device)

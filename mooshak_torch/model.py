@@ -92,19 +92,26 @@ class Rope(nn.Module):
 
 
 class KVCache:
-    """Keys and values of one layer at every position, [B, S, G, K] each, zeros where none was."""
+    """Keys and values of one layer at every position, [B, S, G, K] each, zeros where none was.
+
+    It is filled in order: the first call brings the positions from 0 on, the next ones go on; rows
+    that are shorter than others may be behind.
+    """
 
     def __init__(self, model: ModelConfig, batch: int, length: int, like: Tensor):
         shape = (batch, length, model.G, model.K)
         self.k_BSGK = like.new_zeros(shape)
         self.v_BSGK = like.new_zeros(shape)
+        self.written = 0
+        """How many positions may have been written."""
 
     def update(self, k_BTGK: Tensor, v_BTGK: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Put new keys and values at their positions; returns all of them."""
+        """Put new keys and values at their positions; returns all that are written."""
         rows_B1 = torch.arange(len(positions_BT), device=positions_BT.device).unsqueeze(1)
         self.k_BSGK[rows_B1, positions_BT] = k_BTGK
         self.v_BSGK[rows_B1, positions_BT] = v_BTGK
-        return self.k_BSGK, self.v_BSGK
+        self.written += k_BTGK.shape[1]
+        return self.k_BSGK[:, : self.written], self.v_BSGK[:, : self.written]
 
 
 class Attention(nn.Module):
@@ -132,12 +139,15 @@ class Attention(nn.Module):
         q_BTHK = rope(self.heads(x_BTD, self.wq, self.q_norm), positions_BT)
         k_BSGK = rope(self.heads(x_BTD, self.wk, self.k_norm), positions_BT)
         v_BSGK = self.heads(x_BTD, self.wv)
-        queries_BT = torch.arange(x_BTD.shape[1], device=x_BTD.device).unsqueeze(0)
+        # What comes first, or without a cache, sees itself only.
+        later = cache is not None and cache.written > 0
         if cache is not None:
-            k_BSGK, v_BSGK = cache.update(k_BSGK, v_BSGK, positions_BT)
-            queries_BT = positions_BT
+            written = cache.update(k_BSGK, v_BSGK, positions_BT)
+            k_BSGK, v_BSGK = written if later else (k_BSGK, v_BSGK)
         mask_B1TS = None
-        if cache is not None or self.window is not None:
+        if later or self.window is not None:
+            own_T = torch.arange(x_BTD.shape[1], device=x_BTD.device)
+            queries_BT = positions_BT if later else own_T.unsqueeze(0)
             mask_B1TS = self.mask(queries_BT, k_BSGK.shape[1]).unsqueeze(1)
         out_BTE = self.attend(q_BTHK, k_BSGK, v_BSGK, mask_B1TS).flatten(-2)
         return out_BTE if self.wo is None else self.wo(out_BTE)
@@ -267,7 +277,10 @@ class Model(nn.Module):
         trace: list[Tensor] | None = None,
     ) -> Tensor:
         """Logits [B, T, V], in at least float32."""
-        x_BTD = self.hidden(tokens_BT, positions_BT, caches, trace)
+        return self.logits(self.hidden(tokens_BT, positions_BT, caches, trace))
+
+    def logits(self, x_BTD: Tensor) -> Tensor:
+        """The output head on what `hidden` gives, [B, T, V], in at least float32."""
         if self.lm_head is None:
             logits_BTV = linear(x_BTD, self.head_VD.to(x_BTD.dtype))
         else:
