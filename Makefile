@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo picture test test-fast lint format clean
+.PHONY: help setup demo picture test test-fast benchmark lint format clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
@@ -26,6 +26,12 @@ test: setup ## set up, then all tests
 
 test-fast: setup ## the tests that take seconds
 	$(BIN)/python -m pytest -m 'not slow'
+
+benchmark: setup ## ours and their peers side by side: benchmarks/results/index.html
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps \
+	  litgpt lightning torchmetrics
+	$(BIN)/python -m benchmarks
 
 lint: setup ## format, lint and types, as CI checks them
 	$(BIN)/ruff format --check .

@@ -1,0 +1,87 @@
+"""Every contestant of every benchmark runs, in tiny size; nothing here looks at the time."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.__main__ import reached
+from benchmarks.cases import CASES, COMPILED, JAX, TORCH, Case, Reach, config, step_flops
+
+ROOT = Path(__file__).parent.parent
+
+
+# A case's sizes and a contestant, each pair once; compiling a peer would take the longest of all.
+ENTRIES = {
+    (entry, json.dumps(case.tiny)): (case, entry)
+    for case in CASES
+    for name, entry in case.contestants.items()
+    if name != COMPILED
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "entry"), ENTRIES.values(), ids=lambda value: getattr(value, "name", value)
+)
+def test_every_contestant_runs(case: Case, entry: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    module, function = entry.split(":")
+    if "litgpt" in function:
+        pytest.importorskip("litgpt")
+    repeat = getattr(importlib.import_module(f"benchmarks.{module}"), function)(case.tiny)
+    assert case.name == "start" or repeat() > 0  # A start sets up by starting once.
+
+
+@pytest.mark.slow
+def test_a_case_is_measured_in_processes_and_shown_on_a_page(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "benchmarks", "data", "--size", "tiny", "--repetitions", "2"]
+    done = subprocess.run(
+        [*words, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "data.json").read_text())
+    (point,) = result["points"]
+    for row in point["contestants"].values():
+        assert len(row["figures"]) == 2 and row["median"] > 0 and row["memory"] > 1e6
+        assert row["figures"][0] == pytest.approx(4 * 16 * 8 / row["seconds"][0])
+    page = (tmp_path / "index.html").read_text()
+    assert result["title"] in page and "<svg" in page and "<script" not in page
+
+
+def test_unknown_case_is_one_line() -> None:
+    words = [sys.executable, "-m", "benchmarks", "trian"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: no case 'trian'")
+
+
+def test_reaches_are_ratios_of_one_run() -> None:
+    measured = {
+        TORCH: {"median": 30.0, "memory": 2.0},
+        JAX: {"median": 20.0, "memory": 1.0},
+        "peer": {"missing": "no module"},
+    }
+    for reach, value, passed in (
+        (Reach(TORCH, JAX, 1.5), 1.5, True),
+        (Reach(TORCH, JAX, 1.6), 1.5, False),
+        (Reach(TORCH, JAX, 1.9, "memory"), 2.0, False),
+        (Reach(TORCH, None, 30.0, "seconds"), 30.0, True),
+    ):
+        row = reached(reach, measured)
+        assert row is not None and (row["value"], row["passed"]) == (value, passed)
+    assert reached(Reach(TORCH, "peer", 1.0), measured) is None
+
+
+def test_reaches_name_contestants() -> None:
+    for case in CASES:
+        for reach in case.reaches:
+            assert {reach.ours, reach.other} - {None} <= set(case.contestants), case.name
+
+
+def test_flops_of_a_step_are_the_configurations() -> None:
+    case = CASES[0]
+    model = config(case.full).model
+    assert step_flops(case.full) == model.flops_per_token(512) * 2048
