@@ -1,6 +1,7 @@
 """Tables for people."""
 
 import sys
+from collections.abc import Mapping
 
 from rich.console import Console
 from rich.table import Table
@@ -12,3 +13,15 @@ def print_table(table: Table, width: int = 120) -> None:
     A file or a pipe has no width that numbers would have to be folded to: `width` columns there.
     """
     Console(width=None if sys.stdout.isatty() else width).print(table)
+
+
+def print_times(seconds: Mapping[str, float], counts: Mapping[str, int], most: int = 20) -> None:
+    """Print which operations took longest, as shares of the sum of all."""
+    total = sum(seconds.values())
+    table = Table(title=f"where the time goes: {total:.3f} s over all threads")
+    for title in ("operation", "calls", "seconds", "share"):
+        table.add_column(title, justify="left" if title == "operation" else "right")
+    for name in sorted(seconds, key=lambda name: -seconds[name])[:most]:
+        share = seconds[name] / total
+        table.add_row(name[:70], str(counts[name]), f"{seconds[name]:.4f}", f"{share:.1%}")
+    print_table(table)

@@ -3,9 +3,12 @@
 python -m mooshak_jax.train --config configs/demo.yaml --mesh data=2
 """
 
+import contextlib
+import os
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -37,13 +40,17 @@ from mooshak_jax.loss import cross_entropy
 from mooshak_jax.model import PARAMETERS, Model
 from mooshak_jax.optimizer import adamw, clip_gradients
 from mooshak_jax.parallel import Parallel, make_parallel
+from mooshak_jax.profile import profiled
 
 State = dict[str, Any]
 """`params`, `exp_avg` and `exp_avg_sq`, trees alike, and `step`, the optimizer steps done."""
 
 
-def train(config: Config, resume: str = "auto") -> None:
-    """Train until `train.steps` are done, a signal comes, or `train.stop_at` is reached."""
+def train(config: Config, resume: str = "auto", profile: bool = False) -> None:
+    """Train until `train.steps` are done, a signal comes, or `train.stop_at` is reached.
+
+    `profile` traces the third step from here, in RUN/profile.
+    """
     from mooshak.data.batches import batches_of_rows, validation_sequences
     from mooshak.data.shards import ensure
 
@@ -76,6 +83,8 @@ def train(config: Config, resume: str = "auto") -> None:
     saver = Checkpoints(config, parallel.main)
     log = RunLog(config, step, parallel.main, jax.devices()[0].device_kind, parallel.mesh.size)
     last = min(config.train.steps, config.train.stop_at or config.train.steps)
+    traced = step + 2 if profile and parallel.main else None
+    profile_dir = Path(config.run.dir) / "profile"
     stopped = False
     try:
         with stop_request() as stop:
@@ -83,9 +92,11 @@ def train(config: Config, resume: str = "auto") -> None:
                 start = time.perf_counter()
                 rate = learning_rate(config, step)
                 batch = parallel.put(np.asarray(next(batches)))
-                state, loss, norm = update(state, batch, rate)
+                with profiled(profile_dir) if step == traced else contextlib.nullcontext():
+                    state, loss, norm = update(state, batch, rate)
+                    stopped = parallel.any_process(stop.is_set())
+                    jax.block_until_ready(norm)
                 step += 1
-                stopped = parallel.any_process(stop.is_set())
                 metrics = {"loss": float(loss), "learning_rate": rate, "grad_norm": float(norm)}
                 metrics |= memory()
                 seconds = time.perf_counter() - start
@@ -229,6 +240,14 @@ def precise(config: Config) -> None:
         jax.config.update("jax_enable_x64", True)
 
 
+def cache_compilations() -> None:
+    """Keep what is compiled in the user's cache, unless JAX_COMPILATION_CACHE_DIR says where."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(home / "mooshak" / "jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
 def memory() -> dict[str, float]:
     """Peak memory in bytes: of the first device, or of this process."""
     stats = jax.local_devices()[0].memory_stats()
@@ -243,8 +262,12 @@ def memory() -> dict[str, float]:
 def main() -> None:
     parser = configuration.parser(__doc__.split("\n")[0])
     parser.add_argument("--resume", default="auto", help="auto, never, or a checkpoint's directory")
+    parser.add_argument(
+        "--profile", action="store_true", help="say where the third step's time goes"
+    )
     config, arguments = configuration.parse(parser)
-    train(config, arguments.resume)
+    cache_compilations()
+    train(config, arguments.resume, arguments.profile)
 
 
 if __name__ == "__main__":

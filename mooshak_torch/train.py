@@ -10,6 +10,7 @@ import os
 import time
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -31,11 +32,15 @@ from mooshak_torch.loss import HeadLoss
 from mooshak_torch.model import Model, initialize
 from mooshak_torch.optimizer import LossScale, clip_gradients, make_optimizer, set_step
 from mooshak_torch.parallel import Parallel, compile_layers, make_parallel, rematerialise
+from mooshak_torch.profile import profiled
 from mooshak_torch.zero import ZeroOptimizer, make_engine
 
 
-def train(config: Config, resume: str = "auto") -> None:
-    """Train until `train.steps` are done, a signal comes, or `train.stop_at` is reached."""
+def train(config: Config, resume: str = "auto", profile: bool = False) -> None:
+    """Train until `train.steps` are done, a signal comes, or `train.stop_at` is reached.
+
+    `profile` traces the third step from here, in RUN/profile.
+    """
     from mooshak.data.batches import train_batches, validation_sequences
     from mooshak.data.shards import ensure
 
@@ -57,6 +62,8 @@ def train(config: Config, resume: str = "auto") -> None:
     device = torch.cuda.get_device_name() if parallel.device.type == "cuda" else "cpu"
     log = RunLog(config, step, parallel.main, device, parallel.world)
     last = min(config.train.steps, config.train.stop_at or config.train.steps)
+    traced = step + 2 if profile and parallel.main else None
+    profile_dir = Path(config.run.dir) / "profile"
     stopped = False
     try:
         with stop_request() as stop, parallel.naming_hangs():
@@ -64,10 +71,14 @@ def train(config: Config, resume: str = "auto") -> None:
                 start = time.perf_counter()
                 rate = learning_rate(config, step)
                 batch = torch.from_numpy(np.asarray(next(batches))).to(parallel.device).long()
-                loss, norm = train_step(objective, optimizer, batch, rate, config, parallel, scale)
+                with profiled(profile_dir) if step == traced else contextlib.nullcontext():
+                    loss, norm = train_step(
+                        objective, optimizer, batch, rate, config, parallel, scale
+                    )
+                    stopping = loss.new_tensor(float(stop.is_set()))
+                    flags = parallel.sum(torch.stack([loss, stopping]))
+                    stopped = flags[1].item() > 0
                 step += 1
-                flags = parallel.sum(torch.stack([loss, loss.new_tensor(float(stop.is_set()))]))
-                stopped = flags[1].item() > 0
                 metrics = {"loss": flags[0].item(), "learning_rate": rate, "grad_norm": norm.item()}
                 if scale is not None:
                     metrics["loss_scale"] = scale.scale
@@ -253,8 +264,11 @@ def main() -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     parser = configuration.parser(__doc__.split("\n")[0])
     parser.add_argument("--resume", default="auto", help="auto, never, or a checkpoint's directory")
+    parser.add_argument(
+        "--profile", action="store_true", help="say where the third step's time goes"
+    )
     config, arguments = configuration.parse(parser)
-    train(config, arguments.resume)
+    train(config, arguments.resume, arguments.profile)
 
 
 if __name__ == "__main__":

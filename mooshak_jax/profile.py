@@ -1,0 +1,32 @@
+"""Where the time of a training step goes (`--profile`): a trace, and a table by operation."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+
+from mooshak.tables import print_times
+
+
+@contextmanager
+def profiled(directory: Path) -> Iterator[None]:
+    """Record the block below `directory` (for XProf and https://ui.perfetto.dev), print a table.
+
+    Operations are XLA's, those of one kind together (`dot.3` and `dot.4` are `dot`).
+    """
+    with jax.profiler.trace(str(directory), create_perfetto_trace=True):
+        yield
+    newest = max(directory.rglob("*.xplane.pb"), key=lambda file: file.stat().st_mtime)
+    seconds: dict[str, float] = {}
+    counts: Counter[str] = Counter()
+    for plane in jax.profiler.ProfileData.from_file(str(newest)).planes:
+        for line in plane.lines:
+            for event in line.events:
+                if operation := dict(event.stats).get("hlo_op"):
+                    kind = re.sub(r"[.\d]+(\.clone)?$", "", str(operation))
+                    seconds[kind] = seconds.get(kind, 0.0) + event.duration_ns / 1e9
+                    counts[kind] += 1
+    print_times(seconds, counts)

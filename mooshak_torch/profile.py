@@ -1,0 +1,29 @@
+"""Where the time of a training step goes (`--profile`): a trace, and a table by operation."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity
+
+from mooshak.tables import print_times
+
+
+@contextmanager
+def profiled(directory: Path) -> Iterator[None]:
+    """Record the block in `directory`/trace.json (for https://ui.perfetto.dev) and print a table.
+
+    Its seconds are an operation's own: on the GPU where there is one, else on the CPU.
+    """
+    activities = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profiler:
+        yield
+    directory.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(directory / "trace.json"))
+    events = profiler.key_averages()
+    own = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    seconds = {event.key: getattr(event, own) / 1e6 for event in events}
+    print_times(seconds, {event.key: event.count for event in events})
