@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -267,6 +268,10 @@ def main() -> None:
     )
     config, arguments = configuration.parse(parser)
     cache_compilations()
+    if arguments.profile and "TPU_SKIP_MDS_QUERY" in os.environ and not find_spec("jax_plugins"):
+        # There is no accelerator. The profiler would call into libtpu, and crash where that is of
+        # another version.
+        jax.config.update("jax_platforms", "cpu")
     train(config, arguments.resume, arguments.profile)
 
 

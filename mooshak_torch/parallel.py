@@ -62,7 +62,12 @@ COLLECTIVES = "^(all_(reduce|gather|to_all)|reduce_scatter|broadcast|barrier)"
 WAITING = "timed? ?out|connection (closed|reset)|connection was|broken pipe|socket|abort"
 """Names of functions that wait for the other processes, and what they say when none comes."""
 
-PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
+PRODUCTS = (
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.mkldnn._linear_pointwise.default,
+)
 """What `train.remat dots` keeps."""
 
 COLUMNS = ("embeddings", "wq", "wk", "wv", "w1", "w3", "lm_head")
