@@ -28,6 +28,11 @@ def train(size: Size) -> Repeat:
     return _warm(lambda: step(batch_BS))
 
 
+def train_compiled(size: Size) -> Repeat:
+    """The same with `--train.compile true`."""
+    return train(size | {"train": {"compile": True}})
+
+
 def constant_train(size: Size) -> Repeat:
     """Steps of our trainer on the same batch."""
     step, batch_BS = _our_step(size), _batch(size).int().cpu().numpy()

@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+ONEDNN = torch.backends.mkldnn.is_available()
+"""Whether this PyTorch has oneDNN."""
+
 
 def linear(x: Tensor, w_OI: Tensor) -> Tensor:
     """x w^T, [..., O], of x [..., I] in the same dtype."""
@@ -41,9 +44,7 @@ class _Linear(torch.autograd.Function):
 
 
 def _by_onednn(*tensors: Tensor) -> bool:
-    if not torch.backends.mkldnn.is_available():
-        return False
-    return all(
+    return ONEDNN and all(
         t.device.type == "cpu" and t.dtype == torch.float32 and not isinstance(t, DTensor)
         for t in tensors
     )

@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 
 from benchmarks.__main__ import reached
-from benchmarks.cases import CASES, COMPILED, JAX, TORCH, Case, Reach, config, step_flops
+from benchmarks.cases import (
+    CASES,
+    COMPILED,
+    JAX,
+    OURS_COMPILED,
+    TORCH,
+    Case,
+    Reach,
+    config,
+    step_flops,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -19,7 +29,7 @@ ENTRIES = {
     (entry, json.dumps(case.tiny)): (case, entry)
     for case in CASES
     for name, entry in case.contestants.items()
-    if name != COMPILED
+    if name not in (COMPILED, OURS_COMPILED)
 }
 
 

@@ -10,9 +10,7 @@ from torch import Tensor
 
 from mooshak_torch import products
 
-ONEDNN = pytest.mark.skipif(
-    not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN"
-)
+ONEDNN = pytest.mark.skipif(not products.ONEDNN, reason="this PyTorch has no oneDNN")
 
 
 def values(multiply: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> list[Tensor]:

@@ -153,6 +153,16 @@ def test_a_signal_saves_and_says_how_to_go_on(framework: str, config: Path, tmp_
     assert (tmp_path / "checkpoints" / str(step) / "trainer_state.json").is_file()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("framework", ["torch", "jax"])
+def test_a_profile_says_where_the_time_goes(framework: str, config: Path, tmp_path: Path) -> None:
+    options = ("--run.dir", tmp_path, "--train.stop_at", 3, "--evaluate.every", 0, "--profile")
+    said = run(f"mooshak_{framework}.train", "--config", config, *options)
+    assert "where the time goes" in said and {"torch": "aten::", "jax": "fusion"}[framework] in said
+    trace = {"torch": "trace.json", "jax": "*.trace.json.gz"}[framework]
+    assert list((tmp_path / "profile").rglob(trace))
+
+
 def test_both_frameworks_generate_the_same_text(config: Path, torch_run: Path) -> None:
     checkpoint = torch_run / "checkpoints" / str(STEPS)
     options = (checkpoint, "--prompt", "एक चूहा", "--prompt", "A mouse", "--tokens", 12)

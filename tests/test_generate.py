@@ -1,0 +1,52 @@
+"""Generation takes short ways: a causal prompt, keys as far as they are written, one position of
+the prompt through the output head. The long way is the whole text through the model, each time."""
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+import mooshak_jax.checkpoint
+import mooshak_jax.generate
+import mooshak_torch.generate
+from mooshak.config import ModelConfig
+from mooshak_torch.model import Model, initialize, make_caches
+
+SIZES = {"vocab_size": 128, "dim": 48, "n_layers": 2, "n_heads": 4, "hidden_dim": 80}
+MODELS = {
+    "mooshak": ModelConfig(**SIZES, max_seq_len=32),
+    "llama": ModelConfig(
+        **SIZES, max_seq_len=32, architecture="llama", n_kv_heads=2, sliding_window=5, qk_norm=True
+    ),
+}
+PROMPTS = [[1, 5, 9], [3], [7, 8, 9, 10, 11, 12, 13]]
+NEW = 10
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_prompts_of_several_lengths_continue_as_each_does_alone(model: ModelConfig) -> None:
+    torch_model = initialize(Model(model, "float64"), 0, gain_std=0.1)
+    found = mooshak_torch.generate.generate(torch_model, PROMPTS, NEW)
+    for prompt, row in zip(PROMPTS, found, strict=True):
+        ids = list(prompt)
+        for _ in range(NEW):
+            with torch.no_grad():
+                ids.append(int(torch_model(torch.tensor([ids]))[0, -1].argmax()))
+        assert ids[len(prompt) :] == row.tolist()
+    with jax.enable_x64(True):
+        graphdef = mooshak_jax.checkpoint.graph(model, "float64")
+        params = mooshak_jax.checkpoint.initialize(model, "float64", 0, gain_std=0.1)
+        theirs = mooshak_jax.generate.generate(graphdef, params, PROMPTS, NEW)
+    assert np.array_equal(found, theirs)
+
+
+def test_a_cache_gives_out_what_is_written() -> None:
+    model = initialize(Model(MODELS["mooshak"], "float64"), 0)
+    (cache, *_) = caches = make_caches(model, 2, 9)
+    tokens_BT = torch.arange(12).view(2, 6)
+    expected = model(tokens_BT)
+    first = model(tokens_BT[:, :4], caches=caches)
+    assert cache.written == 4
+    rest = model(tokens_BT[:, 4:], torch.tensor([[4, 5], [4, 5]]), caches)
+    assert cache.written == 6 and not cache.k_BSGK[:, 6:].any()
+    torch.testing.assert_close(torch.cat((first, rest), 1), expected, rtol=1e-12, atol=1e-13)
