@@ -67,6 +67,7 @@ PRODUCTS = (
     torch.ops.aten.addmm.default,
     torch.ops.aten.bmm.default,
     torch.ops.mkldnn._linear_pointwise.default,
+    torch.ops.mooshak.linear.default,  # The same, compiled (mooshak_torch/products.py).
 )
 """What `train.remat dots` keeps."""
 

@@ -51,5 +51,20 @@ def _by_onednn(*tensors: Tensor) -> bool:
 
 
 def _onednn(x: Tensor, w_OI: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        return _opaque(x, w_OI)
     result: Tensor = torch.ops.mkldnn._linear_pointwise(x, w_OI, None, "none", [], "")
     return result
+
+
+# Inductor knows oneDNN's operator and refuses it where weights are no constants; it calls one that
+# it does not know as it stands.
+@torch.library.custom_op("mooshak::linear", mutates_args=())
+def _opaque(x: Tensor, w_OI: Tensor) -> Tensor:
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, w_OI, None, "none", [], "")
+    return result
+
+
+@_opaque.register_fake
+def _(x: Tensor, w_OI: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], len(w_OI)))

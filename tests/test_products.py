@@ -1,5 +1,6 @@
 """The products of the torch model: oneDNN's in float32 on a CPU, beside PyTorch's own."""
 
+import shutil
 from collections.abc import Callable
 from unittest import mock
 
@@ -63,3 +64,13 @@ def test_what_needs_no_gradient_gets_none() -> None:
         products.linear(x, w).sum().backward()
     assert x.grad is None and w.grad is not None
     assert taken.call_count == 2
+
+
+@ONEDNN
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_products_are_the_same() -> None:
+    plain = values(products.linear, torch.float32)
+    compiled = values(torch.compile(products.linear, fullgraph=True), torch.float32)
+    for a, b in zip(plain, compiled, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
