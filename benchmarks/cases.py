@@ -57,7 +57,7 @@ def config(size: Size) -> Config:
     """The configuration of a case: a llama model, so that peers compute the same function."""
     fields = {k: size[k] for k in ("vocab_size", "dim", "n_layers", "n_heads", "hidden_dim")}
     T = size["sequence_length"]
-    model = ModelConfig(architecture="llama", max_seq_len=T, **fields)
+    model = ModelConfig(architecture="llama", max_seq_len=T, **fields, **size.get("model", {}))
     train = TrainConfig(batch_size=size["batch_size"], **size.get("train", {}))
     return Config(
         model=model,
@@ -98,6 +98,7 @@ STEP = {
     "hidden_dim": 1376,
     "sequence_length": 512,
     "batch_size": 4,
+    "train": {"loss_chunk": 512},
 }
 # 100 M parameters.
 MEDIUM = {

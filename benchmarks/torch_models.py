@@ -30,7 +30,7 @@ def train(size: Size) -> Repeat:
 
 def train_compiled(size: Size) -> Repeat:
     """The same with `--train.compile true`."""
-    return train(size | {"train": {"compile": True}})
+    return train(size | {"train": size.get("train", {}) | {"compile": True}})
 
 
 def constant_train(size: Size) -> Repeat:

@@ -18,7 +18,9 @@ ONEDNN = torch.backends.mkldnn.is_available()
 
 def linear(x: Tensor, w_OI: Tensor) -> Tensor:
     """x w^T, [..., O], of x [..., I] in the same dtype."""
-    return _Linear.apply(x, w_OI) if _by_onednn(x, w_OI) else F.linear(x, w_OI)
+    if not _by_onednn(x, w_OI):
+        return F.linear(x, w_OI)
+    return _Linear.apply(x, w_OI) if torch.is_grad_enabled() else _onednn(x, w_OI)
 
 
 def product(a_NI: Tensor, b_IO: Tensor) -> Tensor:
