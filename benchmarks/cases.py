@@ -17,7 +17,7 @@ Size = dict[str, Any]
 
 TORCH, JAX = "ours, torch", "ours, JAX"
 HF, COMPILED, LITGPT, OPTAX = "HF eager", "HF compiled", "litgpt", "flax/optax loop"
-OURS_COMPILED = "ours, torch compiled"
+OURS_COMPILED, OURS_REMAT = "ours, torch compiled", "ours, torch remat dots"
 ROOF = "roof"
 
 
@@ -123,6 +123,7 @@ CASES = (
         {
             TORCH: "torch_models:train",
             OURS_COMPILED: "torch_models:train_compiled",
+            OURS_REMAT: "torch_models:train_remat",
             JAX: "jax_models:train",
             HF: "torch_models:hf_train",
             COMPILED: "torch_models:hf_train_compiled",
@@ -139,7 +140,8 @@ CASES = (
             Reach(OURS_COMPILED, COMPILED, 1.15),
             Reach(TORCH, ROOF, 0.9),
             Reach(TORCH, "MKL products", 0.9),
-            Reach(TORCH, HF, 0.7, "memory"),
+            Reach(OURS_REMAT, HF, 0.7, "memory"),
+            Reach(OURS_REMAT, HF, 1.15),
             Reach(JAX, TORCH, 0.9),
             Reach(JAX, OPTAX, 0.7, "memory"),
         ),

@@ -33,6 +33,11 @@ def train_compiled(size: Size) -> Repeat:
     return train(size | {"train": size.get("train", {}) | {"compile": True}})
 
 
+def train_remat(size: Size) -> Repeat:
+    """The same with `--train.remat dots`."""
+    return train(size | {"train": size.get("train", {}) | {"remat": "dots"}})
+
+
 def constant_train(size: Size) -> Repeat:
     """Steps of our trainer on the same batch."""
     step, batch_BS = _our_step(size), _batch(size).int().cpu().numpy()
