@@ -42,14 +42,14 @@ def main() -> None:
 
 
 def peak_memory() -> float:
-    """Bytes: of the accelerator where there is one, or the most that was resident."""
+    """Bytes: of the accelerator where there is one, or what the largest process had resident."""
     torch, jax = sys.modules.get("torch"), sys.modules.get("jax")
     if torch is not None and torch.cuda.is_available():
         return float(torch.cuda.max_memory_allocated())
     if jax is not None and jax.default_backend() != "cpu":
         return float(jax.local_devices()[0].memory_stats()["peak_bytes_in_use"])
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return 1024.0 * own
+    processes = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return 1024.0 * max(resource.getrusage(who).ru_maxrss for who in processes)
 
 
 def timed(work: Callable[[], Any]) -> float:

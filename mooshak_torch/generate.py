@@ -15,7 +15,8 @@ from mooshak.errors import command
 from mooshak.prompts import add_options, complete, padded
 from mooshak.sampling import noise
 from mooshak_torch.checkpoint import load
-from mooshak_torch.model import Model, make_caches
+from mooshak_torch.model import Linear, Model, make_caches
+from mooshak_torch.products import lay_out_for_decoding
 
 
 @torch.no_grad()
@@ -35,6 +36,7 @@ def generate(
     tokens_BT, lengths_B = padded(prompts, new_tokens, model.config)
     uniform_BT = np.stack([noise(seed, b, new_tokens) for b in range(len(prompts))])
     device = model.embeddings.weight.device
+    lay_out_for_decoding(m.weight for m in model.modules() if isinstance(m, Linear))
     caches = make_caches(model, len(prompts), tokens_BT.shape[1] + new_tokens)
     positions_B = torch.from_numpy(lengths_B).to(device) - 1
     rows_B = torch.arange(len(prompts), device=device)

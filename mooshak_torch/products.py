@@ -5,6 +5,7 @@ processors unused: oneDNN is twice as fast there (docs/performance.md), at the s
 Shapes: N rows, I width that is summed over, O width that comes out.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -28,6 +29,17 @@ def product(a_NI: Tensor, b_IO: Tensor) -> Tensor:
     if _by_onednn(a_NI, b_IO):
         return _onednn(a_NI, b_IO.T)
     return a_NI @ b_IO
+
+
+def lay_out_for_decoding(weights: Iterable[Tensor]) -> None:
+    """Keep float32 matrices [O, I] on a CPU column by column, in place; their values stay.
+
+    A product of few rows, as in decoding, then reads them faster: by a tenth with one row, by a
+    third with 16 (docs/performance.md).
+    """
+    for w_OI in weights:
+        if _by_onednn(w_OI) and w_OI.is_contiguous():
+            w_OI.data = w_OI.data.T.contiguous().T
 
 
 class _Linear(torch.autograd.Function):

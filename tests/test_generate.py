@@ -50,3 +50,17 @@ def test_a_cache_gives_out_what_is_written() -> None:
     rest = model(tokens_BT[:, 4:], torch.tensor([[4, 5], [4, 5]]), caches)
     assert cache.written == 6 and not cache.k_BSGK[:, 6:].any()
     torch.testing.assert_close(torch.cat((first, rest), 1), expected, rtol=1e-12, atol=1e-13)
+
+
+def test_decoding_changes_the_layout_of_matrices_and_no_value() -> None:
+    model = initialize(Model(MODELS["llama"]), 0, gain_std=0.1)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tokens_BT = torch.tensor(PROMPTS[2:])
+    logits_BTV = model(tokens_BT)
+    first = mooshak_torch.generate.generate(model, PROMPTS, NEW)
+    assert np.array_equal(mooshak_torch.generate.generate(model, PROMPTS, NEW), first)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    torch.testing.assert_close(model(tokens_BT), logits_BTV, rtol=1e-5, atol=1e-5)
+    model(tokens_BT).sum().backward()
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in model.parameters())
