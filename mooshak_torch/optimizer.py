@@ -66,14 +66,21 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float, scale: float =
     """
     grads = [_reduced(p) for p in parameters if p.grad is not None]
     parts = [g.to_local() if isinstance(g, DTensor) else g for g in grads]
-    squares = torch.stack(torch._foreach_norm(parts)).square()
     copies = [_copies(g) for g in grads]
-    square = (squares / squares.new_tensor(copies)).sum()
+    square = torch.stack([_square(p) / n for p, n in zip(parts, copies, strict=True)]).sum()
     if any(isinstance(g, DTensor) for g in grads):
         dist.all_reduce(square)
-    norm = square.sqrt() / scale
+    norm = square.sqrt().to(parts[0].dtype) / scale
     torch._foreach_mul_(parts, max_norm / torch.clamp(norm, min=max_norm) / scale)
     return norm
+
+
+def _square(tensor: Tensor) -> Tensor:
+    """The sum of the squares of a tensor, float64.
+
+    Row by row: on a CPU torch's float32 norm of 40 million elements at once is 0.3 % too small.
+    """
+    return torch.linalg.vector_norm(tensor, dim=-1).double().square().sum()
 
 
 def _reduced(parameter: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
 
 import numpy as np
 
@@ -124,13 +123,48 @@ def _hidden(model: ModelConfig) -> list[tuple[str, str]]:
 
 
 @dataclass(frozen=True)
+class Outline:
+    """What is kept of a training."""
+
+    losses: np.ndarray
+    norms: np.ndarray
+    """Of the gradients."""
+    gradients: Arrays
+    """First moments after the first step: the clipped gradients times 1 - beta1."""
+    exp_avg_sq: Arrays
+    params: Arrays
+    """After the last step, as the second moments."""
+
+    @classmethod
+    def of(cls, steps: Iterator[Step]) -> "Outline":
+        losses, norms, first, last = [], [], None, None
+        for last in steps:
+            first = last if first is None else first
+            losses.append(last.loss)
+            norms.append(last.norm)
+        assert first is not None and last is not None
+        every = np.array(losses), np.array(norms)
+        return cls(*every, first.exp_avg, last.exp_avg_sq, last.params)
+
+    def distances(self, truth: "Outline") -> dict[str, float]:
+        """Relative differences from another training; the worst tensor's, where there are many."""
+        return {
+            "losses": distance(self.losses, truth.losses),
+            "gradient norms": distance(self.norms, truth.norms),
+            "gradients": worst_tensor(self.gradients, truth.gradients)[1],
+            "exp_avg_sq": worst_tensor(self.exp_avg_sq, truth.exp_avg_sq)[1],
+            "parameters": worst_tensor(self.params, truth.params)[1],
+        }
+
+
+@dataclass(frozen=True)
 class Truth:
     """What torch computes in float64, which the other parts show to be what JAX computes."""
 
     operations: Arrays
     losses: np.ndarray
     gradients: Arrays
-    params: Arrays
+    training: Outline
 
     @classmethod
     def of(cls, q: Question) -> "Truth":
@@ -139,7 +173,7 @@ class Truth:
             q.ours.operations("float64", q.inputs_BT),
             q.ours.losses(config, q.tokens_nBS),
             q.ours.gradients(config, q.tokens_nBS[0]),
-            _last(q.ours.steps(config, q.tokens_nBS)).params,
+            Outline.of(q.ours.steps(config, q.tokens_nBS)),
         )
 
 
@@ -160,7 +194,10 @@ def precision(truth: Truth, dtype: Dtype, q: Question) -> Iterator[Line]:
     yield from _both(f"losses of {STEPS} batches", dtype, apart, places)
     apart = [_all(side.gradients(config, q.tokens_nBS[0]), truth.gradients) for side in sides]
     yield from _both("all gradients", dtype, apart, places)
-    apart = [_all(_last(side.steps(config, q.tokens_nBS)).params, truth.params) for side in sides]
+    trained = [Outline.of(side.steps(config, q.tokens_nBS)) for side in sides]
+    apart = [distance(training.norms, truth.training.norms) for training in trained]
+    yield from _both(f"gradient norms of {STEPS} AdamW steps", dtype, apart, places)
+    apart = [_all(training.params, truth.training.params) for training in trained]
     yield from _both(f"all parameters after {STEPS} AdamW steps", dtype, apart, places)
 
 
@@ -385,7 +422,3 @@ def _all(measured: Arrays, truth: Arrays) -> float:
     parts = [distance(measured[key], truth[key]) for key in truth]
     norms = [np.linalg.norm(truth[key].ravel()) for key in truth]
     return float(np.linalg.norm(np.multiply(parts, norms)) / np.linalg.norm(norms))
-
-
-def _last(steps: Iterator[Step]) -> Step:
-    return next(islice(steps, STEPS - 1, None))

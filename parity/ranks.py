@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +24,8 @@ from mooshak.errors import InputError, command
 from mooshak.files import write_atomically
 from mooshak.mesh import check_mesh, mesh_sizes
 from parity.faults import planted
-from parity.measures import FLOAT64, ROUNDING, STEPS, Line, Question, distance, worst_tensor
-from parity.sides import Arrays, Side, Step, TorchSide
+from parity.measures import FLOAT64, ROUNDING, STEPS, Line, Outline, Question
+from parity.sides import Arrays, Side, TorchSide
 
 MESHES = ("data=8", "fsdp=8", "data=2,fsdp=2,tensor=2")
 """Of JAX, on eight devices."""
@@ -34,41 +34,6 @@ PROCESSES = {"DDP": "data=2", "FSDP2": "fsdp=2"}
 N_DEVICES = 8
 FAULT = "RMSNorm epsilon 1e-6"
 """Planted in the single process that all layouts are compared with: it moves every quantity."""
-
-
-@dataclass(frozen=True)
-class Outline:
-    """What is kept of a training."""
-
-    losses: np.ndarray
-    norms: np.ndarray
-    """Of the gradients."""
-    gradients: Arrays
-    """First moments after the first step: the clipped gradients times 1 - beta1."""
-    exp_avg_sq: Arrays
-    params: Arrays
-    """After the last step, as the second moments."""
-
-    @classmethod
-    def of(cls, steps: Iterator[Step]) -> "Outline":
-        losses, norms, first, last = [], [], None, None
-        for last in steps:
-            first = last if first is None else first
-            losses.append(last.loss)
-            norms.append(last.norm)
-        assert first is not None and last is not None
-        every = np.array(losses), np.array(norms)
-        return cls(*every, first.exp_avg, last.exp_avg_sq, last.params)
-
-    def distances(self, truth: "Outline") -> dict[str, float]:
-        """Relative differences from another training; the worst tensor's, where there are many."""
-        return {
-            "losses": distance(self.losses, truth.losses),
-            "gradient norms": distance(self.norms, truth.norms),
-            "gradients": worst_tensor(self.gradients, truth.gradients)[1],
-            "exp_avg_sq": worst_tensor(self.exp_avg_sq, truth.exp_avg_sq)[1],
-            "parameters": worst_tensor(self.params, truth.params)[1],
-        }
 
 
 def layouts(q: Question) -> Iterator[Line]:
