@@ -11,7 +11,7 @@ setup: $(VENV)/.done ## make the virtual environment
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[torch,jax,tpu,hf,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[torch,jax,tpu,hf,deepspeed,dev]'
 	touch $@
 
 demo: setup ## train in PyTorch, go on in JAX, compare: runs/demo/report.html

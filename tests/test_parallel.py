@@ -248,7 +248,6 @@ def test_zero_trains_as_ddp(config: Path, tmp_path: Path) -> None:
 
     And in bfloat16 FSDP rounds where DDP does: what it gathers narrow is what is multiplied narrow.
     """
-    pytest.importorskip("deepspeed")
     options = [config, "--train.dtype", "float32", "--run.dir"]
     zero = ("--parallel.strategy", "deepspeed", "--parallel.zero_stage")
     runs = [

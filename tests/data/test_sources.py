@@ -75,7 +75,6 @@ def test_tales_are_read_by_seed_and_language(monkeypatch):
 @pytest.fixture
 def fake_hub(tmp_path: Path, monkeypatch) -> Path:
     """A dataset directory without configurations, laid out like ai4bharat/sangraha."""
-    pytest.importorskip("datasets")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     directory = tmp_path / "hub" / "verified" / "hin"
     directory.mkdir(parents=True)
