@@ -146,7 +146,7 @@ def machine() -> dict[str, Any]:
     """What it was measured on and with."""
     names = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
     known = environment()
-    chosen = {key: known[key] for key in ("command", "python", "processors", "versions")}
+    chosen = {key: known[key] for key in ("python", "processors", "versions")}
     return {"processor": names[0] if names else platform.processor(), **chosen}
 
 
