@@ -120,8 +120,12 @@ def machine(topology: str) -> tuple[Device, list[Any]]:
         raise InputError(
             f"topology {topology!r} must be KIND:SHAPE like v5e:4x4; kinds are {known}"
         )
+    # A host has 2 x 2 chips, or fewer where the slice is smaller.
+    x, y, *_ = (*map(int, shape.split("x")), 1)
+    hosts = (min(x, 2), min(y, 2), 1)
     try:
-        return DEVICES[name], topologies.get_topology_desc(topology, "tpu").devices
+        slice_ = topologies.get_topology_desc(topology, "tpu", chips_per_host_bounds=hosts)
+        return DEVICES[name], slice_.devices
     except jax.errors.JaxRuntimeError as error:
         raise InputError(f"topology {topology}: {str(error).splitlines()[0]}") from error
     except Exception as error:

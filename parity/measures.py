@@ -195,8 +195,6 @@ def precision(truth: Truth, dtype: Dtype, q: Question) -> Iterator[Line]:
     apart = [_all(side.gradients(config, q.tokens_nBS[0]), truth.gradients) for side in sides]
     yield from _both("all gradients", dtype, apart, places)
     trained = [Outline.of(side.steps(config, q.tokens_nBS)) for side in sides]
-    apart = [distance(training.norms, truth.training.norms) for training in trained]
-    yield from _both(f"gradient norms of {STEPS} AdamW steps", dtype, apart, places)
     apart = [_all(training.params, truth.training.params) for training in trained]
     yield from _both(f"all parameters after {STEPS} AdamW steps", dtype, apart, places)
 

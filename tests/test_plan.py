@@ -4,9 +4,10 @@ import gc
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jax
 import pytest
 import torch
 
@@ -58,6 +59,13 @@ def test_two_processes_start_on_a_cpu_beside_libtpu_and_say_nothing() -> None:
     finally:
         for process in processes:
             process.kill()
+
+
+@pytest.fixture(autouse=True)
+def _as_a_command_starts() -> Iterator[None]:
+    """Other tests here compute in float64, and a program is another one then."""
+    with jax.enable_x64(False):
+        yield
 
 
 PROGRAMS = """
