@@ -4,8 +4,10 @@ import importlib
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import pytest
 
 from benchmarks.__main__ import reached
@@ -22,6 +24,13 @@ from benchmarks.cases import (
 )
 
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _as_a_process_starts() -> Iterator[None]:
+    """Other tests here compute in float64, which a peer's optimizer does not expect."""
+    with jax.enable_x64(False):
+        yield
 
 
 # A case's sizes and a contestant, each pair once; compiling a peer would take the longest of all.
