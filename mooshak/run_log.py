@@ -143,6 +143,11 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return lines
 
 
+def losses(run: Path) -> dict[int, float]:
+    """Step -> loss of a run directory's metrics."""
+    return {int(line["step"]): line["loss"] for line in read_metrics(run / "metrics.jsonl")}
+
+
 def _truncate(path: Path, step: int) -> None:
     """Drop the lines after `step`: the run goes on from there and writes them again."""
     if path.is_file():

@@ -25,7 +25,7 @@ from mooshak import config as configuration
 from mooshak.config import Config, Dtype
 from mooshak.errors import InputError, command
 from mooshak.files import locked, write_atomically
-from mooshak.run_log import read_metrics
+from mooshak.run_log import losses
 from mooshak.tables import print_table
 from parity.figures import COLORS, TEMPLATES, svg, themed
 
@@ -101,8 +101,8 @@ def curves(
         if not _is_whole(directory, wanted):
             shutil.rmtree(directory, ignore_errors=True)
             train(run, (*settings, *own), start)
-        losses = _losses(directory)
-        result[run.name] = (result[run.start] if run.start else {}) | losses
+        found = losses(directory)
+        result[run.name] = (result[run.start] if run.start else {}) | found
         if list(result[run.name]) != list(range(1, config.train.steps + 1)):
             raise InputError(f"{directory} does not hold every step once; remove it and try again")
     return result
@@ -131,11 +131,7 @@ def _is_whole(directory: Path, wanted: Config) -> bool:
     there = configuration.load(directory / "config.yaml")
     # The mesh is told by the name of the run.
     same = asdict(there) | {"parallel": None} == asdict(wanted) | {"parallel": None}
-    return same and max(_losses(directory), default=0) == wanted.train.steps
-
-
-def _losses(run: Path) -> Losses:
-    return {int(line["step"]): line["loss"] for line in read_metrics(run / "metrics.jsonl")}
+    return same and max(losses(directory), default=0) == wanted.train.steps
 
 
 def compare(dtype: str, found: Mapping[str, Losses]) -> Iterator[Line]:

@@ -23,7 +23,7 @@ from mooshak import config as configuration
 from mooshak.data.shards import SPLITS, read_manifest, totals
 from mooshak.errors import InputError, command
 from mooshak.files import write_atomically
-from mooshak.run_log import read_metrics
+from mooshak.run_log import losses, read_metrics
 from parity.figures import COLORS, TEMPLATES, power, svg, themed
 
 # Allowed differences between a curve that changed its framework and one that stayed.
@@ -88,14 +88,10 @@ def read_curve(runs: Sequence[Path], relative: bool, allowed: float) -> Curve:
 
     Raises `InputError` unless their steps fit together.
     """
-    before, changed, stayed = map(_losses, runs)
+    before, changed, stayed = map(losses, runs)
     if not (before and changed) or changed.keys() != stayed.keys() or min(changed) <= max(before):
         raise InputError(f"the steps of {', '.join(map(str, runs))} do not fit together")
     return Curve(before, changed, stayed, relative, allowed)
-
-
-def _losses(run: Path) -> dict[int, float]:
-    return {int(line["step"]): line["loss"] for line in read_metrics(run / "metrics.jsonl")}
 
 
 def read_samples(torch: Path, jax: Path, prompts: list[str]) -> list[Sample]:
