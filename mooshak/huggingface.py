@@ -24,6 +24,7 @@ from mooshak.interchange import (
     Checkpoint,
     Read,
     Tensors,
+    blocks,
     check_tensors,
     checked,
     companions,
@@ -90,6 +91,8 @@ REQUIRED = tuple(
 ROTARY = ("rope_parameters", "rope_theta", "rope_scaling")
 
 INERT = {
+    "_attn_implementation_autoset",
+    "_model_name_or_path",
     "_name_or_path",
     "architectures",
     "attention_dropout",
@@ -100,6 +103,7 @@ INERT = {
     "initializer_range",
     "is_llama_config",
     "layer_types",  # Checked: all alike.
+    "max_sequence_length",  # Before transformers 4.28, beside max_position_embeddings.
     "model_type",
     "pad_token_id",
     "pretraining_tp",
@@ -107,14 +111,28 @@ INERT = {
     "torch_dtype",
     "transformers.js_config",
     "transformers_version",
+    "unk_token_id",
     "unsloth_fixed",
     "unsloth_version",
     "use_cache",
 }
 """Keys that do not change which function the model is, or are checked."""
 
-ONLY = {"hidden_act": "silu", "rope_interleaved": False}
+ONLY = {"hidden_act": "silu", "rope_interleaved": False, "use_mrope": False}
 """Keys of which one value is supported."""
+
+WHOLE = (*REQUIRED, "num_key_value_heads", "head_dim", "sliding_window", "max_window_layers")
+KINDS: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "a whole number": (int, WHOLE),
+    "a number": ((int, float), ("rms_norm_eps", "rope_theta")),
+    "true or false": (
+        bool,
+        ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"),
+    ),
+    "a list": (list, ("layer_types",)),
+    "an object": (dict, ("rope_parameters", "rope_scaling")),
+}
+"""What the values of some keys have to be, where they are not null."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +148,7 @@ class Family:
 
 
 QWEN_WINDOW = ("use_sliding_window", "sliding_window", "max_window_layers")
+QWEN_DEFAULTS = (("num_key_value_heads", 32), ("sliding_window", 4096), ("max_window_layers", 28))
 
 FAMILIES = {
     "llama": Family("LlamaForCausalLM", ("attention_bias", "mlp_bias")),
@@ -138,11 +157,11 @@ FAMILIES = {
         ("sliding_window",),
         (("num_key_value_heads", 8), ("sliding_window", 4096)),
     ),
-    "qwen2": Family("Qwen2ForCausalLM", QWEN_WINDOW, (("max_window_layers", 28),)),
+    "qwen2": Family("Qwen2ForCausalLM", QWEN_WINDOW, QWEN_DEFAULTS),
     "qwen3": Family(
         "Qwen3ForCausalLM",
         ("attention_bias", *QWEN_WINDOW),
-        (("head_dim", 128), ("max_window_layers", 28)),
+        (*QWEN_DEFAULTS, ("head_dim", 128)),
     ),
     "mooshak": Family("MooshakForCausalLM"),
 }
@@ -169,50 +188,64 @@ def model_from_hf(values: Mapping[str, Any], where: str) -> ModelConfig:
             f"{where}: key {unused[0]!r} ({values[unused[0]]!r}) is not used here; "
             "the model could be another function with it, so it is refused"
         )
-    if missing := [key for key in REQUIRED if key not in values]:
+    if missing := [key for key in REQUIRED if values.get(key) is None]:
         raise InputError(f"{where}: key {missing[0]!r} is missing")
+    for what, (types, keys) in KINDS.items():
+        for key in keys:
+            value = values.get(key)
+            of_type = isinstance(value, types) and (types is bool or not isinstance(value, bool))
+            if value is not None and not of_type:
+                raise InputError(f"{where}: {key} {value!r} is not {what}")
     for key, value in ONLY.items():
         if (found := values.get(key, value)) != value:
             raise InputError(f"{where}: {key} {found!r} is not supported, {value!r} is")
     values = {"rms_norm_eps": 1e-6, **dict(family.defaults), **values}
-    ours = {our: values[their] for their, our in KEYS.items() if their in values}
+    ours = {our: values[their] for their, our in KEYS.items() if values.get(their) is not None}
     theta, scaling = _rotary(values, where)
     ours |= {"rope_theta": theta, "rope_scaling": scaling}
-    if kind == "mooshak":
+    if kind != "mooshak":
+        biased = bool(values.get("attention_bias", False))
+        ours |= {
+            "architecture": "llama",
+            "qkv_bias": biased or kind == "qwen2",
+            "wo_bias": biased,
+            "mlp_bias": bool(values.get("mlp_bias", False)),
+            "qk_norm": kind == "qwen3",
+            "sliding_window": _window(values, where),
+        }
+    try:
         return ModelConfig(**ours)
-    biased = bool(values.get("attention_bias", False))
-    ours |= {
-        "architecture": "llama",
-        "qkv_bias": biased or kind == "qwen2",
-        "wo_bias": biased,
-        "mlp_bias": bool(values.get("mlp_bias", False)),
-        "qk_norm": kind == "qwen3",
-        "sliding_window": _window(values, where),
-    }
-    return ModelConfig(**ours)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
 
 
 def _rotary(values: Mapping[str, Any], where: str) -> tuple[float, dict[str, Any] | None]:
     """Theta and rescaling, of either form of the settings: both have to say the same."""
-    five = values.get("rope_parameters")
-    four = values.get("rope_scaling")
-    found = []
+    five, four = values.get("rope_parameters"), values.get("rope_scaling")
+    theta, found = values.get("rope_theta"), []
     if five is not None:
-        found.append((five.get("rope_theta"), _scaling(five, values)))
-    if "rope_theta" in values or four is not None or five is None:
-        found.append((values.get("rope_theta"), _scaling(four or {}, values)))
-    found = [(10000.0 if theta is None else float(theta), scaling) for theta, scaling in found]
+        found.append((five.get("rope_theta", theta), _scaling(five, values, where)))
+    if theta is not None or four is not None or five is None:
+        found.append((theta, _scaling(four or {}, values, where)))
+    found = [(10000.0 if theta is None else theta, scaling) for theta, scaling in found]
     if found[0] != found[-1]:
         raise InputError(
             f"{where}: rope_parameters say {found[0]}, rope_theta and rope_scaling {found[1]}"
         )
-    return found[0]
+    theta, scaling = found[0]
+    if not isinstance(theta, (int, float)):
+        raise InputError(f"{where}: rope_theta {theta!r} is not a number")
+    return float(theta), scaling
 
 
-def _scaling(settings: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any] | None:
+def _scaling(
+    settings: Mapping[str, Any], values: Mapping[str, Any], where: str
+) -> dict[str, Any] | None:
     scaling = {key: value for key, value in settings.items() if key not in ("rope_theta", "type")}
     scaling["rope_type"] = settings.get("rope_type", settings.get("type", "default"))
     if scaling["rope_type"] == "default":
+        if others := sorted(set(scaling) - {"rope_type"}):
+            raise InputError(f"{where}: RoPE of rope_type default does not use {others[0]!r}")
         return None
     if scaling["rope_type"] == "llama3":
         length = values["max_position_embeddings"]
@@ -225,7 +258,7 @@ def _window(values: Mapping[str, Any], where: str) -> int | None:
     window, layers = values.get("sliding_window"), values["num_hidden_layers"]
     if window is None or not values.get("use_sliding_window", values["model_type"] == "mistral"):
         return None
-    whole = min(values.get("max_window_layers", 0), layers)
+    whole = min(values.get("max_window_layers") or 0, layers)
     default = ["full_attention"] * whole + ["sliding_attention"] * (layers - whole)
     kinds = set(values.get("layer_types") or default)
     if len(kinds) > 1:
@@ -245,7 +278,10 @@ def model_to_hf(model: ModelConfig, original: Mapping[str, Any] | None = None) -
     if scaling is not None:
         rotary["rope_scaling"] = scaling
     if original is not None and model_from_hf(original, HF_CONFIG) == model:
-        return {**original, **rotary}
+        # Its own form of the settings stays: `type` is what transformers before 4.43 reads.
+        kept = {key: original[key] for key in ROTARY if original.get(key) is not None}
+        heads = [FAMILIES[original["model_type"]].head]
+        return {**original, **rotary, **kept, "architectures": heads}
     common = {their: getattr(model, our) for their, our in KEYS.items()} | rotary
     own = {
         "attention_bias": model.wo_bias,
@@ -314,9 +350,11 @@ def open_checkpoint(path: Path, stored: Stored | None = None) -> Checkpoint:
         theirs.get(name, name): tensor
         for name, tensor in there.tensors.items()
         if not re.fullmatch(computed, name)
-        # Where it is tied, some programs write it nevertheless.
-        and not (model.tie_embeddings and name == "lm_head.weight")
     }
+    if model.tie_embeddings and "lm_head.weight" in tensors:
+        # Some programs write what is tied twice.
+        _check_tied(path, there)
+        del tensors["lm_head.weight"]
     tensors = check_tensors(path, model, tensors)
     checksums = {theirs[name]: hash for name, hash in there.checksums.items() if name in theirs}
 
@@ -326,6 +364,24 @@ def open_checkpoint(path: Path, stored: Stored | None = None) -> Checkpoint:
     read = checked(rows_of, tensors, checksums, lambda key: path)
     along = companions(path) | {HF_CONFIG: path / "config.json"}
     return Checkpoint(path, "hf", model, None, tensors, read, checksums, along)
+
+
+def _check_tied(path: Path, there: Stored) -> None:
+    """Raises `InputError` unless the output head has the embedding's bits.
+
+    transformers 4 would go by the embedding, and 5 by both.
+    """
+    head, embedding = "lm_head.weight", hf_name("embeddings.weight")
+    tensor = there.tensors[head]
+    same = there.tensors.get(embedding) == tensor
+    for rows in blocks(tensor) if same else ():
+        a, b = there.read(head, rows), there.read(embedding, rows)
+        same = same and np.array_equal(a.view(np.uint8), b.view(np.uint8))
+    if not same:
+        raise InputError(
+            f"{path}: lm_head.weight is not the embedding, to which tie_word_embeddings ties it; "
+            "set that to false in config.json, or remove the tensor"
+        )
 
 
 def _safetensors(path: Path) -> Stored:

@@ -1,6 +1,7 @@
 """From prompts to padded token ids, and back to text: what both `generate` commands share."""
 
 import argparse
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 
 from mooshak.config import ModelConfig
 from mooshak.errors import InputError
+from mooshak.files import read_object
 from mooshak.tokenizer import Tokenizer, open_tokenizer
 
 
@@ -27,15 +29,19 @@ def complete(
     prompts = [tokenizer.encode(text, bos=True) for text in args.prompt]
     ids = generate(prompts, args.tokens, args.temperature, args.top_p, args.seed)
     for prompt, row in zip(prompts, ids, strict=True):
-        print(text_of(tokenizer, [*prompt, *row.tolist()]))
+        print(text_of(tokenizer, prompt, row.tolist()))
         print()
 
 
-def text_of(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    """The text of token ids up to the first end of text."""
-    ids = list(ids)
-    end = ids.index(tokenizer.eos_id) if tokenizer.eos_id in ids else len(ids)
-    return tokenizer.decode(ids[:end])
+def text_of(tokenizer: Tokenizer, prompt: Sequence[int], ids: Sequence[int]) -> str:
+    """The prompt and what follows it, up to an end of text; rows without a piece stand for none.
+
+    A text ends with the tokenizer's own token, or one that the generation settings beside it name.
+    """
+    named = read_object(tokenizer.path.parent / "generation_config.json").get("eos_token_id")
+    ends = {tokenizer.eos_id, *(named if isinstance(named, list) else [named])}
+    kept = itertools.takewhile(lambda id: id not in ends, ids)
+    return tokenizer.decode([id for id in (*prompt, *kept) if id < tokenizer.vocab_size])
 
 
 def padded(

@@ -121,6 +121,10 @@ class Tokenizer:
             )
         return self._model.decode([id for id in pieces if id < self.vocab_size])
 
+    def pieces(self) -> list[str]:
+        """The pieces by id, as the file writes them."""
+        return [self._model.id_to_piece(id) for id in range(self.vocab_size)]
+
     def texts(self) -> list[str]:
         """The text that each piece stands for; none of specials, and none of single bytes."""
         specials = (self._model.is_byte, self._model.is_control, self._model.is_unknown)
@@ -188,7 +192,7 @@ def trained(config: Config) -> bytes:
     def counted() -> Iterator[str]:
         nonlocal lines
         try:
-            for line in _training_lines(config):
+            for line in training_lines(config):
                 lines += 1
                 yield line
         except InputError as error:  # The trainer would make a RuntimeError of it.
@@ -236,7 +240,7 @@ def trained(config: Config) -> bytes:
     return model.getvalue()
 
 
-def _training_lines(config: Config) -> Iterator[str]:
+def training_lines(config: Config) -> Iterator[str]:
     """Lines of the training documents: from each source its share by weight of the bytes."""
     from mooshak.data.sources import documents, in_validation
 
@@ -253,6 +257,15 @@ def _training_lines(config: Config) -> Iterator[str]:
             left -= len(content)
             if left <= 0:
                 break
+
+
+def check_found(found: int, wanted: int, before: int) -> None:
+    """Raises `InputError` where the text gives fewer new pieces than an extension wants."""
+    if found < wanted - before:
+        raise InputError(
+            f"the sources have {found} new pieces for {wanted - before} places; lower "
+            f"tokenizer.vocab_size to {before + found}, or add text"
+        )
 
 
 def _report(config: Config, tokenizer: Tokenizer, most: int) -> None:

@@ -7,6 +7,7 @@ import logging
 import operator
 import pickle
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -178,12 +179,21 @@ def _pickled(path: Path) -> huggingface.Stored:
     tensors: dict[str, Tensor] = {}
     for file in huggingface.pickle_files(path):
         try:
-            tensors |= torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except (pickle.UnpicklingError, RuntimeError, OSError) as error:
+            # Before torch 1.6 it was no ZIP file, and those are not mapped.
+            mmap = zipfile.is_zipfile(file)
+            found = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+        except (pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
             reason = str(error).split(". ")[0]
             raise InputError(
                 f"{file} does not hold tensors alone, or is cut short: {reason}"
             ) from error
+        if not isinstance(found, dict):
+            raise InputError(f"{file} holds no tensors by name")
+        for key, tensor in found.items():
+            if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+                what = getattr(tensor, "dtype", type(tensor).__name__)
+                raise InputError(f"{file}: {key} is no tensor of floating-point numbers ({what})")
+        tensors |= found
     described = {key: (_numpy_dtype(t.dtype), tuple(t.shape)) for key, t in tensors.items()}
 
     def read(key: str, rows: slice = interchange.EVERY) -> np.ndarray:

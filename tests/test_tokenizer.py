@@ -121,7 +121,7 @@ def test_numbers_are_digits(tiny_config: Config, tmp_path: Path):
 def test_validation_text_is_not_trained_on(tiny_config: Config, tmp_path: Path, monkeypatch):
     from mooshak.data.sources import documents, in_validation
 
-    lines = set(tokenizers._training_lines(tiny_config))
+    lines = set(tokenizers.training_lines(tiny_config))
     source = tiny_config.data.sources[0]
     held_out = [text for text in documents(source, tiny_config) if in_validation(text, 0.2)]
     assert held_out and not {line for text in held_out for line in text.split("\n")} & lines
@@ -136,7 +136,7 @@ def test_training_bytes_are_shared_by_weight(tiny_config: Config, tmp_path: Path
     ]
     data = replace(tiny_config.data, sources=sources, validation_fraction=0.0)
     config = with_tokenizer(replace(tiny_config, data=data), training_bytes=40_000)
-    lines = list(tokenizers._training_lines(config))
+    lines = list(tokenizers.training_lines(config))
     assert sum(map(len, lines)) == 29_999 + 10_000 + 1  # A newline is a byte too; b has none.
     assert max(map(len, lines)) == 4096
 

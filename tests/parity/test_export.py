@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from mooshak import interchange
 from mooshak.config import Config, ModelConfig, dump
 from mooshak.errors import InputError
 from mooshak.initial import initial_weight
+from mooshak.prompts import text_of
 from mooshak.tokenizer import CHAT_MARKERS, Tokenizer, open_tokenizer
 from parity import measures
 from parity.convert import convert, open_any
@@ -189,6 +191,47 @@ def test_an_adapter_of_peft_goes_on_and_off(exported: Path, tmp_path: Path) -> N
     assert torch.equal(loaded.unload()(tokens).logits, before)
 
 
+@pytest.mark.slow
+def test_lm_eval_finds_our_likelihoods(
+    exported: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm_eval = pytest.importorskip("lm_eval")
+    import datasets
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    documents = [("एक चालाक", "चूहा"), ("the lion became its", "friend"), ("a clever", "mouse")]
+    lines = (json.dumps({"before": before, "after": after}) for before, after in documents)
+    (tmp_path / "words.jsonl").write_text("\n".join(lines))
+    task = {
+        "task": "words",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "words.jsonl")}},
+        "test_split": "test",
+        "output_type": "loglikelihood",
+        "doc_to_text": "{{before}}",
+        "doc_to_target": " {{after}}",
+        "metric_list": [{"metric": "perplexity"}, {"metric": "acc"}],
+    }
+    (tmp_path / "words.yaml").write_text(json.dumps(task))  # JSON is YAML.
+    found = lm_eval.simple_evaluate(
+        model="hf",
+        model_args=f"pretrained={exported},trust_remote_code=True,dtype=float32",
+        tasks=["words"],
+        device="cpu",
+        batch_size=2,
+        bootstrap_iters=0,
+        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+    )["results"]["words"]
+    side, sums = TorchSide(open_any(exported)), []
+    for before, after in documents:
+        n, ids = len(tokenizer(before)["input_ids"]), tokenizer(f"{before} {after}")["input_ids"]
+        logits = side.operations("float64", np.array([ids], np.int32))["logits"][0]
+        logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        sums.append(sum(logs[t - 1, ids[t]] for t in range(n, len(ids))))
+    assert found["perplexity,none"] == pytest.approx(np.exp(-np.mean(sums)), rel=1e-5)
+
+
 def test_the_card_tells_what_the_run_measured(exported: Path) -> None:
     card = (exported / "README.md").read_text()
     assert f"{MODEL.parameter_count():,} parameters" in card
@@ -242,6 +285,30 @@ def test_a_byte_level_tokenizer_as_llama_3_has_one(tmp_path: Path) -> None:
         ids = ours.encode(text, bos=True, eos=True)
         assert ids[0] == 0 and ids[-1] == 1 and ours.decode(ids) == text
         assert ours.token_bytes()[ids].sum() == len(text.encode())
+
+
+def test_a_text_ends_where_the_generation_settings_say(
+    exported: Path, tiny_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """Also by an added token, which the SentencePiece model has no piece for."""
+    shutil.copyfile(tiny_tokenizer.path, tmp_path / "tokenizer.model")
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 506, 510]}')
+    ours = open_tokenizer(tmp_path / "tokenizer.model")
+    lion, mouse = ours.encode("a lion"), ours.encode(" a mouse")
+    assert text_of(ours, [1, *lion], [507, *mouse, 506, *lion]) == "a lion a mouse"
+    assert text_of(ours, [1, *lion, 2], [*mouse, 2, *lion]) == "a lion a mouse"
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(InputError, match=r"generation_config\.json is not JSON"):
+        text_of(ours, lion, mouse)
+    # Where a tokenizer.json has such a token, a prompt may hold it.
+    fast = json.loads((exported / "tokenizer.json").read_text())
+    fast["added_tokens"].append({**fast["added_tokens"][-1], "id": 505, "content": "<|far|>"})
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        shutil.copyfile(exported / name, tmp_path / name)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(fast))
+    theirs = open_tokenizer(tmp_path / "tokenizer.json")
+    assert theirs.encode("<|far|>") == [505] and theirs.vocab_size == 506
+    assert text_of(theirs, [1, *lion, 505], [511, *mouse, 2]) == "a lion a mouse"
 
 
 def test_what_stands_beside_a_runs_tokenizer_comes_along(

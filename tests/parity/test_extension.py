@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +18,7 @@ from mooshak.config import Config, ModelConfig, dump
 from mooshak.errors import InputError
 from mooshak.initial import initial_weight
 from mooshak.interchange import Checkpoint
-from mooshak.tokenizer import Tokenizer
+from mooshak.tokenizer import Tokenizer, open_tokenizer
 from parity.convert import convert, open_any
 
 FRAMEWORKS = ("torch", "jax")
@@ -162,6 +163,59 @@ def test_new_rows_are_means_and_have_the_same_bits_in_both_frameworks(
     theirs = canonical(mooshak_jax.checkpoint.begin(recipe, extended, parallel))
     for name, parameter in model.named_parameters():
         assert np.array_equal(parameter.detach().numpy(), theirs[name]), name
+
+
+def test_a_byte_level_tokenizer_grows_too(llama: Path, config: Path, tmp_path: Path) -> None:
+    """As Llama 3, Qwen and SmolLM have one: a `tokenizer.json`, and settings beside it."""
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    from mooshak.config import load
+    from mooshak.tokenizer import main
+
+    made = Fast(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    made.train_from_iterator(["the lion came to the forest, the mouse came to the lion"], trainer)
+    there = shutil.copytree(llama, tmp_path / "there")
+    (there / "tokenizer.model").unlink()
+    made.save(str(there / "tokenizer.json"))
+    (there / "tokenizer_config.json").write_text('{"eos_token": "<|end|>"}')
+    old = open_tokenizer(there / "tokenizer.json")
+    path = tmp_path / "grown" / "tokenizer.json"
+    words = ["extend", "--config", str(config), "--init.from", str(there)]
+    main([*words, "--tokenizer.path", str(path), "--tokenizer.vocab_size", "380"])
+    grown = open_tokenizer(path)
+    assert grown.vocab_size == 380 and grown.pieces()[: old.vocab_size] == old.pieces()
+    assert grown.eos_id == old.eos_id == 0
+    english, hindi = "the lion came", "एक चालाक चूहा जंगल में रहता था 😀"
+    assert grown.encode(english) == old.encode(english)
+    assert len(grown.encode(hindi)) < len(old.encode(hindi)) / 2
+    assert grown.decode(grown.encode(hindi)) == hindi
+    options = ["--init.from", str(there), "--tokenizer.path", str(path)]
+    recipe = load(config, [*options, "--model.vocab_size", "384"])
+    source = open_any(there)
+    for name in extension.VOCABULARY:
+        rows = source.read(name).astype(np.float64)
+        new = extension.initial(recipe, source, grown).read(name).astype(np.float64)
+        assert np.array_equal(new[: old.vocab_size], rows[: old.vocab_size])
+        # A new piece is written with those that its bytes had before.
+        row = max(grown.encode("चूहा"))
+        assert row >= old.vocab_size
+        parts = old.encode(grown.decode([row]))
+        assert np.allclose(new[row], rows[parts].mean(0), rtol=2**-7, atol=1e-3)
+    for path_, size, message in (
+        (tmp_path / "new.model", "380", "grows into another DIRECTORY/tokenizer.json"),
+        (tmp_path / "tokenizer.json", "9000", "lower tokenizer.vocab_size to"),
+    ):
+        sizes = ["--tokenizer.path", str(path_), "--tokenizer.vocab_size", size]
+        with pytest.raises(InputError, match=message):
+            extension.extend(load(config, ["--init.from", str(there), *sizes]))
+        assert not path_.exists()
 
 
 def test_pretraining_continues_alike_in_both_frameworks(

@@ -18,13 +18,14 @@ os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="modules-")
 import gguf
 import torch
 import transformers
+from safetensors.numpy import load_file, save_file
 
 from mooshak.errors import InputError
-from mooshak.huggingface import model_from_hf, model_to_hf
+from mooshak.huggingface import REQUIRED, model_from_hf, model_to_hf
 from mooshak.interchange import Checkpoint
 from mooshak.tokenizer import Tokenizer
 from parity import measures
-from parity.convert import convert, open_any
+from parity.convert import convert, main, open_any
 from parity.export_gguf import frequency_factors
 from parity.sides import JaxSide, TorchSide
 
@@ -115,11 +116,7 @@ def bits(checkpoint: Checkpoint) -> dict[str, tuple[str, bytes]]:
 
 @pytest.mark.parametrize(
     ("case", "dtype"),
-    [
-        ("llama, GQA 2, tied, llama3", torch.bfloat16),
-        ("mistral, window", torch.float16),
-        ("qwen3", torch.float32),
-    ],
+    zip(GRID, (torch.float32, torch.bfloat16, torch.float16) * 2, strict=True),
 )
 def test_the_way_there_and_back_keeps_every_bit(
     case: str, dtype: torch.dtype, tmp_path: Path
@@ -211,7 +208,19 @@ def test_gguf_refuses_what_llama_cpp_has_no_code_for(tmp_path: Path) -> None:
             },
             "layers with and without a sliding window",
         ),
-        ({"hidden_size": None}, "hidden_size"),
+        ({"hidden_size": None}, "key 'hidden_size' is missing"),
+        ({"hidden_size": "32"}, "hidden_size '32' is not a whole number"),
+        ({"num_hidden_layers": True}, "num_hidden_layers True is not a whole number"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps '1e-5' is not a number"),
+        ({"hidden_size": 33}, "here: model.dim 33 is not divisible by model.n_heads 8"),
+        ({"quantization_config": {"bits": 4}}, "key 'quantization_config' .* is not used here"),
+        ({"rope_scaling": "linear"}, "rope_scaling 'linear' is not an object"),
+        ({"rope_parameters": {"rope_theta": "x"}}, "rope_theta 'x' is not a number"),
+        (
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+            "rope_type default does not use 'partial_rotary_factor'",
+        ),
+        ({"model_type": "qwen2", "use_mrope": True}, "use_mrope True is not supported"),
     ],
 )
 def test_what_is_not_supported_is_named(change: dict[str, Any], message: str) -> None:
@@ -237,15 +246,50 @@ def test_a_model_that_has_changed_keeps_its_family_and_what_it_said_besides() ->
         model_to_hf(replace(model, wo_bias=True, tie_embeddings=True), original)
 
 
-def test_a_key_that_is_left_over_is_an_error_on_either_side(tmp_path: Path) -> None:
-    from safetensors.numpy import load_file, save_file
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+def test_a_key_that_is_left_out_is_what_transformers_takes(kind: str) -> None:
+    values = {key: SIZES[key] for key in REQUIRED} | {"num_attention_heads": 32}
+    values["hidden_size"] = 64
+    theirs = json.loads(transformers.AutoConfig.for_model(kind, **values).to_json_string())
+    assert model_from_hf(values | {"model_type": kind}, "here") == model_from_hf(theirs, "there")
 
+
+@pytest.mark.parametrize(
+    ("rotary", "expected"),
+    [
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, (1e4, "linear")),
+        ({"rope_scaling": None, "rope_theta": 5e4}, (5e4, None)),
+        ({"rope_parameters": {"rope_type": "default"}, "rope_theta": 5e4}, (5e4, None)),
+        ({"rope_parameters": LLAMA3}, (5e4, "llama3")),
+    ],
+)
+def test_rotary_settings_keep_their_form(
+    rotary: dict[str, Any], expected: tuple[float, str | None]
+) -> None:
+    original = SIZES | {"model_type": "llama"} | rotary
+    model = model_from_hf(original, "here")
+    assert (model.rope_theta, (model.rope_scaling or {}).get("rope_type")) == expected
+    written = model_to_hf(model, original)
+    assert {key: written[key] for key in rotary if rotary[key]} == {
+        k: v for k, v in rotary.items() if v
+    }
+    assert model_from_hf(written, "there") == model
+    theirs = transformers.LlamaConfig(**written).rope_parameters
+    assert (theirs["rope_theta"], theirs["rope_type"]) == (expected[0], expected[1] or "default")
+
+
+def test_a_key_that_is_left_over_is_an_error_on_either_side(tmp_path: Path) -> None:
     make(tmp_path, "llama", tie_word_embeddings=True)
     file = tmp_path / "model.safetensors"
     tensors = load_file(file)
     computed = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)}
-    save_file(tensors | computed | {"lm_head.weight": np.ones((2, 2), np.float32)}, file)
+    head = tensors["model.embed_tokens.weight"].copy()
+    save_file(tensors | computed | {"lm_head.weight": head}, file)
     assert open_any(tmp_path).model.tie_embeddings
+    head[100, 3] += 1
+    save_file(tensors | {"lm_head.weight": head}, file)
+    with pytest.raises(InputError, match="to which tie_word_embeddings ties it"):
+        open_any(tmp_path)
     save_file(tensors | {"model.layers.0.self_attn.q_scale": np.ones(2, np.float32)}, file)
     with pytest.raises(InputError, match="q_scale belongs to no parameter"):
         open_any(tmp_path)
@@ -255,12 +299,60 @@ def test_a_key_that_is_left_over_is_an_error_on_either_side(tmp_path: Path) -> N
         open_any(tmp_path)
 
 
+def test_directories_as_people_have_them(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A cache of the hub, shards with one gone or cut short, and the command's own last word."""
+    make(tmp_path / "one", "llama", torch.float16)
+    blobs, snapshot = tmp_path / "hub" / "blobs", tmp_path / "hub" / "snapshots" / "4f2a"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for i, file in enumerate(sorted((tmp_path / "one").iterdir())):
+        shutil.copyfile(file, blobs / str(i))
+        (snapshot / file.name).symlink_to(f"../../blobs/{i}")
+    convert(Path(f"{snapshot}/"), tmp_path / "back", "hf", shard_size=20_000)
+    assert bits(open_any(tmp_path / "back")) == bits(open_any(tmp_path / "one"))
+    config, index = (tmp_path / "back" / n for n in ("config.json", "model.safetensors.index.json"))
+    text = config.read_text()
+    for change, message in (
+        ({"architectures": None}, None),
+        ({"vocab_size": 130}, "embeddings.weight has shape [128, 32], config.json says [130, 32]"),
+        ({"architectures": ["LlamaModel"]}, "['LlamaModel'] is not supported"),
+    ):
+        config.write_text(json.dumps(json.loads(text) | change))
+        capsys.readouterr()
+        words = ["convert", str(tmp_path / "back"), str(tmp_path / f"new {message}"), "--to", "hf"]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sys.argv", words)
+            if message is None:
+                main()
+                continue
+            with pytest.raises(SystemExit) as ended:
+                main()
+        assert ended.value.code == 2 and not Path(words[2]).exists()
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ") and message in line
+    config.write_text(text)
+    first, *_, last = sorted((tmp_path / "back").glob("model-*.safetensors"))
+    last.write_bytes(last.read_bytes()[:-10])
+    with pytest.raises(InputError, match=f"{last.name} is truncated"):
+        open_any(tmp_path / "back")
+    first.unlink()
+    with pytest.raises(InputError, match=f"{first.name} is missing, which holds tensor"):
+        open_any(tmp_path / "back")
+    index.unlink()
+    with pytest.raises(InputError, match=r"model\.safetensors is missing"):
+        open_any(tmp_path / "back")
+
+
 def test_a_pickle_is_read_as_tensors_alone(tmp_path: Path) -> None:
     model = make(tmp_path / "hf", "qwen2", torch.bfloat16)
     convert(tmp_path / "hf", tmp_path / "truth", "safetensors")
     (tmp_path / "hf" / "model.safetensors").unlink()
-    torch.save(model.state_dict(), tmp_path / "hf" / "pytorch_model.bin")
-    for to in ("safetensors", "jax"):
+    for to, of_today in (("safetensors", True), ("jax", False)):
+        torch.save(
+            model.state_dict(),
+            tmp_path / "hf" / "pytorch_model.bin",
+            _use_new_zipfile_serialization=of_today,
+        )
         convert(tmp_path / "hf", tmp_path / to, to)
         assert bits(open_any(tmp_path / to)) == bits(open_any(tmp_path / "truth"))
 
@@ -268,9 +360,15 @@ def test_a_pickle_is_read_as_tensors_alone(tmp_path: Path) -> None:
         def __reduce__(self) -> Any:
             return os.mkdir, (str(tmp_path / "harm"),)
 
-    torch.save({"model.norm.weight": Bomb()}, tmp_path / "hf" / "pytorch_model.bin")
-    with pytest.raises(InputError, match="does not hold tensors alone"):
-        open_any(tmp_path / "hf")
+    for content, message in (
+        ({"model.norm.weight": Bomb()}, "does not hold tensors alone"),
+        ({"state_dict": model.state_dict()}, "state_dict is no tensor of floating-point numbers"),
+        ({"model.norm.weight": torch.ones(32, dtype=torch.int8)}, "model.norm.weight is no tensor"),
+        ([torch.ones(3)], "holds no tensors by name"),
+    ):
+        torch.save(content, tmp_path / "hf" / "pytorch_model.bin")
+        with pytest.raises(InputError, match=message):
+            open_any(tmp_path / "hf")
     assert not (tmp_path / "harm").exists()
 
 

