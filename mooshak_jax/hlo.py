@@ -199,16 +199,21 @@ def _groups(line: str) -> Groups:
         numbers = np.arange(math.prod(source)).reshape(source).transpose(order).reshape(shape)
         return tuple(map(tuple, numbers.tolist()))
     if mesh := re.search(
-        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^)]*)\))? *\{([^}]*)\}", line
+        r"replica_groups=mesh\[([^\]]*)\]"
+        r"(?:, device_ids=\((?:\[([\d,]+)\](?:T\(([\d,]+)\))?|([\d,]+))\))? *\{([^}]*)\}",
+        line,
     ):
         axes = re.findall(r"'([^']+)'=(\d+)", mesh[1])
         sizes = [int(size) for _, size in axes]
-        chosen = re.findall(r"'([^']+)'", mesh[3])
+        chosen = re.findall(r"'([^']+)'", mesh[5])
         names = [name for name, _ in axes]
         rest = [i for i, name in enumerate(names) if name not in chosen]
         order = [*rest, *(names.index(name) for name in chosen)]
         n = math.prod(sizes[names.index(name)] for name in chosen)
-        numbers = np.arange(math.prod(sizes)).reshape(sizes).transpose(order).reshape(-1, n)
+        devices = np.array(_integers(mesh[4])) if mesh[4] else np.arange(math.prod(sizes))
+        if mesh[3]:
+            devices = devices.reshape(_integers(mesh[2])).transpose(_integers(mesh[3]))
+        numbers = devices.reshape(sizes).transpose(order).reshape(-1, n)
         return tuple(map(tuple, numbers.tolist()))
     raise ValueError(f"replica groups in a notation that is not known: {line[:2000]}")
 

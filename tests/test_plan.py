@@ -192,8 +192,19 @@ ENTRY %main (x: f32[8,4]) -> f32[4,4] {
 """  # noqa: E501
 
 
-def test_collectives_of_a_program_for_a_tpu() -> None:
-    found = {c.kind: (c.size, c.count, c.moved, c.groups) for c in collectives(TPU_PROGRAM)}
+@pytest.mark.parametrize(
+    "groups",
+    [
+        "[2,2]<=[2,2]T(1,0)",
+        "{{0,2},{1,3}}",
+        "mesh['a'=2,'b'=2] {'a'}",
+        "mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}",
+        "mesh['a'=1,'b'=2,'c'=2], device_ids=(0,2,1,3) {'c'}",
+    ],
+)
+def test_collectives_of_a_program_for_a_tpu(groups: str) -> None:
+    program = TPU_PROGRAM.replace("[2,2]<=[2,2]T(1,0)", groups)
+    found = {c.kind: (c.size, c.count, c.moved, c.groups) for c in collectives(program)}
     assert found == {
         "collective-permute": (128, 4, 512.0, ((0, 1, 2, 3),)),
         "all-gather": (64, 1, 48.0, ((0, 1, 2, 3),)),
