@@ -1,11 +1,12 @@
 """Files that are either whole or not there, made by one process at a time."""
 
 import contextlib
+import errno
 import fcntl
+import io
 import json
 import os
 import shutil
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -83,8 +84,8 @@ def new_directory(path: Path, n_bytes: int = 0) -> Iterator[Path]:
                     f"{path} needs {n_bytes / 1e9:.3g} GB and the disk has {free / 1e9:.3g} GB "
                     "free; free some space"
                 )
-            with _going_to_disk(temporary):
-                yield temporary
+            yield temporary
+            _all_to_disk(temporary)
             _check_absent(path)
             temporary.rename(path)
         except BaseException:
@@ -119,24 +120,8 @@ def _check_absent(path: Path) -> None:
         raise InputError(f"{path} exists already; remove it or choose another destination")
 
 
-@contextlib.contextmanager
-def _going_to_disk(directory: Path) -> Iterator[None]:
-    """All files of a directory are on the disk at the end; they go there from the beginning."""
-    done = threading.Event()
-
-    def ahead() -> None:
-        while not done.wait(0.2):
-            with contextlib.suppress(FileNotFoundError):
-                for file in directory.rglob("*"):
-                    _to_disk(file)
-
-    thread = threading.Thread(target=ahead)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
+def _all_to_disk(directory: Path) -> None:
+    """Wait until every file of a directory is on the disk, and their names."""
     with ThreadPoolExecutor(8) as pool:  # The file system writes their names together.
         list(pool.map(_to_disk, [*directory.rglob("*"), directory]))
 
@@ -148,3 +133,47 @@ def _to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_uncached(path: Path) -> io.BufferedReader:
+    """A file to read, whose pages stay in memory no longer than the reading.
+
+    What is read and written once would push out what is used again, and memory can be slower than
+    the disk: a virtual machine asks its host for every page that has been free for seconds.
+    """
+    return io.BufferedReader(_Uncached(path))
+
+
+def write_uncached(path: Path) -> io.BufferedWriter:
+    """A new file, whose pages stay in memory until they are on the disk, to which they go at once.
+
+    As far as the system can do it; otherwise they stay.
+    """
+    return io.BufferedWriter(_Uncached(path, "wb"), 1 << 20)
+
+
+class _Uncached(io.FileIO):
+    def readinto(self, buffer: Any) -> int:
+        try:
+            return os.preadv(self.fileno(), [buffer], HERE, DONT_CACHE)
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+        return super().readinto(buffer) or 0
+
+    def write(self, data: Any) -> int:
+        try:
+            return os.pwritev(self.fileno(), [data], HERE, DONT_CACHE)
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+        size = super().write(data) or 0
+        # This begins to write them to the disk, and takes nothing out of memory before.
+        os.posix_fadvise(self.fileno(), self.tell() - size, size, os.POSIX_FADV_DONTNEED)
+        return size
+
+
+HERE = -1
+"""The position of a file, for reads and writes with flags."""
+DONT_CACHE = 0x80
+"""RWF_DONTCACHE of Linux 6.14."""

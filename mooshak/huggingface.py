@@ -28,7 +28,7 @@ from mooshak.interchange import (
     check_tensors,
     checked,
     companions,
-    mapped,
+    stored_rows,
     stored_tensors,
 )
 
@@ -389,7 +389,7 @@ def _safetensors(path: Path) -> Stored:
 
     def read(key: str, rows: slice = EVERY) -> np.ndarray:
         entry = stored[key]
-        return mapped(entry.file, entry.start, entry.dtype, entry.shape)[rows]
+        return stored_rows(entry.file, entry.start, entry.dtype, entry.shape, rows)
 
     tensors = {key: (entry.dtype, entry.shape) for key, entry in stored.items()}
     checksums = {key: entry.checksum for key, entry in stored.items() if entry.checksum}

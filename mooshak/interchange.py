@@ -12,6 +12,7 @@ import math
 import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 
 from mooshak.config import ModelConfig, model_from_json, model_to_json
 from mooshak.errors import InputError
-from mooshak.files import new_directory
+from mooshak.files import new_directory, read_uncached, write_uncached
 
 FORMAT_VERSION = 1
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -212,7 +213,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
     def rows_of(key: str, rows: slice = EVERY) -> np.ndarray:
         entry = stored[key]
-        return mapped(entry.file, entry.start, entry.dtype, entry.shape)[rows]
+        return stored_rows(entry.file, entry.start, entry.dtype, entry.shape, rows)
 
     read = checked(rows_of, tensors, checksums, lambda key: stored[key].file)
     along = companions(path)
@@ -256,17 +257,30 @@ def write_tensors(
         (directory / f"{name}.safetensors.index.json").write_text(text)
 
 
-def mapped(file: Path, start: int, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    """An array that is a part of a file: its pages come and go, however large it is.
+def stored_rows(
+    file: Path, start: int, dtype: np.dtype, shape: tuple[int, ...], rows: slice = EVERY
+) -> np.ndarray:
+    """Rows of an array that is a part of a file.
 
-    Changes stay here. Raises `InputError` where the file ends before the array.
+    More of them than a block are mapped: their pages come and go, and changes stay here. Raises
+    `InputError` where the file ends before the array.
     """
-    size = math.prod(shape) * dtype.itemsize
+    width = math.prod(shape[1:]) * dtype.itemsize
+    first, stop, _ = rows.indices(shape[0])
+    start, shape = start + first * width, (stop - first, *shape[1:])
+    size = shape[0] * width
     try:
-        raw = np.memmap(file, np.uint8, mode="c", offset=start, shape=(size,))
+        if size > BLOCK:
+            raw = np.memmap(file, np.uint8, mode="c", offset=start, shape=(size,)).view(np.ndarray)
+        else:
+            raw = np.empty(size, np.uint8)
+            with read_uncached(file) as stream:
+                stream.seek(start)
+                if stream.readinto(raw.data) < size:
+                    raise ValueError(f"it ends before byte {start + size}")
     except (OSError, ValueError) as error:
         raise InputError(f"{file} is truncated ({error}); the checkpoint is not whole") from error
-    return raw.view(np.ndarray).view(dtype).reshape(shape)
+    return raw.view(dtype).reshape(shape)
 
 
 class Checksums(dict[str, str]):
@@ -332,11 +346,38 @@ def read_checksums(path: Path) -> dict[str, str]:
         raise InputError(f"{file} is not a list of checksums ({error!r})") from error
 
 
+def stream(
+    tensors: Tensors, read: Read, checksums: Checksums
+) -> Iterator[tuple[str, slice, np.ndarray]]:
+    """Key, rows and values of every block of the tensors, in order; takes their checksums.
+
+    A thread reads the next block while one is in use.
+    """
+
+    def following() -> Iterator[tuple[str, slice, np.ndarray]]:
+        for key, tensor in tensors.items():
+            for rows in blocks(tensor):
+                array = np.ascontiguousarray(read(key, rows))
+                checksums.add(key, tensor[1], rows, array)
+                yield key, rows, array
+
+    items = following()
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = thread.submit(next, items, None)
+            yield item
+
+
 def verify(checkpoint: Checkpoint) -> None:
     """Read everything once. Raises `InputError` where a tensor is not what was written."""
-    for key, tensor in checkpoint.tensors.items():
-        for rows in blocks(tensor):
+
+    def read(key: str) -> None:
+        for rows in blocks(checkpoint.tensors[key]):
             checkpoint.read(key, rows)
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(read, checkpoint.tensors))
 
 
 @dataclass(frozen=True)
@@ -420,16 +461,14 @@ def _shards(
 def _write_safetensors(file: Path, tensors: Tensors, read: Read) -> None:
     """Write a safetensors file some rows at a time (the library's own writer wants all at once)."""
     checksums = Checksums()
-    with file.open("wb") as out:
+    with write_uncached(file) as out:
         # The header comes first and holds the checksums, which are known last.
         blank = dict.fromkeys(tensors, xxhash.xxh3_64().hexdigest())
         out.write(_header_bytes(tensors, blank))
-        for key, tensor in tensors.items():
-            for rows in blocks(tensor):
-                array = np.ascontiguousarray(read(key, rows))
-                assert array.dtype == tensor[0] and array.shape[1:] == tensor[1][1:], key
-                checksums.add(key, tensor[1], rows, array)
-                out.write(array.view(np.uint8).data)
+        for key, _, array in stream(tensors, read, checksums):
+            dtype, shape = tensors[key]
+            assert array.dtype == dtype and array.shape[1:] == shape[1:], key
+            out.write(array.view(np.uint8).data)
         out.seek(0)
         out.write(_header_bytes(tensors, checksums))
 

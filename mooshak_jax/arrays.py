@@ -3,11 +3,8 @@
 Orbax itself reads and writes whole trees: it would hold every array of a conversion in memory.
 """
 
-import os
-import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +13,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
+from mooshak.files import write_uncached
 from mooshak.interchange import BLOCK
-
-IN_FLIGHT = 4
-"""Blocks of rows that are being written at once."""
 
 
 class Arrays:
@@ -55,43 +50,25 @@ class Arrays:
         return tensorstore.open(spec, open=True, read=True, context=context).result()
 
 
-@contextmanager
-def writing(directory: Path, tree: Any) -> Iterator["Writer"]:
-    """Make a checkpoint of the structure of `tree`, whose arrays the block then writes.
-
-    Raises `OSError` where the disk is full.
-    """
-    # Orbax writes its descriptions, which have no shapes, with one element for each array.
-    empty = jax.tree.map(lambda _: np.zeros(1, np.float32), tree)
-    try:
-        # A file for each chunk: OCDBT would write its index anew for every array.
-        ocp.PyTreeCheckpointer(use_ocdbt=False).save(directory.absolute(), empty)
-        writer = Writer(directory)
-        yield writer
-        writer.finish()
-    except (ValueError, RuntimeError) as error:
-        # tensorstore has one kind of error for everything, and the number in its text.
-        if number := re.search(r"os_error_code='(\d+)'", str(error)):
-            code = int(number[1])
-            raise OSError(code, os.strerror(code), str(directory)) from error
-        raise
-
-
 class Writer:
-    """Writes the arrays of a checkpoint in which they have their names."""
+    """Makes a checkpoint of the structure of `tree`, whose arrays have their names."""
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, tree: Any):
         self.directory = directory
+        # Orbax writes its descriptions, which have no shapes, with one element for each array. A
+        # file for each chunk: OCDBT would write its index anew for every array.
+        empty = jax.tree.map(lambda _: np.zeros(1, np.float32), tree)
+        ocp.PyTreeCheckpointer(use_ocdbt=False).save(directory.absolute(), empty)
         self._context = tensorstore.Context({"file_io_sync": False})
-        self._writes: list[tensorstore.WriteFutures] = []
 
     def create(
         self, name: str, dtype: np.dtype, shape: tuple[int, ...], chunk: int, transposed: bool
-    ) -> tensorstore.TensorStore:
-        """An array to `write`, `chunk` rows in each chunk.
+    ) -> Callable[[int, np.ndarray], None]:
+        """An array with `chunk` rows in each chunk; returns what writes a chunk, given its number.
 
         With `transposed` it is its transpose that is called `name`, in Fortran order. Chunks are
-        not compressed: the bits of weights are noise, and zstd is slower than the disk.
+        not compressed: the bits of weights are noise, and zstd is slower than the disk. Then a
+        chunk is a file of its bytes.
         """
         shutil.rmtree(self.directory / name)
         turn = slice(None, None, -1 if transposed else 1)
@@ -105,21 +82,16 @@ class Writer:
                 "dtype": dtype.name if dtype.name == "bfloat16" else dtype.str,
                 "compressor": None,
             },
-            "store_data_equal_to_fill_value": True,
         }
-        store = tensorstore.open(spec, create=True, context=self._context).result()
-        return store.T if transposed else store
+        tensorstore.open(spec, create=True, context=self._context).result()
 
-    def write(self, rows: tensorstore.TensorStore, array: np.ndarray) -> None:
-        """Write rows of an array; `array` may not change any more."""
-        self._writes.append(rows.write(array, can_reference_source_data_indefinitely=True))
-        while len(self._writes) >= IN_FLIGHT:
-            self._writes.pop(0).result()
+        def write(number: int, rows: np.ndarray) -> None:
+            index = (number, *(0 for _ in shape[1:]))[turn]
+            with write_uncached(self.directory / name / ".".join(map(str, index))) as file:
+                file.write(rows.view(np.uint8).data)
+                file.truncate(chunk * rows.nbytes // len(rows))  # The last may have fewer rows.
 
-    def finish(self) -> None:
-        """Wait for what is being written."""
-        while self._writes:
-            self._writes.pop(0).result()
+        return write
 
 
 def _place(directory: Path, name: str) -> dict[str, str]:

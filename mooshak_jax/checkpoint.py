@@ -28,7 +28,7 @@ from mooshak.files import new_directory
 from mooshak.initial import initial_weight
 from mooshak.interchange import EVERY, Checkpoint
 from mooshak.tokenizer import Tokenizer
-from mooshak_jax.arrays import Arrays, writing
+from mooshak_jax.arrays import Arrays, Writer
 from mooshak_jax.model import PARAMETERS, Model
 from mooshak_jax.parallel import Parallel
 
@@ -357,21 +357,17 @@ def write_checkpoint(path: Path, source: Checkpoint) -> None:
         abstract = abstract_params(source.model, "float32")
         kinds = ["params", *(interchange.MOMENTS if source.has_optimizer else ())]
         tree = _stored(dict.fromkeys(kinds, abstract))
-        with writing(directory / "orbax", tree) as writer:
-            for keys, like in jax.tree_util.tree_leaves_with_path(tree):
-                kind, *names = (key.key for key in keys)
-                (part,) = parts(tuple(names), like.shape)
-                key = part.name if kind == "params" else f"{kind}.{part.name}"
-                tensor = source.tensors[key]
-                blocks = list(interchange.blocks(tensor))
-                fortran = part.kind == "kernel"
-                store = writer.create(
-                    ".".join([kind, *names]), tensor[0], tensor[1], blocks[0].stop, fortran
-                )
-                for rows in blocks:
-                    array = source.read(key, rows)
-                    checksums.add(key, tensor[1], rows, array)
-                    writer.write(store[rows], array)
+        writer, places = Writer(directory / "orbax", tree), {}
+        for keys, like in jax.tree_util.tree_leaves_with_path(tree):
+            kind, *names = (key.key for key in keys)
+            (part,) = parts(tuple(names), like.shape)
+            key = part.name if kind == "params" else f"{kind}.{part.name}"
+            places[key] = ".".join([kind, *names]), part.kind == "kernel"
+        for key, rows, array in interchange.stream(source.tensors, source.read, checksums):
+            if rows.start == 0:
+                (name, transposed), chunk = places[key], len(array)
+                write = writer.create(name, *source.tensors[key], chunk, transposed)
+            write(rows.start // chunk, array)
         interchange.write_checksums(directory, checksums)
         interchange.verify(open_checkpoint(directory))
 

@@ -45,7 +45,7 @@ from mooshak.checkpoints import kind_of, readable
 from mooshak.config import Config, Dtype
 from mooshak.errors import InputError
 from mooshak.extension import initial
-from mooshak.files import new_directory
+from mooshak.files import new_directory, write_uncached
 from mooshak.interchange import Checkpoint
 from mooshak.tokenizer import Tokenizer
 from mooshak_torch.model import Model, local_part
@@ -220,17 +220,14 @@ class Reader(dcp.FileSystemReader):
     def read_rows(
         self, name: str, entry: TensorStorageMetadata, start: int, stop: int
     ) -> np.ndarray:
-        """Rows of a tensor, out of the chunks that the processes have written of it.
-
-        What one chunk holds is no copy but a part of the file.
-        """
+        """Rows of a tensor, out of the chunks that the processes have written of it."""
         rows = np.empty((stop - start, *entry.size[1:]), _numpy_dtype(entry.properties.dtype))
         missing = rows.size
         for chunk in entry.chunks:
             top, *left = chunk.offsets
             first, last = max(start, top), min(stop, top + chunk.sizes[0])
             if first < last:
-                part = self._chunk(name, chunk)[first - top : last - top]
+                part = self._rows(name, chunk, slice(first - top, last - top))
                 if part.shape == rows.shape:
                     return part
                 columns = map(slice, left, map(operator.add, left, chunk.sizes[1:]))
@@ -240,7 +237,7 @@ class Reader(dcp.FileSystemReader):
             raise ValueError(f"{missing} elements are in no chunk")
         return rows
 
-    def _chunk(self, name: str, chunk: ChunkStorageMetadata) -> np.ndarray:
+    def _rows(self, name: str, chunk: ChunkStorageMetadata, rows: slice) -> np.ndarray:
         info = self.storage_data[MetadataIndex(name, chunk.offsets)]
         if getattr(info, "transform_descriptors", None):
             raise ValueError("it is compressed by an extension of DCP")
@@ -249,11 +246,13 @@ class Reader(dcp.FileSystemReader):
             # On the meta device nothing is read but where the elements stand, and how.
             tensor = torch.load(self._slice_file(stream, info), "meta", weights_only=True)
         storage, dtype = tensor.untyped_storage(), _numpy_dtype(tensor.dtype)
-        elements = interchange.mapped(
-            file, info.offset + storage._checkpoint_offset, dtype, (len(storage) // dtype.itemsize,)
-        )
+        start = info.offset + storage._checkpoint_offset
+        if tensor.is_contiguous():
+            start += tensor.storage_offset() * dtype.itemsize
+            return interchange.stored_rows(file, start, dtype, tuple(tensor.shape), rows)
+        elements = interchange.stored_rows(file, start, dtype, (len(storage) // dtype.itemsize,))
         strides = [stride * dtype.itemsize for stride in tensor.stride()]
-        return as_strided(elements[tensor.storage_offset() :], tuple(tensor.shape), strides)
+        return as_strided(elements[tensor.storage_offset() :], tuple(tensor.shape), strides)[rows]
 
 
 class _Unpickler(pickle.Unpickler):
@@ -289,7 +288,7 @@ class _Writer(dcp.FileSystemWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         results, name = [], f"__0_0{DEFAULT_SUFFIX}"
-        with (Path(self.path) / name).open("wb") as file:
+        with write_uncached(Path(self.path) / name) as file:
             for item in plan.items:
                 start = file.tell()
                 try:
@@ -311,6 +310,7 @@ class _SavePlanner(SavePlanner):
 
     def __init__(self, source: Checkpoint):
         self.source, self.checksums = source, interchange.Checksums()
+        self.blocks = interchange.stream(source.tensors, source.read, self.checksums)
         self.keys = {
             key if key.startswith(interchange.MOMENTS) else f"params.{key}": key
             for key in source.tensors
@@ -343,12 +343,9 @@ class _SavePlanner(SavePlanner):
         return new_plan
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
-        key, data = self.keys[write_item.index.fqn], write_item.tensor_data
-        assert data is not None
-        start = data.chunk.offsets[0]
-        rows = slice(start, start + data.chunk.sizes[0])
-        array = self.source.read(key, rows)
-        self.checksums.add(key, tuple(data.size), rows, array)
+        key, rows, array = next(self.blocks)
+        assert key == self.keys[write_item.index.fqn]
+        assert write_item.index.offset is not None and rows.start == write_item.index.offset[0]
         return _to_torch(array)
 
 
