@@ -24,11 +24,13 @@ picture: ## docs/report.png of the demo's report; needs chromium and a Devanagar
 	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --log-level=3 --window-size=1200,1330 \
 	  --screenshot=$(CURDIR)/docs/report.png file://$(CURDIR)/runs/demo/report.html
 
+WORKERS := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
 test: setup ## set up, then all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
 
 test-fast: setup ## the tests that take seconds
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest $(WORKERS) -m 'not slow'
 
 benchmark: setup ## ours and their peers side by side: benchmarks/results/index.html
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'

@@ -9,12 +9,13 @@ from mooshak.errors import command
 from mooshak.evaluation import compare, options, report
 from mooshak_jax.checkpoint import load
 from mooshak_jax.parallel import make_parallel
-from mooshak_jax.train import evaluate, make_evaluate, precise
+from mooshak_jax.train import cache_compilations, evaluate, make_evaluate, precise
 
 
 @command
 def main() -> None:
     config, arguments = options(__doc__.split("\n")[0])
+    cache_compilations()
     parallel = make_parallel(config)
     precise(config)
     model, params = load(arguments.source, config.train.dtype, parallel, config.model)

@@ -21,6 +21,7 @@ from mooshak.prompts import add_options, complete, padded
 from mooshak.sampling import noise
 from mooshak_jax.checkpoint import graph, join, load
 from mooshak_jax.model import KVCache, Model, make_caches
+from mooshak_jax.train import cache_compilations
 
 
 def generate(
@@ -99,6 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_options(parser)
     args = parser.parse_args()
+    cache_compilations()
     jax.config.update("jax_enable_x64", True)
     model: ModelConfig
     model, params = load(Path(args.checkpoint), args.dtype)

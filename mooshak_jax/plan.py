@@ -222,6 +222,8 @@ def main() -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one object")
     config, arguments = configuration.parse(parser)
+    # What is compiled for a machine that is not here cannot be read back from the cache.
+    jax.config.update("jax_enable_compilation_cache", False)
     topology = arguments.topology
     plans = sweep(config, topology) if arguments.sweep else [plan(config, topology)]
     if arguments.json:

@@ -33,6 +33,7 @@ from mooshak.files import write_atomically
 from mooshak.initial import initial_weight
 from mooshak.interchange import Checkpoint
 from mooshak.tables import print_table
+from mooshak_jax.train import cache_compilations
 from parity.convert import convert, open_any
 from parity.faults import planted
 from parity.figures import TEMPLATES
@@ -272,6 +273,7 @@ def main() -> None:
     # JAX is imported by now: the environment variable would be read no more.
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", N_DEVICES)
+    cache_compilations()
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("source", type=Path, help="a checkpoint of any kind, or a *.yaml")
     parser.add_argument("other", type=Path, nargs="?", help="a checkpoint for JAX to compute with")

@@ -34,6 +34,8 @@ FLOAT64 = 1e-12
 RATIO = 2.0
 """Allowed in float32: so many times what a framework differs from itself."""
 
+DTYPES: tuple[Dtype, ...] = ("float64", "float32")
+
 Losses = dict[int, float]
 
 
@@ -202,13 +204,14 @@ def main() -> None:
     own.add_argument("--steps", type=int, default=200)
     own.add_argument("--switch", type=int, default=100)
     own.add_argument("--out", type=Path, default=Path("runs/curve"))
+    own.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     # The other options go to the trainers as they are.
     options, settings = own.parse_known_args()
     if not 0 < options.switch < options.steps:
         raise InputError(f"--switch {options.switch} must lie between 0 and --steps")
     about = (
         "Compare loss curves. --steps N (200), --switch K (100): the step of the change of "
-        "framework, --out DIR (runs/curve)."
+        "framework, --out DIR (runs/curve), --dtypes float64 float32."
     )
     fixed: dict[str, Any] = {
         "train.steps": options.steps,
@@ -226,7 +229,7 @@ def main() -> None:
         locked(options.out / ".lock"),
         Console(stderr=True).status("training in both frameworks") as status,
     ):
-        for dtype in ("float64", "float32"):
+        for dtype in options.dtypes:
             status.update(f"training in both frameworks, {dtype}")
             here = [*settings, "--train.dtype", dtype]
             config = configuration.parse(configuration.parser(about), here)[0]

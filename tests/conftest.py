@@ -1,9 +1,16 @@
 """Fixtures: a small bilingual corpus that the tests write themselves, and a tokenizer for it."""
 
 import json
+import os
 import random
 from dataclasses import replace
 from pathlib import Path
+
+# Before JAX and torch are imported. Models are tiny: threads would only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax")
+)
 
 import jax
 import pytest
@@ -23,6 +30,15 @@ from mooshak.tokenizer import Tokenizer
 
 # Devices are counted once per process, and a mesh takes as many of them as it needs.
 jax.config.update("jax_num_cpu_devices", 8)
+# Many tests, and the commands that they start, compile the same programs.
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first: the workers that share them then end together."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
 
 HINDI = (
     "एक चालाक चूहा जंगल में रहता था और शेर उसका दोस्त बन गया किसान ने हाथी को पानी दिया क्‍या ज्ञान श्री"

@@ -64,8 +64,11 @@ def test_two_processes_start_on_a_cpu_beside_libtpu_and_say_nothing() -> None:
 @pytest.fixture(autouse=True)
 def _as_a_command_starts() -> Iterator[None]:
     """Other tests here compute in float64, and a program is another one then."""
+    cached = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
     with jax.enable_x64(False):
         yield
+    jax.config.update("jax_enable_compilation_cache", cached)
 
 
 PROGRAMS = """

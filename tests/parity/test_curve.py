@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from parity.curve import FLOORS, PAIRS, RUNS, compare
+
 WORDS = "एक चूहा और a mouse जंगल में in the forest शेर से मिला met a lion".split()
 
 
@@ -25,21 +27,32 @@ schedule: {{warmup_steps: 2}}
 train: {{batch_size: 4}}
 """)
     words = ["--config", tmp_path / "tiny.yaml", "--steps", 8, "--switch", 4, "--out", tmp_path]
-    command = [sys.executable, "-m", "parity.curve", *map(str, words)]
+    command = [sys.executable, "-m", "parity.curve", *map(str, words), "--dtypes", "float64"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "curve.json").read_text())
-    assert report["passed"] and len(report["lines"]) == 8
+    assert report["passed"] and len(report["lines"]) == 4
     for line in report["lines"]:
         assert line["measured"] <= line["allowed"] < line["control"], line
-    assert len(report["losses"]["float32"]["torch to JAX"]) == 8
+    assert len(report["losses"]["float64"]["torch to JAX"]) == 8
     assert "<svg" in (tmp_path / "curve.html").read_text()
     # Whole runs are used again; one that is cut short is not.
-    metrics = tmp_path / "float32/torch-to-JAX/metrics.jsonl"
-    whole = tmp_path / "float32/torch/metrics.jsonl"
+    metrics = tmp_path / "float64/torch-to-JAX/metrics.jsonl"
+    whole = tmp_path / "float64/torch/metrics.jsonl"
     times, text = whole.stat().st_mtime_ns, metrics.read_text()
     metrics.write_text(text.splitlines()[0] + "\n")
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 0, again.stdout + again.stderr
     assert whole.stat().st_mtime_ns == times
     assert len(metrics.read_text().splitlines()) == 4
+
+
+def test_in_float32_no_more_is_allowed_than_twice_what_a_framework_differs_from_itself() -> None:
+    curves = {run.name: {1: 3.0, 2: 2.0} for run in RUNS}
+    curves[FLOORS[0][1]] = {1: 3.0, 2: 2.0 + 2**-20}
+    curves[PAIRS[1][1]] = {1: 3.0, 2: 2.0 - 2**-19}
+    assert all(line.passed for line in compare("float32", curves))
+    curves[PAIRS[1][1]] = {1: 3.0, 2: 2.0 - 2**-18}
+    failed = [line for line in compare("float32", curves) if not line.passed]
+    assert {(line.first, line.second) for line in failed} >= {PAIRS[1]}
+    assert {(line.measured, line.step, line.allowed) for line in failed} == {(2**-18, 2, 2**-19)}

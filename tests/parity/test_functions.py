@@ -24,7 +24,7 @@ from parity import check, measures
 from parity.convert import convert
 from parity.sides import JaxSide, TorchSide, canonical
 
-MODEL = ModelConfig(vocab_size=192, dim=24, n_layers=3, n_heads=3, hidden_dim=40, max_seq_len=48)
+MODEL = ModelConfig(vocab_size=192, dim=24, n_layers=2, n_heads=3, hidden_dim=40, max_seq_len=48)
 GROUPED = ModelConfig(
     vocab_size=128, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=20, max_seq_len=40
 )
@@ -47,8 +47,8 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+# A model with full heads: tests/parity/test_faults.py.
 MODELS = {
-    "full heads": MODEL,
     "grouped heads": GROUPED,
     "llama, tied, llama3 frequencies": replace(LLAMA, tie_embeddings=True, rope_scaling=LLAMA3),
     "llama, one head of keys, biases, normed queries, a window": replace(
