@@ -116,7 +116,7 @@ def bits(checkpoint: Checkpoint) -> dict[str, tuple[str, bytes]]:
 
 @pytest.mark.parametrize(
     ("case", "dtype"),
-    zip(GRID, (torch.float32, torch.bfloat16, torch.float16) * 2, strict=True),
+    list(zip(GRID, (torch.float32, torch.bfloat16, torch.float16) * 2, strict=True)),
 )
 def test_the_way_there_and_back_keeps_every_bit(
     case: str, dtype: torch.dtype, tmp_path: Path
