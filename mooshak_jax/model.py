@@ -23,7 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mooshak.config import Dtype, ModelConfig
 from mooshak.rope import rope_tables
-from mooshak_jax.parallel import GATHERED, Axes, constrain, gather, sharded
+from mooshak_jax.parallel import Axes, constrain, gather
 
 COMPUTE = {
     "float64": jnp.float64,
@@ -48,9 +48,8 @@ QUERIES = 512
 """Positions whose attention scores, made again in the backward pass, are in memory at once."""
 PRODUCT = "product"
 """Name of what a `Linear` makes, rounded: half the bytes of its sums in bfloat16."""
-# What the backward pass computes again; it gathers parameters again in any case.
+# What the backward pass computes again.
 REMAT = {
-    "none": jax.checkpoint_policies.save_anything_except_these_names(GATHERED),
     "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -61,6 +60,33 @@ def product(equation: str, a: Array, b: Array) -> Array:
     wide = jnp.promote_types(a.dtype, jnp.float32)
     how: Any = {"precision": PRECISION[a.dtype.name], "preferred_element_type": wide}
     return jnp.einsum(equation, a, b, **how)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def linear(x_BTD: Array, w: Array, b: Array | None, axes: Axes) -> Array:
+    """x W (+ b) in the dtype of x; W [D, *out] and b [*out] have these logical axes.
+
+    What `fsdp` has cut is gathered here, and again for the gradients. Those of W and b are added
+    up, over tokens and devices, in the dtype of W: at least float32.
+    """
+    y = product("BTD,D...->BT...", x_BTD, gather(w, x_BTD.dtype, axes)).astype(x_BTD.dtype)
+    return y if b is None else y + gather(b, x_BTD.dtype, axes[1:])
+
+
+def _linear_forward(x_BTD: Array, w: Array, b: Array | None, axes: Axes) -> tuple[Array, Any]:
+    return linear(x_BTD, w, b, axes), (x_BTD, w, b)
+
+
+def _linear_backward(axes: Axes, kept: Any, dy: Array) -> tuple[Array, Array, Array | None]:
+    x_BTD, w, b = kept
+    out = "EFGH"[: w.ndim - 1]
+    dx_BTD = product(f"BT{out},D{out}->BTD", dy, gather(w, dy.dtype, axes)).astype(dy.dtype)
+    dw = constrain(product(f"BTD,BT{out}->D{out}", x_BTD, dy), *axes)
+    db = None if b is None else constrain(dy.astype(b.dtype).sum((0, 1)), *axes[1:])
+    return dx_BTD, dw, db
+
+
+linear.defvjp(_linear_forward, _linear_backward)
 
 
 class Linear(nnx.Module):
@@ -80,9 +106,8 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(out, dtype), axes=axes[1:]) if bias else None
 
     def __call__(self, x: Array) -> Array:
-        kernel = gather(self.kernel[...], x.dtype, self.axes)
-        y = checkpoint_name(product("BTD,D...->BT...", x, kernel).astype(x.dtype), PRODUCT)
-        return y if self.bias is None else y + gather(self.bias[...], x.dtype, self.axes[1:])
+        bias = None if self.bias is None else self.bias[...]
+        return checkpoint_name(linear(x, self.kernel[...], bias, self.axes), PRODUCT)
 
 
 class Embedding(nnx.Module):
@@ -371,8 +396,8 @@ class Model(nnx.Module):
         return nnx.merge(graph, jax.tree.map(lambda array: array[i], stacked))
 
     def _rematerialized(self, function: Callable) -> Callable:
-        """A function of one layer, under the policy; as it is where that changes nothing."""
-        if self.remat == "none" and not sharded():
+        """A function of one layer, under the policy."""
+        if self.remat == "none":
             return function
         # A loop keeps the second computation apart from the first by itself.
         apart = not self.config.scan_layers

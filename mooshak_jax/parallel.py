@@ -9,14 +9,11 @@ import contextlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -107,30 +104,13 @@ def constrain(x: Array, *axes: str | None) -> Array:
     return jax.lax.with_sharding_constraint(x, _spec(kept))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def gather(w: Array, dtype: Any, axes: Axes) -> Array:
     """A parameter as a product needs it: in the compute dtype, and no longer cut over `fsdp`.
 
-    The cast stands before the transfer, which moves half the bytes in bfloat16. The gradient comes
-    back in the parameter's dtype, summed over the devices right into its shards.
+    The cast stands before the transfer, which moves half the bytes in bfloat16. Not to be
+    differentiated: the gradient would be in that dtype, too.
     """
-    whole = (None if axis == "embed" else axis for axis in axes)
-    return checkpoint_name(constrain(w.astype(dtype), *whole), GATHERED)
-
-
-def _gather_forward(w: Array, dtype: Any, axes: Axes) -> tuple[Array, None]:
-    return gather(w, dtype, axes), None
-
-
-def _gather_backward(dtype: Any, axes: Axes, _: None, grad: Array) -> tuple[Array]:
-    # Parameters are of the compute dtype, and at least float32.
-    return (constrain(grad.astype(jnp.promote_types(dtype, jnp.float32)), *axes),)
-
-
-gather.defvjp(_gather_forward, _gather_backward)
-
-GATHERED = "gathered"
-"""Name of what `gather` makes, which the backward pass makes again."""
+    return constrain(w.astype(dtype), *(None if axis == "embed" else axis for axis in axes))
 
 
 def sharded() -> bool:

@@ -55,7 +55,7 @@ def plan(config: Config, topology: str) -> Plan:
     flops = config.model.flops_per_token(config.T) * config.T * config.train.batch_size
     layout = ",".join(f"{axis}={size}" for axis, size in parallel.mesh.shape.items() if size > 1)
     common: dict[str, Any] = {
-        "machine": f"{len(devices)} x {device.kind} ({topology})",
+        "machine": f"{len(devices)} x TPU {topology.partition(':')[0]} ({topology})",
         "layout": layout or "data=1",
         "device": device,
         "n_devices": len(devices),
