@@ -416,7 +416,9 @@ class Model(nnx.Module):
     def logits(self, x_BTD: Array) -> Array:
         """The output head on what `hidden` gives, [B, T, V], in at least float32."""
         if self.lm_head is None:
-            logits_BTV = product("BTD,DV->BTV", x_BTD, self.head_DV.astype(x_BTD.dtype))
+            # Not by `head_DV`: XLA has no bfloat16 product of one row and a transpose on a CPU.
+            head_VD = self.embeddings.embedding[...].astype(x_BTD.dtype)
+            logits_BTV = product("BTD,VD->BTV", x_BTD, head_VD)
         else:
             logits_BTV = self.lm_head(x_BTD)
         return logits_BTV.astype(PARAMETERS[self.dtype])
