@@ -4,6 +4,7 @@ Which framework wrote one is told by its state: the folder `dcp` (torch), `orbax
 `model.safetensors` (interchange). Beside it stand `config.json` and `trainer_state.json`.
 """
 
+import json
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from mooshak import huggingface, interchange
 from mooshak.config import Config, ModelConfig, description
@@ -215,12 +216,26 @@ def check_model(path: Path, model: ModelConfig, config: Config) -> None:
             )
 
 
+class Processes(Protocol):
+    """The processes of a run, as `Parallel` of either framework has them."""
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the first."""
+
+    def tell(self, text: str) -> str:
+        """What the first says, to all of them."""
+
+    def wait(self) -> None:
+        """Return when all have come here."""
+
+
 @contextmanager
-def readable(path: Path, kind: str) -> Iterator[Path]:
+def readable(path: Path, kind: str, processes: Processes | None = None) -> Iterator[Path]:
     """A checkpoint of `kind` or of the interchange format with the contents of `path`.
 
     The other framework's checkpoint is converted on the way, in a process of its own: neither
-    framework's package imports the other.
+    framework's package imports the other. The first of several processes does it for all.
     """
     found = kind_of(path)
     # Only torch reads what Hugging Face pickled.
@@ -228,15 +243,33 @@ def readable(path: Path, kind: str) -> Iterator[Path]:
     if found in (kind, "safetensors") or (found == "hf" and direct):
         yield path
         return
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".converting-") as directory:
-        target = Path(directory) / path.name
-        arguments = ["-m", "parity.convert", str(path), str(target), "--to", "safetensors"]
-        done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
-        if done.returncode:
-            # Its last line is the error; what stands before it are warnings.
-            reason = (done.stderr.splitlines() or ["no reason given"])[-1]
-            raise InputError(f"{path} could not be converted: {reason.removeprefix('error: ')}")
-        yield target
+    main = processes is None or processes.main
+    directory, failure = _converted(path) if main else ("", "")
+    if processes is not None:
+        directory, failure = json.loads(processes.tell(json.dumps([directory, failure])))
+    try:
+        if failure:
+            raise InputError(f"{path} could not be converted: {failure}")
+        yield Path(directory) / path.name
+        if processes is not None:
+            processes.wait()
+    finally:
+        if main:
+            shutil.rmtree(directory)
+
+
+def _converted(path: Path) -> tuple[str, str]:
+    """A new directory beside a checkpoint with its contents in the interchange format.
+
+    And why they are not in it, if they are not.
+    """
+    directory = tempfile.mkdtemp(dir=path.parent, prefix=".converting-")
+    arguments = ["-m", "parity.convert", str(path), f"{directory}/{path.name}"]
+    command = [sys.executable, *arguments, "--to", "safetensors"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    # Its last line is the error; what stands before it are warnings.
+    reason = (done.stderr.splitlines() or ["no reason given"])[-1].removeprefix("error: ")
+    return directory, reason if done.returncode else ""
 
 
 def _data(config: Config, tokenizer: str) -> dict[str, Any]:

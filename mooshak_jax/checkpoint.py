@@ -285,7 +285,7 @@ def _read_moment(source: Checkpoint, moment: str, name: str) -> np.ndarray:
 
 def begin(config: Config, tokenizer: Tokenizer, parallel: Parallel) -> Any:
     """The parameters with the weights of `init.from`, and rows for the pieces that it lacks."""
-    with readable(Path(config.init.from_), "jax") as source_path:
+    with readable(Path(config.init.from_), "jax", parallel) as source_path:
         source = initial(config, open_checkpoint(source_path), tokenizer)
         return fill(abstract_params(config.model, config.train.dtype, parallel), source.read)
 
@@ -297,7 +297,7 @@ def load(
     layout: ModelConfig | None = None,
 ) -> tuple[ModelConfig, Any]:
     """The model's description and parameters of a checkpoint of any kind, laid out as `layout`."""
-    with readable(Path(path), "jax") as source_path:
+    with readable(Path(path), "jax", parallel) as source_path:
         source = open_checkpoint(source_path)
         model = source.model
         if layout is not None:

@@ -88,6 +88,19 @@ class Parallel:
             return flag
         return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
+    def tell(self, text: str) -> str:
+        """What the first process says, to all of them."""
+        if jax.process_count() == 1:
+            return text
+        said = np.frombuffer(text.encode(), np.uint8)
+        length = int(multihost_utils.broadcast_one_to_all(np.int32(len(said))))
+        told = multihost_utils.broadcast_one_to_all(np.resize(said, length))
+        return np.asarray(told).tobytes().decode()
+
+    def wait(self) -> None:
+        """Return when all processes have come here."""
+        multihost_utils.sync_global_devices("mooshak")
+
     def activate(self) -> contextlib.AbstractContextManager[Any]:
         """Inside the block, which stands in a compiled function, the model cuts its arrays."""
         return jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh)

@@ -71,7 +71,7 @@ def train(config: Config, resume: str = "auto", profile: bool = False) -> None:
         params = initialize(config.model, config.train.dtype, config.run.seed, parallel=parallel)
         state = initial_state(params)
     else:
-        with checkpoints.readable(path, "jax") as readable:
+        with checkpoints.readable(path, "jax", parallel) as readable:
             source = open_checkpoint(readable)
             step, validation_loss = checkpoints.check_resume(config, source, tokenizer.fingerprint)
             state = restore(config.model, config.train.dtype, source, parallel)

@@ -41,7 +41,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from mooshak import huggingface, interchange
-from mooshak.checkpoints import kind_of, readable
+from mooshak.checkpoints import Processes, kind_of, readable
 from mooshak.config import Config, Dtype
 from mooshak.errors import InputError
 from mooshak.extension import initial
@@ -114,9 +114,11 @@ def restore(model: Model, optimizer: torch.optim.Optimizer, source: Checkpoint) 
     set_step(optimizer, source.trainer_state["step"])
 
 
-def begin(model: Model, config: Config, tokenizer: Tokenizer) -> None:
+def begin(
+    model: Model, config: Config, tokenizer: Tokenizer, processes: Processes | None = None
+) -> None:
     """Fill the model with the weights of `init.from`, and rows for the pieces that it lacks."""
-    with readable(Path(config.init.from_), "torch") as source_path:
+    with readable(Path(config.init.from_), "torch", processes) as source_path:
         source = initial(config, open_checkpoint(source_path), tokenizer)
         fill(dict(model.named_parameters()), source)
 

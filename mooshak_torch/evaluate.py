@@ -20,7 +20,7 @@ def main() -> None:
     config, arguments = options(__doc__.split("\n")[0])
     parallel = make_parallel(config)
     precise()
-    with readable(arguments.source, "torch") as path:
+    with readable(arguments.source, "torch", parallel) as path:
         source = open_checkpoint(path)
         objective = parallel.wrap(make_objective(source.model, config), config)
         fill(dict(model_of(objective).named_parameters()), source)

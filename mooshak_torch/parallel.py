@@ -198,6 +198,20 @@ class Parallel:
             dist.all_reduce(values)
         return values.div_(self.sizes["tensor"])
 
+    def tell(self, text: str) -> str:
+        """What the first process says, to all of them."""
+        said = [text]
+        if self.mesh is not None:
+            with self.naming_hangs():
+                dist.broadcast_object_list(said, src=0, group=self.saving)
+        return said[0]
+
+    def wait(self) -> None:
+        """Return when all processes have come here."""
+        if self.mesh is not None:
+            with self.naming_hangs():
+                dist.barrier(self.saving)
+
     def close(self) -> None:
         """Leave the process group."""
         if self.mesh is not None:

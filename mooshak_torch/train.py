@@ -51,7 +51,8 @@ def train(config: Config, resume: str = "auto", profile: bool = False) -> None:
     step, validation_loss, source = 0, None, None
     with contextlib.ExitStack() as open_files:
         if path is not None:
-            source = open_checkpoint(open_files.enter_context(checkpoints.readable(path, "torch")))
+            readable = checkpoints.readable(path, "torch", parallel)
+            source = open_checkpoint(open_files.enter_context(readable))
             step, validation_loss = checkpoints.check_resume(config, source, tokenizer.fingerprint)
         objective, optimizer = make_state(config, parallel, tokenizer, source)
         scale = make_loss_scale(config, optimizer, source)
@@ -160,7 +161,7 @@ def make_state(
     if source is not None:
         restore(model, optimizer, source)
     elif config.init.from_:
-        begin(model, config, tokenizer)
+        begin(model, config, tokenizer, parallel)
     else:
         initialize(model, config.run.seed)
     return objective, optimizer

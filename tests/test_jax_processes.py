@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import mooshak_torch.train
 from mooshak import config as configuration
 from mooshak.config import CheckpointConfig, Config, EvaluateConfig, ModelConfig, ScheduleConfig
 from mooshak.data.shards import ensure
@@ -82,6 +83,9 @@ def metrics(directory: Path, key: str) -> list[float]:
 
 def test_two_processes_train_stop_go_on_and_evaluate_as_one(config: Path, tmp_path: Path) -> None:
     together = ("--config", config)
+    # They begin with a checkpoint of PyTorch, which the first of them converts for both.
+    begin = configuration.load(config, ["--train.stop_at", "1", "--evaluate.every", "0"])
+    mooshak_torch.train.train(begin)
     # Each process feeds rows of its own; a signal to one of them stops both.
     layout = ("--mesh", "data=2,fsdp=2", "--model.scan_layers", "true", "--train.remat", "full")
     pair = start("mooshak_jax.train", *together, *layout)
