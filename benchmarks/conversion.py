@@ -1,10 +1,12 @@
 """Time and memory of `parity.convert` beside `cp` of the same bytes, for every pair of formats.
 
 python -m benchmarks.conversion --size 8GB --out conversion.json
+python -m benchmarks.conversion --size 8GB --from hf --to torch jax hf
 
 Before each measurement the source leaves the page cache. Memory is RssAnon at its peak, above what
 the process has after its imports; time is that of the conversion with all that it verifies and
-syncs, and `whole` that of the process, imports included. `cp` verifies and syncs nothing.
+syncs, and `whole` that of the process, imports included. `cp` verifies and syncs nothing; `synced`
+is its time until the copy is on the disk. A state from Hugging Face is weights alone.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,10 @@ from mooshak.config import ModelConfig
 from mooshak.files import write_atomically
 from mooshak.interchange import EVERY, MOMENTS, Checkpoint
 from mooshak.tables import print_table
+from parity import export
 from parity.convert import convert, size_in_bytes
+
+KINDS = (*STATES, "hf")
 
 
 def model_of(size: int) -> ModelConfig:
@@ -46,11 +52,11 @@ def model_of(size: int) -> ModelConfig:
     )
 
 
-def drawn_state(model: ModelConfig) -> Checkpoint:
-    """A training state of random bits, which differ from tensor to tensor."""
+def drawn_state(model: ModelConfig, moments: Sequence[str] = MOMENTS) -> Checkpoint:
+    """A training state of random bits, which differ from tensor to tensor; or weights alone."""
     pool = np.random.default_rng(0).random(1 << 24, np.float32)
     shapes = model.parameter_shapes()
-    keys = [prefix + name for prefix in ("", *(f"{m}." for m in MOMENTS)) for name in shapes]
+    keys = [prefix + name for prefix in ("", *(f"{m}." for m in moments)) for name in shapes]
     tensors = {
         key: (
             np.dtype(np.float32),
@@ -67,7 +73,7 @@ def drawn_state(model: ModelConfig) -> Checkpoint:
         values = np.take(pool, range(first, first + (stop - start) * width), mode="wrap")
         return values.reshape(stop - start, *shape[1:])
 
-    state = {"format_version": 1, "step": 1, "seed": 0}
+    state = {"format_version": 1, "step": 1, "seed": 0} if moments else None
     return Checkpoint(Path("(drawn)"), "drawn", model, state, tensors, read)
 
 
@@ -85,10 +91,12 @@ def child(source: Path, target: Path, to: str) -> dict[str, float]:
     from parity.convert import kind_of
 
     for kind in {kind_of(source), to}:
-        if kind == "torch":
+        if kind in ("torch", "hf"):
             import mooshak_torch.checkpoint  # noqa: F401
         elif kind == "jax":
             import mooshak_jax.checkpoint  # noqa: F401
+        if kind == "hf":
+            import parity.export  # noqa: F401
     imported = peak = rss_anon()
     done = threading.Event()
 
@@ -114,11 +122,13 @@ def rss_anon() -> int:
     return 1024 * int(line.split()[1])
 
 
-def copy(source: Path, target: Path) -> float:
-    """Seconds that `cp -r` takes."""
+def copy(source: Path, target: Path) -> dict[str, float]:
+    """Copy with `cp -r`: `seconds`, and `synced` with those until the copy is on the disk."""
     start = time.perf_counter()
     subprocess.run(["cp", "-r", source, target], check=True)
-    return time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    os.sync()
+    return {"seconds": seconds, "synced": time.perf_counter() - start}
 
 
 def forget(path: Path) -> None:
@@ -143,12 +153,15 @@ def compare(source: Path, to: str, repeats: int) -> dict[str, Any]:
                 runs.append(measure(source, target, to))
     shutil.rmtree(target)
     seconds = {key: statistics.median(run[key] for run in runs) for key in ("seconds", "whole")}
-    copied = statistics.median(copies)
+    copied, synced = (
+        statistics.median(run[key] for run in copies) for key in ("seconds", "synced")
+    )
     return {
         "from": source.name,
         "to": to,
         "bytes": sum(file.stat().st_size for file in source.rglob("*") if file.is_file()),
         "cp_seconds": copied,
+        "cp_synced": synced,
         **seconds,
         "ratio": seconds["seconds"] / copied,
         "anon_bytes": max(run["anon_bytes"] for run in runs),
@@ -160,8 +173,8 @@ def compare(source: Path, to: str, repeats: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--size", type=size_in_bytes, default="8GB", help="of the training state")
-    parser.add_argument("--from", nargs="+", choices=STATES, default=list(STATES), dest="sources")
-    parser.add_argument("--to", nargs="+", choices=STATES, default=list(STATES))
+    parser.add_argument("--from", nargs="+", choices=KINDS, default=list(STATES), dest="sources")
+    parser.add_argument("--to", nargs="+", choices=KINDS, default=list(STATES))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--directory", type=Path, default=Path("runs/conversion"))
     parser.add_argument("--keep", action="store_true", help="leave the states for another run")
@@ -174,10 +187,12 @@ def main() -> None:
         return
     results = json.loads(args.out.read_text()) if args.out and args.out.is_file() else {}
     first = args.directory / "safetensors"
-    if not first.exists():
-        interchange.write_checkpoint(first, drawn_state(model_of(args.size)))
     for kind in args.sources:
         source = args.directory / kind
+        if kind == "hf" and not source.exists():
+            export.write_checkpoint(source, drawn_state(model_of(3 * args.size), moments=()))
+        elif not first.exists():
+            interchange.write_checkpoint(first, drawn_state(model_of(args.size)))
         if not source.exists():
             measure(first, source, kind)
         for to in args.to:
@@ -186,10 +201,13 @@ def main() -> None:
                 write_atomically(args.out, json.dumps(results, indent=2) + "\n")
     if not args.keep:
         shutil.rmtree(args.directory)
-    table = Table("pair", "GB", "cp, s", "conversion, s", "ratio", "whole, s", "RssAnon, MiB")
+    names = ("cp_seconds", "cp_synced", "seconds", "whole", "ratio")
+    columns = ("cp, s", "synced, s", "conversion, s", "whole, s", "ratio", "GB/s", "RssAnon, MiB")
+    table = Table("pair", "GB", *columns)
     for pair, result in results.items():
-        numbers = (result["bytes"] / 1e9, result["cp_seconds"], result["seconds"], result["ratio"])
-        cells = [f"{number:.2f}" for number in (*numbers, result["whole"])]
+        size = result["bytes"] / 1e9
+        numbers = (size, *(result[name] for name in names), size / result["seconds"])
+        cells = [f"{number:.2f}" for number in numbers]
         table.add_row(pair, *cells, f"{result['anon_bytes'] / 2**20:.0f}")
     print_table(table)
 

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import io
 import json
+import mmap
 import os
 import shutil
 from collections.abc import Iterator
@@ -144,14 +145,6 @@ def read_uncached(path: Path) -> io.BufferedReader:
     return io.BufferedReader(_Uncached(path))
 
 
-def write_uncached(path: Path) -> io.BufferedWriter:
-    """A new file, whose pages stay in memory until they are on the disk, to which they go at once.
-
-    As far as the system can do it; otherwise they stay.
-    """
-    return io.BufferedWriter(_Uncached(path, "wb"), 1 << 20)
-
-
 class _Uncached(io.FileIO):
     def readinto(self, buffer: Any) -> int:
         try:
@@ -161,19 +154,72 @@ class _Uncached(io.FileIO):
                 raise
         return super().readinto(buffer) or 0
 
-    def write(self, data: Any) -> int:
-        try:
-            return os.pwritev(self.fileno(), [data], HERE, DONT_CACHE)
-        except OSError as error:
-            if error.errno != errno.EOPNOTSUPP:
-                raise
-        size = super().write(data) or 0
-        # This begins to write them to the disk, and takes nothing out of memory before.
-        os.posix_fadvise(self.fileno(), self.tell() - size, size, os.POSIX_FADV_DONTNEED)
-        return size
-
 
 HERE = -1
-"""The position of a file, for reads and writes with flags."""
+"""The position of a file, for reads with flags."""
 DONT_CACHE = 0x80
 """RWF_DONTCACHE of Linux 6.14."""
+
+
+class Direct(io.FileIO):
+    """A new file, which goes to the disk by whole pages, past the page cache, where it can."""
+
+    def __init__(self, path: Path):
+        super().__init__(path, "wb", opener=_open_direct)
+        self._buffer = _spare.pop() if _spare else mmap.mmap(-1, 1 << 24, mmap.MAP_PRIVATE)
+        self._filled = 0
+
+    def write(self, data: Any) -> int:
+        data = memoryview(data).cast("B")
+        size = len(data)
+        while data:
+            part = data[: len(self._buffer) - self._filled]
+            self._buffer[self._filled : self._filled + len(part)] = part
+            self._filled += len(part)
+            data = data[len(part) :]
+            if self._filled == len(self._buffer):
+                self.flush()
+        return size
+
+    def tell(self) -> int:
+        return super().tell() + self._filled
+
+    def seek(self, position: int, whence: int = os.SEEK_SET) -> int:
+        self.flush()
+        return super().seek(position, whence)
+
+    def truncate(self, size: int | None = None) -> int:
+        self.flush()
+        return super().truncate(size)
+
+    def flush(self) -> None:
+        filled, self._filled = self._filled, 0
+        pages = filled // mmap.PAGESIZE * mmap.PAGESIZE
+        for start, stop in ((0, pages), (pages, filled)):
+            while start < stop:
+                try:
+                    start += os.write(self.fileno(), memoryview(self._buffer)[start:stop])
+                except OSError as error:
+                    flags = fcntl.fcntl(self, fcntl.F_GETFL)
+                    if error.errno != errno.EINVAL or not flags & os.O_DIRECT:
+                        raise
+                    # The end of the file, no whole page, and what comes after it.
+                    fcntl.fcntl(self, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+
+    def close(self) -> None:
+        if not self.closed:
+            super().close()
+            _spare.append(self._buffer)
+
+
+_spare: list[mmap.mmap] = []
+"""Buffers of files that are closed, for others."""
+
+
+def _open_direct(path: str, flags: int) -> int:
+    try:
+        return os.open(path, flags | os.O_DIRECT, 0o666)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    return os.open(path, flags, 0o666)

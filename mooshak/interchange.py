@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 
 from mooshak.config import ModelConfig, model_from_json, model_to_json
 from mooshak.errors import InputError
-from mooshak.files import new_directory, read_uncached, write_uncached
+from mooshak.files import Direct, new_directory, read_uncached
 
 FORMAT_VERSION = 1
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -461,7 +461,7 @@ def _shards(
 def _write_safetensors(file: Path, tensors: Tensors, read: Read) -> None:
     """Write a safetensors file some rows at a time (the library's own writer wants all at once)."""
     checksums = Checksums()
-    with write_uncached(file) as out:
+    with Direct(file) as out:
         # The header comes first and holds the checksums, which are known last.
         blank = dict.fromkeys(tensors, xxhash.xxh3_64().hexdigest())
         out.write(_header_bytes(tensors, blank))

@@ -3,6 +3,7 @@
 Orbax itself reads and writes whole trees: it would hold every array of a conversion in memory.
 """
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +14,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-from mooshak.files import write_uncached
-from mooshak.interchange import BLOCK
+from mooshak.files import Direct
+from mooshak.interchange import BLOCK, stored_rows
 
 
 class Arrays:
@@ -29,11 +30,40 @@ class Arrays:
 
     def read(self, name: str, region: tuple[slice, ...]) -> np.ndarray:
         """A part of an array, in the order of axes in which it is stored."""
-        if name not in self._open:
-            self._open = {name: self._opened(name, region)}
-        store = self._open[name]
+        if (rows := self._rows(name, region)) is not None:
+            return rows
+        if (store := self._open.get(name)) is None:
+            store = self._opened(name, region)
+            self._open = {name: store}
         fortran = store.chunk_layout.inner_order != tuple(range(store.rank))
         return store[region].read(order="F" if fortran else "C").result()
+
+    def _rows(self, name: str, region: tuple[slice, ...]) -> np.ndarray | None:
+        """A part that is rows of a chunk which is a file of its elements; None for any other."""
+        description = self.directory / name / ".zarray"
+        if not description.is_file():
+            return None
+        zarray = json.loads(description.read_bytes())
+        turn = slice(None, None, -1 if zarray["order"] == "F" else 1)
+        shape, chunk = zarray["shape"][turn], zarray["chunks"][turn]
+        (first, stop), *columns = (
+            cut.indices(size)[:2] for cut, size in zip(region[turn], shape, strict=True)
+        )
+        number = first // chunk[0]
+        index = (number, *(0 for _ in columns))[turn]
+        file = self.directory / name / ".".join(map(str, index))
+        if (
+            zarray.get("compressor")
+            or zarray.get("filters")
+            or chunk[1:] != shape[1:]
+            or columns != [(0, size) for size in shape[1:]]
+            or stop > (number + 1) * chunk[0]
+            or not file.is_file()
+        ):
+            return None
+        rows = slice(first - number * chunk[0], stop - number * chunk[0])
+        array = stored_rows(file, 0, np.dtype(zarray["dtype"]), tuple(chunk), rows)
+        return array.T if zarray["order"] == "F" else array
 
     def _opened(self, name: str, region: tuple[slice, ...]) -> tensorstore.TensorStore:
         spec = {"driver": self._driver, "kvstore": _place(self.directory, name)}
@@ -87,7 +117,7 @@ class Writer:
 
         def write(number: int, rows: np.ndarray) -> None:
             index = (number, *(0 for _ in shape[1:]))[turn]
-            with write_uncached(self.directory / name / ".".join(map(str, index))) as file:
+            with Direct(self.directory / name / ".".join(map(str, index))) as file:
                 file.write(rows.view(np.uint8).data)
                 file.truncate(chunk * rows.nbytes // len(rows))  # The last may have fewer rows.
 

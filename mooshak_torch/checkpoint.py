@@ -5,6 +5,7 @@ The state has the canonical names: `params.{name}`, `exp_avg.{name}`, `exp_avg_s
 
 import logging
 import operator
+import os
 import pickle
 import warnings
 import zipfile
@@ -45,7 +46,7 @@ from mooshak.checkpoints import Processes, kind_of, readable
 from mooshak.config import Config, Dtype
 from mooshak.errors import InputError
 from mooshak.extension import initial
-from mooshak.files import new_directory, write_uncached
+from mooshak.files import Direct, new_directory
 from mooshak.interchange import Checkpoint
 from mooshak.tokenizer import Tokenizer
 from mooshak_torch.model import Model, local_part
@@ -245,6 +246,8 @@ class Reader(dcp.FileSystemReader):
             raise ValueError("it is compressed by an extension of DCP")
         file = Path(self.path) / info.relative_path
         with file.open("rb") as stream:
+            # The elements themselves are read elsewhere.
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
             # On the meta device nothing is read but where the elements stand, and how.
             tensor = torch.load(self._slice_file(stream, info), "meta", weights_only=True)
         storage, dtype = tensor.untyped_storage(), _numpy_dtype(tensor.dtype)
@@ -290,7 +293,7 @@ class _Writer(dcp.FileSystemWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         results, name = [], f"__0_0{DEFAULT_SUFFIX}"
-        with write_uncached(Path(self.path) / name) as file:
+        with Direct(Path(self.path) / name) as file:
             for item in plan.items:
                 start = file.tell()
                 try:

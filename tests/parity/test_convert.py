@@ -1,5 +1,6 @@
 """Conversion: exact, read by the frameworks' own tools, checked, atomic, in little memory."""
 
+import errno
 import json
 import os
 import shutil
@@ -217,6 +218,25 @@ def test_no_room_on_the_disk(
     with pytest.raises(InputError, match=r"needs .* GB and the disk has"):
         convert(state.path, tmp_path / "full", to)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("to", KINDS)
+def test_files_that_cannot_pass_by_the_page_cache(
+    state: Checkpoint, to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> int:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    def open_(path: str, flags: int, *arguments: int, **names: int) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return original(path, flags, *arguments, **names)
+
+    original = os.open
+    monkeypatch.setattr(os, "preadv", refuse)
+    monkeypatch.setattr(os, "open", open_)
+    convert(state.path, tmp_path / "out", to)
+    same(open_any(tmp_path / "out"), state)
 
 
 def converting(source: Path, target: Path, to: str, first: str = "") -> subprocess.Popen[str]:
