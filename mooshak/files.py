@@ -162,7 +162,10 @@ DONT_CACHE = 0x80
 
 
 class Direct(io.FileIO):
-    """A new file, which goes to the disk by whole pages, past the page cache, where it can."""
+    """A new file, which goes to the disk by whole pages, past the page cache, where it can.
+
+    `flush` waits for more: part of a page would end that.
+    """
 
     def __init__(self, path: Path):
         super().__init__(path, "wb", opener=_open_direct)
@@ -178,21 +181,29 @@ class Direct(io.FileIO):
             self._filled += len(part)
             data = data[len(part) :]
             if self._filled == len(self._buffer):
-                self.flush()
+                self._write_out()
         return size
 
     def tell(self) -> int:
         return super().tell() + self._filled
 
     def seek(self, position: int, whence: int = os.SEEK_SET) -> int:
-        self.flush()
+        self._write_out()
         return super().seek(position, whence)
 
     def truncate(self, size: int | None = None) -> int:
-        self.flush()
+        self._write_out()
         return super().truncate(size)
 
-    def flush(self) -> None:
+    def close(self) -> None:
+        if not self.closed:
+            try:
+                self._write_out()
+            finally:
+                super().close()
+            _spare.append(self._buffer)
+
+    def _write_out(self) -> None:
         filled, self._filled = self._filled, 0
         pages = filled // mmap.PAGESIZE * mmap.PAGESIZE
         for start, stop in ((0, pages), (pages, filled)):
@@ -205,11 +216,6 @@ class Direct(io.FileIO):
                         raise
                     # The end of the file, no whole page, and what comes after it.
                     fcntl.fcntl(self, fcntl.F_SETFL, flags & ~os.O_DIRECT)
-
-    def close(self) -> None:
-        if not self.closed:
-            super().close()
-            _spare.append(self._buffer)
 
 
 _spare: list[mmap.mmap] = []
