@@ -38,6 +38,7 @@ from mooshak.plans import (
     ranked,
     step_times,
 )
+from mooshak.schedule import decays
 from mooshak_torch.model import COMPUTE, PARAMETERS
 from mooshak_torch.parallel import cut, shard
 from mooshak_torch.train import make_objective
@@ -95,6 +96,12 @@ USABLE = 0.94
 """Share of a GPU's memory for a program's tensors; CUDA, NCCL and fragmentation have the rest."""
 
 
+PERSISTENT = 100_000
+"""Numbers of a parameter that ZeRO 3 still keeps whole beside its part, by DeepSpeed's default."""
+BUCKET = 500_000_000
+"""Numbers of the buffer that DeepSpeed reduces gradients from, by its default."""
+
+
 def sweep(config: Config, gpu: str, gpus: int) -> list[Plan]:
     """The plans of every strategy that goes with the model and the batch, best first."""
     plans, reasons = [], []
@@ -147,10 +154,12 @@ def held(config: Config, sizes: dict[str, int], strategy: str) -> list[Unit]:
     objective = make_objective(config.model, config)
     wide = PARAMETERS[config.train.dtype].itemsize
     if strategy not in ("fsdp", "hsdp"):
-        numbers = sum(p.numel() for p in objective.parameters())
+        counts = [p.numel() for p in objective.parameters()]
+        numbers = sum(counts)
         if strategy != "zero3":
             return [Unit("model", numbers, numbers, wide, again=False)]
-        return [Unit("model", numbers, -(-numbers // sizes["data"]), wide, again=True)]
+        whole = sum(count for count in counts if count <= PERSISTENT)
+        return [Unit("model", numbers, -(-numbers // sizes["data"]) + whole, wide, again=True)]
     with processes_that_do_not_exist(math.prod(sizes.values())):
         mesh = init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=AXES)
         if sizes["tensor"] > 1:
@@ -200,7 +209,12 @@ def memory(
     local, numbers = sum(unit.local for unit in units), sum(unit.numbers for unit in units)
     sharded = strategy in ("fsdp", "hsdp", "zero3")
     slices = -(-numbers // sizes["data"])  # ZeRO's.
-    gradients = slices if strategy in ("zero2", "zero3") else local
+    gradients = local
+    # ZeRO 1 sums up whole gradients over micro-batches, ZeRO 2 and 3 reduce each.
+    if strategy == "zero2" or (strategy == "zero1" and config.train.accumulation == 1):
+        gradients = owned_gradients(config, sizes["data"])
+    elif strategy == "zero3":
+        gradients = slices
     moments = slices if strategy.startswith("zero") else local
     kept, temporary = passing(config, rows // config.train.accumulation, sharded)
     # Sequence parallelism cuts what stands between the products too; without it this is too much.
@@ -221,12 +235,30 @@ def memory(
         # DDP adds up gradients in buckets of its own.
         result["buckets"] = wide * numbers
     if strategy.startswith("zero"):
-        # DeepSpeed updates a copy of its slice, and reduces in buckets of 5e8 numbers.
+        # DeepSpeed updates a copy of its slice.
         result["optimizer"] += wide * slices
-        result["buckets"] = wide * min(numbers, 500_000_000)
+        result["buckets"] = wide * BUCKET
     if config.parallel.cpu_offload and strategy in ("fsdp", "hsdp"):
         result |= dict.fromkeys(("parameters", "gradients", "optimizer"), 0)
     return result
+
+
+def owned_gradients(config: Config, world: int) -> int:
+    """Numbers of the gradients that the fullest rank of ZeRO 1 or 2 keeps beside the bucket.
+
+    Matrices and gains are strung together and cut evenly; of a parameter that is cut through, the
+    ranks of both sides keep the whole gradient.
+    """
+    kept = [0] * world
+    for decayed in (True, False):
+        shapes = config.model.parameter_shapes()
+        counts = [math.prod(shape) for name, shape in shapes.items() if decays(name) == decayed]
+        slice_, start = -(-sum(counts) // world), 0
+        for count in counts:
+            for rank in range(start // slice_, -(-(start + count) // slice_)):
+                kept[rank] += count
+            start += count
+    return max(kept)
 
 
 def gathered(config: Config, units: list[Unit]) -> int:

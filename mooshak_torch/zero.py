@@ -168,5 +168,7 @@ def _deepspeed(device: torch.device) -> Any:
         ) from error
     finally:
         logging.disable(logging.NOTSET)
+    # A collective for inference on CPUs, which DeepSpeed would compile when it starts.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     return deepspeed

@@ -1,83 +1,228 @@
-"""What one process of a torchrun does in the tests: a list of training runs, one after the other.
+"""What one process of the tests does: what is asked of it on its standard input, run after run.
 
-Processes take seconds to start; a run of the tiny model takes less. Results are left in a file.
+Processes take seconds to start; a run of the tiny model takes less. A line asks for one: what to
+do, a configuration's arguments, paths, and the variables that torchrun would set. A line answers.
 """
 
 import json
 import os
+import signal
 import sys
 import time
+import traceback
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # Grain imports JAX.
-os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # Every run meets at a port of its own.
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
 import mooshak_torch.train
+from mooshak import checkpoints
 from mooshak import config as configuration
 from mooshak.config import Config
-from mooshak.errors import InputError
+from mooshak.errors import InputError, PeerError
+from mooshak_torch.checkpoint import open_checkpoint
 from mooshak_torch.model import local_part
-from mooshak_torch.optimizer import make_optimizer, moments
+from mooshak_torch.optimizer import LossScale, moments
 from mooshak_torch.parallel import make_parallel
-from mooshak_torch.train import make_objective, model_of, train
+from mooshak_torch.train import make_state, model_of, train, train_step
+from mooshak_torch.zero import ZeroOptimizer
 
 
-def main(runs: Path) -> None:
+def main() -> None:
     torch.set_num_threads(1)
-    results = []
-    for number, (port, do, argv) in enumerate(json.loads(runs.read_text())):
-        os.environ["MASTER_PORT"] = str(port)
-        if "deepspeed" in argv:
-            stay_together()
-        config = configuration.load(argv[0], argv[1:])
+    # What the runs print goes to standard error.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    sys.stdout.reconfigure(line_buffering=True)
+    for line in sys.stdin:
+        do, argv, paths, place = json.loads(line)
+        os.environ |= place
         try:
-            results.append(DO[do](config))
-        except InputError as error:
-            results.append(str(error))
-        print(number, argv[1:], flush=True)
-    rank = os.environ["RANK"]
-    runs.with_name(f"{runs.stem}-{rank}.json").write_text(json.dumps(results))
+            config = configuration.load(argv[0], argv[1:])
+            answer = {"result": DO[do](config, *map(Path, paths))}
+        except Exception:
+            answer = {"failed": traceback.format_exc()}
+        forget_processes()
+        print(json.dumps(answer), file=answers, flush=True)
 
 
-def absent(config: Config) -> None:
-    """A run whose second process stays away from the first step for longer than the timeout."""
-    if os.environ["RANK"] == "1":
-        step = mooshak_torch.train.train_step
-        mooshak_torch.train.train_step = lambda *args: time.sleep(8) or step(*args)
-    train(config)
+def forget_processes() -> None:
+    """Leave the process group, of which DeepSpeed keeps the first that it sees."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if "deepspeed" in sys.modules:
+        from deepspeed.comm import comm
+        from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+        from deepspeed.runtime.zero.partition_parameters import Init
+        from deepspeed.utils import groups
+
+        comm.cdb = None
+        groups._release_process_group_references()
+        # It numbers parameters and modules through, and wants the same numbers in all processes.
+        Init.param_id = 0
+        DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
 
 
-def stay_together() -> None:
-    """From now on one process group for all runs: DeepSpeed keeps the first that it sees."""
-    join = dist.init_process_group
-    dist.init_process_group = lambda *args, **options: (
-        None if dist.is_initialized() else join(*args, **options)
-    )
-    dist.destroy_process_group = lambda: None
+def trained(config: Config) -> dict[str, int]:
+    """Train; returns what this process holds before it updates the parameters, in bytes."""
+    held: dict[str, int] = {}
+
+    def make(*args: Any) -> Any:
+        objective, optimizer = make_state(*args)
+        step = optimizer.step
+
+        def measured_step() -> None:
+            held.update(holds(objective, optimizer))
+            step()
+
+        optimizer.step = measured_step
+        return objective, optimizer
+
+    with mock.patch.object(mooshak_torch.train, "make_state", make):
+        train(config)
+    return held
 
 
-def held_bytes(config: Config) -> dict[str, Any]:
-    """Bytes of parameters, gradients and optimizer state on this process."""
-    parallel = make_parallel(config)
-    model = model_of(parallel.wrap(make_objective(config.model, config), config))
-    optimizer = make_optimizer(model, config.optimizer)
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    state = moments(model, optimizer)
+def holds(objective: nn.Module, optimizer: torch.optim.Optimizer | ZeroOptimizer) -> dict[str, int]:
+    """Bytes of the storages of parameters, gradients and optimizer state."""
+    parameters = list(objective.parameters())
     tensors = {
-        "parameters": list(model.parameters()),
-        "gradients": [p.grad for p in model.parameters() if p.grad is not None],
-        "optimizer": [tensor for part in state.values() for tensor in part.values()],
+        "parameters": [local_part(p)[0] for p in parameters],
+        "gradients": [local_part(p.grad)[0] for p in parameters if p.grad is not None],
     }
+    if isinstance(optimizer, ZeroOptimizer):
+        engine = optimizer.engine.optimizer
+        tensors["parameters"] += [p.ds_tensor for p in parameters if hasattr(p, "ds_tensor")]
+        averaged = [g for group in engine.averaged_gradients.values() for g in group or ()]
+        tensors["gradients"] += averaged
+        state = [*optimizer.flats, *_values(engine.optimizer)]
+    else:
+        state = _values(optimizer)
+    tensors["optimizer"] = [local_part(tensor)[0] for tensor in state if tensor.ndim]
+    seen: set[int] = set()
+    return {what: sum(_new_bytes(t, seen) for t in those) for what, those in tensors.items()}
+
+
+def _values(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [value for state in optimizer.state.values() for value in state.values()]
+
+
+def _new_bytes(tensor: Tensor, seen: set[int]) -> int:
+    storage = tensor.untyped_storage()
+    if storage.data_ptr() in seen:
+        return 0
+    seen.add(storage.data_ptr())
+    return storage.nbytes()
+
+
+def restored(config: Config, *written: Path) -> int:
+    """Restore checkpoints of any layout in this one; asserts that every bit of them is there."""
+    parallel, compared = make_parallel(config), 0
+    for path in written:
+        source = open_checkpoint(path)
+        assert source.trainer_state is not None
+        step = source.trainer_state["step"]
+        objective, optimizer = make_state(config, parallel, None, source)
+        model = model_of(objective)
+        if isinstance(optimizer, ZeroOptimizer):
+            state, inner = optimizer.state(), optimizer.engine.optimizer.optimizer
+        else:
+            state = {"params": dict(model.named_parameters()), **moments(model, optimizer)}
+            inner = optimizer
+        assert {int(s["step"]) for s in inner.state.values()} == {step}
+        for kind, tensors in state.items():
+            for name, tensor in tensors.items():
+                part, where = local_part(tensor)
+                truth = whole(path)[name if kind == "params" else f"{kind}.{name}"][where]
+                assert torch.equal(part, torch.tensor(truth, dtype=part.dtype)), (path, kind, name)
+                compared += 1
     parallel.close()
-    return {what: sum(local_part(t)[0].nbytes for t in held) for what, held in tensors.items()}
+    return compared
 
 
-DO = {"train": train, "hold": held_bytes, "absent": absent}
+@cache
+def whole(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a checkpoint."""
+    source = open_checkpoint(path)
+    return {key: source.read(key) for key in source.tensors}
+
+
+def refused(config: Config) -> list[Any]:
+    """What a run that cannot be says, and whether it met the others or took memory before."""
+    joins = mock.patch.object(dist, "init_process_group")
+    with joins as joined, mock.patch.object(nn.Module, "to_empty") as allocated:
+        try:
+            train(config)
+        except InputError as error:
+            return [str(error), joined.called, allocated.called]
+    raise AssertionError("it was not refused")
+
+
+def absent(config: Config, given_up: Path) -> str:
+    """A run whose second process stays away from the first step until the other gives up."""
+
+    def stay_away(*args: Any) -> Any:
+        while not given_up.exists():
+            time.sleep(0.1)
+        return train_step(*args)
+
+    away = os.environ["RANK"] == "1"
+    with mock.patch.object(mooshak_torch.train, "train_step", stay_away if away else train_step):
+        try:
+            train(config)
+        except PeerError as error:
+            given_up.touch()
+            return str(error)
+    raise AssertionError("nobody gave up")
+
+
+def signalled(config: Config) -> int:
+    """The command, of which the second process alone gets a SIGTERM in its third step.
+
+    Returns the last step that is saved when it has ended well.
+    """
+    steps = 0
+
+    def step(*args: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 3 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(*args)
+
+    argv = ["train", "--config", f"{config.run.dir}.yaml"]
+    Path(argv[-1]).write_text(configuration.dump(config))
+    with mock.patch.object(mooshak_torch.train, "train_step", step), mock.patch("sys.argv", argv):
+        mooshak_torch.train.main()  # Anything but exit code 0 is an exception.
+    return checkpoints.complete_steps(Path(config.run.dir) / "checkpoints")[-1]
+
+
+def converted(config: Config) -> int:
+    """A run; returns how many checkpoints this process has converted for it."""
+    with mock.patch.object(checkpoints, "_converted", wraps=checkpoints._converted) as done:
+        train(config)
+    return done.call_count
+
+
+def overflowing(config: Config) -> None:
+    """A run in float16 whose first gradients are too large."""
+    scale = partial(LossScale, scale=2.0**30)
+    with mock.patch.object(mooshak_torch.train, "LossScale", scale):
+        train(config)
+
+
+DO: dict[str, Callable[..., Any]] = {
+    do.__name__: do
+    for do in (trained, restored, refused, absent, signalled, converted, overflowing)
+}
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()

@@ -1,16 +1,17 @@
 """The torch side on several processes (gloo): every layout trains as one process does."""
 
-import functools
 import json
 import math
 import os
+import shutil
 import socket
 import subprocess
 import sys
-from contextlib import ExitStack
+import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import pytest
@@ -20,28 +21,28 @@ from mooshak import config as configuration
 from mooshak.config import Config, ModelConfig
 from mooshak.errors import InputError
 from mooshak_torch.checkpoint import open_checkpoint
-from mooshak_torch.optimizer import LossScale
 from mooshak_torch.plan import plan
 from mooshak_torch.train import train
+from parity.convert import convert
 
 STEPS = 10
 
-LAYOUTS = {
-    "ddp": ("--parallel.strategy", "ddp"),
-    "fsdp": ("--parallel.strategy", "fsdp"),
-    "hsdp": ("--mesh", "data=2,fsdp=2", "--train.accumulation", 2),
-    "tensor": ("--mesh", "fsdp=2,tensor=2"),
-}
-"""Of four processes."""
-
-VARIANTS = {
-    "accumulation": ("--mesh", "fsdp=4", "--train.accumulation", 2),
+LAYOUTS: dict[str, tuple[Any, ...]] = {
+    "ddp": ("--parallel.strategy", "ddp", "--train.accumulation", 2),
+    "fsdp": ("--parallel.strategy", "fsdp", "--train.accumulation", 2),
     "kept": ("--mesh", "fsdp=-1", "--parallel.reshard_after_forward", "false"),
-    "remat": ("--mesh", "fsdp=2,tensor=2", "--train.remat", "full"),
-    "offload": ("--mesh", "fsdp=4", "--parallel.cpu_offload", "true", "--parallel.prefetch", 2),
-    "sequence": ("--mesh", "data=2,tensor=2", "--parallel.sequence_parallel", "true"),
+    "hsdp": ("--parallel.strategy", "hsdp", "--train.remat", "full"),
+    "offload": ("--mesh", "fsdp=-1", "--parallel.cpu_offload", "true", "--parallel.prefetch", 2),
+    "tensor": ("--mesh", "fsdp=-1,tensor=2", "--train.remat", "full"),
+    "sequence": ("--mesh", "data=-1,tensor=2", "--parallel.sequence_parallel", "true"),
 }
-VARIANTS["sequence"] += ("--train.remat", "dots")
+LAYOUTS["sequence"] += ("--train.remat", "dots")
+
+ZERO = {
+    f"zero{stage}": ("--parallel.strategy", "deepspeed", "--parallel.zero_stage", stage)
+    for stage in (1, 2, 3)
+}
+"""DeepSpeed computes in float32 here."""
 
 LLAMA = ("--model.architecture", "llama", "--model.head_dim", 6, "--model.qk_norm", "true")
 LLAMA += ("--model.qkv_bias", "true", "--model.wo_bias", "true", "--model.mlp_bias", "true")
@@ -53,7 +54,7 @@ LLAMA += ("--model.tie_embeddings", "true")
 def config(tiny_config: Config, tiny_tokenizer: object, tmp_path_factory: Any) -> Path:
     """A tiny model whose widths four processes do not divide, in float64."""
     model = ModelConfig(
-        vocab_size=512, dim=40, n_layers=3, n_heads=4, n_kv_heads=2, hidden_dim=42, max_seq_len=32
+        vocab_size=512, dim=40, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=42, max_seq_len=32
     )
     changed = replace(
         tiny_config,
@@ -61,8 +62,8 @@ def config(tiny_config: Config, tiny_tokenizer: object, tmp_path_factory: Any) -
         train=replace(tiny_config.train, steps=STEPS, dtype="float64"),
         optimizer=replace(tiny_config.optimizer, learning_rate=1e-2, clip_norm=0.5),
         schedule=replace(tiny_config.schedule, warmup_steps=2),
-        # Seven sequences in batches of two: four processes do not go through equally many.
-        evaluate=replace(tiny_config.evaluate, every=STEPS // 2, sequences=7, batch_size=1),
+        # Three sequences, one at a time: neither two nor four processes have equally many.
+        evaluate=replace(tiny_config.evaluate, every=STEPS, sequences=3, batch_size=1),
     )
     path: Path = tmp_path_factory.mktemp("parallel") / "config.yaml"
     path.write_text(configuration.dump(changed))
@@ -77,27 +78,87 @@ def alone(config: Path) -> Path:
     return directory
 
 
-def launch(processes: int, runs: list[tuple[str, list[Any]]], file: Path) -> list[list[Any]]:
-    """Do all runs in one start of torchrun; returns for every process what its runs came to."""
-    with ExitStack() as stack:
-        # A port for every run: where a group has met, its next one would find its traces.
-        sockets = [stack.enter_context(socket.socket()) for _ in runs]
-        for free in sockets:
+class Ranks:
+    """Four processes that do what they are asked to, all or the first of them together."""
+
+    def __init__(self, log: Path):
+        self.log = log
+        command = [sys.executable, str(Path(__file__).with_name("ranks.py"))]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+        with log.open("w") as errors:
+            self.processes = [
+                subprocess.Popen(
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    text=True,
+                    env=environment,
+                )
+                for _ in range(4)
+            ]
+
+    def run(self, processes: int, do: str, argv: list[Any], *paths: Path) -> list[Any]:
+        """What a function of ranks.py gives in every process, which stand on machines of two."""
+        with socket.socket() as free:
+            # A port for every run: where a group has met, its next one would find its traces.
             free.bind(("127.0.0.1", 0))
-        ports = [free.getsockname()[1] for free in sockets]
-    listed = [[p, do, [*map(str, argv)]] for p, (do, argv) in zip(ports, runs, strict=True)]
-    file.write_text(json.dumps(listed))
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
-    done = subprocess.run(
-        [sys.executable, *torchrun, str(Path(__file__).with_name("ranks.py")), str(file)],
-        capture_output=True,
-        text=True,
-        timeout=400,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
-    files = [file.with_name(f"{file.stem}-{rank}.json") for rank in range(processes)]
-    return [json.loads(written.read_text()) for written in files]
+            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        place |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": "2"}
+        words = [[*map(str, argv)], [*map(str, paths)]]
+        chosen = self.processes[:processes]
+        for rank, process in enumerate(chosen):
+            here = place | {"RANK": str(rank), "LOCAL_RANK": str(rank % 2)}
+            assert process.stdin is not None
+            process.stdin.write(json.dumps([do, *words, here]) + "\n")
+            process.stdin.flush()
+        overdue = threading.Timer(120, self.close)
+        overdue.start()
+        answers = [process.stdout.readline() for process in chosen if process.stdout is not None]
+        overdue.cancel()
+        told = [json.loads(answer) for answer in answers if answer]
+        for answer in told:
+            assert "result" in answer, answer["failed"]
+        assert len(told) == processes, self.log.read_text()[-3000:]
+        return [answer["result"] for answer in told]
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: Any) -> Iterator[Ranks]:
+    started = Ranks(tmp_path_factory.mktemp("ranks") / "log")
+    yield started
+    started.close()
+
+
+class Run(TypedDict):
+    """A run in some layout, on so many processes."""
+
+    options: tuple[Any, ...]
+    processes: int
+    directory: Path
+    held: list[dict[str, int]]
+    """What each process holds, in bytes."""
+
+
+@pytest.fixture(scope="module")
+def runs(config: Path, ranks: Ranks) -> dict[str, Run]:
+    """Every layout on two and on four processes: its run, ddp-2 or zero3-4."""
+    result: dict[str, Run] = {}
+    for processes in (2, 4):
+        for name, options in (LAYOUTS | ZERO).items():
+            if name in ZERO:
+                options = (*options, "--train.dtype", "float32")
+            directory = config.parent / f"{name}-{processes}"
+            argv = [config, *options, "--run.dir", directory]
+            held = ranks.run(processes, "trained", argv)
+            result[directory.name] = Run(
+                options=options, processes=processes, directory=directory, held=held
+            )
+    return result
 
 
 def metrics(directory: Path, key: str = "loss") -> list[float]:
@@ -107,95 +168,202 @@ def metrics(directory: Path, key: str = "loss") -> list[float]:
     return [line[key] for line in lines if key in line]
 
 
-def test_every_layout_trains_as_one_process(config: Path, alone: Path, tmp_path: Path) -> None:
-    layouts = LAYOUTS | VARIANTS
-    runs = [
-        ("train", [config, *options, "--run.dir", tmp_path / name])
-        for name, options in layouts.items()
-    ]
-    held = ["ddp", "fsdp", "hsdp", "tensor", "offload"]
-    runs += [("hold", [config, *layouts[name]]) for name in held]
-    results = launch(4, runs, tmp_path / "runs.json")
-    for name in layouts:
-        for key in ("loss", "grad_norm", "validation_loss"):
-            there, here = metrics(tmp_path / name, key), metrics(alone, key)
-            assert len(here) == (2 if key == "validation_loss" else STEPS)
-            assert there == pytest.approx(here, rel=1e-12, abs=0), (name, key)
-
-    model = configuration.load(config).model
-    whole = 8 * model.parameter_count()
-    for result in results:
-        per_process = dict(zip(held, result[len(layouts) :], strict=True))
-        assert per_process["ddp"] == {
-            "parameters": whole,
-            "gradients": whole,
-            "optimizer": 2 * whole,
-        }
-        for name, shards in (("fsdp", 4), ("hsdp", 2), ("tensor", 4), ("offload", 4)):
-            for what, held_bytes in per_process[name].items():
-                share = per_process["ddp"][what] / shards
-                # Rows are dealt out whole: the last process has fewer of 42, the others more.
-                assert abs(held_bytes - share) < 0.05 * share, (name, what)
-    for number, name in enumerate(held):
-        there = [result[len(layouts) + number] for result in results]
-        assert_planned(configuration.load(config, [*map(str, layouts[name])]), there)
+FIGURES = ("loss", "grad_norm")
 
 
-def assert_planned(config: Config, results: list[dict[str, int]]) -> None:
-    """The planner says, to 2 %, what the process that holds most holds."""
-    strategy = config.parallel.strategy
-    if strategy == "auto":
-        strategy = "hsdp" if "data" in config.parallel.mesh else "fsdp"
-    if config.parallel.cpu_offload:
-        # What is held is the same; the host has it.
-        config = replace(config, parallel=replace(config.parallel, cpu_offload=False))
-    planned = plan(config, "h100-80g", len(results), strategy).memory
+def assert_same(
+    there: Path, here: Path, tolerance: float = 1e-12, figures: tuple[str, ...] = FIGURES
+) -> None:
+    """The figures of both runs are the same at every step."""
+    for key in figures:
+        measured, truth = metrics(there, key), metrics(here, key)
+        assert measured == pytest.approx(truth, rel=tolerance, abs=0), key
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layout_trains_as_one_process(
+    name: str, processes: int, runs: dict[str, Run], alone: Path
+) -> None:
+    assert len(metrics(alone)) == STEPS and len(metrics(alone, "validation_loss")) == 1
+    figures = (*FIGURES, "validation_loss")
+    assert_same(runs[f"{name}-{processes}"]["directory"], alone, figures=figures)
+
+
+@pytest.fixture(scope="module")
+def ddp32(config: Path, ranks: Ranks) -> Path:
+    """DDP in float32, on two processes."""
+    directory = config.parent / "ddp32"
+    argv = [config, *LAYOUTS["ddp"], "--train.dtype", "float32", "--run.dir", directory]
+    ranks.run(2, "trained", argv)
+    return directory
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("name", ZERO)
+def test_zero_trains_as_ddp(name: str, processes: int, runs: dict[str, Run], ddp32: Path) -> None:
+    directory = runs[f"{name}-{processes}"]["directory"]
+    assert_same(directory, ddp32, tolerance=5e-6)
+    # Its checkpoint is as any: every tensor and every moment, whole.
+    there, here = (open_checkpoint(run / "checkpoints" / str(STEPS)) for run in (directory, ddp32))
+    assert list(there.tensors) == list(here.tensors) and there.has_optimizer
+    for key in here.tensors:
+        difference = np.linalg.norm(there.read(key) - here.read(key))
+        assert difference <= 1e-3 * np.linalg.norm(here.read(key)), key
+
+
+SHARES = {"ddp": 1, "sequence": 2}
+"""Into how many parts a layout cuts the state, where that is not the number of processes."""
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_process_holds_its_part(
+    name: str, processes: int, config: Path, runs: dict[str, Run]
+) -> None:
+    parts = 2 if name == "hsdp" else SHARES.get(name, processes)
+    whole = 8 * configuration.load(config).model.parameter_count()
+    for held in runs[f"{name}-{processes}"]["held"]:
+        for what, size in held.items():
+            share = whole / parts * (2 if what == "optimizer" else 1)
+            # Rows are dealt out whole: the last process has fewer of 42, the others more.
+            assert abs(size - share) < 0.05 * share, what
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("name", LAYOUTS | ZERO)
+def test_a_process_holds_what_is_planned(
+    name: str, processes: int, config: Path, runs: dict[str, Run]
+) -> None:
+    """To 2 %, of the process that holds most."""
+    run = runs[f"{name}-{processes}"]
+    planned = planned_memory(config, name, run["options"], processes)
     for what in ("parameters", "gradients", "optimizer"):
-        assert planned[what] == pytest.approx(max(r[what] for r in results), rel=0.02), what
+        most = max(held[what] for held in run["held"])
+        assert planned[what] == pytest.approx(most, rel=0.02), what
 
 
-def test_two_processes_hold_what_is_planned(config: Path, tmp_path: Path) -> None:
-    layouts = [
-        ["--parallel.strategy", "ddp"],
-        ["--parallel.strategy", "fsdp"],
-        ["--parallel.strategy", "fsdp", "--train.dtype", "bfloat16"],
-        ["--mesh", "tensor=2"],
-    ]
-    results = launch(2, [("hold", [config, *options]) for options in layouts], tmp_path / "runs")
-    for number, options in enumerate(layouts):
-        there = [result[number] for result in results]
-        assert_planned(configuration.load(config, options), there)
+def planned_memory(
+    config: Path, name: str, options: tuple[Any, ...], processes: int
+) -> dict[str, int]:
+    """What the planner says of a layout."""
+    strategy = name if name in ("ddp", *ZERO) else "fsdp"
+    if name == "hsdp":
+        options = (*options, "--mesh", f"data={processes // 2},fsdp=2")
+    if name == "offload":
+        # What is held is the same; the host has it.
+        options = (*options, "--parallel.cpu_offload", "false")
+    configured = configuration.load(config, [*map(str, options)])
+    return plan(configured, "h100-80g", processes, strategy).memory
 
 
-def test_a_checkpoint_of_every_layout_restores_in_every_other(config: Path, tmp_path: Path) -> None:
-    """One step in each, so that each follows on each; then two processes go on, then one."""
-    names = list(LAYOUTS)
-    order = [names[0]]
-    pairs = {(a, b) for a in names for b in names if a != b}
-    while following := [b for b in names if (order[-1], b) in pairs]:
-        # The one with most ways left to go: the walk ends when every pair has been passed.
-        order.append(max(following, key=lambda b: sum(a == b for a, _ in pairs)))
-        pairs.discard((order[-2], order[-1]))
-    assert not pairs
-    steps = len(order) + 2
+@pytest.mark.parametrize("processes", [2, 4])
+def test_zero_3_keeps_what_is_small_whole(
+    processes: int, config: Path, tmp_path: Path, ranks: Ranks
+) -> None:
+    """The embedding and the head are not: they are larger than DeepSpeed's threshold."""
+    options = (*ZERO["zero3"], "--train.dtype", "float32", "--train.stop_at", 2)
+    options += ("--model.dim", 200, "--model.head_dim", 50, "--model.n_layers", 1)
+    held = ranks.run(processes, "trained", [config, *options, "--run.dir", tmp_path])
+    planned = planned_memory(config, "zero3", options, processes)
+    for what in ("parameters", "gradients", "optimizer"):
+        assert planned[what] == pytest.approx(max(rank[what] for rank in held), rel=0.02), what
+
+
+def test_every_checkpoint_restores_in_every_layout(
+    config: Path, alone: Path, ranks: Ranks, runs: dict[str, Run]
+) -> None:
+    """To the last bit, with the optimizer: from one process, and from two on four and four on two.
+
+    DeepSpeed, which starts anew for each, takes two: of layouts that cut otherwise.
+    """
+    whole = len(configuration.load(config).model.parameter_shapes())
+    for name, run in (*runs.items(), ("alone", None)):
+        processes = 1 if run is None else run["processes"]
+        others = {key: r for key, r in runs.items() if r["processes"] != processes}
+        stage = next((stage for stage in ZERO if stage in name), None)
+        if stage:
+            cut_otherwise = ("tensor", *(other for other in ZERO if other != stage))[:2]
+            others = {key: r for key, r in others.items() if key.startswith(cut_otherwise)}
+        written = [*(other["directory"] for other in others.values()), *([] if stage else [alone])]
+        checkpoints = [directory / "checkpoints" / str(STEPS) for directory in written]
+        options = () if run is None else run["options"]
+        compared = ranks.run(processes, "restored", [config, *options], *checkpoints)
+        # Under DeepSpeed each process has some of the tensors to compare, and all of them whole.
+        assert (sum(compared) if stage else min(compared)) == 3 * whole * len(written)
+
+
+def test_a_run_goes_on_in_every_layout(config: Path, tmp_path: Path, ranks: Ranks) -> None:
+    """A step in each, of the other architecture; then a signal to one of two processes, a
+    checkpoint of JAX, and one process."""
+    steps = len(LAYOUTS) + 6
     options = [config, *LLAMA, "--model.n_layers", 1, "--train.steps", steps]
     options += ["--evaluate.every", 0, "--run.dir"]
-    chain = [
-        ("train", [*options, tmp_path / "chain", *LAYOUTS[name], "--train.stop_at", step])
-        for step, name in enumerate(order, 1)
-    ]
-    launch(4, chain, tmp_path / "four.json")
-    pair = [*options, tmp_path / "chain", "--mesh", "tensor=2", "--train.stop_at", steps - 1]
-    launch(2, [("train", pair)], tmp_path / "two.json")
+    for step, layout in enumerate(LAYOUTS.values(), 1):
+        argv = [*options, tmp_path / "chain", *layout, "--train.stop_at", step]
+        ranks.run(4, "trained", argv)
+    stopped = len(LAYOUTS) + 3
+    argv = [*options, tmp_path / "chain", "--mesh", "fsdp=2"]
+    assert ranks.run(2, "signalled", argv) == [stopped, stopped]
+    assert f"stopped after step {stopped}, saved" in ranks.log.read_text()
+    saved = tmp_path / "chain" / "checkpoints" / str(stopped)
+    convert(saved, tmp_path / "jax", "jax")
+    shutil.rmtree(saved)
+    shutil.move(tmp_path / "jax", saved)
+    assert ranks.run(2, "converted", [*argv, "--train.stop_at", stopped + 1]) == [1, 0]
     for directory in ("chain", "alone"):
         argv = [str(option) for option in (*options[1:], tmp_path / directory)]
         train(configuration.load(config, argv))
+    assert len(metrics(tmp_path / "chain")) == steps
+    assert_same(tmp_path / "chain", tmp_path / "alone")
+
+
+def test_zero_goes_on_in_every_stage(
+    config: Path, tmp_path: Path, ranks: Ranks, ddp32: Path
+) -> None:
+    options = [config, "--train.dtype", "float32", "--train.accumulation", 2]
+    for stop, name in ((3, "zero3"), (5, "zero1"), (7, "zero2"), (STEPS, "zero3")):
+        argv = [*options, *ZERO[name], "--run.dir", tmp_path, "--train.stop_at", stop]
+        ranks.run(2, "trained", argv)
+    assert_same(tmp_path, ddp32, tolerance=5e-6)
+
+
+def test_fsdp_rounds_where_ddp_does(
+    config: Path, tmp_path: Path, ranks: Ranks, ddp32: Path
+) -> None:
+    """In bfloat16: what it gathers narrow is what is multiplied narrow."""
+    for name in ("ddp", "fsdp"):
+        argv = [config, *LAYOUTS[name], "--train.dtype", "bfloat16", "--evaluate.every", 0]
+        ranks.run(2, "trained", [*argv, "--train.stop_at", 5, "--run.dir", tmp_path / name])
+    # Until the order of a sum in float32 makes a weight round to the other bfloat16.
+    there, here = metrics(tmp_path / "fsdp"), metrics(tmp_path / "ddp")
+    assert there == pytest.approx(here, rel=1e-7, abs=0)
+    assert here != pytest.approx(metrics(ddp32)[:5], rel=1e-6, abs=0)
+
+
+def test_a_resume_on_shards_of_unequal_size_is_exact(
+    config: Path, tmp_path: Path, ranks: Ranks
+) -> None:
+    """torchtitan #809 and #1702: the loss differed after a resume."""
+    uneven = ("--model.n_heads", 3, "--model.n_kv_heads", 3, "--model.dim", 30)
+    options = [config, *uneven, "--model.head_dim", 10, "--train.dtype", "float32"]
+    options += ["--mesh", "fsdp=4", "--run.dir"]
+    for directory, stop in (("whole", STEPS), ("parts", 3), ("parts", STEPS)):
+        ranks.run(4, "trained", [*options, tmp_path / directory, "--train.stop_at", stop])
     for key in ("loss", "grad_norm"):
-        there, here = metrics(tmp_path / "chain", key), metrics(tmp_path / "alone", key)
-        assert len(here) == steps and there == pytest.approx(here, rel=1e-12, abs=0)
+        assert metrics(tmp_path / "parts", key) == metrics(tmp_path / "whole", key)
 
 
-def test_what_cannot_work_is_said(config: Path, tmp_path: Path) -> None:
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_layers_train_alike(config: Path, tmp_path: Path, ranks: Ranks) -> None:
+    options = [config, *LAYOUTS["fsdp"], "--train.stop_at", 3, "--evaluate.every", 0]
+    for run in ("plain", "compiled"):
+        compiled = ("--train.compile", run == "compiled", "--run.dir", tmp_path / run)
+        ranks.run(2, "trained", [*options, *compiled])
+    assert_same(tmp_path / "compiled", tmp_path / "plain")
+
+
+def test_what_cannot_work_is_said(config: Path, tmp_path: Path, ranks: Ranks) -> None:
     """Meshes that do not fit, before anything is allocated; a process that does not come."""
     wrong = [
         (("--mesh", "fsdp=3"), "mesh fsdp=3 needs 3 processes and there are 2"),
@@ -206,16 +374,18 @@ def test_what_cannot_work_is_said(config: Path, tmp_path: Path) -> None:
         (("--mesh", "tensor=2", "--model.n_kv_heads", 1), "n_kv_heads 1 is not divisible"),
         (("--parallel.cpu_offload", "true"), "cpu_offload goes with parallel.strategy fsdp"),
         (("--train.accumulation", 8), "train.batch_size 8 is not divisible by mesh data=2"),
+        ((*ZERO["zero1"], "--train.dtype", "float64"), "in float32 or bfloat16, not float64"),
     ]
     options = [config, "--run.dir", tmp_path / "run", "--train.dtype", "float32"]
-    runs = [("train", [*options, *argv]) for argv, _ in wrong]
-    runs.append(("absent", [*options, "--mesh", "fsdp=2", "--parallel.timeout", 3]))
-    results = launch(2, runs, tmp_path / "runs.json")
-    for number, (_, message) in enumerate(wrong):
-        assert all(message in result[number] for result in results), results[0][number]
-    assert "rank 0 of 2 waited in all_gather" in results[0][-1]
-    assert "Timed out" in results[0][-1] and "\n" not in results[0][-1]
-    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+    for argv, message in wrong:
+        for said, joined, allocated in ranks.run(2, "refused", [*options, *argv]):
+            assert message in said and "\n" not in said
+            assert not joined and not allocated
+    assert not (tmp_path / "run").exists()
+    late = [*options, "--mesh", "fsdp=2", "--parallel.timeout", 2]
+    said, _ = ranks.run(2, "absent", late, tmp_path / "given_up")
+    assert "rank 0 of 2 waited in all_gather" in said
+    assert "Timed out" in said and "\n" not in said
     with pytest.raises(InputError, match="needs processes: start with torchrun"):
         train(configuration.load(config, ["--parallel.strategy", "fsdp"]))
     with pytest.raises(InputError, match="gradients scaled, which only"):
@@ -223,72 +393,18 @@ def test_what_cannot_work_is_said(config: Path, tmp_path: Path) -> None:
 
 
 def test_float16_skips_what_is_not_finite_and_resumes_exactly(
-    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: Path, tmp_path: Path, ranks: Ranks
 ) -> None:
-    # So much that the first gradients overflow.
-    scale = functools.partial(LossScale, scale=2.0**30)
-    monkeypatch.setattr("mooshak_torch.train.LossScale", scale)
-    options = ["--train.dtype", "float16", "--evaluate.every", "0", "--run.dir"]
-    for directory, stops in (("whole", (STEPS,)), ("parts", (6, STEPS))):
-        for stop in stops:
-            argv = [*options, str(tmp_path / directory), "--train.stop_at", str(stop)]
-            train(configuration.load(config, argv))
+    options = [config, "--train.dtype", "float16", "--evaluate.every", 0, "--mesh", "fsdp=-1"]
+    for run, stop in (("whole", STEPS), ("parts", 6), ("parts", STEPS)):
+        argv = [*options, "--train.stop_at", stop, "--run.dir", tmp_path / run]
+        ranks.run(2, "overflowing", argv)
     whole = metrics(tmp_path / "whole")
-    assert metrics(tmp_path / "parts") == whole
+    assert metrics(tmp_path / "parts") == whole and whole[-1] < whole[0]
+    # What one process finds in its shards, both skip.
     scales = metrics(tmp_path / "whole", "loss_scale")
     assert scales[0] == 2.0**29 and 2.0**15 < scales[-1] < 2.0**28
-    assert scales[-1] == scales[-2] and whole[-1] < whole[0]
+    assert scales[-1] == scales[-2]
     state = json.loads((tmp_path / f"whole/checkpoints/{STEPS}/trainer_state.json").read_text())
     assert state["loss_scale"]["scale"] == scales[-1]
     assert state["loss_scale"]["skipped"] == 30 - math.log2(scales[-1])
-
-
-def test_zero_trains_as_ddp(config: Path, tmp_path: Path) -> None:
-    """DeepSpeed's three stages, one after the other in one run, whose checkpoint is like any.
-
-    And in bfloat16 FSDP rounds where DDP does: what it gathers narrow is what is multiplied narrow.
-    """
-    options = [config, "--train.dtype", "float32", "--run.dir"]
-    zero = ("--parallel.strategy", "deepspeed", "--parallel.zero_stage")
-    runs = [
-        ("train", [*options, tmp_path / "ddp"]),
-        ("train", [*options, tmp_path / "ddp16", "--train.dtype", "bfloat16"]),
-        ("train", [*options, tmp_path / "fsdp16", "--train.dtype", "bfloat16", "--mesh", "fsdp=2"]),
-        ("train", [*options, tmp_path / "zero", *zero, 3, "--train.stop_at", 2]),
-        ("train", [*options, tmp_path / "zero", *zero, 1, "--train.stop_at", 4]),
-        ("train", [*options, tmp_path / "zero", *zero, 2, "--train.stop_at", 5]),
-        ("train", [*options, tmp_path / "zero", *zero, 3, "--train.accumulation", 2]),
-        ("train", [*options, tmp_path / "wide", *zero, 2, "--train.dtype", "float64"]),
-    ]
-    results = launch(2, runs, tmp_path / "runs.json")
-    assert all("in float32 or bfloat16, not float64" in result[-1] for result in results)
-    for key in ("loss", "grad_norm"):
-        there, here = metrics(tmp_path / "zero", key), metrics(tmp_path / "ddp", key)
-        assert len(here) == STEPS and there == pytest.approx(here, rel=5e-6, abs=0), key
-    # Until the order of a sum in float32 makes a weight round to the other bfloat16.
-    there, here = (metrics(tmp_path / run)[:5] for run in ("fsdp16", "ddp16"))
-    assert there == pytest.approx(here, rel=1e-7, abs=0)
-    assert here != pytest.approx(metrics(tmp_path / "ddp")[:5], rel=1e-6, abs=0)
-    # As it converts: every tensor and every moment, whole.
-    there, here = (
-        open_checkpoint(tmp_path / run / "checkpoints" / str(STEPS)) for run in ("zero", "ddp")
-    )
-    assert list(there.tensors) == list(here.tensors) and there.has_optimizer
-    for name in here.tensors:
-        difference = np.linalg.norm(there.read(name) - here.read(name))
-        assert difference <= 1e-3 * np.linalg.norm(here.read(name)), name
-
-
-def test_a_resume_on_shards_of_unequal_size_is_exact(config: Path, tmp_path: Path) -> None:
-    """torchtitan #809 and #1702: the loss differed after a resume."""
-    uneven = ("--model.n_heads", 3, "--model.n_kv_heads", 3, "--model.dim", 30)
-    options = [config, *uneven, "--model.head_dim", 10, "--train.dtype", "float32"]
-    options += ["--mesh", "fsdp=4", "--run.dir"]
-    runs = [
-        ("train", [*options, tmp_path / "whole"]),
-        ("train", [*options, tmp_path / "parts", "--train.stop_at", 3]),
-        ("train", [*options, tmp_path / "parts"]),
-    ]
-    launch(4, runs, tmp_path / "runs.json")
-    for key in ("loss", "grad_norm"):
-        assert metrics(tmp_path / "parts", key) == metrics(tmp_path / "whole", key)
