@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from mooshak import config as configuration
+from mooshak.checkpoints import readable
 from mooshak.config import Config, SourceConfig
+from mooshak.errors import InputError
 
 FRAMEWORKS = ("torch", "jax")
 STEPS = 2
@@ -303,3 +306,31 @@ def test_metadata_that_would_call_something(
     line = refused("mooshak_torch.train", "--config", config)
     assert "mkdir does not belong into a checkpoint" in line
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_checkpoint_that_cannot_be_converted(
+    refused: Refused, run_of: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    """The first process says why, and the others, which convert nothing, say the same."""
+    config, checkpoint = run_of("jax")
+    shutil.rmtree(checkpoint / "orbax")
+    (checkpoint / "orbax").mkdir()
+    before = contents(tmp_path)
+    line = refused("mooshak_torch.train", "--config", config)
+    assert "could not be converted: " in line and contents(tmp_path) == before
+
+    class Second:
+        main = False
+
+        def tell(self, text: str) -> str:
+            return json.dumps([str(tmp_path), line.partition("converted: ")[2]])
+
+        def wait(self) -> None:
+            raise AssertionError("there is nothing to wait for")
+
+    with (
+        pytest.raises(InputError, match=re.escape(line.removeprefix("error: "))),
+        readable(checkpoint, "torch", Second()),
+    ):
+        pass
+    assert contents(tmp_path) == before
