@@ -44,8 +44,12 @@ PRECISION = {
     "bfloat16": jax.lax.DotAlgorithmPreset.BF16_BF16_F32,
     "float16": jax.lax.DotAlgorithmPreset.F16_F16_F32,
 }
-QUERIES = 512
-"""Positions whose attention scores, made again in the backward pass, are in memory at once."""
+QUERIES = (128, 512)
+"""The fewest and the most positions whose attention scores are in memory at once.
+
+A sequence is cut into four pieces or more: of what a causal mask hides, three eighths are left out.
+The backward pass makes the scores of a piece again.
+"""
 PRODUCT = "product"
 """Name of what a `Linear` makes, rounded: half the bytes of its sums in bfloat16."""
 # What the backward pass computes again.
@@ -55,11 +59,34 @@ REMAT = {
 }
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def product(equation: str, a: Array, b: Array) -> Array:
-    """einsum of two arrays of one dtype: bfloat16 is added up in float32, and rounded once."""
+    """einsum of two arrays of one dtype: bfloat16 is added up in float32, and rounded once.
+
+    Its gradients are einsums in the same order of operands. Those that JAX derives swap them, and
+    on a CPU XLA then makes a transposed copy.
+    """
     wide = jnp.promote_types(a.dtype, jnp.float32)
     how: Any = {"precision": PRECISION[a.dtype.name], "preferred_element_type": wide}
     return jnp.einsum(equation, a, b, **how)
+
+
+def _product_forward(equation: str, a: Array, b: Array) -> tuple[Array, tuple[Array, Array]]:
+    return product(equation, a, b), (a, b)
+
+
+def _product_backward(
+    equation: str, operands: tuple[Array, Array], grad: Array
+) -> tuple[Array, Array]:
+    a, b = operands
+    left, right, out = equation.replace("->", ",").split(",")
+    narrow = grad.astype(a.dtype)
+    da = product(f"{out},{right}->{left}", narrow, b)
+    db = product(f"{left},{out}->{right}", a, narrow)
+    return da.astype(a.dtype), db.astype(b.dtype)
+
+
+product.defvjp(_product_forward, _product_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -215,7 +242,8 @@ class Attention(nnx.Module):
             cache = (k_BSGK, v_BSGK)
             queries_BT = positions_BT
         mask_BTS = self.mask(queries_BT, k_BSGK.shape[1])
-        ends = range(QUERIES, T, QUERIES) if cache is None else ()
+        width = min(max(T // 4, QUERIES[0]), QUERIES[1])
+        ends = range(width, T, width) if cache is None else ()
         outs_BtHK = []
         for start, end in itertools.pairwise((0, *ends, T)):
             # The causal mask hides what lies after the last query, where there is no cache.
@@ -248,12 +276,14 @@ class Attention(nnx.Module):
         `jax.nn.dot_product_attention` is not used: its softmax is float32, in float64 runs too.
         """
         B, T, H, K = q_BTHK.shape
-        q_BTGRK = q_BTHK.reshape(B, T, k_BSGK.shape[2], -1, K)
-        scores_BGRTS = product("BTGRK,BSGK->BGRTS", q_BTGRK, k_BSGK) * (1 / math.sqrt(K))
+        q_BGRTK = q_BTHK.reshape(B, T, k_BSGK.shape[2], -1, K).transpose(0, 2, 3, 1, 4)
+        # Heads first: XLA for CPUs would copy the scores otherwise, transposed.
+        k_BGSK, v_BGSK = (a.swapaxes(1, 2) for a in (k_BSGK, v_BSGK))
+        scores_BGRTS = product("BGRTK,BGSK->BGRTS", q_BGRTK, k_BGSK) * (1 / math.sqrt(K))
         scores_BGRTS = jnp.where(mask_BTS[:, None, None], scores_BGRTS, -jnp.inf)
         weights_BGRTS = jax.nn.softmax(scores_BGRTS, axis=-1).astype(v_BSGK.dtype)
-        out_BTGRK = product("BGRTS,BSGK->BTGRK", weights_BGRTS, v_BSGK).astype(v_BSGK.dtype)
-        return out_BTGRK.reshape(B, T, H, K)
+        out_BGRTK = product("BGRTS,BGSK->BGRTK", weights_BGRTS, v_BGSK).astype(v_BSGK.dtype)
+        return out_BGRTK.transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
 
 
 class MLP(nnx.Module):

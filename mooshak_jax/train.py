@@ -25,6 +25,7 @@ from mooshak.config import Config
 from mooshak.errors import InputError, command
 from mooshak.evaluation import validation_metrics
 from mooshak.interchange import MOMENTS
+from mooshak.memory import keep_memory
 from mooshak.run_log import RunLog, stop_request
 from mooshak.schedule import learning_rate
 from mooshak_jax.checkpoint import (
@@ -261,6 +262,7 @@ def memory() -> dict[str, float]:
 
 @command
 def main() -> None:
+    keep_memory()
     parser = configuration.parser(__doc__.split("\n")[0])
     parser.add_argument("--resume", default="auto", help="auto, never, or a checkpoint's directory")
     parser.add_argument(

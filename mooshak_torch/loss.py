@@ -63,7 +63,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         differentiate = any(ctx.needs_input_grad[:2])
         total = w_VD.new_zeros(())
         if differentiate:
-            dx_BTD, dw_VD = torch.empty_like(x_BTD), torch.zeros_like(w_VD)
+            dx_BTD, dw_DV = torch.empty_like(x_BTD), w_VD.new_zeros(w_VD.T.shape)
         narrow_VD = w_VD.to(x_BTD.dtype)
         for start in range(0, x_BTD.shape[1], step):
             here = slice(start, start + step)
@@ -85,15 +85,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 d_NV.scatter_add_(1, targets_N1, -here_N1.to(d_NV.dtype))
                 d_NV = d_NV.mul_(counts_N1).to(x_BTD.dtype)
                 dx_BTD[:, here] = product(d_NV, narrow_VD).unflatten(0, (len(x_BTD), -1))
-                dw_VD += product(d_NV.T, x_ND).to(w_VD.dtype)
+                # The transpose that is copied is that of the states, not of the logits.
+                dw_DV += product(x_ND.T, d_NV).to(w_VD.dtype)
         if differentiate:
-            ctx.save_for_backward(dx_BTD, dw_VD)
+            ctx.save_for_backward(dx_BTD, dw_DV)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        dx_BTD, dw_VD = ctx.saved_tensors
-        return (dx_BTD * grads[0]).to(dx_BTD.dtype), dw_VD * grads[0], None, None, None, None
+        dx_BTD, dw_DV = ctx.saved_tensors
+        dw_VD = (dw_DV * grads[0]).T
+        return (dx_BTD * grads[0]).to(dx_BTD.dtype), dw_VD, None, None, None, None
 
 
 def _over_vocabulary(

@@ -53,7 +53,11 @@ class _Linear(torch.autograd.Function):
         x, w_OI = ctx.saved_tensors
         dy_NO, x_NI = grads[0].flatten(0, -2), x.flatten(0, -2)
         dx_NI = product(dy_NO, w_OI) if ctx.needs_input_grad[0] else None
-        dw_OI = product(dy_NO.T, x_NI) if ctx.needs_input_grad[1] else None
+        dw_OI = None
+        if ctx.needs_input_grad[1]:
+            # oneDNN copies a first operand that is transposed: the narrower one.
+            wide = len(w_OI) > w_OI.shape[1]
+            dw_OI = product(x_NI.T, dy_NO).T if wide else product(dy_NO.T, x_NI)
         return dx_NI if dx_NI is None else dx_NI.view_as(x), dw_OI
 
 

@@ -24,6 +24,7 @@ from mooshak.errors import command
 from mooshak.evaluation import validation_metrics
 from mooshak.initial import initial_weight
 from mooshak.interchange import Checkpoint
+from mooshak.memory import keep_memory
 from mooshak.run_log import RunLog, stop_request
 from mooshak.schedule import learning_rate
 from mooshak.tokenizer import Tokenizer
@@ -261,6 +262,7 @@ def memory(device: torch.device) -> dict[str, float]:
 
 @command
 def main() -> None:
+    keep_memory()
     # Grain imports JAX, which must not take hold of the GPU here.
     os.environ["JAX_PLATFORMS"] = "cpu"
     parser = configuration.parser(__doc__.split("\n")[0])
