@@ -31,7 +31,7 @@ from mooshak.tables import print_table
 from parity.figures import COLORS, TEMPLATES, svg, themed
 
 Measured = dict[str, dict[str, Any]]
-"""Contestant -> its `seconds`, `figures`, `median`, `low`, `high` and `memory`, or `missing`."""
+"""Contestant -> `seconds`, `figures`, `median`, `low`, `high`, `others`, `memory`, or `missing`."""
 
 
 class Contestant:
@@ -52,12 +52,12 @@ class Contestant:
         self.process.kill()
         self.process.wait()
 
-    def repeat(self) -> float:
-        """Seconds of one repetition."""
+    def repeat(self) -> dict[str, float]:
+        """`seconds` of one repetition, and `others`: what other programs took of a processor."""
         assert self.process.stdin is not None
         self.process.stdin.write("\n")
         self.process.stdin.flush()
-        return self._answer()["seconds"]
+        return self._answer()
 
     def finish(self) -> float:
         """The most memory that it has had, in bytes."""
@@ -88,13 +88,16 @@ def measure(case: Case, size: Size, repetitions: int) -> Measured:
                 result[name] = {"missing": contestant.missing}
             else:
                 running[name] = contestant
-        seconds: dict[str, list[float]] = {name: [] for name in running}
+        answers: dict[str, list[dict[str, float]]] = {name: [] for name in running}
         for i in range(repetitions):
             for name, contestant in running.items():
                 status.update(f"{case.name}: {name}, {i + 1} of {repetitions}")
-                seconds[name].append(contestant.repeat())
+                answers[name].append(contestant.repeat())
         for name, contestant in running.items():
-            result[name] = summary(case, size, seconds[name]) | {"memory": contestant.finish()}
+            seconds = [answer["seconds"] for answer in answers[name]]
+            others = max(answer["others"] for answer in answers[name])
+            more = {"others": others, "memory": contestant.finish()}
+            result[name] = summary(case, size, seconds) | more
     return result
 
 

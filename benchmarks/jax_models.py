@@ -16,6 +16,7 @@ from jax import Array
 from benchmarks.cases import Size, config
 from benchmarks.contestant import Repeat, timed
 from mooshak.interchange import MOMENTS
+from mooshak.memory import keep_memory
 from mooshak_jax.checkpoint import graph, initialize, join, start_saving
 from mooshak_jax.generate import generate as our_generate
 from mooshak_jax.parallel import make_parallel
@@ -24,6 +25,7 @@ from mooshak_jax.train import initial_state, make_train_step, objective, precise
 
 def train(size: Size) -> Repeat:
     """One optimizer step of our trainer."""
+    keep_memory()  # As the trainer's command does.
     parallel = make_parallel(config(size))
     precise(config(size))
     state = initial_state(initialize(config(size).model, "float32", 0, parallel=parallel))
@@ -152,6 +154,7 @@ def _rotated(x_BTHK: Array) -> Array:
 
 
 def _save(size: Size, blocking: bool) -> Repeat:
+    keep_memory()
     state = initial_state(_params(size))
     saved = {key: state[key] for key in ("params", *MOMENTS)}
     directory = tempfile.TemporaryDirectory()

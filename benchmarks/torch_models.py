@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.cases import Size, config
 from benchmarks.contestant import Repeat, timed
+from mooshak.memory import keep_memory
 from mooshak_torch.checkpoint import start_saving
 from mooshak_torch.generate import generate as our_generate
 from mooshak_torch.model import Model, initialize
@@ -178,6 +179,7 @@ def litgpt_train(size: Size) -> Repeat:
 
 
 def _our_objective(size: Size) -> tuple[nn.Module, Any]:
+    keep_memory()  # As the trainer's command does.
     parallel = make_parallel(config(size))
     precise()
     objective = parallel.wrap(make_objective(config(size).model, config(size)), config(size))
@@ -248,6 +250,7 @@ def _layer(size: Size, layer: nn.Module, forward: Callable[[nn.Module, Tensor], 
 
 
 def _save(size: Size, blocking: bool) -> Repeat:
+    keep_memory()
     model = initialize(Model(config(size).model).to(DEVICE), 0)
     optimizer = make_optimizer(model, config(size).optimizer)
     directory = tempfile.TemporaryDirectory()
