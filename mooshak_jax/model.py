@@ -47,7 +47,8 @@ PRECISION = {
 QUERIES = (128, 512)
 """The fewest and the most positions whose attention scores are in memory at once.
 
-A sequence is cut into four pieces or more: of what a causal mask hides, three eighths are left out.
+A long sequence is cut into four pieces or more: three eighths of all scores, which the causal mask
+hides, are then never made.
 The backward pass makes the scores of a piece again.
 """
 PRODUCT = "product"
