@@ -45,10 +45,10 @@ def batches_of_rows(
 ) -> Iterator[np.ndarray]:
     """These rows of the global batches from `start_step` on, int32 [rows, T + 1] each."""
     chosen = grain.MapDataset.select_from_datasets(
-        [mixture(config)], _RowsOfBatches(rows, config.train.batch_size)
+        _shuffled(config), _RowsOfBatches(_by_weight(config), rows, config.train.batch_size)
     )
     batches = chosen.batch(len(rows), drop_remainder=True)[start_step:]
-    dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8))
+    dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=16))
     if config.data.workers > 0:
         # Grain's worker processes read absl's flags, which only an absl program has parsed.
         if not flags.FLAGS.is_parsed():
@@ -92,14 +92,22 @@ def validation_sequences(config: Config) -> dict[str, np.ndarray]:
 
 def mixture(config: Config) -> grain.MapDataset:
     """The endless list of training rows, int32 [T + 1] each."""
+    return grain.MapDataset.select_from_datasets(_shuffled(config), _by_weight(config))
+
+
+def _shuffled(config: Config) -> list[grain.MapDataset]:
+    """Of every source its endless list of rows."""
     shuffled = []
     for source in config.data.sources:
         sequences = PackedSequences(_shards(config, source, "train"), config.T)
         seed = hashlib.sha256(f"{config.run.seed}/{source.name}".encode()).digest()[:4]
         dataset = grain.MapDataset.source(sequences).shuffle(seed=int.from_bytes(seed))
         shuffled.append(dataset.repeat())  # With another order in every epoch.
-    weights = [source.weight for source in config.data.sources]
-    return grain.MapDataset.select_from_datasets(shuffled, ByWeight(weights))
+    return shuffled
+
+
+def _by_weight(config: Config) -> "ByWeight":
+    return ByWeight([source.weight for source in config.data.sources])
 
 
 class PackedSequences:
@@ -154,17 +162,17 @@ class ByWeight(grain.transforms.DatasetSelectionMap):
 
 
 class _RowsOfBatches(grain.transforms.DatasetSelectionMap):
-    """The given rows of every batch of B, of the one dataset there is."""
+    """Of every batch of B rows of a mixture the given ones."""
 
-    def __init__(self, rows: Sequence[int], B: int) -> None:
-        self.rows, self.B = rows, B
+    def __init__(self, mixture: ByWeight, rows: Sequence[int], B: int) -> None:
+        self.mixture, self.rows, self.B = mixture, rows, B
 
     def __len__(self) -> int:
         return 2**62
 
     def __getitem__(self, index: int) -> tuple[int, int]:
         batch, row = divmod(index, len(self.rows))
-        return 0, batch * self.B + self.rows[row]
+        return self.mixture[batch * self.B + self.rows[row]]
 
 
 def _shards(config: Config, source: SourceConfig, split: str) -> TokenShards:
