@@ -54,7 +54,7 @@ def model_of(size: int) -> ModelConfig:
 
 def drawn_state(model: ModelConfig, moments: Sequence[str] = MOMENTS) -> Checkpoint:
     """A training state of random bits, which differ from tensor to tensor; or weights alone."""
-    pool = np.random.default_rng(0).random(1 << 24, np.float32)
+    pool = np.tile(np.random.default_rng(0).random(1 << 24, np.float32), 2)
     shapes = model.parameter_shapes()
     keys = [prefix + name for prefix in ("", *(f"{m}." for m in moments)) for name in shapes]
     tensors = {
@@ -69,9 +69,8 @@ def drawn_state(model: ModelConfig, moments: Sequence[str] = MOMENTS) -> Checkpo
         shape = tensors[key][1]
         start, stop, _ = rows.indices(shape[0])
         width = math.prod(shape[1:])
-        first = (start * width + 7919 * keys.index(key)) % pool.size
-        values = np.take(pool, range(first, first + (stop - start) * width), mode="wrap")
-        return values.reshape(stop - start, *shape[1:])
+        first = (start * width + 7919 * keys.index(key)) % (1 << 24)
+        return pool[first : first + (stop - start) * width].reshape(stop - start, *shape[1:])
 
     state = {"format_version": 1, "step": 1, "seed": 0} if moments else None
     return Checkpoint(Path("(drawn)"), "drawn", model, state, tensors, read)

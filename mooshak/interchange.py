@@ -100,9 +100,13 @@ def size_of(tensor: tuple[np.dtype, tuple[int, ...]]) -> int:
 
 
 def blocks(tensor: tuple[np.dtype, tuple[int, ...]]) -> Iterator[slice]:
-    """Cuts a tensor of this dtype and shape by rows into parts of about `BLOCK` bytes."""
+    """Cuts a tensor of this dtype and shape by rows into equal parts of at most `BLOCK` bytes.
+
+    As equal as can be: the last chunk of an Orbax array is as long as the others, however full.
+    """
     n_rows = tensor[1][0]
-    step = max(1, BLOCK * n_rows // size_of(tensor))
+    most = max(1, BLOCK * n_rows // size_of(tensor))
+    step = math.ceil(n_rows / math.ceil(n_rows / most))
     return (slice(start, min(start + step, n_rows)) for start in range(0, n_rows, step))
 
 
