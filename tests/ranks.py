@@ -28,7 +28,7 @@ from mooshak import checkpoints
 from mooshak import config as configuration
 from mooshak.config import Config
 from mooshak.errors import InputError, PeerError
-from mooshak_torch.checkpoint import open_checkpoint
+from mooshak_torch.checkpoint import open_checkpoint, restore
 from mooshak_torch.model import local_part
 from mooshak_torch.optimizer import LossScale, moments
 from mooshak_torch.parallel import make_parallel
@@ -126,11 +126,20 @@ def _new_bytes(tensor: Tensor, seen: set[int]) -> int:
 def restored(config: Config, *written: Path) -> int:
     """Restore checkpoints of any layout in this one; asserts that every bit of them is there."""
     parallel, compared = make_parallel(config), 0
+    made = None
     for path in written:
         source = open_checkpoint(path)
         assert source.trainer_state is not None
         step = source.trainer_state["step"]
-        objective, optimizer = make_state(config, parallel, None, source)
+        if made is None or parallel.strategy == "deepspeed":
+            made = objective, optimizer = make_state(config, parallel, None, source)
+        else:
+            objective, optimizer = made
+            with torch.no_grad():
+                for parameter in objective.parameters():
+                    local_part(parameter)[0].zero_()
+            optimizer.state.clear()
+            restore(model_of(objective), optimizer, source)
         model = model_of(objective)
         if isinstance(optimizer, ZeroOptimizer):
             state, inner = optimizer.state(), optimizer.engine.optimizer.optimizer
