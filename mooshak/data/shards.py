@@ -21,7 +21,9 @@ import os
 import shutil
 import sys
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -38,8 +40,8 @@ from mooshak.tokenizer import Tokenizer
 
 SPLITS = ("train", "validation")
 
-# Characters that are tokenised in one call, spread over the cores.
-_BATCH = 4_000_000
+# Characters that are tokenised in one call, spread over the cores, while the next are read.
+_BATCH = 1_000_000
 
 
 def ensure(config: Config, progress: bool = True) -> tuple[Tokenizer, dict[str, dict[str, Any]]]:
@@ -274,16 +276,28 @@ def _write_shards(
         splits[split.name] = _Split(split.name, split.index + 1)
         return shard
 
+    skips = {name: split.skip for name, split in splits.items()}
+
+    def choose(first: int, texts: list[str]) -> list[tuple[int, str, str]]:
+        """Number, split and text of the documents that are in no finished shard."""
+        chosen = []
+        for number, text in enumerate(texts, first + 1):
+            name = SPLITS[in_validation(text, config.data.validation_fraction)]
+            if number > skips[name]:
+                chosen.append((number, name, text))
+        return chosen
+
+    def encode(batch: tuple[int, list[str]]) -> _Encoded:
+        """The tokenizer leaves the interpreter to the thread that reads the next documents."""
+        chosen = choose(*batch)
+        texts = [text for _, _, text in chosen]
+        return batch, chosen, pool.submit(tokenizer.encode_batch, texts, os.cpu_count() or 1)
+
     read = 0
-    with _progress_bar(source, progress) as advance:
-        for first, texts in _batches(documents(source, config)):
-            chosen = []
-            for read, text in enumerate(texts, first + 1):
-                held_out = in_validation(text, config.data.validation_fraction)
-                name = SPLITS[held_out]
-                if read > splits[name].skip:
-                    chosen.append((read, name, text))
-            encoded = tokenizer.encode_batch([text for _, _, text in chosen], os.cpu_count() or 1)
+    batches = map(encode, _batches(documents(source, config)))
+    with ThreadPoolExecutor(1) as pool, _progress_bar(source, progress) as advance:
+        for (first, texts), chosen, future in _one_ahead(batches):
+            read, encoded = first + len(texts), future.result()
             for (number, name, text), ids in zip(chosen, encoded, strict=True):
                 split = splits[name]
                 split.arrays.append(np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], dtype))
@@ -308,6 +322,20 @@ def _batches(texts: Iterator[str]) -> Iterator[tuple[int, list[str]]]:
             first, batch, size = first + len(batch), [], 0
     if batch:
         yield first, batch
+
+
+_Encoded = tuple[tuple[int, list[str]], list[tuple[int, str, str]], Future[list[list[int]]]]
+"""A batch of documents, those of it that are chosen, and their token ids once they are there."""
+
+
+def _one_ahead(items: Iterator[_Encoded]) -> Iterator[_Encoded]:
+    """The same items, each when the next one has been asked for."""
+    waiting: deque[_Encoded] = deque()
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > 1:
+            yield waiting.popleft()
+    yield from waiting
 
 
 @contextlib.contextmanager

@@ -53,7 +53,8 @@ def input_state(source: SourceConfig) -> dict[str, int] | None:
 def _clean(texts: Iterator[str], config: Config) -> Iterator[str]:
     seen = set()
     for text in texts:
-        if config.data.normalize_nfc:
+        # Most text is normal already, which is quicker to see than to make.
+        if config.data.normalize_nfc and not unicodedata.is_normalized("NFC", text):
             text = unicodedata.normalize("NFC", text)
         # Categories Z and C are separators, controls, and format characters such as ZWJ.
         if config.data.drop_empty and all(unicodedata.category(c)[0] in "ZC" for c in text):
