@@ -24,9 +24,8 @@ picture: ## docs/report.png of the demo's report; needs chromium and a Devanagar
 	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --log-level=3 --window-size=1200,1330 \
 	  --screenshot=$(CURDIR)/docs/report.png file://$(CURDIR)/runs/demo/report.html
 
-# A file's tests share what is made for them: a worker takes whole files. Two cores are busy with
-# three, which wait for the processes that they start.
-WORKERS := -n 3 --dist loadfile --no-loadscope-reorder
+# A file's tests share what is made for them: a worker takes whole files.
+WORKERS := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: setup ## set up, then all tests
 	$(BIN)/python -m pytest $(WORKERS)

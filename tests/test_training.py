@@ -114,13 +114,13 @@ def test_a_jax_mesh_trains_as_torch(config: Path, torch_run: Path, tmp_path: Pat
     assert losses(tmp_path) == pytest.approx(losses(torch_run), rel=1e-12, abs=0)
 
 
-@pytest.mark.parametrize(("first", "second"), [("torch", "jax"), ("jax", "torch")])
-def test_a_run_goes_on_in_the_other_framework(
-    first: str, second: str, config: Path, torch_run: Path, tmp_path: Path
+def test_a_run_goes_on_in_the_other_framework_and_comes_back(
+    config: Path, torch_run: Path, tmp_path: Path
 ) -> None:
     options = ("--config", config, "--run.dir", tmp_path)
-    run(f"mooshak_{first}.train", *options, "--train.stop_at", 4)
-    run(f"mooshak_{second}.train", *options)
+    run("mooshak_torch.train", *options, "--train.stop_at", 3)
+    run("mooshak_jax.train", *options, "--train.stop_at", 6)
+    run("mooshak_torch.train", *options)
     assert losses(tmp_path) == pytest.approx(losses(torch_run), rel=1e-12, abs=0)
 
 
