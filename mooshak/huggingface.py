@@ -18,6 +18,7 @@ import numpy as np
 
 from mooshak.config import ModelConfig
 from mooshak.errors import InputError
+from mooshak.files import read_object
 from mooshak.interchange import (
     EVERY,
     HF_CONFIG,
@@ -320,11 +321,7 @@ def is_hf(path: Path) -> bool:
 def read_config(path: Path) -> ModelConfig:
     """The model of a Hugging Face directory. Raises `InputError` where it is not supported."""
     config = path / "config.json"
-    try:
-        values = json.loads(config.read_bytes())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{config} is not JSON: {error}") from error
-    return model_from_hf(values, str(config))
+    return model_from_hf(read_object(config), str(config))
 
 
 @dataclass(frozen=True)

@@ -48,8 +48,7 @@ QUERIES = (128, 512)
 """The fewest and the most positions whose attention scores are in memory at once.
 
 A long sequence is cut into four pieces or more: three eighths of all scores, which the causal mask
-hides, are then never made.
-The backward pass makes the scores of a piece again.
+hides, are then never made. The backward pass makes the scores of a piece again.
 """
 PRODUCT = "product"
 """Name of what a `Linear` makes, rounded: half the bytes of its sums in bfloat16."""

@@ -111,7 +111,8 @@ def constrain(x: Array, *axes: str | None) -> Array:
 
     An axis that its mesh axes do not divide stays whole.
     """
-    if not sharded():
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
         return x
     kept = [a if a and shards(a, size) > 1 else None for a, size in zip(axes, x.shape, strict=True)]
     return jax.lax.with_sharding_constraint(x, _spec(kept))
@@ -124,12 +125,6 @@ def gather(w: Array, dtype: Any, axes: Axes) -> Array:
     differentiated: the gradient would be in that dtype, too.
     """
     return constrain(w.astype(dtype), *(None if axis == "embed" else axis for axis in axes))
-
-
-def sharded() -> bool:
-    """Whether this stands inside of `Parallel.activate`, on more than one device."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and mesh.size > 1
 
 
 def shards(axis: str, size: int) -> int:
