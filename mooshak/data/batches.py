@@ -16,6 +16,7 @@ from pathlib import Path
 import grain
 import numpy as np
 from absl import flags
+from grain.experimental import index_shuffle
 
 from mooshak.config import Config, SourceConfig
 from mooshak.data.shards import TokenShards
@@ -44,11 +45,9 @@ def batches_of_rows(
     config: Config, rows: Sequence[int], start_step: int = 0
 ) -> Iterator[np.ndarray]:
     """These rows of the global batches from `start_step` on, int32 [rows, T + 1] each."""
-    chosen = grain.MapDataset.select_from_datasets(
-        _shuffled(config), _RowsOfBatches(_by_weight(config), rows, config.train.batch_size)
-    )
-    batches = chosen.batch(len(rows), drop_remainder=True)[start_step:]
-    dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=16))
+    batches = _RowsOfBatches(Mixture(config), rows, config.train.batch_size)
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
+    dataset = grain.MapDataset.source(batches)[start_step:].to_iter_dataset(options)
     if config.data.workers > 0:
         # Grain's worker processes read absl's flags, which only an absl program has parsed.
         if not flags.FLAGS.is_parsed():
@@ -59,8 +58,8 @@ def batches_of_rows(
 
 def global_batch(config: Config, step: int) -> np.ndarray:
     """The whole batch of a step, int32 [B, T + 1]."""
-    rows, B = mixture(config), config.train.batch_size
-    return np.stack([rows[row] for row in range(step * B, step * B + B)])
+    B = config.train.batch_size
+    return _RowsOfBatches(Mixture(config), range(B), B)[step]
 
 
 def validation_sequences(config: Config) -> dict[str, np.ndarray]:
@@ -90,24 +89,35 @@ def validation_sequences(config: Config) -> dict[str, np.ndarray]:
     return result
 
 
-def mixture(config: Config) -> grain.MapDataset:
+class Mixture:
     """The endless list of training rows, int32 [T + 1] each."""
-    return grain.MapDataset.select_from_datasets(_shuffled(config), _by_weight(config))
+
+    def __init__(self, config: Config) -> None:
+        self.by_weight = ByWeight([source.weight for source in config.data.sources])
+        self.sources = []
+        for source in config.data.sources:
+            sequences = PackedSequences(_shards(config, source, "train"), config.T)
+            seed = hashlib.sha256(f"{config.run.seed}/{source.name}".encode()).digest()[:4]
+            self.sources.append(Shuffled(sequences, int.from_bytes(seed)))
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        source, index = self.by_weight[index]
+        return self.sources[source][index]
 
 
-def _shuffled(config: Config) -> list[grain.MapDataset]:
-    """Of every source its endless list of rows."""
-    shuffled = []
-    for source in config.data.sources:
-        sequences = PackedSequences(_shards(config, source, "train"), config.T)
-        seed = hashlib.sha256(f"{config.run.seed}/{source.name}".encode()).digest()[:4]
-        dataset = grain.MapDataset.source(sequences).shuffle(seed=int.from_bytes(seed))
-        shuffled.append(dataset.repeat())  # With another order in every epoch.
-    return shuffled
+class Shuffled:
+    """Sequences without an end: each epoch has all of them, in an order of its own.
 
+    The order is that of Grain's `MapDataset.shuffle` and `repeat`.
+    """
 
-def _by_weight(config: Config) -> "ByWeight":
-    return ByWeight([source.weight for source in config.data.sources])
+    def __init__(self, sequences: "PackedSequences", seed: int) -> None:
+        self.sequences, self.n, self.seed = sequences, len(sequences), seed
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        epoch, index = divmod(index, self.n)
+        seed = (self.seed + epoch) % 2**32
+        return self.sequences[index_shuffle(index, max_index=self.n - 1, seed=seed, rounds=4)]
 
 
 class PackedSequences:
@@ -132,7 +142,7 @@ class PackedSequences:
         return f"PackedSequences({self.shards.directory}, {self.shards.split}, T={self.T})"
 
 
-class ByWeight(grain.transforms.DatasetSelectionMap):
+class ByWeight:
     """Which source row k comes from, and which of its rows it is.
 
     The weights are taken as the decimal fractions they are written as and hold in every prefix:
@@ -146,9 +156,6 @@ class ByWeight(grain.transforms.DatasetSelectionMap):
         scale = lcm(*(fraction.denominator for fraction in fractions))
         self.weights = [int(fraction * scale) for fraction in fractions]
 
-    def __len__(self) -> int:
-        return 2**62
-
     def __getitem__(self, index: int) -> tuple[int, int]:
         left, before, after = sum(self.weights), index, index + 1
         for source, weight in enumerate(self.weights):
@@ -161,18 +168,17 @@ class ByWeight(grain.transforms.DatasetSelectionMap):
         raise AssertionError("the last source takes every row that reaches it")
 
 
-class _RowsOfBatches(grain.transforms.DatasetSelectionMap):
-    """Of every batch of B rows of a mixture the given ones."""
+class _RowsOfBatches:
+    """Of every batch of B rows of a mixture the given ones: item k is of step k."""
 
-    def __init__(self, mixture: ByWeight, rows: Sequence[int], B: int) -> None:
+    def __init__(self, mixture: Mixture, rows: Sequence[int], B: int) -> None:
         self.mixture, self.rows, self.B = mixture, rows, B
 
     def __len__(self) -> int:
         return 2**62
 
-    def __getitem__(self, index: int) -> tuple[int, int]:
-        batch, row = divmod(index, len(self.rows))
-        return self.mixture[batch * self.B + self.rows[row]]
+    def __getitem__(self, step: int) -> np.ndarray:
+        return np.stack([self.mixture[step * self.B + row] for row in self.rows])
 
 
 def _shards(config: Config, source: SourceConfig, split: str) -> TokenShards:

@@ -1,21 +1,23 @@
 """Batches: a pure function of (seed, step, configuration), however the work is divided."""
 
+import hashlib
 import pickle
 from collections import Counter
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+import grain
 import numpy as np
 import pytest
 
 from mooshak.config import Config
 from mooshak.data.batches import (
     ByWeight,
+    Mixture,
     PackedSequences,
     batches_of_rows,
     global_batch,
-    mixture,
     train_batches,
     validation_sequences,
 )
@@ -82,7 +84,7 @@ def test_weights_hold_far_out():
 
 
 def test_mixture_reads_the_sources_by_weight(config: Config):
-    rows = mixture(config)
+    rows = Mixture(config)
     known = {row.tobytes() for row in sequences(config, "hi")}
     share = np.mean([rows[k].tobytes() in known for k in range(500)])
     assert share == 0.6
@@ -91,13 +93,26 @@ def test_mixture_reads_the_sources_by_weight(config: Config):
 def test_epochs_cover_everything_once_in_another_order(config: Config):
     source = config.data.sources[0]
     alone = replace(config, data=replace(config.data, sources=[source]))
-    packed, rows = sequences(config), mixture(alone)
+    packed, rows = sequences(config), Mixture(alone)
     n = len(packed)
     everything = Counter(packed[i].tobytes() for i in range(n))
     epochs = [[rows[epoch * n + i].tobytes() for i in range(n)] for epoch in range(3)]
     for epoch in epochs:
         assert Counter(epoch) == everything
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+
+
+def test_the_order_is_grains_own(config: Config):
+    """What a run has read stays what it has read: the order is that of Grain's transformations."""
+    shuffled = []
+    for source in config.data.sources:
+        seed = hashlib.sha256(f"{config.run.seed}/{source.name}".encode()).digest()[:4]
+        dataset = grain.MapDataset.source(sequences(config, source.name))
+        shuffled.append(dataset.shuffle(seed=int.from_bytes(seed)).repeat())
+    chosen, rows = ByWeight([source.weight for source in config.data.sources]), Mixture(config)
+    for k in (*range(300), 10**9, 2**40):
+        source, index = chosen[k]
+        assert (rows[k] == shuffled[source][index]).all()
 
 
 def test_a_batch_is_a_pure_function_of_the_step(config: Config):
