@@ -19,10 +19,13 @@ import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
 
 from mooshak.config import Config, parse, parser
 from mooshak.errors import InputError, command
@@ -37,6 +40,8 @@ _SPACE_MARK = "\u2581"
 # SentencePiece splits only numbers in 0-9 into digits. A line of its own for each Devanagari digit
 # has the same effect: no piece with two of them is ever seen.
 _LINE_ENDS = re.compile("\n|(?<=[०-९])|(?=[०-९])")
+# Characters of the words whose ids are kept; some 200 bytes of memory for a word.
+_MOST_KEPT = 2_000_000
 _ACTIONS = ("train", "extend", "encode", "decode", "report")
 # Longest line that is shown to the trainer, in characters (at most 4 bytes each).
 _LINE = 4096
@@ -73,6 +78,8 @@ class Tokenizer:
         self.bos_id: int = self._model.bos_id()
         self.eos_id: int = self._model.eos_id()
         self.pad_id: int = self._model.pad_id() if self._model.pad_id() >= 0 else self.eos_id
+        self._words: dict[str, list[int]] = {}
+        self._kept = 0
         self._space_mark = [self.id_of(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
 
     def id_of(self, piece: str) -> int:
@@ -91,7 +98,7 @@ class Tokenizer:
         """Token ids of many texts, encoded in parallel."""
         parts = [part for text in texts for part in text.split(_SPACE_MARK)]
         try:
-            encoded = self._model.encode(parts, num_threads=threads)
+            encoded = self._encode(parts, threads)
         except (RuntimeError, TypeError):
             for text in texts:
                 if surrogate := re.search("[\ud800-\udfff]", text):
@@ -110,6 +117,38 @@ class Tokenizer:
                 ids += self._space_mark + next(following)
             result.append(ids)
         return result
+
+    def _encode(self, texts: list[str], threads: int) -> list[list[int]]:
+        """Token ids of texts without space marks; words that have come before are looked up."""
+        if len(texts) == 1 or not self._of_words:
+            return self._model.encode(texts, num_threads=threads)
+        split = [text.split(" ") for text in texts]
+        if self._kept > _MOST_KEPT:
+            self._words, self._kept = {}, 0
+        known = self._words
+        new = list(set().union(*split) - known.keys())
+        self._kept += sum(map(len, new))
+        # A word has the space before it, the first of a text has none.
+        within = self._model.encode([" " + word for word in new], num_threads=threads)
+        known.update(zip(new, within, strict=True))
+        result = self._model.encode([words[0] for words in split], num_threads=threads)
+        for ids, words in zip(result, split, strict=True):
+            ids.extend(chain.from_iterable(map(known.__getitem__, words[1:])))
+        return result
+
+    @cached_property
+    def _of_words(self) -> bool:
+        """Whether a text's pieces are those of its words: none is merged across a space."""
+        proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+        proto.ParseFromString(self._model.serialized_model_proto())
+        spec = proto.normalizer_spec
+        changes = spec.add_dummy_prefix or spec.remove_extra_whitespaces
+        return (
+            proto.trainer_spec.model_type == proto.trainer_spec.BPE
+            and spec.escape_whitespaces
+            and not (changes or spec.precompiled_charsmap)
+            and not any(_SPACE_MARK in piece.piece[1:] for piece in proto.pieces)
+        )
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of token ids. Incomplete UTF-8 becomes U+FFFD; specials stand for no text."""

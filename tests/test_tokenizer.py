@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -57,6 +58,33 @@ def test_a_batch_is_its_texts(tiny_tokenizer: Tokenizer):
     one_by_one = [tiny_tokenizer.encode(text) for text in HARD]
     assert tiny_tokenizer.encode_batch(HARD, threads=2) == one_by_one
     assert tiny_tokenizer.encode_batch([]) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "of_words"),
+    [({}, True), ({"split_by_whitespace": False}, False), ({"add_dummy_prefix": True}, False)],
+)
+def test_words_are_looked_up_where_they_make_the_text(tmp_path: Path, changes, of_words: bool):
+    """Ids of a batch are those of its whole texts, also for models that merge across spaces."""
+    model = io.BytesIO()
+    options = {"normalization_rule_name": "identity", "add_dummy_prefix": False, **changes}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["of the cat of the hat शेर और चूहा of the"] * 50),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=320,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+        **options,
+    )
+    (tmp_path / "m.model").write_bytes(model.getvalue())
+    tokenizer = Tokenizer(tmp_path / "m.model")
+    texts = [*HARD, "of the  cat", " of the", "of the ", "the\nof the", "और चूहा", "of"]
+    for _ in range(2):  # With words that are new, and known.
+        assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
+    assert bool(tokenizer._words) == of_words
 
 
 def test_text_cannot_inject_specials(tiny_tokenizer: Tokenizer):

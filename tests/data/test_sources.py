@@ -3,15 +3,18 @@
 import json
 import sys
 import types
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mooshak.config import Config, DataConfig, SourceConfig
-from mooshak.data.sources import documents, in_validation
+from mooshak.data.sources import documents, in_validation, is_normal
 from mooshak.errors import InputError
 
 
@@ -121,6 +124,12 @@ def test_cleaning(tmp_path: Path):
     assert read(source, deduplicate=False) == [composed, composed, joiners, "x", "x"]
     off = {"normalize_nfc": False, "drop_empty": False, "deduplicate": False}
     assert read(source, **off) == texts
+
+
+@given(st.text("कखगजडढफनरळऩड़\u093c\u0abc\u094d\u0334\u0301ािe\xe9\u1100\u1161 "))
+def test_normal_text_is_seen(text: str):
+    assert is_normal(text) == unicodedata.is_normalized("NFC", text)
+    assert is_normal(unicodedata.normalize("NFC", text))
 
 
 def test_files_that_are_not_there_or_empty(tmp_path: Path):
