@@ -14,7 +14,7 @@ from flax import nnx
 from jax import Array
 
 from benchmarks.cases import Size, config
-from benchmarks.contestant import Repeat, timed
+from benchmarks.contestant import Repeat, by_turns, timed
 from mooshak.interchange import MOMENTS
 from mooshak.memory import keep_memory
 from mooshak_jax.checkpoint import graph, initialize, join, start_saving
@@ -25,19 +25,19 @@ from mooshak_jax.train import initial_state, make_train_step, objective, precise
 
 def train(size: Size) -> Repeat:
     """One optimizer step of our trainer."""
-    keep_memory()  # As the trainer's command does.
-    parallel = make_parallel(config(size))
-    precise(config(size))
-    state = initial_state(initialize(config(size).model, "float32", 0, parallel=parallel))
-    step, batch_BS = make_train_step(config(size), parallel), _batch(size)
-    rate: Any = np.float32(1e-4)
+    step, batch_BS = _our_step(size), _batch(size)
+    return _warm(lambda: step(batch_BS))
 
-    def work() -> Any:
-        nonlocal state
-        state, loss, norm = step(state, parallel.put(batch_BS), rate)
-        return loss, norm
 
-    return _warm(work)
+def fed_train(size: Size) -> Repeat:
+    """Steps of our trainer on what the data pipeline gives, beside steps on the same batch."""
+    from benchmarks.pipeline import our_batches
+
+    step, batches = _our_step(size), our_batches(size)
+    batch_BS = next(batches)
+    work = (lambda: step(next(batches)), lambda: step(batch_BS))
+    _warm(work[0])
+    return lambda: by_turns(*work, size["steps"])
 
 
 def gradients(size: Size) -> Repeat:
@@ -175,6 +175,22 @@ def _save(size: Size, blocking: bool) -> Repeat:
 
     repeat()
     return repeat
+
+
+def _our_step(size: Size) -> Callable[[np.ndarray], Any]:
+    keep_memory()  # As the trainer's command does.
+    parallel = make_parallel(config(size))
+    precise(config(size))
+    state = initial_state(initialize(config(size).model, "float32", 0, parallel=parallel))
+    step = make_train_step(config(size), parallel)
+    rate: Any = np.float32(1e-4)
+
+    def one(batch_BS: np.ndarray) -> Any:
+        nonlocal state
+        state, loss, norm = step(state, parallel.put(batch_BS), rate)
+        return jax.block_until_ready((loss, norm))
+
+    return one
 
 
 def _params(size: Size) -> Any:

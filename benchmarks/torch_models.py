@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cases import Size, config
-from benchmarks.contestant import Repeat, timed
+from benchmarks.contestant import Repeat, by_turns, timed
 from mooshak.memory import keep_memory
 from mooshak_torch.checkpoint import start_saving
 from mooshak_torch.generate import generate as our_generate
@@ -39,18 +39,15 @@ def train_remat(size: Size) -> Repeat:
     return train(size | {"train": size.get("train", {}) | {"remat": "dots"}})
 
 
-def constant_train(size: Size) -> Repeat:
-    """Steps of our trainer on the same batch."""
-    step, batch_BS = _our_step(size), _batch(size).int().cpu().numpy()
-    return _warm(lambda: [step(_from_numpy(batch_BS)) for _ in range(size["steps"])])
-
-
 def fed_train(size: Size) -> Repeat:
-    """Steps of our trainer on what the data pipeline gives."""
+    """Steps of our trainer on what the data pipeline gives, beside steps on the same batch."""
     from benchmarks.pipeline import our_batches
 
     step, batches = _our_step(size), our_batches(size)
-    return _warm(lambda: [step(_from_numpy(next(batches))) for _ in range(size["steps"])])
+    batch_BS = next(batches)
+    work = (lambda: step(_from_numpy(next(batches))), lambda: step(_from_numpy(batch_BS)))
+    _warm(work[0])
+    return lambda: by_turns(*work, size["steps"])
 
 
 def gradients(size: Size) -> Repeat:
