@@ -95,12 +95,13 @@ def dataloader(size: Size) -> Repeat:
 def tokenize(size: Size) -> Repeat:
     """Ours: `python -m mooshak.data prepare`, checksums and manifest included."""
     config = _text(size)
-    tokenizer = tokenizers.ensure(config)
+    tokenizers.ensure(config)
     numbers = iter(range(10**6))
 
     def work() -> None:
         data = replace(config.data, dir=f"{config.data.dir}/{next(numbers)}")
-        prepare(replace(config, data=data), tokenizer, progress=False)
+        # A new tokenizer, which has seen no word yet.
+        prepare(replace(config, data=data), tokenizers.ensure(config), progress=False)
 
     return lambda: timed(work)
 

@@ -40,8 +40,8 @@ from mooshak.tokenizer import Tokenizer
 
 SPLITS = ("train", "validation")
 
-# Characters that are tokenised in one call, spread over the cores, while the next are read.
-_BATCH = 1_000_000
+# Characters that are tokenised in one call, while the next are read: more would leave the caches.
+_BATCH = 250_000
 
 
 def ensure(config: Config, progress: bool = True) -> tuple[Tokenizer, dict[str, dict[str, Any]]]:
