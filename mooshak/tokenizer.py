@@ -40,8 +40,9 @@ _SPACE_MARK = "\u2581"
 # SentencePiece splits only numbers in 0-9 into digits. A line of its own for each Devanagari digit
 # has the same effect: no piece with two of them is ever seen.
 _LINE_ENDS = re.compile("\n|(?<=[०-९])|(?=[०-९])")
-# Characters of the words whose ids are kept; some 200 bytes of memory for a word.
-_MOST_KEPT = 2_000_000
+# Texts written by a grammar, such as tales, have fewer different words than this; for them words
+# are looked up. Others have many that come once, for which that takes longer.
+_FEW_WORDS = 16_384
 _ACTIONS = ("train", "extend", "encode", "decode", "report")
 # Longest line that is shown to the trainer, in characters (at most 4 bytes each).
 _LINE = 4096
@@ -79,7 +80,6 @@ class Tokenizer:
         self.eos_id: int = self._model.eos_id()
         self.pad_id: int = self._model.pad_id() if self._model.pad_id() >= 0 else self.eos_id
         self._words: dict[str, list[int]] = {}
-        self._kept = 0
         self._space_mark = [self.id_of(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
 
     def id_of(self, piece: str) -> int:
@@ -119,15 +119,15 @@ class Tokenizer:
         return result
 
     def _encode(self, texts: list[str], threads: int) -> list[list[int]]:
-        """Token ids of texts without space marks; words that have come before are looked up."""
-        if len(texts) == 1 or not self._of_words:
+        """Token ids of texts without space marks, whose words are looked up where that pays."""
+        # SentencePiece works beside the interpreter, on every core; a look-up holds it.
+        if len(texts) == 1 or threads > 2 or not self._of_words:
             return self._model.encode(texts, num_threads=threads)
-        split = [text.split(" ") for text in texts]
-        if self._kept > _MOST_KEPT:
-            self._words, self._kept = {}, 0
-        known = self._words
+        split, known = [text.split(" ") for text in texts], self._words
         new = list(set().union(*split) - known.keys())
-        self._kept += sum(map(len, new))
+        if len(known) + len(new) > _FEW_WORDS:
+            self._of_words, self._words = False, {}
+            return self._model.encode(texts, num_threads=threads)
         # A word has the space before it, the first of a text has none.
         within = self._model.encode([" " + word for word in new], num_threads=threads)
         known.update(zip(new, within, strict=True))

@@ -64,7 +64,9 @@ def test_a_batch_is_its_texts(tiny_tokenizer: Tokenizer):
     ("changes", "of_words"),
     [({}, True), ({"split_by_whitespace": False}, False), ({"add_dummy_prefix": True}, False)],
 )
-def test_words_are_looked_up_where_they_make_the_text(tmp_path: Path, changes, of_words: bool):
+def test_words_are_looked_up_where_they_make_the_text(
+    tmp_path: Path, monkeypatch, changes, of_words: bool
+):
     """Ids of a batch are those of its whole texts, also for models that merge across spaces."""
     model = io.BytesIO()
     options = {"normalization_rule_name": "identity", "add_dummy_prefix": False, **changes}
@@ -82,9 +84,14 @@ def test_words_are_looked_up_where_they_make_the_text(tmp_path: Path, changes, o
     (tmp_path / "m.model").write_bytes(model.getvalue())
     tokenizer = Tokenizer(tmp_path / "m.model")
     texts = [*HARD, "of the  cat", " of the", "of the ", "the\nof the", "और चूहा", "of"]
+    expected = [tokenizer.encode(text) for text in texts]
     for _ in range(2):  # With words that are new, and known.
-        assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
+        assert tokenizer.encode_batch(texts) == expected
     assert bool(tokenizer._words) == of_words
+    monkeypatch.setattr(tokenizers, "_FEW_WORDS", 20)
+    for batch in (["of the"] * 2, texts, texts):  # Too many words, from the second on.
+        assert tokenizer.encode_batch(batch) == [tokenizer.encode(text) for text in batch]
+    assert not tokenizer._words
 
 
 def test_text_cannot_inject_specials(tiny_tokenizer: Tokenizer):
