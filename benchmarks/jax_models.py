@@ -16,7 +16,7 @@ from jax import Array
 from benchmarks.cases import Size, config
 from benchmarks.contestant import Repeat, by_turns, timed
 from mooshak.interchange import MOMENTS
-from mooshak.memory import keep_memory
+from mooshak.memory import WARM, keep_memory, share_heap
 from mooshak_jax.checkpoint import graph, initialize, join, start_saving
 from mooshak_jax.generate import generate as our_generate
 from mooshak_jax.parallel import make_parallel
@@ -26,7 +26,7 @@ from mooshak_jax.train import initial_state, make_train_step, objective, precise
 def train(size: Size) -> Repeat:
     """One optimizer step of our trainer."""
     step, batch_BS = _our_step(size), _batch(size)
-    return _warm(lambda: step(batch_BS))
+    return _warm(lambda: step(batch_BS), WARM)
 
 
 def fed_train(size: Size) -> Repeat:
@@ -36,7 +36,7 @@ def fed_train(size: Size) -> Repeat:
     step, batches = _our_step(size), our_batches(size)
     batch_BS = next(batches)
     work = (lambda: step(next(batches)), lambda: step(batch_BS))
-    _warm(work[0])
+    _warm(work[0], WARM)
     return lambda: by_turns(*work, size["steps"])
 
 
@@ -154,6 +154,7 @@ def _rotated(x_BTHK: Array) -> Array:
 
 
 def _save(size: Size, blocking: bool) -> Repeat:
+    share_heap()
     keep_memory()
     state = initial_state(_params(size))
     saved = {key: state[key] for key in ("params", *MOMENTS)}
@@ -178,7 +179,7 @@ def _save(size: Size, blocking: bool) -> Repeat:
 
 
 def _our_step(size: Size) -> Callable[[np.ndarray], Any]:
-    keep_memory()  # As the trainer's command does.
+    share_heap()  # As the trainer's command does.
     parallel = make_parallel(config(size))
     precise(config(size))
     state = initial_state(initialize(config(size).model, "float32", 0, parallel=parallel))
@@ -198,14 +199,15 @@ def _params(size: Size) -> Any:
     return initialize(config(size).model, "float32", 0)
 
 
-def _warm(work: Callable[[], Any]) -> Repeat:
-    """Done twice before it is measured: it is compiled, and memory is there."""
+def _warm(work: Callable[[], Any], times: int = 2) -> Repeat:
+    """Done before it is measured: it is compiled, and memory is there."""
 
     def finished() -> None:
         jax.block_until_ready(work())
 
-    finished()
-    finished()
+    for _ in range(times):
+        finished()
+    keep_memory()  # If the heap is shared.
     return lambda: timed(finished)
 
 

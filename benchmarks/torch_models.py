@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.cases import Size, config
 from benchmarks.contestant import Repeat, by_turns, timed
-from mooshak.memory import keep_memory
+from mooshak.memory import WARM, keep_memory, share_heap
 from mooshak_torch.checkpoint import start_saving
 from mooshak_torch.generate import generate as our_generate
 from mooshak_torch.model import Model, initialize
@@ -26,7 +26,7 @@ def train(size: Size) -> Repeat:
     """One optimizer step of our trainer."""
     step = _our_step(size)
     batch_BS = _batch(size)
-    return _warm(lambda: step(batch_BS))
+    return _warm(lambda: step(batch_BS), WARM)
 
 
 def train_compiled(size: Size) -> Repeat:
@@ -46,7 +46,7 @@ def fed_train(size: Size) -> Repeat:
     step, batches = _our_step(size), our_batches(size)
     batch_BS = next(batches)
     work = (lambda: step(_from_numpy(next(batches))), lambda: step(_from_numpy(batch_BS)))
-    _warm(work[0])
+    _warm(work[0], WARM)
     return lambda: by_turns(*work, size["steps"])
 
 
@@ -176,7 +176,7 @@ def litgpt_train(size: Size) -> Repeat:
 
 
 def _our_objective(size: Size) -> tuple[nn.Module, Any]:
-    keep_memory()  # As the trainer's command does.
+    share_heap()  # As the trainer's command does.
     parallel = make_parallel(config(size))
     precise()
     objective = parallel.wrap(make_objective(config(size).model, config(size)), config(size))
@@ -247,6 +247,7 @@ def _layer(size: Size, layer: nn.Module, forward: Callable[[nn.Module, Tensor], 
 
 
 def _save(size: Size, blocking: bool) -> Repeat:
+    share_heap()
     keep_memory()
     model = initialize(Model(config(size).model).to(DEVICE), 0)
     optimizer = make_optimizer(model, config(size).optimizer)
@@ -270,16 +271,17 @@ def _save(size: Size, blocking: bool) -> Repeat:
     return repeat
 
 
-def _warm(work: Callable[[], Any]) -> Repeat:
-    """Done twice before it is measured: memory is there, and what compiles has compiled."""
+def _warm(work: Callable[[], Any], times: int = 2) -> Repeat:
+    """Done before it is measured: memory is there, and what compiles has compiled."""
 
     def finished() -> None:
         work()
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
 
-    finished()
-    finished()
+    for _ in range(times):
+        finished()
+    keep_memory()  # If the heap is shared.
     return lambda: timed(finished)
 
 

@@ -11,15 +11,35 @@ import platform
 # Parameters of mallopt(3).
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
 
+WARM = 8
+"""Steps after which `keep_memory` is called.
+
+What the first ones leave for good would lie between the blocks that come and go, and cut up the
+heap. Even so a large block may not find its place again, and a run then holds it twice.
+"""
+
+
+def share_heap() -> None:
+    """Let all threads of this process have one heap, the only one that takes large blocks.
+
+    Call it before there are threads, and in a command: it changes the whole process. Without glibc
+    nothing happens.
+    """
+    global _libc
+    if platform.libc_ver()[0] == "glibc":
+        _libc = ctypes.CDLL(None)
+        _libc.mallopt(_ARENA_MAX, 1)
+
 
 def keep_memory() -> None:
-    """Let freed memory stay with this process, for its own use; nothing happens without glibc.
+    """Let freed memory stay with this process, for its own use, if it has one heap (`share_heap`).
 
-    Every block below 1 GiB then comes out of one heap, which never shrinks. Call it before there
-    are threads: those that have a heap of their own keep it, and take large blocks from the kernel.
+    Every block below 1 GiB then comes out of the heap, which never shrinks.
     """
-    if platform.libc_ver()[0] != "glibc":
-        return
-    mallopt = ctypes.CDLL(None).mallopt
-    for parameter, value in ((_MMAP_THRESHOLD, 2**30), (_TRIM_THRESHOLD, -1), (_ARENA_MAX, 1)):
-        mallopt(parameter, value)
+    if _libc is not None:
+        _libc.mallopt(_MMAP_THRESHOLD, 2**30)
+        _libc.mallopt(_TRIM_THRESHOLD, -1)
+
+
+_libc: ctypes.CDLL | None = None
+"""glibc, once there is one heap."""

@@ -25,7 +25,7 @@ from mooshak.config import Config
 from mooshak.errors import InputError, command
 from mooshak.evaluation import validation_metrics
 from mooshak.interchange import MOMENTS
-from mooshak.memory import keep_memory
+from mooshak.memory import WARM, keep_memory, share_heap
 from mooshak.run_log import RunLog, stop_request
 from mooshak.schedule import learning_rate
 from mooshak_jax.checkpoint import (
@@ -85,6 +85,7 @@ def train(config: Config, resume: str = "auto", profile: bool = False) -> None:
     saver = Checkpoints(config, parallel.main)
     log = RunLog(config, step, parallel.main, jax.devices()[0].device_kind, parallel.mesh.size)
     last = min(config.train.steps, config.train.stop_at or config.train.steps)
+    warm = step + WARM
     traced = step + 2 if profile and parallel.main else None
     profile_dir = Path(config.run.dir) / "profile"
     stopped = False
@@ -99,6 +100,8 @@ def train(config: Config, resume: str = "auto", profile: bool = False) -> None:
                     stopped = parallel.any_process(stop.is_set())
                     jax.block_until_ready(norm)
                 step += 1
+                if step == warm:
+                    keep_memory()
                 metrics = {"loss": float(loss), "learning_rate": rate, "grad_norm": float(norm)}
                 metrics |= memory()
                 seconds = time.perf_counter() - start
@@ -194,6 +197,7 @@ def make_train_step(
         in_shardings=(cut, parallel.rows, whole),
         out_shardings=(cut, whole, whole),
         donate_argnums=0,
+        compiler_options=parallel.compiler_options,
     )
 
 
@@ -207,7 +211,12 @@ def make_evaluate(config: Config, parallel: Parallel) -> Callable[[Any, Array], 
 
     abstract = abstract_params(config.model, config.train.dtype, parallel)
     cut = jax.tree.map(lambda array: array.sharding, abstract)
-    return jax.jit(measure, in_shardings=(cut, parallel.rows), out_shardings=parallel.replicated)
+    return jax.jit(
+        measure,
+        in_shardings=(cut, parallel.rows),
+        out_shardings=parallel.replicated,
+        compiler_options=parallel.compiler_options,
+    )
 
 
 def evaluate(
@@ -262,7 +271,7 @@ def memory() -> dict[str, float]:
 
 @command
 def main() -> None:
-    keep_memory()
+    share_heap()
     parser = configuration.parser(__doc__.split("\n")[0])
     parser.add_argument("--resume", default="auto", help="auto, never, or a checkpoint's directory")
     parser.add_argument(

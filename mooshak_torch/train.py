@@ -24,7 +24,7 @@ from mooshak.errors import command
 from mooshak.evaluation import validation_metrics
 from mooshak.initial import initial_weight
 from mooshak.interchange import Checkpoint
-from mooshak.memory import keep_memory
+from mooshak.memory import WARM, keep_memory, share_heap
 from mooshak.run_log import RunLog, stop_request
 from mooshak.schedule import learning_rate
 from mooshak.tokenizer import Tokenizer
@@ -64,6 +64,7 @@ def train(config: Config, resume: str = "auto", profile: bool = False) -> None:
     device = torch.cuda.get_device_name() if parallel.device.type == "cuda" else "cpu"
     log = RunLog(config, step, parallel.main, device, parallel.world)
     last = min(config.train.steps, config.train.stop_at or config.train.steps)
+    warm = step + WARM
     traced = step + 2 if profile and parallel.main else None
     profile_dir = Path(config.run.dir) / "profile"
     stopped = False
@@ -81,6 +82,8 @@ def train(config: Config, resume: str = "auto", profile: bool = False) -> None:
                     flags = parallel.sum(torch.stack([loss, stopping]))
                     stopped = flags[1].item() > 0
                 step += 1
+                if step == warm:
+                    keep_memory()
                 metrics = {"loss": flags[0].item(), "learning_rate": rate, "grad_norm": norm.item()}
                 if scale is not None:
                     metrics["loss_scale"] = scale.scale
@@ -262,7 +265,7 @@ def memory(device: torch.device) -> dict[str, float]:
 
 @command
 def main() -> None:
-    keep_memory()
+    share_heap()
     # Grain imports JAX, which must not take hold of the GPU here.
     os.environ["JAX_PLATFORMS"] = "cpu"
     parser = configuration.parser(__doc__.split("\n")[0])
