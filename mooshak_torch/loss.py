@@ -94,8 +94,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dx_BTD, dw_DV = ctx.saved_tensors
-        dw_VD = (dw_DV * grads[0]).T
-        return (dx_BTD * grads[0]).to(dx_BTD.dtype), dw_VD, None, None, None, None
+        # In place: PyTorch refuses to go backward through it a second time.
+        return dx_BTD.mul_(grads[0]), dw_DV.mul_(grads[0]).T, None, None, None, None
 
 
 def _over_vocabulary(
