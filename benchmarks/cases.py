@@ -163,7 +163,6 @@ CASES = (
             "hidden_dim": 2752,
             "sequence_length": 2048,
             "batch_size": 2,
-            "train": {"loss_chunk": 2048},
         },
         TINY,
         work=_tokens,

@@ -20,7 +20,7 @@ from mooshak.memory import WARM, keep_memory, share_heap
 from mooshak_jax.checkpoint import graph, initialize, join, start_saving
 from mooshak_jax.generate import generate as our_generate
 from mooshak_jax.parallel import make_parallel
-from mooshak_jax.train import initial_state, make_train_step, objective, precise
+from mooshak_jax.train import KEPT, initial_state, make_train_step, objective, precise
 
 
 def train(size: Size) -> Repeat:
@@ -46,12 +46,14 @@ def gradients(size: Size) -> Repeat:
     compute = partial(
         objective, graph(config(size).model, "float32"), config(size).train.loss_chunk
     )
-    both = jax.jit(jax.value_and_grad(compute))
+    options = make_parallel(config(size)).compiler_options
+    both = jax.jit(jax.value_and_grad(compute), compiler_options=options)
     return _warm(lambda: both(params, _batch(size)))
 
 
 def block(size: Size) -> Repeat:
     """Our layer, forward and backward."""
+    share_heap()  # As the trainer's command does.
     graphdef, params = graph(config(size).model, "float32"), _params(size)
     shape = (size["batch_size"], size["sequence_length"], size["dim"])
     x_BTD, out_BTD = (jnp.asarray(a) for a in np.random.default_rng(0).normal(size=(2, *shape)))
@@ -61,7 +63,8 @@ def block(size: Size) -> Repeat:
         positions_BT = jnp.arange(shape[1])[None]
         return jnp.sum(model.layers[0](x_BTD, model.rope, positions_BT)[0] * out_BTD)
 
-    both = jax.jit(jax.grad(dot, (0, 1)))
+    options = make_parallel(config(size)).compiler_options
+    both = jax.jit(jax.grad(dot, (0, 1)), compiler_options=options)
     return _warm(lambda: both(params, x_BTD))
 
 
@@ -155,7 +158,7 @@ def _rotated(x_BTHK: Array) -> Array:
 
 def _save(size: Size, blocking: bool) -> Repeat:
     share_heap()
-    keep_memory()
+    keep_memory(KEPT)
     state = initial_state(_params(size))
     saved = {key: state[key] for key in ("params", *MOMENTS)}
     directory = tempfile.TemporaryDirectory()
@@ -207,7 +210,7 @@ def _warm(work: Callable[[], Any], times: int = 2) -> Repeat:
 
     for _ in range(times):
         finished()
-    keep_memory()  # If the heap is shared.
+    keep_memory(KEPT)  # If the heap is shared.
     return lambda: timed(finished)
 
 

@@ -31,13 +31,13 @@ def share_heap() -> None:
         _libc.mallopt(_ARENA_MAX, 1)
 
 
-def keep_memory() -> None:
+def keep_memory(largest: int) -> None:
     """Let freed memory stay with this process, for its own use, if it has one heap (`share_heap`).
 
-    Every block below 1 GiB then comes out of the heap, which never shrinks.
+    Every block up to `largest` bytes then comes out of the heap, which never shrinks.
     """
     if _libc is not None:
-        _libc.mallopt(_MMAP_THRESHOLD, 2**30)
+        _libc.mallopt(_MMAP_THRESHOLD, largest)
         _libc.mallopt(_TRIM_THRESHOLD, -1)
 
 

@@ -14,6 +14,8 @@ from torch.distributed.tensor import DTensor
 from mooshak_torch.products import product
 
 IGNORE = -100
+ROWS = 8192
+"""Rows of the head whose gradient of a chunk is made at once."""
 
 
 class HeadLoss(nn.Module):
@@ -63,7 +65,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         differentiate = any(ctx.needs_input_grad[:2])
         total = w_VD.new_zeros(())
         if differentiate:
-            dx_BTD, dw_DV = torch.empty_like(x_BTD), w_VD.new_zeros(w_VD.T.shape)
+            dx_BTD, dw_VD = torch.empty_like(x_BTD), torch.zeros_like(w_VD)
         narrow_VD = w_VD.to(x_BTD.dtype)
         for start in range(0, x_BTD.shape[1], step):
             here = slice(start, start + step)
@@ -73,7 +75,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             here_N1 = (targets_N1 >= 0) & (targets_N1 < len(w_VD))
             targets_N1 = targets_N1.where(here_N1, 0)
             logits_NV = product(x_ND, narrow_VD.T).to(w_VD.dtype)
-            log_z_N1 = logits_NV.logsumexp(1, keepdim=True)
+            # Few rows at a time: PyTorch makes a copy of what it sums up.
+            log_z_N1 = torch.cat([some.logsumexp(1, keepdim=True) for some in logits_NV.split(64)])
             chosen_N1 = logits_NV.gather(1, targets_N1).where(here_N1, 0)
             if group is not None:
                 log_z_N1, chosen_N1 = _over_vocabulary(log_z_N1, chosen_N1, group)
@@ -85,17 +88,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 d_NV.scatter_add_(1, targets_N1, -here_N1.to(d_NV.dtype))
                 d_NV = d_NV.mul_(counts_N1).to(x_BTD.dtype)
                 dx_BTD[:, here] = product(d_NV, narrow_VD).unflatten(0, (len(x_BTD), -1))
-                # The transpose that is copied is that of the states, not of the logits.
-                dw_DV += product(x_ND.T, d_NV).to(w_VD.dtype)
+                for rows in range(0, len(w_VD), ROWS):
+                    part = slice(rows, rows + ROWS)
+                    dw_VD[part] += product(d_NV[:, part].T, x_ND).to(w_VD.dtype)
         if differentiate:
-            ctx.save_for_backward(dx_BTD, dw_DV)
+            ctx.save_for_backward(dx_BTD, dw_VD)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        dx_BTD, dw_DV = ctx.saved_tensors
+        dx_BTD, dw_VD = ctx.saved_tensors
         # In place: PyTorch refuses to go backward through it a second time.
-        return dx_BTD.mul_(grads[0]), dw_DV.mul_(grads[0]).T, None, None, None, None
+        return dx_BTD.mul_(grads[0]), dw_VD.mul_(grads[0]), None, None, None, None
 
 
 def _over_vocabulary(

@@ -83,7 +83,7 @@ def train(config: Config, resume: str = "auto", profile: bool = False) -> None:
                     stopped = flags[1].item() > 0
                 step += 1
                 if step == warm:
-                    keep_memory()
+                    keep_memory(KEPT)
                 metrics = {"loss": flags[0].item(), "learning_rate": rate, "grad_norm": norm.item()}
                 if scale is not None:
                     metrics["loss_scale"] = scale.scale
@@ -261,6 +261,10 @@ def memory(device: torch.device) -> dict[str, float]:
     import resource
 
     return {"memory_bytes": 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+
+
+KEPT = 2**25
+"""Bytes of the largest block that stays with a warm process: larger ones cut up its heap."""
 
 
 @command
