@@ -65,7 +65,7 @@ def block(size: Size) -> Repeat:
 
     options = make_parallel(config(size)).compiler_options
     both = jax.jit(jax.grad(dot, (0, 1)), compiler_options=options)
-    return _warm(lambda: both(params, x_BTD))
+    return _warm(lambda: both(params, x_BTD), WARM)
 
 
 def generate(size: Size) -> Repeat:

@@ -1,6 +1,9 @@
 """Contestants of the data pipeline: batches to the training loop, and text to shards."""
 
+import ast
+import contextlib
 import json
+import sysconfig
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -130,11 +133,12 @@ def _taken(batches: Iterator[Any], size: Size) -> Repeat:
 
 
 def _text(size: Size) -> Config:
-    """Tales in both languages as a JSONL file, and a tokenizer trained on some of them."""
+    """Documents as a JSONL file, and a tokenizer trained on some of them."""
     directory = _directory()
-    path, n = directory / "text.jsonl", size["documents"] // 2
+    path, n = directory / "text.jsonl", size["documents"]
+    tales = (text for _, text in documents(0, n // 2, ("hi", "en")))
     with path.open("w") as file:
-        for _, text in documents(0, n, ("hi", "en")):
+        for text in tales if size["text"] == "tales" else islice(_docstrings(), n):
             file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
     model = ModelConfig(vocab_size=-(-size["vocab_size"] // 64) * 64, dim=2, n_layers=1, n_heads=1)
     sources = [SourceConfig("text", kind="jsonl", path=str(path))]
@@ -145,6 +149,17 @@ def _text(size: Size) -> Config:
         ),
         data=DataConfig(dir=str(directory), sources=sources),
     )
+
+
+def _docstrings() -> Iterator[str]:
+    """What the modules, classes and functions of Python's own library say of themselves."""
+    library = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(set(library.rglob("*.py")) - set(library.glob("site-packages/**/*.py"))):
+        # Some of the library's test files are no Python on purpose.
+        with contextlib.suppress(SyntaxError, ValueError):
+            for node in ast.walk(ast.parse(path.read_bytes())):
+                if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                    yield from filter(None, [ast.get_docstring(node)])
 
 
 def _tokens(size: Size) -> np.ndarray:

@@ -244,7 +244,7 @@ def _layer(size: Size, layer: nn.Module, forward: Callable[[nn.Module, Tensor], 
         x_BTD.grad = None
         forward(layer, x_BTD).backward(out_BTD)
 
-    return _warm(work)
+    return _warm(work, WARM)
 
 
 def _save(size: Size, blocking: bool) -> Repeat:
