@@ -61,7 +61,7 @@ def block(size: Size) -> Repeat:
     def dot(params: Any, x_BTD: Array) -> Array:
         model = join(graphdef, params)
         positions_BT = jnp.arange(shape[1])[None]
-        return jnp.sum(model.layers[0](x_BTD, model.rope, positions_BT)[0] * out_BTD)
+        return jnp.sum(model.layers[0](x_BTD, model.rope, model.rope.at(positions_BT))[0] * out_BTD)
 
     options = make_parallel(config(size)).compiler_options
     both = jax.jit(jax.grad(dot, (0, 1)), compiler_options=options)

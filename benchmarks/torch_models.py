@@ -15,7 +15,7 @@ from mooshak.memory import WARM, keep_memory, share_heap
 from mooshak_torch.checkpoint import start_saving
 from mooshak_torch.generate import generate as our_generate
 from mooshak_torch.model import Model, initialize
-from mooshak_torch.optimizer import make_optimizer
+from mooshak_torch.optimizer import make_optimizer, moments
 from mooshak_torch.parallel import make_parallel
 from mooshak_torch.train import KEPT, make_objective, model_of, precise, train_step
 
@@ -66,7 +66,9 @@ def block(size: Size) -> Repeat:
     share_heap()  # As the trainer's command does.
     model = initialize(Model(config(size).model).to(DEVICE), 0)
     positions_BT = torch.arange(size["sequence_length"], device=DEVICE)[None]
-    return _layer(size, model.layers[0], lambda layer, x: layer(x, model.rope, positions_BT))
+    return _layer(
+        size, model.layers[0], lambda layer, x: layer(x, model.rope, model.rope.at(positions_BT))
+    )
 
 
 def generate(size: Size) -> Repeat:
@@ -188,6 +190,7 @@ def _our_objective(size: Size) -> tuple[nn.Module, Any]:
 def _our_step(size: Size) -> Callable[[Tensor], Any]:
     objective, parallel = _our_objective(size)
     optimizer = make_optimizer(model_of(objective), config(size).optimizer)
+    moments(model_of(objective), optimizer)  # As the trainer does.
     return lambda batch_BS: train_step(objective, optimizer, batch_BS, 1e-4, config(size), parallel)
 
 

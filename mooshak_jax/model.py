@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -162,6 +162,14 @@ class RMSNorm(nnx.Module):
         return (wide_BTD * scale_BT1 * self.scale[...]).astype(x_BTD.dtype)
 
 
+class Positions(NamedTuple):
+    """Where the tokens of a call stand, and the rotations there: the same for all layers."""
+
+    index_BT: Array
+    cos_BT1k: Array
+    sin_BT1k: Array
+
+
 class Rope(nnx.Module):
     """Rotary position embedding (arXiv:2104.09864), halves rotated, in at least float32."""
 
@@ -169,9 +177,13 @@ class Rope(nnx.Module):
         # Static tables: constants of the compiled step, not state of the model.
         self.tables = _Tables(*(table.astype(dtype) for table in rope_tables(model)))
 
-    def __call__(self, x_BTHK: Array, positions_BT: Array) -> Array:
-        cos_BT1k = jnp.asarray(self.tables.cos)[positions_BT][:, :, None]
-        sin_BT1k = jnp.asarray(self.tables.sin)[positions_BT][:, :, None]
+    def at(self, index_BT: Array) -> Positions:
+        """The rotations at these positions."""
+        cos, sin = (jnp.asarray(table)[index_BT] for table in (self.tables.cos, self.tables.sin))
+        return Positions(index_BT, cos[:, :, None], sin[:, :, None])
+
+    def __call__(self, x_BTHK: Array, positions: Positions) -> Array:
+        _, cos_BT1k, sin_BT1k = positions
         a_BTHk, b_BTHk = jnp.split(x_BTHK.astype(cos_BT1k.dtype), 2, axis=-1)
         rotated = (a_BTHk * cos_BT1k - b_BTHk * sin_BT1k, b_BTHk * cos_BT1k + a_BTHk * sin_BT1k)
         return jnp.concatenate(rotated, axis=-1).astype(x_BTHK.dtype)
@@ -221,26 +233,26 @@ class Attention(nnx.Module):
         self.wo = Linear(H * K, D, dtype, out, model.wo_bias) if llama else None
 
     def __call__(
-        self, x_BTD: Array, rope: Rope, positions_BT: Array, cache: KVCache | None = None
+        self, x_BTD: Array, rope: Rope, positions: Positions, cache: KVCache | None = None
     ) -> tuple[Array, KVCache | None]:
         B, T, _ = x_BTD.shape
         x_BTD = constrain(x_BTD, "batch", None, None)
         if self.fused:
             qkv_BTGRK = self.wqkv(x_BTD)
-            q_BTHK = rope(self.heads(qkv_BTGRK[:, :, :, :-2], self.q_norm), positions_BT)
-            k_BSGK = rope(self.heads(qkv_BTGRK[:, :, :, -2], self.k_norm), positions_BT)
+            q_BTHK = rope(self.heads(qkv_BTGRK[:, :, :, :-2], self.q_norm), positions)
+            k_BSGK = rope(self.heads(qkv_BTGRK[:, :, :, -2], self.k_norm), positions)
             v_BSGK = qkv_BTGRK[:, :, :, -1]
         else:
-            q_BTHK = rope(self.heads(self.wq(x_BTD), self.q_norm), positions_BT)
-            k_BSGK = rope(self.heads(self.wk(x_BTD), self.k_norm), positions_BT)
+            q_BTHK = rope(self.heads(self.wq(x_BTD), self.q_norm), positions)
+            k_BSGK = rope(self.heads(self.wk(x_BTD), self.k_norm), positions)
             v_BSGK = self.heads(self.wv(x_BTD))
         queries_BT = jnp.arange(T)[None]
         if cache is not None:
             rows_B1 = jnp.arange(B)[:, None]
-            k_BSGK = cache[0].at[rows_B1, positions_BT].set(k_BSGK)
-            v_BSGK = cache[1].at[rows_B1, positions_BT].set(v_BSGK)
+            k_BSGK = cache[0].at[rows_B1, positions.index_BT].set(k_BSGK)
+            v_BSGK = cache[1].at[rows_B1, positions.index_BT].set(v_BSGK)
             cache = (k_BSGK, v_BSGK)
-            queries_BT = positions_BT
+            queries_BT = positions.index_BT
         mask_BTS = self.mask(queries_BT, k_BSGK.shape[1])
         width = min(max(T // 4, QUERIES[0]), QUERIES[1])
         ends = range(width, T, width) if cache is None else ()
@@ -319,9 +331,9 @@ class MooshakBlock(nnx.Module):
         self.output_norm = RMSNorm(model.dim, model.norm_eps, dtype)
 
     def __call__(
-        self, x_BTD: Array, rope: Rope, positions_BT: Array, cache: KVCache | None = None
+        self, x_BTD: Array, rope: Rope, positions: Positions, cache: KVCache | None = None
     ) -> tuple[Array, KVCache | None]:
-        attention_BTD, cache = self.attention(x_BTD, rope, positions_BT, cache)
+        attention_BTD, cache = self.attention(x_BTD, rope, positions, cache)
         h_BTD = x_BTD + attention_BTD
         return self.output_norm(h_BTD + self.mlp(self.mlp_norm(h_BTD))), cache
 
@@ -336,10 +348,10 @@ class LlamaBlock(nnx.Module):
         self.mlp = MLP(model, dtype)
 
     def __call__(
-        self, x_BTD: Array, rope: Rope, positions_BT: Array, cache: KVCache | None = None
+        self, x_BTD: Array, rope: Rope, positions: Positions, cache: KVCache | None = None
     ) -> tuple[Array, KVCache | None]:
         normed_BTD = self.attention_norm(x_BTD)
-        attention_BTD, cache = self.attention(normed_BTD, rope, positions_BT, cache)
+        attention_BTD, cache = self.attention(normed_BTD, rope, positions, cache)
         h_BTD = x_BTD + attention_BTD
         return h_BTD + self.mlp(self.mlp_norm(h_BTD)), cache
 
@@ -397,10 +409,12 @@ class Model(nnx.Module):
         if trace is not None:
             trace.append(x_BTD)
 
+        positions = self.rope.at(positions_BT)
+
         def through(
             layer: nnx.Module, x_BTD: Array, cache: KVCache | None
         ) -> tuple[Array, KVCache | None]:
-            return layer(x_BTD, self.rope, positions_BT, cache)
+            return layer(x_BTD, self.rope, positions, cache)
 
         if self.config.scan_layers and caches is None and trace is None:
             graph, stacked = nnx.split(self.layers)

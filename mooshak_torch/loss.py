@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from mooshak_torch.products import product
 
 IGNORE = -100
-ROWS = 8192
+ROWS = 2048
 """Rows of the head whose gradient of a chunk is made at once."""
 
 

@@ -7,6 +7,8 @@ A model of float64 computes in float64 throughout. In bfloat16 the parameters st
 are multiplied in bfloat16, and norms, rotary angles, softmax and loss are computed in float32.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from mooshak.config import Dtype, ModelConfig
 from mooshak.initial import initial_weight
 from mooshak.rope import rope_tables
+from mooshak_torch.activations import made_again, rms_norm, rotate, swiglu
 from mooshak_torch.products import linear
 
 COMPUTE = {
@@ -66,9 +69,22 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim, dtype=dtype))
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        wide_BTD = x_BTD.to(self.weight.dtype)
-        scale_BT1 = torch.rsqrt(wide_BTD.square().mean(-1, keepdim=True) + self.eps)
-        return (wide_BTD * scale_BT1 * self.weight).to(x_BTD.dtype)
+        return rms_norm(x_BTD, self.weight, self.eps)
+
+    def again(self, x_BTD: Tensor) -> Tensor:
+        """The same for the backward pass: no hooks, and under tensor parallelism of local parts."""
+        gain_D: Tensor = self.weight
+        gain_D = gain_D.to_local() if isinstance(gain_D, DTensor) else gain_D
+        return rms_norm(x_BTD, gain_D, self.eps)
+
+
+class Positions(NamedTuple):
+    """Where the tokens of a call stand, and the rotations there: the same for all layers."""
+
+    index_BT: Tensor
+    cos_BT1K: Tensor
+    sin_BT1K: Tensor
+    """Negative in the first half."""
 
 
 class Rope(nn.Module):
@@ -83,12 +99,14 @@ class Rope(nn.Module):
         self.register_buffer("cos", torch.tensor(cos, dtype=dtype), persistent=False)
         self.register_buffer("sin", torch.tensor(sin, dtype=dtype), persistent=False)
 
-    def forward(self, x_BTHK: Tensor, positions_BT: Tensor) -> Tensor:
-        cos_BT1k = self.cos[positions_BT].unsqueeze(2)
-        sin_BT1k = self.sin[positions_BT].unsqueeze(2)
-        a_BTHk, b_BTHk = x_BTHK.to(cos_BT1k.dtype).chunk(2, dim=-1)
-        rotated = (a_BTHk * cos_BT1k - b_BTHk * sin_BT1k, b_BTHk * cos_BT1k + a_BTHk * sin_BT1k)
-        return torch.cat(rotated, dim=-1).to(x_BTHK.dtype)
+    def at(self, index_BT: Tensor) -> Positions:
+        """The rotations at these positions."""
+        cos_BT1k, sin_BT1k = (table[index_BT].unsqueeze(2) for table in (self.cos, self.sin))
+        cos_BT1K = torch.cat((cos_BT1k, cos_BT1k), dim=-1)
+        return Positions(index_BT, cos_BT1K, torch.cat((-sin_BT1k, sin_BT1k), dim=-1))
+
+    def forward(self, x_BTHK: Tensor, positions: Positions) -> Tensor:
+        return rotate(x_BTHK, positions.cos_BT1K, positions.sin_BT1K)
 
 
 class KVCache:
@@ -102,14 +120,14 @@ class KVCache:
         shape = (batch, length, model.G, model.K)
         self.k_BSGK = like.new_zeros(shape)
         self.v_BSGK = like.new_zeros(shape)
+        self.rows_B1 = torch.arange(batch, device=like.device).unsqueeze(1)
         self.written = 0
         """How many positions may have been written."""
 
-    def update(self, k_BTGK: Tensor, v_BTGK: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
+    def update(self, k_BTGK: Tensor, v_BTGK: Tensor, index_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Put new keys and values at their positions; returns all that are written."""
-        rows_B1 = torch.arange(len(positions_BT), device=positions_BT.device).unsqueeze(1)
-        self.k_BSGK[rows_B1, positions_BT] = k_BTGK
-        self.v_BSGK[rows_B1, positions_BT] = v_BTGK
+        self.k_BSGK[self.rows_B1, index_BT] = k_BTGK
+        self.v_BSGK[self.rows_B1, index_BT] = v_BTGK
         self.written += k_BTGK.shape[1]
         return self.k_BSGK[:, : self.written], self.v_BSGK[:, : self.written]
 
@@ -134,20 +152,21 @@ class Attention(nn.Module):
         self.wo = Linear(heads_HK, model.dim, dtype, model.wo_bias) if llama else None
 
     def forward(
-        self, x_BTD: Tensor, rope: Rope, positions_BT: Tensor, cache: KVCache | None = None
+        self, x_BTD: Tensor, rope: Rope, positions: Positions, cache: KVCache | None = None
     ) -> Tensor:
-        q_BTHK = rope(self.heads(x_BTD, self.wq, self.q_norm), positions_BT)
-        k_BSGK = rope(self.heads(x_BTD, self.wk, self.k_norm), positions_BT)
+        q_BTHK = rope(self.heads(x_BTD, self.wq, self.q_norm), positions)
+        k_BSGK = rope(self.heads(x_BTD, self.wk, self.k_norm), positions)
         v_BSGK = self.heads(x_BTD, self.wv)
         # What comes first, or without a cache, sees itself only.
         later = cache is not None and cache.written > 0
         if cache is not None:
-            written = cache.update(k_BSGK, v_BSGK, positions_BT)
+            written = cache.update(k_BSGK, v_BSGK, positions.index_BT)
             k_BSGK, v_BSGK = written if later else (k_BSGK, v_BSGK)
         mask_B1TS = None
-        if later or self.window is not None:
+        # The last token of a single sequence sees all that is written.
+        if (later and x_BTD.shape[:2] != (1, 1)) or self.window is not None:
             own_T = torch.arange(x_BTD.shape[1], device=x_BTD.device)
-            queries_BT = positions_BT if later else own_T.unsqueeze(0)
+            queries_BT = positions.index_BT if later else own_T.unsqueeze(0)
             mask_B1TS = self.mask(queries_BT, k_BSGK.shape[1]).unsqueeze(1)
         out_BTE = self.attend(q_BTHK, k_BSGK, v_BSGK, mask_B1TS).flatten(-2)
         return out_BTE if self.wo is None else self.wo(out_BTE)
@@ -169,11 +188,14 @@ class Attention(nn.Module):
 
     @staticmethod
     def attend(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask_B1TS: Tensor | None) -> Tensor:
-        """softmax(q k^T / sqrt(K)) v; the causal mask unless one is given. Returns [B, T, H, K]."""
+        """softmax(q k^T / sqrt(K)) v; the causal mask unless one is given. Returns [B, T, H, K].
+
+        Without a mask a single query sees all keys.
+        """
         q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BSGK, v_BSGK))
-        grouped = q.shape[1] != k.shape[1]
+        grouped, causal = q.shape[1] != k.shape[1], mask_B1TS is None and q.shape[2] > 1
         out_BHTK = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask_B1TS, is_causal=mask_B1TS is None, enable_gqa=grouped
+            q, k, v, attn_mask=mask_B1TS, is_causal=causal, enable_gqa=grouped
         )
         return out_BHTK.transpose(1, 2)
 
@@ -187,8 +209,14 @@ class MLP(nn.Module):
         self.w2 = Linear(model.hidden_dim, model.dim, dtype, model.mlp_bias)
         self.w3 = Linear(model.dim, model.hidden_dim, dtype, model.mlp_bias)
 
+        self.thrifty = True
+        """Whether the backward pass makes the input of `w2` again."""
+
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x_BTD)) * self.w3(x_BTD))
+        gate_BTF, up_BTF = self.w1(x_BTD), self.w3(x_BTD)
+        hidden_BTF = swiglu(gate_BTF, up_BTF)
+        with made_again(hidden_BTF, lambda: swiglu(gate_BTF, up_BTF), self.thrifty):
+            return self.w2(hidden_BTF)
 
 
 class MooshakBlock(nn.Module):
@@ -200,12 +228,16 @@ class MooshakBlock(nn.Module):
         self.mlp_norm = RMSNorm(model.dim, model.norm_eps, dtype)
         self.mlp = MLP(model, dtype)
         self.output_norm = RMSNorm(model.dim, model.norm_eps, dtype)
+        self.thrifty = True
+        """Whether the backward pass makes the MLP's normed input again."""
 
     def forward(
-        self, x_BTD: Tensor, rope: Rope, positions_BT: Tensor, cache: KVCache | None = None
+        self, x_BTD: Tensor, rope: Rope, positions: Positions, cache: KVCache | None = None
     ) -> Tensor:
-        h_BTD = x_BTD + self.attention(x_BTD, rope, positions_BT, cache)
-        return self.output_norm(h_BTD + self.mlp(self.mlp_norm(h_BTD)))
+        h_BTD = x_BTD + self.attention(x_BTD, rope, positions, cache)
+        normed_BTD = self.mlp_norm(h_BTD)
+        with made_again(normed_BTD, lambda: self.mlp_norm.again(h_BTD), self.thrifty):
+            return self.output_norm(h_BTD + self.mlp(normed_BTD))
 
 
 class LlamaBlock(nn.Module):
@@ -217,12 +249,18 @@ class LlamaBlock(nn.Module):
         self.attention = Attention(model, dtype)
         self.mlp_norm = RMSNorm(model.dim, model.norm_eps, dtype)
         self.mlp = MLP(model, dtype)
+        self.thrifty = True
+        """Whether the backward pass makes the normed inputs again."""
 
     def forward(
-        self, x_BTD: Tensor, rope: Rope, positions_BT: Tensor, cache: KVCache | None = None
+        self, x_BTD: Tensor, rope: Rope, positions: Positions, cache: KVCache | None = None
     ) -> Tensor:
-        h_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope, positions_BT, cache)
-        return h_BTD + self.mlp(self.mlp_norm(h_BTD))
+        normed_BTD = self.attention_norm(x_BTD)
+        with made_again(normed_BTD, lambda: self.attention_norm.again(x_BTD), self.thrifty):
+            h_BTD = x_BTD + self.attention(normed_BTD, rope, positions, cache)
+        normed_BTD = self.mlp_norm(h_BTD)
+        with made_again(normed_BTD, lambda: self.mlp_norm.again(h_BTD), self.thrifty):
+            return h_BTD + self.mlp(normed_BTD)
 
 
 BLOCKS = {"mooshak": MooshakBlock, "llama": LlamaBlock}
@@ -263,8 +301,9 @@ class Model(nn.Module):
         x_BTD = self.embeddings(tokens_BT).to(COMPUTE[self.dtype])
         if trace is not None:
             trace.append(x_BTD)
+        positions = self.rope.at(positions_BT)
         for i, layer in enumerate(self.layers):
-            x_BTD = layer(x_BTD, self.rope, positions_BT, None if caches is None else caches[i])
+            x_BTD = layer(x_BTD, self.rope, positions, None if caches is None else caches[i])
             if trace is not None:
                 trace.append(x_BTD)
         return x_BTD if self.norm is None else self.norm(x_BTD)

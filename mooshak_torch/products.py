@@ -62,10 +62,10 @@ class _Linear(torch.autograd.Function):
 
 
 def _by_onednn(*tensors: Tensor) -> bool:
-    return ONEDNN and all(
-        t.device.type == "cpu" and t.dtype == torch.float32 and not isinstance(t, DTensor)
-        for t in tensors
-    )
+    for t in tensors:  # It is asked for every product of a token: no generator.
+        if not t.is_cpu or t.dtype is not torch.float32 or isinstance(t, DTensor):
+            return False
+    return ONEDNN
 
 
 def _onednn(x: Tensor, w_OI: Tensor) -> Tensor:

@@ -31,7 +31,13 @@ from mooshak.tokenizer import Tokenizer
 from mooshak_torch.checkpoint import begin, open_checkpoint, restore, start_saving
 from mooshak_torch.loss import HeadLoss
 from mooshak_torch.model import Model, initialize
-from mooshak_torch.optimizer import LossScale, clip_gradients, make_optimizer, set_step
+from mooshak_torch.optimizer import (
+    LossScale,
+    clip_gradients,
+    make_optimizer,
+    moments,
+    set_step,
+)
 from mooshak_torch.parallel import Parallel, compile_layers, make_parallel, rematerialise
 from mooshak_torch.profile import profiled
 from mooshak_torch.zero import ZeroOptimizer, make_engine
@@ -162,6 +168,8 @@ def make_state(
     objective = parallel.wrap(objective, config)
     model = model_of(objective)
     optimizer = make_optimizer(model, config.optimizer)
+    # Made by the first step they would lie among the activations, and cut up the heap.
+    moments(model, optimizer)
     if source is not None:
         restore(model, optimizer, source)
     elif config.init.from_:

@@ -68,15 +68,15 @@ def planted(name: str, framework: str) -> Iterator[None]:
         jax.clear_caches()
 
 
-def _rotate_pairs_torch(self: tm.Rope, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    cos, sin = self.cos[positions].unsqueeze(2), self.sin[positions].unsqueeze(2)
+def _rotate_pairs_torch(self: tm.Rope, x: torch.Tensor, positions: tm.Positions) -> torch.Tensor:
+    half = x.shape[-1] // 2
+    cos, sin = positions.cos_BT1K[..., half:], positions.sin_BT1K[..., half:]
     a, b = x.to(cos.dtype)[..., 0::2], x.to(cos.dtype)[..., 1::2]
     return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2).to(x.dtype)
 
 
-def _rotate_pairs_jax(self: jm.Rope, x: jax.Array, positions: jax.Array) -> jax.Array:
-    cos = jnp.asarray(self.tables.cos)[positions][:, :, None]
-    sin = jnp.asarray(self.tables.sin)[positions][:, :, None]
+def _rotate_pairs_jax(self: jm.Rope, x: jax.Array, positions: jm.Positions) -> jax.Array:
+    _, cos, sin = positions
     a, b = x.astype(cos.dtype)[..., 0::2], x.astype(cos.dtype)[..., 1::2]
     return jnp.stack((a * cos - b * sin, b * cos + a * sin), -1).reshape(x.shape).astype(x.dtype)
 
@@ -389,10 +389,9 @@ def _cache_jax() -> list[Patch]:
     original = jm.Attention.__call__
 
     def call(self: Any, x: Any, rope: Any, positions: Any, cache: Any = None) -> Any:
-        if cache is None:
-            return original(self, x, rope, positions)
-        back: Any = lambda y, p: rope(y, p - 1)  # noqa: E731
-        return original(self, x, back, positions + 1, cache)
+        if cache is not None:
+            positions = positions._replace(index_BT=positions.index_BT + 1)
+        return original(self, x, rope, positions, cache)
 
     return [(jm.Attention, "__call__", call)]
 
