@@ -140,6 +140,7 @@ CASES = (
             Reach(OURS_COMPILED, COMPILED, 1.15),
             Reach(TORCH, ROOF, 0.9),
             Reach(TORCH, "MKL products", 0.9),
+            Reach(TORCH, HF, 0.7, "memory"),
             Reach(OURS_REMAT, HF, 0.7, "memory"),
             Reach(OURS_REMAT, HF, 1.15),
             Reach(JAX, TORCH, 0.9),

@@ -20,7 +20,7 @@ from mooshak.memory import WARM, keep_memory, share_heap
 from mooshak_jax.checkpoint import graph, initialize, join, start_saving
 from mooshak_jax.generate import generate as our_generate
 from mooshak_jax.parallel import make_parallel
-from mooshak_jax.train import KEPT, initial_state, make_train_step, objective, precise
+from mooshak_jax.train import initial_state, make_train_step, objective, precise
 
 
 def train(size: Size) -> Repeat:
@@ -158,7 +158,7 @@ def _rotated(x_BTHK: Array) -> Array:
 
 def _save(size: Size, blocking: bool) -> Repeat:
     share_heap()
-    keep_memory(KEPT)
+    keep_memory()
     state = initial_state(_params(size))
     saved = {key: state[key] for key in ("params", *MOMENTS)}
     directory = tempfile.TemporaryDirectory()
@@ -210,7 +210,7 @@ def _warm(work: Callable[[], Any], times: int = 2) -> Repeat:
 
     for _ in range(times):
         finished()
-    keep_memory(KEPT)  # If the heap is shared.
+    keep_memory()  # If the heap is shared.
     return lambda: timed(finished)
 
 

@@ -17,7 +17,7 @@ from mooshak_torch.generate import generate as our_generate
 from mooshak_torch.model import Model, initialize
 from mooshak_torch.optimizer import make_optimizer, moments
 from mooshak_torch.parallel import make_parallel
-from mooshak_torch.train import KEPT, make_objective, model_of, precise, train_step
+from mooshak_torch.train import make_objective, model_of, precise, train_step
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -252,7 +252,7 @@ def _layer(size: Size, layer: nn.Module, forward: Callable[[nn.Module, Tensor], 
 
 def _save(size: Size, blocking: bool) -> Repeat:
     share_heap()
-    keep_memory(KEPT)
+    keep_memory()
     model = initialize(Model(config(size).model).to(DEVICE), 0)
     optimizer = make_optimizer(model, config(size).optimizer)
     directory = tempfile.TemporaryDirectory()
@@ -285,7 +285,7 @@ def _warm(work: Callable[[], Any], times: int = 2) -> Repeat:
 
     for _ in range(times):
         finished()
-    keep_memory(KEPT)  # If the heap is shared.
+    keep_memory()  # If the heap is shared.
     return lambda: timed(finished)
 
 

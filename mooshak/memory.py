@@ -31,13 +31,17 @@ def share_heap() -> None:
         _libc.mallopt(_ARENA_MAX, 1)
 
 
-def keep_memory(largest: int) -> None:
+KEPT = 2**30
+"""Bytes of the largest block that stays: XLA has all of a step's in one."""
+
+
+def keep_memory() -> None:
     """Let freed memory stay with this process, for its own use, if it has one heap (`share_heap`).
 
-    Every block up to `largest` bytes then comes out of the heap, which never shrinks.
+    Every block up to `KEPT` bytes then comes out of the heap, which never shrinks.
     """
     if _libc is not None:
-        _libc.mallopt(_MMAP_THRESHOLD, largest)
+        _libc.mallopt(_MMAP_THRESHOLD, KEPT)
         _libc.mallopt(_TRIM_THRESHOLD, -1)
 
 

@@ -101,7 +101,7 @@ def train(config: Config, resume: str = "auto", profile: bool = False) -> None:
                     jax.block_until_ready(norm)
                 step += 1
                 if step == warm:
-                    keep_memory(KEPT)
+                    keep_memory()
                 metrics = {"loss": float(loss), "learning_rate": rate, "grad_norm": float(norm)}
                 metrics |= memory()
                 seconds = time.perf_counter() - start
@@ -267,10 +267,6 @@ def memory() -> dict[str, float]:
     import resource
 
     return {"memory_bytes": 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
-
-
-KEPT = 2**30
-"""Bytes of the largest block that stays with a warm process: XLA has all of a step's in one."""
 
 
 @command

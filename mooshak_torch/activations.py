@@ -5,8 +5,8 @@ last matrix, which the gate and what it gates give again (docs/performance.md ha
 Shapes: [..., D] with D the width that is normed; gate and up have the same shape.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -37,15 +37,15 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return _SwiGLU.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate) * up
 
 
-@contextmanager
-def made_again(result: Tensor, make: Callable[[], Tensor], when: bool = True) -> Iterator[None]:
+def made_again(
+    result: Tensor, make: Callable[[], Tensor], when: bool = True
+) -> AbstractContextManager:
     """Inside the block autograd keeps `make` instead of `result`, which it gives again.
 
     Not for a block that something else decides about: `torch.utils.checkpoint`, `torch.compile`.
     """
     if not (when and torch.is_grad_enabled()):
-        yield
-        return
+        return nullcontext()
     storage = result.untyped_storage()._cdata
 
     def pack(kept: Tensor) -> Any:
@@ -62,8 +62,7 @@ def made_again(result: Tensor, make: Callable[[], Tensor], when: bool = True) ->
     def unpack(kept: Any) -> Tensor:
         return kept if isinstance(kept, Tensor) else kept()
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        yield
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -89,7 +89,7 @@ def train(config: Config, resume: str = "auto", profile: bool = False) -> None:
                     stopped = flags[1].item() > 0
                 step += 1
                 if step == warm:
-                    keep_memory(KEPT)
+                    keep_memory()
                 metrics = {"loss": flags[0].item(), "learning_rate": rate, "grad_norm": norm.item()}
                 if scale is not None:
                     metrics["loss_scale"] = scale.scale
@@ -269,10 +269,6 @@ def memory(device: torch.device) -> dict[str, float]:
     import resource
 
     return {"memory_bytes": 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
-
-
-KEPT = 2**25
-"""Bytes of the largest block that stays with a warm process: larger ones cut up its heap."""
 
 
 @command
