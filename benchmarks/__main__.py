@@ -49,8 +49,14 @@ class Contestant:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.process.kill()
-        self.process.wait()
+        # Without input it ends by itself, and removes its files.
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        try:
+            self.process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
 
     def repeat(self) -> dict[str, float]:
         """`seconds` of one repetition, and `others`: what other programs took of a processor."""
