@@ -81,6 +81,20 @@ def _new_tokens(size: Size) -> float:
     return size["batch_size"] * size["new_tokens"]
 
 
+def _to_shards(name: str, title: str, text: str, documents: int) -> Case:
+    """Ours beside a loop of a script, on some kind of text."""
+    return Case(
+        name,
+        title,
+        {"ours": "pipeline:tokenize", "sentencepiece in a loop": "pipeline:sentencepiece_loop"},
+        {"text": text, "documents": documents, "vocab_size": 8000},
+        {"text": text, "documents": 300, "vocab_size": 500},
+        unit="documents/s",
+        work=lambda size: size["documents"],
+        reaches=(Reach("ours", "sentencepiece in a loop", 1.8),),
+    )
+
+
 TINY = {
     "vocab_size": 128,
     "dim": 32,
@@ -243,25 +257,17 @@ CASES = (
         unit="ratio",
         reaches=(Reach(TORCH, None, 1.01, "ratio"), Reach(JAX, None, 1.01, "ratio")),
     ),
-    Case(
+    _to_shards(
         "tokenize",
         "Text to shards of tokens, validation split and deduplication included: tales",
-        {"ours": "pipeline:tokenize", "sentencepiece in a loop": "pipeline:sentencepiece_loop"},
-        {"text": "tales", "documents": 20000, "vocab_size": 8000},
-        {"text": "tales", "documents": 300, "vocab_size": 500},
-        unit="documents/s",
-        work=lambda size: size["documents"],
-        reaches=(Reach("ours", "sentencepiece in a loop", 1.8),),
+        "tales",
+        20000,
     ),
-    Case(
+    _to_shards(
         "tokenize-docs",
         "The same of text with many different words: the docstrings of Python's library",
-        {"ours": "pipeline:tokenize", "sentencepiece in a loop": "pipeline:sentencepiece_loop"},
-        {"text": "docstrings", "documents": 10000, "vocab_size": 8000},
-        {"text": "docstrings", "documents": 300, "vocab_size": 500},
-        unit="documents/s",
-        work=lambda size: size["documents"],
-        reaches=(Reach("ours", "sentencepiece in a loop", 1.8),),
+        "docstrings",
+        10000,
     ),
     Case(
         "start",

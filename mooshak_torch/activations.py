@@ -1,8 +1,9 @@
 """The elementwise parts of a layer, with no more kept for the backward pass than it needs.
 
-Autograd by itself would keep a norm's input twice, silu of the gate, and the input of the MLP's
-last matrix, which the gate and what it gates give again (docs/performance.md has what that saves).
-Shapes: [..., D] with D the width that is normed; gate and up have the same shape.
+Autograd by itself would keep a norm's input twice, silu of the gate, and the inputs of matrices
+that a norm or a gate gives again (docs/performance.md has what that saves).
+Shapes: B batch, T time, H heads, K head width; D the last of any, which is normed; gate and up have
+the same shape.
 """
 
 from collections.abc import Callable
@@ -69,7 +70,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain_D: Tensor, eps: float) -> Tensor:
         wide = x.to(gain_D.dtype)
-        scale = _scale(wide, eps)
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x, gain_D, scale)
         return (wide * scale).mul_(gain_D).to(x.dtype)
 
@@ -82,11 +83,6 @@ class _RMSNorm(torch.autograd.Function):
         along = product.mul_(gain_D).mean(-1, keepdim=True)
         dx = (dy * gain_D).sub_(normed.mul_(along)).mul_(scale)
         return dx.to(x.dtype), dgain_D, None
-
-
-def _scale(wide: Tensor, eps: float) -> Tensor:
-    """1 / rms, [..., 1]."""
-    return torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
 
 
 class _Rotation(torch.autograd.Function):

@@ -208,7 +208,6 @@ class MLP(nn.Module):
         self.w1 = Linear(model.dim, model.hidden_dim, dtype, model.mlp_bias)
         self.w2 = Linear(model.hidden_dim, model.dim, dtype, model.mlp_bias)
         self.w3 = Linear(model.dim, model.hidden_dim, dtype, model.mlp_bias)
-
         self.thrifty = True
         """Whether the backward pass makes the input of `w2` again."""
 

@@ -47,16 +47,7 @@ from mooshak.errors import InputError, PeerError
 from mooshak.mesh import AXES, check_mesh, mesh_sizes, mesh_text, parse_mesh
 from mooshak_torch import zero
 from mooshak_torch.loss import HeadLoss
-from mooshak_torch.model import (
-    COMPUTE,
-    MLP,
-    Attention,
-    LlamaBlock,
-    Model,
-    MooshakBlock,
-    RMSNorm,
-    Rope,
-)
+from mooshak_torch.model import COMPUTE, MLP, Attention, Model, RMSNorm, Rope
 
 DEFAULT_MESHES = {
     "single": "data=1",
@@ -289,15 +280,14 @@ def rematerialise(model: Model, policy: str) -> None:
 
     full keeps the input of each layer, dots the results of matrix products, too.
     """
-    if policy != "none":
-        _leave_the_choice(model)
+    if policy == "none":
+        return
     kept = partial(create_selective_checkpoint_contexts, _keep_products)
     options: dict[str, Any] = {"context_fn": kept} if policy == "dots" else {}
-    for layer in model.layers if policy != "none" else ():
-        again = partial(
+    for layer in _leave_the_choice(model):
+        layer.forward = partial(
             checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False, **options
         )
-        layer.forward = again  # type: ignore[assignment]
 
 
 def _keep_products(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -305,11 +295,12 @@ def _keep_products(_: Any, operation: Any, *args: Any, **kwargs: Any) -> Checkpo
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _leave_the_choice(model: Model) -> None:
-    """Have the layers not decide by themselves what is made again."""
-    for module in model.modules():
-        if isinstance(module, MLP | MooshakBlock | LlamaBlock):
-            module.thrifty = False
+def _leave_the_choice(model: Model) -> list[Any]:
+    """The layers, which no longer decide by themselves what is made again."""
+    layers: list[Any] = list(model.layers)
+    for layer in layers:
+        layer.thrifty = layer.mlp.thrifty = False
+    return layers
 
 
 def compile_layers(model: Model, config: Config) -> None:
@@ -321,9 +312,8 @@ def compile_layers(model: Model, config: Config) -> None:
         raise InputError("train.compile does not go with parallel.strategy deepspeed; use fsdp")
     if not torch.cuda.is_available() and not shutil.which(os.environ.get("CXX", "g++")):
         raise InputError("train.compile needs a C++ compiler (g++, or what CXX names)")
-    _leave_the_choice(model)
-    for layer in model.layers:
-        layer.forward = torch.compile(layer.forward)  # type: ignore[assignment]
+    for layer in _leave_the_choice(model):
+        layer.forward = torch.compile(layer.forward)
 
 
 def cut(objective: nn.Module, mesh: DeviceMesh, config: Config) -> None:

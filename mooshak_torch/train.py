@@ -31,13 +31,7 @@ from mooshak.tokenizer import Tokenizer
 from mooshak_torch.checkpoint import begin, open_checkpoint, restore, start_saving
 from mooshak_torch.loss import HeadLoss
 from mooshak_torch.model import Model, initialize
-from mooshak_torch.optimizer import (
-    LossScale,
-    clip_gradients,
-    make_optimizer,
-    moments,
-    set_step,
-)
+from mooshak_torch.optimizer import LossScale, clip_gradients, make_optimizer, moments, set_step
 from mooshak_torch.parallel import Parallel, compile_layers, make_parallel, rematerialise
 from mooshak_torch.profile import profiled
 from mooshak_torch.zero import ZeroOptimizer, make_engine

@@ -132,9 +132,10 @@ def make_engine(
             deepspeed.zero.Init(module=module, config_dict_or_path=settings)
     model.rope = Rope(model.config, model.rope.cos.dtype).to(device)
     if stage == 3:
+        layer: Any
         for layer in model.layers:
-            # A norm is made again where the gain may not be gathered.
-            layer.thrifty = False  # type: ignore[assignment]
+            # A norm would be made again where its gain may not be gathered.
+            layer.thrifty = False
         # The loss reads the head without calling it.
         head = model.lm_head or model.embeddings
         deepspeed.zero.register_external_parameter(objective.loss, head.weight)

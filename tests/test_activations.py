@@ -3,6 +3,7 @@
 import gc
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from mooshak_torch.activations import made_again, rms_norm, rotate, swiglu
 from mooshak_torch.model import Model, Rope, initialize
 from mooshak_torch.parallel import rematerialise
 
-SIZE = {"vocab_size": 32, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24}
+SIZE: dict[str, Any] = {"vocab_size": 32, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24}
 
 
 def plain_rms_norm(x: Tensor, gain_D: Tensor) -> Tensor:
@@ -28,7 +29,7 @@ def plain_rotate(x_BTHK: Tensor, cos_BT1K: Tensor, sin_BT1K: Tensor) -> Tensor:
 
 
 def tables() -> tuple[Tensor, Tensor]:
-    rope = Rope(ModelConfig(**SIZE, max_seq_len=8), torch.float64)  # type: ignore[arg-type]
+    rope = Rope(ModelConfig(**SIZE, max_seq_len=8), torch.float64)
     positions = rope.at(torch.tensor([[0, 1, 2, 5, 7]]))
     return positions.cos_BT1K, positions.sin_BT1K
 
@@ -67,10 +68,11 @@ def gradients(model: Model) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("architecture", ["llama", "mooshak"])
 def test_what_is_made_again_changes_no_gradient(architecture: str) -> None:
-    config = ModelConfig(**SIZE, max_seq_len=8, architecture=architecture)  # type: ignore[arg-type]
+    config = ModelConfig(**SIZE, max_seq_len=8, architecture=architecture)
     models = [initialize(Model(config, "float64"), 0) for _ in range(3)]
+    layer: Any
     for layer in models[1].layers:
-        layer.thrifty = layer.mlp.thrifty = False  # type: ignore[assignment, union-attr]
+        layer.thrifty = layer.mlp.thrifty = False
     rematerialise(models[2], "full")
     ours, plain, full = map(gradients, models)
     assert len(plain) == len(list(models[0].parameters()))
