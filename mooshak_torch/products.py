@@ -1,7 +1,8 @@
-"""Matrix products of the model. In float32 on a CPU they are oneDNN's.
+"""Matrix products of the model. In float32 on AMD's processors they are oneDNN's.
 
-PyTorch comes with two libraries for them and takes MKL, which leaves the AVX-512 units of AMD's
-processors unused: oneDNN is twice as fast there (docs/performance.md), at the same precision.
+PyTorch comes with two libraries for them and takes MKL, which leaves the AVX-512 units of
+processors unused that are not Intel's: oneDNN is twice as fast there, and on Intel's MKL is the
+faster one (docs/performance.md). Both sum in float32.
 Shapes: N rows, I width that is summed over, O width that comes out.
 """
 
@@ -12,9 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-
-ONEDNN = torch.backends.mkldnn.is_available()
-"""Whether this PyTorch has oneDNN."""
 
 
 def linear(x: Tensor, w_OI: Tensor) -> Tensor:
@@ -59,6 +57,15 @@ class _Linear(torch.autograd.Function):
             wide = len(w_OI) > w_OI.shape[1]
             dw_OI = product(x_NI.T, dy_NO).T if wide else product(dy_NO.T, x_NI)
         return dx_NI if dx_NI is None else dx_NI.view_as(x), dw_OI
+
+
+def onednn_is_faster() -> bool:
+    """Whether PyTorch has oneDNN beside MKL, on a processor that is not Intel's."""
+    intel = "Intel" in torch.cpu.get_capabilities().get("cpu_name", "")
+    return torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available() and not intel
+
+
+ONEDNN = onednn_is_faster()
 
 
 def _by_onednn(*tensors: Tensor) -> bool:

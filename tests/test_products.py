@@ -1,10 +1,11 @@
 """The products of both models beside the frameworks' own.
 
-In torch those of float32 on a CPU are oneDNN's; in JAX their gradients are written by hand.
+In torch those of float32 on AMD's processors are oneDNN's; in JAX their gradients are written by
+hand.
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from unittest import mock
 
@@ -18,7 +19,17 @@ from torch import Tensor
 from mooshak_jax import model as jax_model
 from mooshak_torch import products
 
-ONEDNN = pytest.mark.skipif(not products.ONEDNN, reason="this PyTorch has no oneDNN")
+
+@pytest.fixture
+def onednn() -> Iterator[mock.Mock]:
+    """Products by oneDNN, whatever processor this is; what they call."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this PyTorch has no oneDNN")
+    with (
+        mock.patch.object(products, "ONEDNN", True),
+        mock.patch.object(products, "_onednn", wraps=products._onednn) as taken,
+    ):
+        yield taken
 
 
 def values(multiply: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -34,12 +45,10 @@ def values(multiply: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> 
     return [a.detach().double() for a in (y, x.grad, w.grad)]
 
 
-@ONEDNN
-def test_float32_is_onednns_and_as_exact_as_pytorchs_own() -> None:
+def test_float32_is_onednns_and_as_exact_as_pytorchs_own(onednn: mock.Mock) -> None:
     exact = values(F.linear, torch.float64)
-    with mock.patch.object(products, "_onednn", wraps=products._onednn) as taken:
-        ours = values(products.linear, torch.float32)
-    assert taken.call_count == 3
+    ours = values(products.linear, torch.float32)
+    assert onednn.call_count == 3
     plain = values(F.linear, torch.float32)
     for ours_, plain_, exact_ in zip(ours, plain, exact, strict=True):
         distance = (ours_ - exact_).norm() / exact_.norm()
@@ -52,9 +61,8 @@ def test_other_dtypes_are_pytorchs_own(dtype: torch.dtype) -> None:
         assert torch.equal(ours, plain)
 
 
-@ONEDNN
 @pytest.mark.parametrize("n_rows", [1, 7])
-def test_transposed_views_are_multiplied_as_they_are(n_rows: int) -> None:
+def test_transposed_views_are_multiplied_as_they_are(onednn: mock.Mock, n_rows: int) -> None:
     torch.manual_seed(0)
     a_NI, b_IO = torch.randn(24, n_rows).T, torch.randn(40, 24).T
     expected = a_NI.double() @ b_IO.double()
@@ -64,18 +72,29 @@ def test_transposed_views_are_multiplied_as_they_are(n_rows: int) -> None:
         )
 
 
-@ONEDNN
-def test_what_needs_no_gradient_gets_none() -> None:
+def test_what_needs_no_gradient_gets_none(onednn: mock.Mock) -> None:
     x, w = torch.randn(4, 8), torch.randn(16, 8, requires_grad=True)
-    with mock.patch.object(products, "_onednn", wraps=products._onednn) as taken:
-        products.linear(x, w).sum().backward()
+    products.linear(x, w).sum().backward()
     assert x.grad is None and w.grad is not None
-    assert taken.call_count == 2
+    assert onednn.call_count == 2
 
 
-@ONEDNN
+@pytest.mark.parametrize(
+    ("processor", "mkl", "expected"),
+    [("AMD EPYC", True, True), ("Intel Xeon", True, False), ("AMD EPYC", False, False)],
+)
+def test_onednn_is_taken_where_mkl_would_be_slow(processor: str, mkl: bool, expected: bool) -> None:
+    with (
+        mock.patch("torch.backends.mkldnn.is_available", return_value=True),
+        mock.patch("torch.backends.mkl.is_available", return_value=mkl),
+        mock.patch("torch.cpu.get_capabilities", return_value={"cpu_name": processor}),
+    ):
+        assert products.onednn_is_faster() == expected
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+@mock.patch.object(products, "ONEDNN", torch.backends.mkldnn.is_available())
 def test_compiled_products_are_the_same() -> None:
     plain = values(products.linear, torch.float32)
     compiled = values(torch.compile(products.linear, fullgraph=True), torch.float32)
