@@ -125,8 +125,10 @@ MEDIUM = {
 }
 GENERATE = {
     TORCH: "torch_models:generate",
+    OURS_COMPILED: "torch_models:generate_compiled",
     JAX: "jax_models:generate",
     HF: "torch_models:hf_generate",
+    COMPILED: "torch_models:hf_generate_compiled",
     ROOF: "roofs:read_weights",
 }
 
@@ -215,7 +217,13 @@ CASES = (
         MEDIUM | {"batch_size": 1, "prompt": 16, "new_tokens": 64},
         TINY | {"batch_size": 1, "prompt": 4, "new_tokens": 4},
         work=_new_tokens,
-        reaches=(Reach(TORCH, HF, 2.0), Reach(TORCH, ROOF, 0.7), Reach(JAX, HF, 2.0)),
+        reaches=(
+            Reach(TORCH, HF, 2.0),
+            Reach(OURS_COMPILED, COMPILED, 2.0),
+            Reach(JAX, HF, 2.0),
+            Reach(TORCH, ROOF, 0.7),
+            Reach(OURS_COMPILED, ROOF, 0.7),
+        ),
     ),
     Case(
         "decode-16",

@@ -71,11 +71,16 @@ def block(size: Size) -> Repeat:
     )
 
 
-def generate(size: Size) -> Repeat:
+def generate(size: Size, compiled: bool = False) -> Repeat:
     """Our greedy decoding."""
     model = initialize(Model(config(size).model).to(DEVICE), 0)
     prompts = _batch(size)[:, : size["prompt"]].tolist()
-    return _warm(lambda: our_generate(model, prompts, size["new_tokens"]))
+    return _warm(lambda: our_generate(model, prompts, size["new_tokens"], compiled=compiled))
+
+
+def generate_compiled(size: Size) -> Repeat:
+    """The same with `--compile`."""
+    return generate(size, compiled=True)
 
 
 def prefill(size: Size) -> Repeat:
@@ -128,9 +133,11 @@ def hf_block(size: Size) -> Repeat:
 
 
 @torch.no_grad()
-def hf_generate(size: Size) -> Repeat:
+def hf_generate(size: Size, compiled: bool = False) -> Repeat:
     """Transformers' greedy decoding with its static cache."""
     model = _hf(size).eval()
+    if compiled:
+        model.forward = torch.compile(model.forward)  # As its documentation has it.
     prompts_BT = _batch(size)[:, : size["prompt"]]
     options: dict[str, Any] = {
         "max_new_tokens": size["new_tokens"],
@@ -142,6 +149,11 @@ def hf_generate(size: Size) -> Repeat:
         "disable_compile": DEVICE.type == "cpu",
     }
     return _warm(lambda: model.generate(prompts_BT, **options))
+
+
+def hf_generate_compiled(size: Size) -> Repeat:
+    """The same, compiled."""
+    return hf_generate(size, compiled=True)
 
 
 def hf_prefill(size: Size) -> Repeat:

@@ -4,8 +4,10 @@ python -m mooshak_torch.generate RUN/checkpoints/600 --prompt "एक समय 
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +17,11 @@ from mooshak.errors import command
 from mooshak.prompts import add_options, complete, padded
 from mooshak.sampling import noise
 from mooshak_torch.checkpoint import load
-from mooshak_torch.model import Linear, Model, make_caches
+from mooshak_torch.model import KVCache, Linear, Model, make_caches
+from mooshak_torch.parallel import require_compiler
 from mooshak_torch.products import lay_out_for_decoding
+
+Step = Callable[[Model, Tensor, Tensor, list[KVCache]], Tensor]
 
 
 @torch.no_grad()
@@ -27,12 +32,15 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    compiled: bool = False,
 ) -> np.ndarray:
     """Continue prompts of token ids, each at its own position; returns int32 [prompts, new_tokens].
 
-    Temperature 0 is greedy. Raises `InputError` when a prompt is empty or the text would outgrow
-    the model's positions.
+    Temperature 0 is greedy. `compiled` tokens come faster, after torch.compile has had its time.
+    Raises `InputError` when a prompt is empty or the text would outgrow the model's positions, or
+    where there is nothing to compile with.
     """
+    step = _compiled_step() if compiled else _step
     tokens_BT, lengths_B = padded(prompts, new_tokens, model.config)
     uniform_BT = np.stack([noise(seed, b, new_tokens) for b in range(len(prompts))])
     device = model.embeddings.weight.device
@@ -51,8 +59,24 @@ def generate(
         if t + 1 == new_tokens:
             break
         positions_B = positions_B + 1
-        logits_BV = model(token_B.unsqueeze(1), positions_B.unsqueeze(1), caches)[:, 0]
+        logits_BV = step(model, token_B, positions_B, caches)
     return torch.stack(out, dim=1).cpu().numpy().astype(np.int32)
+
+
+def _step(model: Model, token_B: Tensor, positions_B: Tensor, caches: list[KVCache]) -> Tensor:
+    """Logits [B, V] of what follows one more token each."""
+    logits_B1V: Tensor = model(token_B.unsqueeze(1), positions_B.unsqueeze(1), caches)
+    return logits_B1V[:, 0]
+
+
+@cache
+def _compiled_step() -> Step:
+    require_compiler("--compile")
+    # The whole model at once, and on a CPU called from C++: a processor that reads all weights for
+    # every token has forgotten the interpreter's code by the next operation.
+    options: dict[str, Any] = {} if torch.cuda.is_available() else {"cpp_wrapper": True}
+    step: Step = torch.compile(_step, options=options)
+    return step
 
 
 def sample(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: float) -> Tensor:
@@ -77,11 +101,14 @@ def sample(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: floa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_options(parser)
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the step of a token first: for many tokens"
+    )
     args = parser.parse_args()
     model = load(Path(args.checkpoint), args.dtype)
     if torch.cuda.is_available():
         model = model.cuda()
-    complete(args, model.config, lambda *sampling: generate(model, *sampling))
+    complete(args, model.config, partial(generate, model, compiled=args.compile))
 
 
 if __name__ == "__main__":

@@ -310,10 +310,15 @@ def compile_layers(model: Model, config: Config) -> None:
     """
     if config.parallel.strategy == "deepspeed":
         raise InputError("train.compile does not go with parallel.strategy deepspeed; use fsdp")
-    if not torch.cuda.is_available() and not shutil.which(os.environ.get("CXX", "g++")):
-        raise InputError("train.compile needs a C++ compiler (g++, or what CXX names)")
+    require_compiler("train.compile")
     for layer in _leave_the_choice(model):
         layer.forward = torch.compile(layer.forward)
+
+
+def require_compiler(option: str) -> None:
+    """Raise `InputError` where torch.compile has no C++ compiler to work with."""
+    if not torch.cuda.is_available() and not shutil.which(os.environ.get("CXX", "g++")):
+        raise InputError(f"{option} needs a C++ compiler (g++, or what CXX names)")
 
 
 def cut(objective: nn.Module, mesh: DeviceMesh, config: Config) -> None:

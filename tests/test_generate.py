@@ -1,7 +1,9 @@
 """Generation takes short ways: a causal prompt, keys as far as they are written, one position of
 the prompt through the output head. The long way is the whole text through the model, each time."""
 
+import shutil
 from dataclasses import replace
+from unittest import mock
 
 import jax
 import numpy as np
@@ -12,6 +14,8 @@ import mooshak_jax.checkpoint
 import mooshak_jax.generate
 import mooshak_torch.generate
 from mooshak.config import ModelConfig
+from mooshak.errors import InputError
+from mooshak_torch import products
 from mooshak_torch.model import Model, initialize, make_caches
 
 SIZES = {"vocab_size": 128, "dim": 48, "n_layers": 2, "n_heads": 4, "hidden_dim": 80}
@@ -53,6 +57,28 @@ def test_one_sequence_is_decoded_in_bfloat16(tied: bool) -> None:
     theirs = mooshak_jax.generate.generate(graphdef, params, prompt, NEW)
     # Rounding may decide between two tokens at some time; the first is far from that.
     assert found.shape == theirs.shape == (1, NEW) and found[0, 0] == theirs[0, 0]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize(
+    ("name", "onednn"), [("mooshak", False), ("llama", torch.backends.mkldnn.is_available())]
+)
+def test_compiled_decoding_gives_the_same_tokens(name: str, onednn: bool) -> None:
+    with mock.patch.object(products, "ONEDNN", onednn):
+        torch_model = initialize(Model(MODELS[name]), 0, gain_std=0.1)
+        for prompts in (PROMPTS, PROMPTS[:1]):
+            plain = mooshak_torch.generate.generate(torch_model, prompts, NEW)
+            found = mooshak_torch.generate.generate(torch_model, prompts, NEW, compiled=True)
+            assert np.array_equal(found, plain)
+
+
+def test_compiled_decoding_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    mooshak_torch.generate._compiled_step.cache_clear()
+    model = initialize(Model(MODELS["mooshak"]), 0)
+    with pytest.raises(InputError, match="--compile needs a C\\+\\+ compiler"):
+        mooshak_torch.generate.generate(model, PROMPTS, NEW, compiled=True)
 
 
 def test_a_cache_gives_out_what_is_written() -> None:
