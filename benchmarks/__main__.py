@@ -2,7 +2,7 @@
 
 python -m benchmarks [CASE ...] [--repetitions N] [--size full|tiny] [--out benchmarks/results]
 
-Every contestant of a case has a process of its own, and they take turns: A B A B. Prints medians
+Every contestant of a case has a process of its own, and they take turns: A B B A. Prints medians
 with their spread, writes OUT/CASE.json and, of all cases that have been measured, OUT/index.html.
 Exits 1 when one of our own contestants fails; a reach that is missed is no failure.
 """
@@ -96,7 +96,8 @@ def measure(case: Case, size: Size, repetitions: int) -> Measured:
                 running[name] = contestant
         answers: dict[str, list[dict[str, float]]] = {name: [] for name in running}
         for i in range(repetitions):
-            for name, contestant in running.items():
+            # There and back: none comes always after the same one.
+            for name, contestant in list(running.items())[:: -1 if i % 2 else 1]:
                 status.update(f"{case.name}: {name}, {i + 1} of {repetitions}")
                 answers[name].append(contestant.repeat())
         for name, contestant in running.items():

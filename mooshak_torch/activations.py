@@ -100,7 +100,7 @@ class _Rotation(torch.autograd.Function):
 def _rotated(x_BTHK: Tensor, cos_BT1K: Tensor, sin_BT1K: Tensor) -> Tensor:
     wide_BTHK = x_BTHK.to(cos_BT1K.dtype)
     exchanged_BTHK = wide_BTHK.roll(wide_BTHK.shape[-1] // 2, -1)
-    return (wide_BTHK * cos_BT1K).addcmul_(exchanged_BTHK, sin_BT1K).to(x_BTHK.dtype)
+    return exchanged_BTHK.mul_(sin_BT1K).addcmul_(wide_BTHK, cos_BT1K).to(x_BTHK.dtype)
 
 
 class _SwiGLU(torch.autograd.Function):
