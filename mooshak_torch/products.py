@@ -1,8 +1,8 @@
 """Matrix products of the model. In float32 on AMD's processors they are oneDNN's.
 
 PyTorch comes with two libraries for them and takes MKL, which leaves the AVX-512 units of
-processors unused that are not Intel's: oneDNN is twice as fast there, and on Intel's MKL is the
-faster one (docs/performance.md). Both sum in float32.
+processors unused that are not Intel's: oneDNN is twice as fast there. On Intel's processors MKL is
+the faster one (docs/performance.md). Both sum in float32.
 Shapes: N rows, I width that is summed over, O width that comes out.
 """
 
