@@ -21,8 +21,6 @@ from mooshak_torch.model import KVCache, Linear, Model, make_caches
 from mooshak_torch.parallel import require_compiler
 from mooshak_torch.products import lay_out_for_decoding
 
-Step = Callable[[Model, Tensor, Tensor, list[KVCache]], Tensor]
-
 
 @torch.no_grad()
 def generate(
@@ -70,13 +68,12 @@ def _step(model: Model, token_B: Tensor, positions_B: Tensor, caches: list[KVCac
 
 
 @cache
-def _compiled_step() -> Step:
+def _compiled_step() -> Callable[..., Tensor]:
     require_compiler("--compile")
     # The whole model at once, and on a CPU called from C++: a processor that reads all weights for
     # every token has forgotten the interpreter's code by the next operation.
     options: dict[str, Any] = {} if torch.cuda.is_available() else {"cpp_wrapper": True}
-    step: Step = torch.compile(_step, options=options)
-    return step
+    return torch.compile(_step, options=options)
 
 
 def sample(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: float) -> Tensor:
