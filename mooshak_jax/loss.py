@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mooshak_jax.model import product
 from mooshak_jax.parallel import constrain, gather, shards
+from mooshak_jax.products import product
 
 IGNORE = -100
 

@@ -8,8 +8,7 @@ A model of float64 computes in float64 throughout. In bfloat16 the parameters st
 are multiplied in bfloat16, and norms, rotary angles, softmax and loss are computed in float32.
 """
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,7 +21,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mooshak.config import Dtype, ModelConfig
 from mooshak.rope import rope_tables
-from mooshak_jax.parallel import Axes, constrain, gather
+from mooshak_jax.activations import rms_norm, rotate, swiglu
+from mooshak_jax.attention import attention
+from mooshak_jax.parallel import Axes, constrain
+from mooshak_jax.products import linear, product
 
 COMPUTE = {
     "float64": jnp.float64,
@@ -36,19 +38,6 @@ PARAMETERS = {
     "bfloat16": jnp.float32,
     "float16": jnp.float32,
 }
-# float32 means float32: a GPU would multiply in TF32 and a TPU in bfloat16 otherwise.
-PRECISION = {
-    "float64": jax.lax.Precision.HIGHEST,
-    "float32": jax.lax.Precision.HIGHEST,
-    "bfloat16": jax.lax.DotAlgorithmPreset.BF16_BF16_F32,
-    "float16": jax.lax.DotAlgorithmPreset.F16_F16_F32,
-}
-QUERIES = (128, 512)
-"""The fewest and the most positions whose attention scores are in memory at once.
-
-A long sequence is cut into four pieces or more: three eighths of all scores, which the causal mask
-hides, are then never made. The backward pass makes the scores of a piece again.
-"""
 PRODUCT = "product"
 """Name of what a `Linear` makes, rounded: half the bytes of its sums in bfloat16."""
 # What the backward pass computes again.
@@ -56,149 +45,6 @@ REMAT = {
     "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def product(equation: str, a: Array, b: Array) -> Array:
-    """einsum of two arrays of one dtype: bfloat16 is added up in float32, and rounded once.
-
-    Its gradients are einsums in the same order of operands. Those that JAX derives swap them, and
-    on a CPU XLA then makes a transposed copy.
-    """
-    wide = jnp.promote_types(a.dtype, jnp.float32)
-    how: Any = {"precision": PRECISION[a.dtype.name], "preferred_element_type": wide}
-    return jnp.einsum(equation, a, b, **how)
-
-
-def _product_forward(equation: str, a: Array, b: Array) -> tuple[Array, tuple[Array, Array]]:
-    return product(equation, a, b), (a, b)
-
-
-def _product_backward(
-    equation: str, operands: tuple[Array, Array], grad: Array
-) -> tuple[Array, Array]:
-    a, b = operands
-    left, right, out = equation.replace("->", ",").split(",")
-    narrow = grad.astype(a.dtype)
-    da = product(f"{out},{right}->{left}", narrow, b)
-    db = product(f"{left},{out}->{right}", a, narrow)
-    return da.astype(a.dtype), db.astype(b.dtype)
-
-
-product.defvjp(_product_forward, _product_backward)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def linear(x_BTD: Array, w: Array, b: Array | None, axes: Axes) -> Array:
-    """x W (+ b) in the dtype of x; W [D, *out] and b [*out] have these logical axes.
-
-    What `fsdp` has cut is gathered here, and again for the gradients. Those of W and b are added
-    up, over tokens and devices, in the dtype of W: at least float32.
-    """
-    y = product("BTD,D...->BT...", x_BTD, gather(w, x_BTD.dtype, axes)).astype(x_BTD.dtype)
-    return y if b is None else y + gather(b, x_BTD.dtype, axes[1:])
-
-
-def _linear_forward(x_BTD: Array, w: Array, b: Array | None, axes: Axes) -> tuple[Array, Any]:
-    return linear(x_BTD, w, b, axes), (x_BTD, w, b)
-
-
-def _linear_backward(axes: Axes, kept: Any, dy: Array) -> tuple[Array, Array, Array | None]:
-    x_BTD, w, b = kept
-    out = "EFGH"[: w.ndim - 1]
-    dx_BTD = product(f"BT{out},D{out}->BTD", dy, gather(w, dy.dtype, axes)).astype(dy.dtype)
-    dw = constrain(product(f"BTD,BT{out}->D{out}", x_BTD, dy), *axes)
-    db = None if b is None else constrain(dy.astype(b.dtype).sum((0, 1)), *axes[1:])
-    return dx_BTD, dw, db
-
-
-linear.defvjp(_linear_forward, _linear_backward)
-
-
-@jax.custom_vjp
-def attention(q_BTHK: Array, k_BSGK: Array, v_BSGK: Array, mask_BTS: Array) -> Array:
-    """softmax(q k^T / sqrt(K)) v under a mask, [B, T, H, K].
-
-    As many keys as queries are those of the same tokens: each sees itself and what is before.
-    Scores are made for a piece of the queries at a time, and again for the gradients (as in
-    arXiv:2205.14135), transposed there: nothing of their size is copied into another layout.
-    """
-    return _attention_forward(q_BTHK, k_BSGK, v_BSGK, mask_BTS)[0]
-
-
-def _attention_forward(
-    q_BTHK: Array, k_BSGK: Array, v_BSGK: Array, mask_BTS: Array
-) -> tuple[Array, Any]:
-    scale, G = 1 / math.sqrt(q_BTHK.shape[-1]), k_BSGK.shape[2]
-    outs_BtHK, logs_BGQ = [], []
-    for some, seen in _pieces(*mask_BTS.shape[1:]):
-        q_BGQK = _heads_first(q_BTHK[:, some], G)
-        k_BGsK, v_BGsK = (_heads_first(a_BSGK[:, seen], G) for a_BSGK in (k_BSGK, v_BSGK))
-        mask_BQs = _of_all_heads(mask_BTS[:, some, seen], q_BGQK)
-        scores_BGQs = product("BGQK,BGSK->BGQS", q_BGQK, k_BGsK) * scale
-        scores_BGQs = jnp.where(mask_BQs[:, None], scores_BGQs, -jnp.inf)
-        most_BGQ1 = scores_BGQs.max(-1, keepdims=True)
-        weights_BGQs = jnp.exp(scores_BGQs - most_BGQ1)
-        sum_BGQ1 = weights_BGQs.sum(-1, keepdims=True)
-        out_BGQK = product("BGQS,BGSK->BGQK", weights_BGQs.astype(v_BSGK.dtype), v_BGsK) / sum_BGQ1
-        outs_BtHK.append(_heads_last(out_BGQK.astype(v_BSGK.dtype), q_BTHK[:, some]))
-        logs_BGQ.append((most_BGQ1 + jnp.log(sum_BGQ1)).squeeze(-1))
-    out_BTHK = jnp.concatenate(outs_BtHK, 1)
-    return out_BTHK, (q_BTHK, k_BSGK, v_BSGK, mask_BTS, out_BTHK, logs_BGQ)
-
-
-def _attention_backward(kept: Any, dout_BTHK: Array) -> tuple[Array, Array, Array, None]:
-    q_BTHK, k_BSGK, v_BSGK, mask_BTS, out_BTHK, logs_BGQ = kept
-    scale, (_, S, G, _), dtype = 1 / math.sqrt(q_BTHK.shape[-1]), k_BSGK.shape, q_BTHK.dtype
-    dqs_BtHK, dk_BSGK, dv_BSGK = [], jnp.zeros((), dtype), jnp.zeros((), dtype)
-    for (some, seen), log_BGQ in zip(_pieces(*mask_BTS.shape[1:]), logs_BGQ, strict=True):
-        q_BGQK, out_BGQK, dout_BGQK = (
-            _heads_first(a_BTHK[:, some], G) for a_BTHK in (q_BTHK, out_BTHK, dout_BTHK)
-        )
-        k_BGsK, v_BGsK = (_heads_first(a_BSGK[:, seen], G) for a_BSGK in (k_BSGK, v_BSGK))
-        mask_BsQ = _of_all_heads(mask_BTS[:, some, seen], q_BGQK).swapaxes(1, 2)
-        scores_BGsQ = product("BGSK,BGQK->BGSQ", k_BGsK, q_BGQK) * scale
-        weights_BGsQ = jnp.where(mask_BsQ[:, None], jnp.exp(scores_BGsQ - log_BGQ[:, :, None]), 0)
-        # Softmax: every weight's gradient less their mean, which the weights give.
-        mean_BGQ = jnp.sum(out_BGQK.astype(log_BGQ.dtype) * dout_BGQK, -1)
-        dweights_BGsQ = product("BGSK,BGQK->BGSQ", v_BGsK, dout_BGQK) - mean_BGQ[:, :, None]
-        dscores_BGsQ = (weights_BGsQ * dweights_BGsQ).astype(dtype)
-        dq_BGQK = product("BGSQ,BGSK->BGQK", dscores_BGsQ, k_BGsK) * scale
-        dk_BGsK = product("BGSQ,BGQK->BGSK", dscores_BGsQ, q_BGQK) * scale
-        dv_BGsK = product("BGSQ,BGQK->BGSK", weights_BGsQ.astype(dtype), dout_BGQK)
-        dqs_BtHK.append(_heads_last(dq_BGQK, q_BTHK[:, some]).astype(dtype))
-        later = ((0, 0), (0, S - dk_BGsK.shape[2]), (0, 0), (0, 0))
-        dk_BSGK += jnp.pad(dk_BGsK.swapaxes(1, 2), later)
-        dv_BSGK += jnp.pad(dv_BGsK.swapaxes(1, 2), later)
-    return jnp.concatenate(dqs_BtHK, 1), dk_BSGK.astype(dtype), dv_BSGK.astype(dtype), None
-
-
-attention.defvjp(_attention_forward, _attention_backward)
-
-
-def _pieces(n_queries: int, n_keys: int) -> Iterator[tuple[slice, slice]]:
-    """Pieces of the queries, and of the keys that they may see."""
-    width = min(max(n_queries // 4, QUERIES[0]), QUERIES[1]) if n_queries == n_keys else n_queries
-    for start in range(0, n_queries, width):
-        end = min(start + width, n_queries)
-        yield slice(start, end), slice(end if n_queries == n_keys else n_keys)
-
-
-def _heads_first(a_BTHK: Array, G: int) -> Array:
-    """[B, G, Q, K], Q: all tokens, head by head of those that share a key head."""
-    B, T, H, K = a_BTHK.shape
-    return a_BTHK.reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4).reshape(B, G, -1, K)
-
-
-def _heads_last(a_BGQK: Array, like_BTHK: Array) -> Array:
-    B, T, H, K = like_BTHK.shape
-    G = a_BGQK.shape[1]
-    return a_BGQK.reshape(B, G, H // G, T, K).transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
-
-
-def _of_all_heads(mask_BTS: Array, q_BGQK: Array) -> Array:
-    """[B, Q, S]: the mask of the tokens for each of the heads that share a key head."""
-    return jnp.tile(mask_BTS, (1, q_BGQK.shape[2] // mask_BTS.shape[1], 1))
 
 
 class Linear(nnx.Module):
@@ -242,9 +88,7 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((dim,), dtype), axes=(None,))
 
     def __call__(self, x_BTD: Array) -> Array:
-        wide_BTD = x_BTD.astype(self.scale.dtype)
-        scale_BT1 = jax.lax.rsqrt(jnp.mean(jnp.square(wide_BTD), -1, keepdims=True) + self.eps)
-        return (wide_BTD * scale_BT1 * self.scale[...]).astype(x_BTD.dtype)
+        return rms_norm(x_BTD, self.scale[...], self.eps)
 
 
 class Positions(NamedTuple):
@@ -268,10 +112,7 @@ class Rope(nnx.Module):
         return Positions(index_BT, cos[:, :, None], sin[:, :, None])
 
     def __call__(self, x_BTHK: Array, positions: Positions) -> Array:
-        _, cos_BT1k, sin_BT1k = positions
-        a_BTHk, b_BTHk = jnp.split(x_BTHK.astype(cos_BT1k.dtype), 2, axis=-1)
-        rotated = (a_BTHk * cos_BT1k - b_BTHk * sin_BT1k, b_BTHk * cos_BT1k + a_BTHk * sin_BT1k)
-        return jnp.concatenate(rotated, axis=-1).astype(x_BTHK.dtype)
+        return rotate(x_BTHK, positions.cos_BT1k, positions.sin_BT1k)
 
 
 class _Tables:
@@ -359,10 +200,7 @@ class Attention(nnx.Module):
 
     @staticmethod
     def attend(q_BTHK: Array, k_BSGK: Array, v_BSGK: Array, mask_BTS: Array) -> Array:
-        """softmax(q k^T / sqrt(K)) v under a mask, [B, T, H, K]; among themselves a causal one.
-
-        `jax.nn.dot_product_attention` is not used: its softmax is float32, in float64 runs too.
-        """
+        """softmax(q k^T / sqrt(K)) v under a mask, [B, T, H, K]; among themselves a causal one."""
         return attention(q_BTHK, k_BSGK, v_BSGK, mask_BTS)
 
 
@@ -386,7 +224,7 @@ class MLP(nnx.Module):
             gate_BTF, up_BTF = jnp.moveaxis(self.w13(x_BTD), -2, 0)
         else:
             gate_BTF, up_BTF = self.w1(x_BTD), self.w3(x_BTD)
-        return constrain(self.w2(jax.nn.silu(gate_BTF) * up_BTF), "batch", "sequence", None)
+        return constrain(self.w2(swiglu(gate_BTF, up_BTF)), "batch", "sequence", None)
 
 
 class MooshakBlock(nnx.Module):

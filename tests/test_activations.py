@@ -1,16 +1,20 @@
-"""The elementwise parts of torch's layers beside PyTorch's own: values, gradients, what is kept."""
+"""The elementwise parts of layers beside plain code: values, gradients, what torch keeps."""
 
 import gc
 import weakref
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mooshak.config import ModelConfig
+from mooshak_jax import activations as jax_activations
 from mooshak_torch.activations import made_again, rms_norm, rotate, swiglu
 from mooshak_torch.model import Model, Rope, initialize
 from mooshak_torch.parallel import rematerialise
@@ -59,6 +63,49 @@ def test_values_and_gradients_are_those_of_plain_code(name: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
     with torch.no_grad():
         torch.testing.assert_close(ours(*inputs), expected, rtol=1e-14, atol=1e-14)
+
+
+# With a gain of nothing, and gates whose exponential is beyond all numbers.
+JAX_PAIRS: dict[str, tuple[Callable, Callable, list[float]]] = {
+    "rms_norm": (
+        lambda x, g: jax_activations.rms_norm(x, g, 1e-5),
+        lambda x, g: x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + 1e-5) * g,
+        [0.0, 1.0, -2.0],
+    ),
+    "swiglu": (
+        lambda up, gate: jax_activations.swiglu(gate, up),
+        lambda up, gate: jax.nn.silu(gate) * up,
+        [-1e3, 1e3, -40.0],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", JAX_PAIRS)
+def test_values_and_gradients_in_jax_are_those_of_plain_code(name: str) -> None:
+    ours, plain, special = JAX_PAIRS[name]
+    draw = np.random.default_rng(0).normal
+    with jax.enable_x64(True):
+        x = jnp.asarray(draw(size=(3, 5, 8)))
+        other = jnp.asarray(draw(size=8 if name == "rms_norm" else x.shape))
+        other = other.at[..., :3].set(jnp.asarray(special))
+        y, ours_of = jax.vjp(ours, x, other)
+        expected, plain_of = jax.vjp(plain, x, other)
+        out = jnp.asarray(draw(size=y.shape))
+        for a, b in zip((y, *ours_of(out)), (expected, *plain_of(out)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", JAX_PAIRS)
+def test_narrow_numbers_are_rounded_once_in_jax(name: str) -> None:
+    ours, plain, _ = JAX_PAIRS[name]
+    draw = np.random.default_rng(0).normal
+    x = jnp.asarray(draw(size=(3, 5, 8)), jnp.bfloat16)
+    other = jnp.asarray(draw(size=8)) if name == "rms_norm" else x[::-1]
+    y, gradients_of = jax.vjp(ours, x, other)
+    expected = plain(x.astype(jnp.float32), other.astype(jnp.float32))
+    assert y.dtype == jnp.bfloat16
+    assert bool(jnp.all(jnp.abs(y - expected) <= jnp.abs(expected) * 2.0**-8))
+    assert [g.dtype for g in gradients_of(y)] == [x.dtype, other.dtype]
 
 
 def gradients(model: Model) -> dict[str, Tensor]:

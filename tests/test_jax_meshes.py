@@ -102,7 +102,7 @@ def test_every_mesh_and_layout_trains_as_one_device(
 
 def test_queries_in_blocks_see_what_they_see_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     truth, _ = run(llama("data=1"), first=8)
-    monkeypatch.setattr("mooshak_jax.model.QUERIES", (7, 7))
+    monkeypatch.setattr("mooshak_jax.attention.QUERIES", (7, 7))
     assert run(llama("data=1"), first=8)[0] == pytest.approx(truth, rel=1e-13, abs=0)
 
 
