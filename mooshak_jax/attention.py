@@ -61,6 +61,10 @@ def _attention_backward(kept: Any, dout_BTHK: Array) -> tuple[Array, Array, Arra
     scale, (_, S, G, _), dtype = 1 / math.sqrt(q_BTHK.shape[-1]), k_BSGK.shape, q_BTHK.dtype
     dqs_BtHK, dk_BSGK, dv_BSGK = [], jnp.zeros((), dtype), jnp.zeros((), dtype)
     for (some, seen), log_BGQ in zip(_pieces(*mask_BTS.shape[1:]), logs_BGQ, strict=True):
+        # One piece after the other, and nothing kept of the forward pass that is made again here.
+        q_BTHK, k_BSGK, v_BSGK, dk_BSGK, dv_BSGK = jax.lax.optimization_barrier(
+            (q_BTHK, k_BSGK, v_BSGK, dk_BSGK, dv_BSGK)
+        )
         q_BGQK, out_BGQK, dout_BGQK = (
             _heads_first(a_BTHK[:, some], G) for a_BTHK in (q_BTHK, out_BTHK, dout_BTHK)
         )
