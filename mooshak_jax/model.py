@@ -9,6 +9,7 @@ are multiplied in bfloat16, and norms, rotary angles, softmax and loss are compu
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -129,8 +130,27 @@ class _Tables:
         return hash(self._key)
 
 
-KVCache = tuple[Array, Array]
-"""Keys and values of one layer at every position, [B, S, G, K] each, zeros where none was yet."""
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["k_BSGK", "v_BSGK"], meta_fields=["written"]
+)
+@dataclass
+class KVCache:
+    """Keys and values of one layer at every position, [B, S, G, K] each, zeros where none was.
+
+    It is filled in order: the first call brings the positions from 0 on, the next ones go on; rows
+    that are shorter than others may be behind.
+    """
+
+    k_BSGK: Array
+    v_BSGK: Array
+    written: bool = False
+    """Whether anything was: known when a step is compiled, which a number would be for each."""
+
+    def update(self, k_BTGK: Array, v_BTGK: Array, index_BT: Array) -> "KVCache":
+        """The cache with new keys and values at their positions."""
+        rows_B1 = jnp.arange(len(index_BT))[:, None]
+        k_BSGK = self.k_BSGK.at[rows_B1, index_BT].set(k_BTGK)
+        return KVCache(k_BSGK, self.v_BSGK.at[rows_B1, index_BT].set(v_BTGK), written=True)
 
 
 class Attention(nnx.Module):
@@ -173,12 +193,12 @@ class Attention(nnx.Module):
             k_BSGK = rope(self.heads(self.wk(x_BTD), self.k_norm), positions)
             v_BSGK = self.heads(self.wv(x_BTD))
         queries_BT = jnp.arange(T)[None]
+        # What comes first, or without a cache, sees itself only.
+        later = cache is not None and cache.written
         if cache is not None:
-            rows_B1 = jnp.arange(B)[:, None]
-            k_BSGK = cache[0].at[rows_B1, positions.index_BT].set(k_BSGK)
-            v_BSGK = cache[1].at[rows_B1, positions.index_BT].set(v_BSGK)
-            cache = (k_BSGK, v_BSGK)
-            queries_BT = positions.index_BT
+            cache = cache.update(k_BSGK, v_BSGK, positions.index_BT)
+            if later:
+                k_BSGK, v_BSGK, queries_BT = cache.k_BSGK, cache.v_BSGK, positions.index_BT
         mask_BTS = self.mask(queries_BT, k_BSGK.shape[1])
         out_BTE = self.attend(q_BTHK, k_BSGK, v_BSGK, mask_BTS).reshape(B, T, -1)
         out_BTD = out_BTE if self.wo is None else self.wo(out_BTE)
@@ -378,6 +398,4 @@ def make_caches(model: Model, batch: int, length: int) -> list[KVCache]:
     """Empty key/value caches of all layers, for positions 0 .. length - 1."""
     shape = (batch, length, model.config.G, model.config.K)
     dtype = COMPUTE[model.dtype]
-    return [
-        (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(model.config.n_layers)
-    ]
+    return [KVCache(*jnp.zeros((2, *shape), dtype)) for _ in range(model.config.n_layers)]

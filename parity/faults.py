@@ -386,14 +386,12 @@ def _cache_torch() -> list[Patch]:
 
 
 def _cache_jax() -> list[Patch]:
-    original = jm.Attention.__call__
+    original = jm.KVCache.update
 
-    def call(self: Any, x: Any, rope: Any, positions: Any, cache: Any = None) -> Any:
-        if cache is not None:
-            positions = positions._replace(index_BT=positions.index_BT + 1)
-        return original(self, x, rope, positions, cache)
+    def update(self: Any, k: jax.Array, v: jax.Array, positions: jax.Array) -> Any:
+        return original(self, k, v, (positions + 1) % self.k_BSGK.shape[1])
 
-    return [(jm.Attention, "__call__", call)]
+    return [(jm.KVCache, "update", update)]
 
 
 def _renamed(names: dict[str, str]) -> Callable[[Checkpoint], Checkpoint]:

@@ -6,12 +6,14 @@ from dataclasses import replace
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
 import mooshak_jax.checkpoint
 import mooshak_jax.generate
+import mooshak_jax.model
 import mooshak_torch.generate
 from mooshak.config import ModelConfig
 from mooshak.errors import InputError
@@ -91,6 +93,22 @@ def test_a_cache_gives_out_what_is_written() -> None:
     rest = model(tokens_BT[:, 4:], torch.tensor([[4, 5], [4, 5]]), caches)
     assert cache.written == 6 and not cache.k_BSGK[:, 6:].any()
     torch.testing.assert_close(torch.cat((first, rest), 1), expected, rtol=1e-12, atol=1e-13)
+
+
+def test_a_cache_gives_out_what_is_written_in_jax() -> None:
+    with jax.enable_x64(True):
+        graphdef = mooshak_jax.checkpoint.graph(MODELS["llama"], "float64")
+        params = mooshak_jax.checkpoint.initialize(MODELS["llama"], "float64", 0, gain_std=0.1)
+        model = mooshak_jax.checkpoint.join(graphdef, params)
+        caches = mooshak_jax.model.make_caches(model, 2, 9)
+        tokens_BT = jnp.arange(12).reshape(2, 6)
+        expected, parts = model(tokens_BT), []
+        for start, end in ((0, 4), (4, 6)):
+            assert caches[0].written == (start > 0)
+            positions_BT = jnp.tile(jnp.arange(start, end), (2, 1))
+            parts.append(model(tokens_BT[:, start:end], positions_BT, caches))
+        assert caches[0].k_BSGK[:, :6].all() and not caches[0].k_BSGK[:, 6:].any()
+        np.testing.assert_allclose(jnp.concatenate(parts, 1), expected, rtol=1e-12, atol=1e-13)
 
 
 def test_decoding_changes_the_layout_of_matrices_and_no_value() -> None:
