@@ -26,9 +26,9 @@ from rich.table import Table
 from benchmarks.cases import CASES, ROOF, Case, Reach, Size
 from mooshak.errors import InputError, command
 from mooshak.files import write_atomically
-from mooshak.run_log import environment
+from mooshak.report.html import COLORS, TEMPLATES, svg, themed
 from mooshak.tables import print_table
-from parity.figures import COLORS, TEMPLATES, svg, themed
+from mooshak.training.metrics import environment
 
 Measured = dict[str, dict[str, Any]]
 """Contestant -> `seconds`, `figures`, `median`, `low`, `high`, `others`, `memory`, or `missing`."""
@@ -39,7 +39,7 @@ class Contestant:
 
     def __init__(self, entry: str, size: Size, errors: IO[str]):
         self.entry, self.errors = entry, errors
-        words = [sys.executable, "-m", "benchmarks.contestant", entry, json.dumps(size)]
+        words = [sys.executable, "-m", "benchmarks.worker", entry, json.dumps(size)]
         self.process = subprocess.Popen(
             words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
         )

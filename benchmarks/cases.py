@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mooshak.config import Config, EvaluateConfig, ModelConfig, RunConfig, TrainConfig
+from mooshak.config.model import ModelConfig
+from mooshak.config.sections import Config, EvaluateConfig, RunConfig, TrainConfig
 
 Size = dict[str, Any]
 """Sizes of a case by the names of the configuration's fields."""

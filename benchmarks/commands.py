@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 
 from benchmarks.cases import Size
-from benchmarks.contestant import Repeat
+from benchmarks.worker import Repeat
 from mooshak.errors import InputError
-from mooshak.run_log import read_metrics
+from mooshak.training.metrics import read_metrics
 
 _TINY = "--model.dim 32 --model.n_layers 1 --model.n_heads 2 --model.hidden_dim 64"
 _TINY += " --data.dir {dir}/data --tokenizer.path {dir}/tokenizer.model"
@@ -28,7 +28,14 @@ def start_jax(size: Size) -> Repeat:
 def _start(module: str, size: Size) -> Repeat:
     directory = tempfile.TemporaryDirectory()
     numbers = iter(range(10**6))
-    options = ["--config", "configs/demo.yaml", "--train.stop_at", "1", "--evaluate.every", "0"]
+    options = [
+        "--config",
+        "configs/demo.yaml",
+        "--train.stop_after_step",
+        "1",
+        "--evaluate.every",
+        "0",
+    ]
     options += ["--run.progress", "false"]
     if size.get("tiny"):
         options += [word.format(dir=directory.name) for word in _TINY.split()]

@@ -26,16 +26,16 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from mooshak import interchange
-from mooshak.checkpoints import STATES
-from mooshak.config import ModelConfig
+from mooshak.checkpoints import safetensors
+from mooshak.checkpoints.base import FULL_SLICE, MOMENTS, Checkpoint
+from mooshak.checkpoints.formats import FORMAT_MARKERS, detect_format
+from mooshak.config.model import ModelConfig
 from mooshak.files import write_atomically
-from mooshak.interchange import EVERY, MOMENTS, Checkpoint
 from mooshak.tables import print_table
-from parity import export
+from parity import export_hf
 from parity.convert import convert, size_in_bytes
 
-KINDS = (*STATES, "hf")
+KINDS = (*FORMAT_MARKERS, "hf")
 
 
 def model_of(size: int) -> ModelConfig:
@@ -65,7 +65,7 @@ def drawn_state(model: ModelConfig, moments: Sequence[str] = MOMENTS) -> Checkpo
         for key in keys
     }
 
-    def read(key: str, rows: slice = EVERY) -> np.ndarray:
+    def read(key: str, rows: slice = FULL_SLICE) -> np.ndarray:
         shape = tensors[key][1]
         start, stop, _ = rows.indices(shape[0])
         width = math.prod(shape[1:])
@@ -87,15 +87,13 @@ def measure(source: Path, target: Path, to: str) -> dict[str, float]:
 
 def child(source: Path, target: Path, to: str) -> dict[str, float]:
     """What `measure` starts."""
-    from parity.convert import kind_of
-
-    for kind in {kind_of(source), to}:
+    for kind in {detect_format(source), to}:
         if kind in ("torch", "hf"):
             import mooshak_torch.checkpoint  # noqa: F401
         elif kind == "jax":
             import mooshak_jax.checkpoint  # noqa: F401
         if kind == "hf":
-            import parity.export  # noqa: F401
+            import parity.export_hf  # noqa: F401
     imported = peak = rss_anon()
     done = threading.Event()
 
@@ -172,8 +170,10 @@ def compare(source: Path, to: str, repeats: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--size", type=size_in_bytes, default="8GB", help="of the training state")
-    parser.add_argument("--from", nargs="+", choices=KINDS, default=list(STATES), dest="sources")
-    parser.add_argument("--to", nargs="+", choices=KINDS, default=list(STATES))
+    parser.add_argument(
+        "--from", nargs="+", choices=KINDS, default=list(FORMAT_MARKERS), dest="sources"
+    )
+    parser.add_argument("--to", nargs="+", choices=KINDS, default=list(FORMAT_MARKERS))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--directory", type=Path, default=Path("runs/conversion"))
     parser.add_argument("--keep", action="store_true", help="leave the states for another run")
@@ -189,9 +189,9 @@ def main() -> None:
     for kind in args.sources:
         source = args.directory / kind
         if kind == "hf" and not source.exists():
-            export.write_checkpoint(source, drawn_state(model_of(3 * args.size), moments=()))
+            export_hf.write_checkpoint(source, drawn_state(model_of(3 * args.size), moments=()))
         elif not first.exists():
-            interchange.write_checkpoint(first, drawn_state(model_of(args.size)))
+            safetensors.write_checkpoint(first, drawn_state(model_of(args.size)))
         if not source.exists():
             measure(first, source, kind)
         for to in args.to:

@@ -14,19 +14,21 @@ from flax import nnx
 from jax import Array
 
 from benchmarks.cases import Size, config
-from benchmarks.contestant import Repeat, by_turns, timed
-from mooshak.interchange import MOMENTS
-from mooshak.memory import WARM, keep_memory, share_heap
-from mooshak_jax.checkpoint import graph, initialize, join, start_saving
+from benchmarks.worker import Repeat, by_turns, timed
+from mooshak.checkpoints.base import MOMENTS
+from mooshak.training.malloc import WARMUP_STEPS, retain_freed_memory, use_single_arena
+from mooshak_jax.checkpoint import start_saving
+from mooshak_jax.distributed.mesh import make_parallel
 from mooshak_jax.generate import generate as our_generate
-from mooshak_jax.parallel import make_parallel
-from mooshak_jax.train import initial_state, make_train_step, objective, precise
+from mooshak_jax.objectives import objective
+from mooshak_jax.params import initialize, make_graphdef, merge
+from mooshak_jax.step import initial_state, make_train_step, set_matmul_precision
 
 
 def train(size: Size) -> Repeat:
     """One optimizer step of our trainer."""
     step, batch_BS = _our_step(size), _batch(size)
-    return _warm(lambda: step(batch_BS), WARM)
+    return _warm(lambda: step(batch_BS), WARMUP_STEPS)
 
 
 def fed_train(size: Size) -> Repeat:
@@ -36,7 +38,7 @@ def fed_train(size: Size) -> Repeat:
     step, batches = _our_step(size), our_batches(size)
     batch_BS = next(batches)
     work = (lambda: step(next(batches)), lambda: step(batch_BS))
-    _warm(work[0], WARM)
+    _warm(work[0], WARMUP_STEPS)
     return lambda: by_turns(*work, size["steps"])
 
 
@@ -44,7 +46,7 @@ def gradients(size: Size) -> Repeat:
     """Loss and gradients of our model, as a step makes them."""
     params = _params(size)
     compute = partial(
-        objective, graph(config(size).model, "float32"), config(size).train.loss_chunk
+        objective, make_graphdef(config(size).model, "float32"), config(size).train.loss_chunk
     )
     options = make_parallel(config(size)).compiler_options
     both = jax.jit(jax.value_and_grad(compute), compiler_options=options)
@@ -53,24 +55,26 @@ def gradients(size: Size) -> Repeat:
 
 def block(size: Size) -> Repeat:
     """Our layer, forward and backward."""
-    share_heap()  # As the trainer's command does.
-    graphdef, params = graph(config(size).model, "float32"), _params(size)
+    use_single_arena()  # As the trainer's command does.
+    graphdef, params = make_graphdef(config(size).model, "float32"), _params(size)
     shape = (size["batch_size"], size["sequence_length"], size["dim"])
     x_BTD, out_BTD = (jnp.asarray(a) for a in np.random.default_rng(0).normal(size=(2, *shape)))
 
     def dot(params: Any, x_BTD: Array) -> Array:
-        model = join(graphdef, params)
+        model = merge(graphdef, params)
         positions_BT = jnp.arange(shape[1])[None]
-        return jnp.sum(model.layers[0](x_BTD, model.rope, model.rope.at(positions_BT))[0] * out_BTD)
+        return jnp.sum(
+            model.layers[0](x_BTD, model.rope, model.rope.lookup(positions_BT))[0] * out_BTD
+        )
 
     options = make_parallel(config(size)).compiler_options
     both = jax.jit(jax.grad(dot, (0, 1)), compiler_options=options)
-    return _warm(lambda: both(params, x_BTD), WARM)
+    return _warm(lambda: both(params, x_BTD), WARMUP_STEPS)
 
 
 def generate(size: Size) -> Repeat:
     """Our greedy decoding."""
-    graphdef, params = graph(config(size).model, "float32"), _params(size)
+    graphdef, params = make_graphdef(config(size).model, "float32"), _params(size)
     prompts = _batch(size)[:, : size["prompt"]].tolist()
     return _warm(lambda: our_generate(graphdef, params, prompts, size["new_tokens"]))
 
@@ -157,8 +161,8 @@ def _rotated(x_BTHK: Array) -> Array:
 
 
 def _save(size: Size, blocking: bool) -> Repeat:
-    share_heap()
-    keep_memory()
+    use_single_arena()
+    retain_freed_memory()
     state = initial_state(_params(size))
     saved = {key: state[key] for key in ("params", *MOMENTS)}
     directory = tempfile.TemporaryDirectory()
@@ -182,23 +186,23 @@ def _save(size: Size, blocking: bool) -> Repeat:
 
 
 def _our_step(size: Size) -> Callable[[np.ndarray], Any]:
-    share_heap()  # As the trainer's command does.
+    use_single_arena()  # As the trainer's command does.
     parallel = make_parallel(config(size))
-    precise(config(size))
+    set_matmul_precision(config(size))
     state = initial_state(initialize(config(size).model, "float32", 0, parallel=parallel))
     step = make_train_step(config(size), parallel)
     rate: Any = np.float32(1e-4)
 
     def one(batch_BS: np.ndarray) -> Any:
         nonlocal state
-        state, loss, norm = step(state, parallel.put(batch_BS), rate)
+        state, loss, norm = step(state, parallel.shard_local_batch(batch_BS), rate)
         return jax.block_until_ready((loss, norm))
 
     return one
 
 
 def _params(size: Size) -> Any:
-    precise(config(size))
+    set_matmul_precision(config(size))
     return initialize(config(size).model, "float32", 0)
 
 
@@ -210,7 +214,7 @@ def _warm(work: Callable[[], Any], times: int = 2) -> Repeat:
 
     for _ in range(times):
         finished()
-    keep_memory()  # If the heap is shared.
+    retain_freed_memory()  # If the heap is shared.
     return lambda: timed(finished)
 
 

@@ -15,19 +15,13 @@ import numpy as np
 import sentencepiece
 
 from benchmarks.cases import Size
-from benchmarks.contestant import Repeat, timed
-from mooshak import tokenizer as tokenizers
-from mooshak.config import (
-    Config,
-    DataConfig,
-    ModelConfig,
-    SourceConfig,
-    TokenizerConfig,
-    TrainConfig,
-)
+from benchmarks.worker import Repeat, timed
+from mooshak.config.model import ModelConfig
+from mooshak.config.sections import Config, DataConfig, SourceConfig, TokenizerConfig, TrainConfig
+from mooshak.corpus.tales import documents
 from mooshak.data.batches import train_batches
 from mooshak.data.shards import prepare
-from mooshak.data.tales import documents
+from mooshak.tokenizer import train
 
 _kept: list[tempfile.TemporaryDirectory] = []
 
@@ -98,13 +92,13 @@ def dataloader(size: Size) -> Repeat:
 def tokenize(size: Size) -> Repeat:
     """Ours: `python -m mooshak.data prepare`, checksums and manifest included."""
     config = _text(size)
-    tokenizers.ensure(config)
+    train.load_or_train_tokenizer(config)
     numbers = iter(range(10**6))
 
     def work() -> None:
         data = replace(config.data, dir=f"{config.data.dir}/{next(numbers)}")
         # A new tokenizer, which has seen no word yet.
-        prepare(replace(config, data=data), tokenizers.ensure(config), progress=False)
+        prepare(replace(config, data=data), train.load_or_train_tokenizer(config), progress=False)
 
     return lambda: timed(work)
 
@@ -112,7 +106,7 @@ def tokenize(size: Size) -> Repeat:
 def sentencepiece_loop(size: Size) -> Repeat:
     """What a script does: read a line, encode it, append it to an array, write it in the end."""
     config = _text(size)
-    tokenizers.ensure(config)
+    train.load_or_train_tokenizer(config)
     model = sentencepiece.SentencePieceProcessor(model_file=config.tokenizer.path)
     out = Path(config.data.dir) / "tokens.npy"
 

@@ -10,14 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cases import Size, config
-from benchmarks.contestant import Repeat, by_turns, timed
-from mooshak.memory import WARM, keep_memory, share_heap
+from benchmarks.worker import Repeat, by_turns, timed
+from mooshak.training.malloc import WARMUP_STEPS, retain_freed_memory, use_single_arena
 from mooshak_torch.checkpoint import start_saving
+from mooshak_torch.distributed.mesh import make_parallel
+from mooshak_torch.distributed.parallelize import parallelize
 from mooshak_torch.generate import generate as our_generate
-from mooshak_torch.model import Model, initialize
+from mooshak_torch.model import Model
+from mooshak_torch.objectives import make_objective, model_of
 from mooshak_torch.optimizer import make_optimizer, moments
-from mooshak_torch.parallel import make_parallel
-from mooshak_torch.train import make_objective, model_of, precise, train_step
+from mooshak_torch.params import initialize
+from mooshak_torch.step import set_matmul_precision, train_step
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -26,7 +29,7 @@ def train(size: Size) -> Repeat:
     """One optimizer step of our trainer."""
     step = _our_step(size)
     batch_BS = _batch(size)
-    return _warm(lambda: step(batch_BS), WARM)
+    return _warm(lambda: step(batch_BS), WARMUP_STEPS)
 
 
 def train_compiled(size: Size) -> Repeat:
@@ -46,7 +49,7 @@ def fed_train(size: Size) -> Repeat:
     step, batches = _our_step(size), our_batches(size)
     batch_BS = next(batches)
     work = (lambda: step(_from_numpy(next(batches))), lambda: step(_from_numpy(batch_BS)))
-    _warm(work[0], WARM)
+    _warm(work[0], WARMUP_STEPS)
     return lambda: by_turns(*work, size["steps"])
 
 
@@ -63,11 +66,13 @@ def gradients(size: Size) -> Repeat:
 
 def block(size: Size) -> Repeat:
     """Our layer, forward and backward."""
-    share_heap()  # As the trainer's command does.
+    use_single_arena()  # As the trainer's command does.
     model = initialize(Model(config(size).model).to(DEVICE), 0)
     positions_BT = torch.arange(size["sequence_length"], device=DEVICE)[None]
     return _layer(
-        size, model.layers[0], lambda layer, x: layer(x, model.rope, model.rope.at(positions_BT))
+        size,
+        model.layers[0],
+        lambda layer, x: layer(x, model.rope, model.rope.lookup(positions_BT)),
     )
 
 
@@ -191,10 +196,11 @@ def litgpt_train(size: Size) -> Repeat:
 
 
 def _our_objective(size: Size) -> tuple[nn.Module, Any]:
-    share_heap()  # As the trainer's command does.
+    use_single_arena()  # As the trainer's command does.
     parallel = make_parallel(config(size))
-    precise()
-    objective = parallel.wrap(make_objective(config(size).model, config(size)), config(size))
+    set_matmul_precision()
+    objective = make_objective(config(size).model, config(size))
+    objective = parallelize(objective, parallel, config(size))
     initialize(model_of(objective), 0)
     return objective, parallel
 
@@ -209,7 +215,7 @@ def _our_step(size: Size) -> Callable[[Tensor], Any]:
 def _hf(size: Size) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    precise()
+    set_matmul_precision()
     torch.manual_seed(0)
     llama: Any = LlamaConfig
     model: Any = LlamaForCausalLM(
@@ -249,7 +255,7 @@ def _plain_train(
 
 
 def _layer(size: Size, layer: nn.Module, forward: Callable[[nn.Module, Tensor], Tensor]) -> Repeat:
-    precise()
+    set_matmul_precision()
     shape = (size["batch_size"], size["sequence_length"], size["dim"])
     x_BTD = torch.randn(shape, device=DEVICE, requires_grad=True)
     out_BTD = torch.randn(shape, device=DEVICE)
@@ -259,12 +265,12 @@ def _layer(size: Size, layer: nn.Module, forward: Callable[[nn.Module, Tensor], 
         x_BTD.grad = None
         forward(layer, x_BTD).backward(out_BTD)
 
-    return _warm(work, WARM)
+    return _warm(work, WARMUP_STEPS)
 
 
 def _save(size: Size, blocking: bool) -> Repeat:
-    share_heap()
-    keep_memory()
+    use_single_arena()
+    retain_freed_memory()
     model = initialize(Model(config(size).model).to(DEVICE), 0)
     optimizer = make_optimizer(model, config(size).optimizer)
     directory = tempfile.TemporaryDirectory()
@@ -297,7 +303,7 @@ def _warm(work: Callable[[], Any], times: int = 2) -> Repeat:
 
     for _ in range(times):
         finished()
-    keep_memory()  # If the heap is shared.
+    retain_freed_memory()  # If the heap is shared.
     return lambda: timed(finished)
 
 

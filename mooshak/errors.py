@@ -1,9 +1,10 @@
 """How a command ends when its input is wrong: one line with what and what to do, exit code 2."""
 
+import difflib
 import errno
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 
 class InputError(Exception):
@@ -46,3 +47,15 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def _fail(message: str, exit_code: int = 2) -> int:
     print("error: " + " ".join(message.split()), file=sys.stderr)
     return exit_code
+
+
+def require(holds: bool, otherwise: str) -> None:
+    """Raise `InputError(otherwise)` unless the condition holds."""
+    if not holds:
+        raise InputError(otherwise)
+
+
+def did_you_mean(key: str, known: Iterable[str]) -> str:
+    """Return `; did you mean KEY?` with the nearest known key."""
+    near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.0)
+    return f"; did you mean {near[0]}?" if near else ""

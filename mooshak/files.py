@@ -17,7 +17,7 @@ from mooshak.errors import InputError
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """A file to write to, which takes the place of `path` when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -33,7 +33,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a whole file, text as UTF-8."""
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
@@ -61,7 +61,7 @@ LOCK = ".lock"
 
 
 @contextlib.contextmanager
-def new_directory(path: Path, n_bytes: int = 0) -> Iterator[Path]:
+def atomic_directory(path: Path, n_bytes: int = 0) -> Iterator[Path]:
     """A directory to fill, which is named `path` when the block ends without an error.
 
     It is on the disk by then. One process at a time makes `path`: it holds a lock, which a process
@@ -161,7 +161,7 @@ DONT_CACHE = 0x80
 """RWF_DONTCACHE of Linux 6.14."""
 
 
-class Direct(io.FileIO):
+class DirectIOFile(io.FileIO):
     """A new file, which goes to the disk by whole pages, past the page cache, where it can.
 
     `flush` waits for more: part of a page would end that.

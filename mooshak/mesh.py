@@ -7,7 +7,6 @@
 import math
 import re
 
-from mooshak.config import Config
 from mooshak.errors import InputError
 
 AXES = ("data", "fsdp", "tensor")
@@ -46,26 +45,3 @@ def parse_mesh(text: str) -> dict[str, int]:
 def mesh_text(sizes: dict[str, int]) -> str:
     """A mesh in its notation: the axes with more than one device."""
     return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "data=1"
-
-
-def check_mesh(config: Config, sizes: dict[str, int]) -> None:
-    """Raises `InputError` unless the mesh divides the batch and the model's widths."""
-    train, model = config.train, config.model
-    n_shards = sizes["data"] * sizes["fsdp"]
-    if train.batch_size % (n_shards * train.accumulation):
-        raise InputError(
-            f"train.batch_size {train.batch_size} is not divisible by mesh data={sizes['data']} x "
-            f"fsdp={sizes['fsdp']} x train.accumulation {train.accumulation}"
-        )
-    for key, width in (
-        ("n_kv_heads", model.G),
-        ("hidden_dim", model.hidden_dim),
-        ("vocab_size", model.vocab_size),
-    ):
-        if width % sizes["tensor"]:
-            raise InputError(f"model.{key} {width} is not divisible by tensor={sizes['tensor']}")
-    if config.parallel.sequence_parallel and config.T % sizes["tensor"]:
-        raise InputError(
-            f"parallel.sequence_parallel: {config.T} tokens are not divisible by "
-            f"tensor={sizes['tensor']}"
-        )

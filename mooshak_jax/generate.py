@@ -15,13 +15,14 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from mooshak.config import ModelConfig
+from mooshak.config.model import ModelConfig
 from mooshak.errors import command
-from mooshak.prompts import add_options, complete, padded
-from mooshak.sampling import noise
-from mooshak_jax.checkpoint import graph, join, load
+from mooshak.generation.text import add_options, generate_text, pad_prompts
+from mooshak.numerics.sampling_noise import noise
+from mooshak_jax.checkpoint import load_model
 from mooshak_jax.model import KVCache, Model, make_caches
-from mooshak_jax.train import cache_compilations
+from mooshak_jax.params import make_graphdef, merge
+from mooshak_jax.step import cache_compilations
 
 
 def generate(
@@ -38,8 +39,8 @@ def generate(
     Temperature 0 is greedy. Raises `InputError` when a prompt is empty or the text would outgrow
     the model's positions. Sampling is in float64: call it with `jax_enable_x64`.
     """
-    model: Model = join(graphdef, params)
-    tokens_BT, lengths_B = padded(prompts, new_tokens, model.config)
+    model: Model = merge(graphdef, params)
+    tokens_BT, lengths_B = pad_prompts(prompts, new_tokens, model.config)
     uniform_BT = np.stack([noise(seed, b, new_tokens) for b in range(len(prompts))])
     caches = make_caches(model, len(prompts), tokens_BT.shape[1] + new_tokens)
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
@@ -89,8 +90,8 @@ def _step(
     caches: list[KVCache],
 ) -> tuple[Array, list[KVCache]]:
     """Logits of the token at index `last_B` of each row, and the caches with all tokens in them."""
-    model = join(graphdef, params)
-    hidden_BTD = model.hidden(tokens_BT, positions_BT, caches)
+    model = merge(graphdef, params)
+    hidden_BTD = model.hidden_states(tokens_BT, positions_BT, caches)
     last_B1D = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)
     return model.logits(last_B1D)[:, 0], caches
 
@@ -103,9 +104,9 @@ def main() -> None:
     cache_compilations()
     jax.config.update("jax_enable_x64", True)
     model: ModelConfig
-    model, params = load(Path(args.checkpoint), args.dtype)
-    graphdef = graph(model, args.dtype)
-    complete(args, model, lambda *sampling: generate(graphdef, params, *sampling))
+    model, params = load_model(Path(args.checkpoint), args.dtype)
+    graphdef = make_graphdef(model, args.dtype)
+    generate_text(args, model, lambda *sampling: generate(graphdef, params, *sampling))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Shapes stand in the names: B batch, T time, S time of the keys, D model width, H query heads,
 G key/value heads, R query heads per key/value head, K head width, F MLP width, V vocabulary,
-L layers. Parameters have logical axes, which mooshak_jax/parallel.py lays over the mesh.
+L layers. Parameters have logical axes; mooshak_jax/distributed/sharding.py maps them to the mesh.
 
 A model of float64 computes in float64 throughout. In bfloat16 the parameters stay float32, matrices
 are multiplied in bfloat16, and norms, rotary angles, softmax and loss are computed in float32.
@@ -20,20 +20,20 @@ from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from mooshak.config import Dtype, ModelConfig
-from mooshak.rope import rope_tables
-from mooshak_jax.activations import rms_norm, rotate, swiglu
-from mooshak_jax.attention import attention
-from mooshak_jax.parallel import Axes, constrain
-from mooshak_jax.products import linear, product
+from mooshak.config.model import Dtype, ModelConfig
+from mooshak.numerics.rope import rope_tables
+from mooshak_jax.distributed.sharding import Axes, constrain
+from mooshak_jax.ops.activations import rms_norm, rotate, swiglu
+from mooshak_jax.ops.attention import attention
+from mooshak_jax.ops.matmul import einsum, linear
 
-COMPUTE = {
+COMPUTE_DTYPE = {
     "float64": jnp.float64,
     "float32": jnp.float32,
     "bfloat16": jnp.bfloat16,
     "float16": jnp.float16,
 }
-PARAMETERS = {
+PARAM_DTYPE = {
     "float64": jnp.float64,
     "float32": jnp.float32,
     "bfloat16": jnp.float32,
@@ -107,7 +107,7 @@ class Rope(nnx.Module):
         # Static tables: constants of the compiled step, not state of the model.
         self.tables = _Tables(*(table.astype(dtype) for table in rope_tables(model)))
 
-    def at(self, index_BT: Array) -> Positions:
+    def lookup(self, index_BT: Array) -> Positions:
         """The rotations at these positions."""
         cos, sin = (jnp.asarray(table)[index_BT] for table in (self.tables.cos, self.tables.sin))
         return Positions(index_BT, cos[:, :, None], sin[:, :, None])
@@ -294,7 +294,7 @@ class Model(nnx.Module):
 
     def __init__(self, model: ModelConfig, dtype: Dtype = "float32", remat: str = "none"):
         self.config, self.dtype, self.remat = model, dtype, remat
-        parameters = PARAMETERS[dtype]
+        parameters = PARAM_DTYPE[dtype]
         self.embeddings = Embedding(model.vocab_size, model.dim, parameters)
         self.rope = Rope(model, parameters)
         block = BLOCKS[model.architecture]
@@ -317,7 +317,7 @@ class Model(nnx.Module):
             return self.embeddings.embedding[...].T
         return self.lm_head.kernel[...]
 
-    def hidden(
+    def hidden_states(
         self,
         tokens_BT: Array,
         positions_BT: Array | None = None,
@@ -330,12 +330,12 @@ class Model(nnx.Module):
         """
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-        x_BTD = self.embeddings(tokens_BT).astype(COMPUTE[self.dtype])
+        x_BTD = self.embeddings(tokens_BT).astype(COMPUTE_DTYPE[self.dtype])
         x_BTD = constrain(x_BTD, "batch", "sequence", None)
         if trace is not None:
             trace.append(x_BTD)
 
-        positions = self.rope.at(positions_BT)
+        positions = self.rope.lookup(positions_BT)
 
         def through(
             layer: nnx.Module, x_BTD: Array, cache: KVCache | None
@@ -381,21 +381,21 @@ class Model(nnx.Module):
         trace: list[Array] | None = None,
     ) -> Array:
         """Logits [B, T, V], in at least float32."""
-        return self.logits(self.hidden(tokens_BT, positions_BT, caches, trace))
+        return self.logits(self.hidden_states(tokens_BT, positions_BT, caches, trace))
 
     def logits(self, x_BTD: Array) -> Array:
-        """The output head on what `hidden` gives, [B, T, V], in at least float32."""
+        """The output head on what `hidden_states` gives, [B, T, V], in at least float32."""
         if self.lm_head is None:
             # Not by `head_DV`: XLA has no bfloat16 product of one row and a transpose on a CPU.
             head_VD = self.embeddings.embedding[...].astype(x_BTD.dtype)
-            logits_BTV = product("BTD,VD->BTV", x_BTD, head_VD)
+            logits_BTV = einsum("BTD,VD->BTV", x_BTD, head_VD)
         else:
             logits_BTV = self.lm_head(x_BTD)
-        return logits_BTV.astype(PARAMETERS[self.dtype])
+        return logits_BTV.astype(PARAM_DTYPE[self.dtype])
 
 
 def make_caches(model: Model, batch: int, length: int) -> list[KVCache]:
     """Empty key/value caches of all layers, for positions 0 .. length - 1."""
     shape = (batch, length, model.config.G, model.config.K)
-    dtype = COMPUTE[model.dtype]
+    dtype = COMPUTE_DTYPE[model.dtype]
     return [KVCache(*jnp.zeros((2, *shape), dtype)) for _ in range(model.config.n_layers)]

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from mooshak.config import OptimizerConfig
-from mooshak.schedule import decays
-from mooshak_jax.checkpoint import parts
+from mooshak.config.sections import OptimizerConfig
+from mooshak.numerics.schedule import has_weight_decay
+from mooshak_jax.param_names import canonical_tensors
 
 
 def adamw(state: dict[str, Any], grads: Any, learning_rate: Array, config: OptimizerConfig) -> dict:
@@ -22,7 +22,11 @@ def adamw(state: dict[str, Any], grads: Any, learning_rate: Array, config: Optim
     updates, new = adam.update(grads, past)
 
     def apply(path: tuple, parameter: Array, update: Array) -> Array:
-        decay = config.weight_decay if decays(parts(path, parameter.shape)[0].name) else 0.0
+        decay = (
+            config.weight_decay
+            if has_weight_decay(canonical_tensors(path, parameter.shape)[0].name)
+            else 0.0
+        )
         return parameter - learning_rate.astype(parameter.dtype) * (update + decay * parameter)
 
     params = jax.tree.map_with_path(apply, state["params"], updates)

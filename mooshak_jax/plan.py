@@ -18,12 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 
-from mooshak import config as configuration
-from mooshak.config import Config
+from mooshak.checkpoints.base import MOMENTS
+from mooshak.config.parse import config_parser, parse_config
+from mooshak.config.sections import Config
 from mooshak.errors import InputError, command
 from mooshak.hardware import DEVICES, Device
-from mooshak.interchange import MOMENTS
-from mooshak.plans import (
+from mooshak.plan import (
     Plan,
     memory_traffic,
     print_json,
@@ -32,11 +32,12 @@ from mooshak.plans import (
     ranked,
     step_times,
 )
-from mooshak_jax.checkpoint import graph
+from mooshak_jax.distributed.mesh import Parallel, make_parallel
 from mooshak_jax.hlo import Collective, collectives
-from mooshak_jax.model import PARAMETERS
-from mooshak_jax.parallel import Parallel, make_parallel
-from mooshak_jax.train import abstract_state, make_train_step, objective, precise
+from mooshak_jax.model import PARAM_DTYPE
+from mooshak_jax.objectives import objective
+from mooshak_jax.params import make_graphdef
+from mooshak_jax.step import abstract_state, make_train_step, set_matmul_precision
 
 
 def plan(config: Config, topology: str) -> Plan:
@@ -48,7 +49,7 @@ def plan(config: Config, topology: str) -> Plan:
             f"mesh {config.parallel.mesh} has {parallel.mesh.size} devices, {topology} has "
             f"{len(devices)}; give an axis -1"
         )
-    precise(config)
+    set_matmul_precision(config)
     state = abstract_state(config, parallel)
     parts = {"parameters": held(state["params"])}
     parts["optimizer"] = sum(held(state[moment]) for moment in MOMENTS)
@@ -138,7 +139,7 @@ def lowered(config: Config, parallel: Parallel) -> Any:
     """The real train step for abstract arguments that lie on the mesh."""
     shape = (config.train.batch_size, config.T + 1)
     batch_BS = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=parallel.rows)
-    rate = jax.ShapeDtypeStruct((), PARAMETERS[config.train.dtype], sharding=parallel.replicated)
+    rate = jax.ShapeDtypeStruct((), PARAM_DTYPE[config.train.dtype], sharding=parallel.replicated)
     step: Any = make_train_step(config, parallel)
     return step.lower(abstract_state(config, parallel), batch_BS, rate)
 
@@ -158,10 +159,12 @@ def activations(config: Config, parallel: Parallel) -> int:
     every one of them has the batch as an axis, and is cut over the whole mesh.
     """
     train = config.train
-    rows = train.batch_size // train.accumulation
+    rows = train.batch_size // train.gradient_accumulation_steps
     batch_BS = jax.ShapeDtypeStruct((rows, config.T + 1), jnp.int32)
     params = abstract_state(config, parallel)["params"]
-    compute = partial(objective, graph(config.model, train.dtype, train.remat), train.loss_chunk)
+    compute = partial(
+        objective, make_graphdef(config.model, train.dtype, train.remat), train.loss_chunk
+    )
 
     def residuals(params: Any, batch_BS: Any) -> Any:
         with parallel.activate():
@@ -210,7 +213,7 @@ def _divisors(n: int) -> list[tuple[int, int]]:
 
 @command
 def main() -> None:
-    parser = configuration.parser(__doc__.split("\n")[0])
+    parser = config_parser(__doc__.split("\n")[0])
     parser.add_argument(
         "--topology", default="v5e:4x4", help="the slice: v4, v5e, v5p or v6e, and its shape"
     )
@@ -221,7 +224,7 @@ def main() -> None:
         "--plot", type=Path, default=Path("plan.svg"), help="with --sweep: the picture"
     )
     parser.add_argument("--json", action="store_true", help="print one object")
-    config, arguments = configuration.parse(parser)
+    config, arguments = parse_config(parser)
     # What is compiled for a machine that is not here cannot be read back from the cache.
     jax.config.update("jax_enable_compilation_cache", False)
     topology = arguments.topology

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from mooshak.errors import command
-from mooshak.prompts import add_options, complete, padded
-from mooshak.sampling import noise
-from mooshak_torch.checkpoint import load
+from mooshak.generation.text import add_options, generate_text, pad_prompts
+from mooshak.numerics.sampling_noise import noise
+from mooshak_torch.checkpoint import load_model
+from mooshak_torch.distributed.compile import require_compiler
 from mooshak_torch.model import KVCache, Linear, Model, make_caches
-from mooshak_torch.parallel import require_compiler
-from mooshak_torch.products import lay_out_for_decoding
+from mooshak_torch.ops.matmul import pack_weights_for_decode
 
 
 @torch.no_grad()
@@ -39,15 +39,15 @@ def generate(
     where there is nothing to compile with.
     """
     step = _compiled_step() if compiled else _step
-    tokens_BT, lengths_B = padded(prompts, new_tokens, model.config)
+    tokens_BT, lengths_B = pad_prompts(prompts, new_tokens, model.config)
     uniform_BT = np.stack([noise(seed, b, new_tokens) for b in range(len(prompts))])
     device = model.embeddings.weight.device
-    lay_out_for_decoding(m.weight for m in model.modules() if isinstance(m, Linear))
+    pack_weights_for_decode(m.weight for m in model.modules() if isinstance(m, Linear))
     caches = make_caches(model, len(prompts), tokens_BT.shape[1] + new_tokens)
     positions_B = torch.from_numpy(lengths_B).to(device) - 1
     rows_B = torch.arange(len(prompts), device=device)
     # Of the prompts only the last positions go through the output head.
-    hidden_BTD = model.hidden(torch.from_numpy(tokens_BT).to(device).long(), caches=caches)
+    hidden_BTD = model.hidden_states(torch.from_numpy(tokens_BT).to(device).long(), caches=caches)
     logits_BV = model.logits(hidden_BTD[rows_B, positions_B].unsqueeze(1))[:, 0]
     out = []
     for t in range(new_tokens):
@@ -102,10 +102,10 @@ def main() -> None:
         "--compile", action="store_true", help="compile the step of a token first: for many tokens"
     )
     args = parser.parse_args()
-    model = load(Path(args.checkpoint), args.dtype)
+    model = load_model(Path(args.checkpoint), args.dtype)
     if torch.cuda.is_available():
         model = model.cuda()
-    complete(args, model.config, partial(generate, model, compiled=args.compile))
+    generate_text(args, model.config, partial(generate, model, compiled=args.compile))
 
 
 if __name__ == "__main__":

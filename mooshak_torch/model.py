@@ -14,19 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from mooshak.config import Dtype, ModelConfig
-from mooshak.initial import initial_weight
-from mooshak.rope import rope_tables
-from mooshak_torch.activations import made_again, rms_norm, rotate, swiglu
-from mooshak_torch.products import linear
+from mooshak.config.model import Dtype, ModelConfig
+from mooshak.numerics.rope import rope_tables
+from mooshak_torch.ops.activations import recompute_in_backward, rms_norm, rotate, swiglu
+from mooshak_torch.ops.matmul import linear
 
-COMPUTE = {
+COMPUTE_DTYPE = {
     "float64": torch.float64,
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-PARAMETERS = {
+PARAM_DTYPE = {
     "float64": torch.float64,
     "float32": torch.float32,
     "bfloat16": torch.float32,
@@ -71,7 +70,7 @@ class RMSNorm(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         return rms_norm(x_BTD, self.weight, self.eps)
 
-    def again(self, x_BTD: Tensor) -> Tensor:
+    def recompute(self, x_BTD: Tensor) -> Tensor:
         """The same for the backward pass: no hooks, and under tensor parallelism of local parts."""
         gain_D: Tensor = self.weight
         gain_D = gain_D.to_local() if isinstance(gain_D, DTensor) else gain_D
@@ -99,7 +98,7 @@ class Rope(nn.Module):
         self.register_buffer("cos", torch.tensor(cos, dtype=dtype), persistent=False)
         self.register_buffer("sin", torch.tensor(sin, dtype=dtype), persistent=False)
 
-    def at(self, index_BT: Tensor) -> Positions:
+    def lookup(self, index_BT: Tensor) -> Positions:
         """The rotations at these positions."""
         cos_BT1k, sin_BT1k = (table[index_BT].unsqueeze(2) for table in (self.cos, self.sin))
         cos_BT1K = torch.cat((cos_BT1k, cos_BT1k), dim=-1)
@@ -208,13 +207,15 @@ class MLP(nn.Module):
         self.w1 = Linear(model.dim, model.hidden_dim, dtype, model.mlp_bias)
         self.w2 = Linear(model.hidden_dim, model.dim, dtype, model.mlp_bias)
         self.w3 = Linear(model.dim, model.hidden_dim, dtype, model.mlp_bias)
-        self.thrifty = True
+        self.recompute_activations = True
         """Whether the backward pass makes the input of `w2` again."""
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         gate_BTF, up_BTF = self.w1(x_BTD), self.w3(x_BTD)
         hidden_BTF = swiglu(gate_BTF, up_BTF)
-        with made_again(hidden_BTF, lambda: swiglu(gate_BTF, up_BTF), self.thrifty):
+        with recompute_in_backward(
+            hidden_BTF, lambda: swiglu(gate_BTF, up_BTF), self.recompute_activations
+        ):
             return self.w2(hidden_BTF)
 
 
@@ -227,7 +228,7 @@ class MooshakBlock(nn.Module):
         self.mlp_norm = RMSNorm(model.dim, model.norm_eps, dtype)
         self.mlp = MLP(model, dtype)
         self.output_norm = RMSNorm(model.dim, model.norm_eps, dtype)
-        self.thrifty = True
+        self.recompute_activations = True
         """Whether the backward pass makes the MLP's normed input again."""
 
     def forward(
@@ -235,7 +236,9 @@ class MooshakBlock(nn.Module):
     ) -> Tensor:
         h_BTD = x_BTD + self.attention(x_BTD, rope, positions, cache)
         normed_BTD = self.mlp_norm(h_BTD)
-        with made_again(normed_BTD, lambda: self.mlp_norm.again(h_BTD), self.thrifty):
+        with recompute_in_backward(
+            normed_BTD, lambda: self.mlp_norm.recompute(h_BTD), self.recompute_activations
+        ):
             return self.output_norm(h_BTD + self.mlp(normed_BTD))
 
 
@@ -248,17 +251,21 @@ class LlamaBlock(nn.Module):
         self.attention = Attention(model, dtype)
         self.mlp_norm = RMSNorm(model.dim, model.norm_eps, dtype)
         self.mlp = MLP(model, dtype)
-        self.thrifty = True
+        self.recompute_activations = True
         """Whether the backward pass makes the normed inputs again."""
 
     def forward(
         self, x_BTD: Tensor, rope: Rope, positions: Positions, cache: KVCache | None = None
     ) -> Tensor:
         normed_BTD = self.attention_norm(x_BTD)
-        with made_again(normed_BTD, lambda: self.attention_norm.again(x_BTD), self.thrifty):
+        with recompute_in_backward(
+            normed_BTD, lambda: self.attention_norm.recompute(x_BTD), self.recompute_activations
+        ):
             h_BTD = x_BTD + self.attention(normed_BTD, rope, positions, cache)
         normed_BTD = self.mlp_norm(h_BTD)
-        with made_again(normed_BTD, lambda: self.mlp_norm.again(h_BTD), self.thrifty):
+        with recompute_in_backward(
+            normed_BTD, lambda: self.mlp_norm.recompute(h_BTD), self.recompute_activations
+        ):
             return h_BTD + self.mlp(normed_BTD)
 
 
@@ -271,7 +278,7 @@ class Model(nn.Module):
     def __init__(self, model: ModelConfig, dtype: Dtype = "float32"):
         super().__init__()
         self.config, self.dtype = model, dtype
-        parameters = PARAMETERS[dtype]
+        parameters = PARAM_DTYPE[dtype]
         self.embeddings = Embedding(model.vocab_size, model.dim, parameters)
         self.rope = Rope(model, parameters)
         block = BLOCKS[model.architecture]
@@ -286,7 +293,7 @@ class Model(nn.Module):
         """The output head: the embedding where both are tied."""
         return self.embeddings.weight if self.lm_head is None else self.lm_head.weight
 
-    def hidden(
+    def hidden_states(
         self,
         tokens_BT: Tensor,
         positions_BT: Tensor | None = None,
@@ -297,10 +304,10 @@ class Model(nn.Module):
         if positions_BT is None:
             positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
             positions_BT = positions_T.expand(tokens_BT.shape)
-        x_BTD = self.embeddings(tokens_BT).to(COMPUTE[self.dtype])
+        x_BTD = self.embeddings(tokens_BT).to(COMPUTE_DTYPE[self.dtype])
         if trace is not None:
             trace.append(x_BTD)
-        positions = self.rope.at(positions_BT)
+        positions = self.rope.lookup(positions_BT)
         for i, layer in enumerate(self.layers):
             x_BTD = layer(x_BTD, self.rope, positions, None if caches is None else caches[i])
             if trace is not None:
@@ -315,43 +322,18 @@ class Model(nn.Module):
         trace: list[Tensor] | None = None,
     ) -> Tensor:
         """Logits [B, T, V], in at least float32."""
-        return self.logits(self.hidden(tokens_BT, positions_BT, caches, trace))
+        return self.logits(self.hidden_states(tokens_BT, positions_BT, caches, trace))
 
     def logits(self, x_BTD: Tensor) -> Tensor:
-        """The output head on what `hidden` gives, [B, T, V], in at least float32."""
+        """The output head on what `hidden_states` gives, [B, T, V], in at least float32."""
         if self.lm_head is None:
             logits_BTV = linear(x_BTD, self.head_VD.to(x_BTD.dtype))
         else:
             logits_BTV = self.lm_head(x_BTD)
-        return logits_BTV.to(PARAMETERS[self.dtype])
+        return logits_BTV.to(PARAM_DTYPE[self.dtype])
 
 
 def make_caches(model: Model, batch: int, length: int) -> list[KVCache]:
     """Empty key/value caches of all layers, for positions 0 .. length - 1."""
-    like = model.embeddings.weight.to(COMPUTE[model.dtype])[:0]
+    like = model.embeddings.weight.to(COMPUTE_DTYPE[model.dtype])[:0]
     return [KVCache(model.config, batch, length, like) for _ in range(model.config.n_layers)]
-
-
-def initialize(model: Model, seed: int, gain_std: float = 0.0) -> Model:
-    """Fill the parameters from the counter-based initialiser; returns the model.
-
-    A process makes its own shards only, with the bits that they have in the whole.
-    """
-    dtype = torch.empty(0, dtype=PARAMETERS[model.dtype]).numpy().dtype
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            part, where = local_part(parameter)
-            rows, columns = (*where, slice(None))[:2]
-            value = initial_weight(model.config, seed, name, rows, columns, dtype, gain_std)
-            part.copy_(torch.from_numpy(value))
-    return model
-
-
-def local_part(tensor: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
-    """The part of a tensor that this process holds, and the block of the whole that it is."""
-    if not isinstance(tensor, DTensor):
-        return tensor, tuple(slice(0, size) for size in tensor.shape)
-    # What DCP writes of it; public in all but its name.
-    (chunk,) = tensor.__create_chunk_list__()
-    blocks = zip(chunk.offsets, chunk.sizes, strict=True)
-    return tensor.to_local(), tuple(slice(start, start + size) for start, size in blocks)

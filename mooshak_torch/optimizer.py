@@ -9,9 +9,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from mooshak.config import OptimizerConfig
-from mooshak.interchange import MOMENTS
-from mooshak.schedule import decays
+from mooshak.checkpoints.base import MOMENTS
+from mooshak.config.sections import OptimizerConfig
+from mooshak.numerics.schedule import has_weight_decay
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
@@ -19,7 +19,7 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
     named = list(model.named_parameters())
     groups = [
         {
-            "params": [p for name, p in named if decays(name) == decayed],
+            "params": [p for name, p in named if has_weight_decay(name) == decayed],
             "weight_decay": config.weight_decay if decayed else 0.0,
         }
         for decayed in (True, False)

@@ -23,13 +23,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from mooshak import config as configuration
 from mooshak import hardware
-from mooshak.config import Config
+from mooshak.config.parse import config_parser, parse_config
+from mooshak.config.sections import Config, check_mesh
 from mooshak.errors import InputError, command
 from mooshak.hardware import Device
-from mooshak.mesh import AXES, check_mesh, mesh_sizes
-from mooshak.plans import (
+from mooshak.mesh import AXES, mesh_sizes
+from mooshak.numerics.schedule import has_weight_decay
+from mooshak.plan import (
     Plan,
     memory_traffic,
     print_json,
@@ -38,10 +39,10 @@ from mooshak.plans import (
     ranked,
     step_times,
 )
-from mooshak.schedule import decays
-from mooshak_torch.model import COMPUTE, PARAMETERS
-from mooshak_torch.parallel import cut, shard
-from mooshak_torch.train import make_objective
+from mooshak_torch.distributed.fsdp import apply_fsdp
+from mooshak_torch.distributed.tensor_parallel import apply_tp
+from mooshak_torch.model import COMPUTE_DTYPE, PARAM_DTYPE
+from mooshak_torch.objectives import make_objective
 
 STRATEGIES = {
     "single": "data=1",
@@ -152,7 +153,7 @@ def held(config: Config, sizes: dict[str, int], strategy: str) -> list[Unit]:
     It has the most: what does not divide evenly is dealt out from the first rank on.
     """
     objective = make_objective(config.model, config)
-    wide = PARAMETERS[config.train.dtype].itemsize
+    wide = PARAM_DTYPE[config.train.dtype].itemsize
     if strategy not in ("fsdp", "hsdp"):
         counts = [p.numel() for p in objective.parameters()]
         numbers = sum(counts)
@@ -160,11 +161,11 @@ def held(config: Config, sizes: dict[str, int], strategy: str) -> list[Unit]:
             return [Unit("model", numbers, numbers, wide, again=False)]
         whole = sum(count for count in counts if count <= PERSISTENT)
         return [Unit("model", numbers, -(-numbers // sizes["data"]) + whole, wide, again=True)]
-    with processes_that_do_not_exist(math.prod(sizes.values())):
+    with fake_process_group(math.prod(sizes.values())):
         mesh = init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=AXES)
         if sizes["tensor"] > 1:
-            cut(objective, mesh["tensor"], config)
-        shard(objective, mesh, config)
+            apply_tp(objective, mesh["tensor"], config)
+        apply_fsdp(objective, mesh, config)
         return [unit for name, module in objective.named_modules() for unit in _unit(name, module)]
 
 
@@ -192,7 +193,7 @@ def _local(parameter: Any) -> int:
 
 
 @contextlib.contextmanager
-def processes_that_do_not_exist(world: int) -> Iterator[None]:
+def fake_process_group(world: int) -> Iterator[None]:
     """Inside the block this is rank 0 of so many processes, whose collectives do nothing."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     try:
@@ -205,18 +206,20 @@ def memory(
     config: Config, sizes: dict[str, int], strategy: str, units: list[Unit], rows: int
 ) -> dict[str, int]:
     """What the fullest rank holds at the peak of a step, in bytes."""
-    wide = PARAMETERS[config.train.dtype].itemsize
+    wide = PARAM_DTYPE[config.train.dtype].itemsize
     local, numbers = sum(unit.local for unit in units), sum(unit.numbers for unit in units)
     sharded = strategy in ("fsdp", "hsdp", "zero3")
     slices = -(-numbers // sizes["data"])  # ZeRO's.
     gradients = local
     # ZeRO 1 sums up whole gradients over micro-batches, ZeRO 2 and 3 reduce each.
-    if strategy == "zero2" or (strategy == "zero1" and config.train.accumulation == 1):
+    if strategy == "zero2" or (
+        strategy == "zero1" and config.train.gradient_accumulation_steps == 1
+    ):
         gradients = owned_gradients(config, sizes["data"])
     elif strategy == "zero3":
         gradients = slices
     moments = slices if strategy.startswith("zero") else local
-    kept, temporary = passing(config, rows // config.train.accumulation, sharded)
+    kept, temporary = passing(config, rows // config.train.gradient_accumulation_steps, sharded)
     # Sequence parallelism cuts what stands between the products too; without it this is too much.
     across = sizes["tensor"] if config.parallel.sequence_parallel else 1
     result = {
@@ -228,7 +231,7 @@ def memory(
     }
     if sharded:
         result["gathered"] = gathered(config, units)
-        if config.train.accumulation > 1:
+        if config.train.gradient_accumulation_steps > 1:
             # Gradients that are not reduced yet are whole.
             result["gathered"] += wide * numbers
     elif strategy == "ddp":
@@ -252,7 +255,9 @@ def owned_gradients(config: Config, world: int) -> int:
     kept = [0] * world
     for decayed in (True, False):
         shapes = config.model.parameter_shapes()
-        counts = [math.prod(shape) for name, shape in shapes.items() if decays(name) == decayed]
+        counts = [
+            math.prod(shape) for name, shape in shapes.items() if has_weight_decay(name) == decayed
+        ]
         slice_, start = -(-sum(counts) // world), 0
         for count in counts:
             for rank in range(start // slice_, -(-(start + count) // slice_)):
@@ -267,7 +272,7 @@ def gathered(config: Config, units: list[Unit]) -> int:
     FSDP gathers into a buffer and copies out of it; gradients are reduced in the parameters' dtype.
     Layers are gathered `parallel.prefetch` ahead.
     """
-    wide = PARAMETERS[config.train.dtype].itemsize
+    wide = PARAM_DTYPE[config.train.dtype].itemsize
     layers = [unit for unit in units if ".layers." in unit.name or unit.name.startswith("layers.")]
     others = [unit for unit in units if unit not in layers]
     stay = sum(unit.numbers * unit.width for unit in units if not unit.again)
@@ -293,7 +298,7 @@ def passing(config: Config, rows: int, sharded: bool) -> tuple[int, int]:
         for module in objective.modules():
             for name, like in module.named_parameters(recurse=False):
                 narrow = sharded and like in layers and like.ndim == 2
-                dtype = COMPUTE[config.train.dtype] if narrow else like.dtype
+                dtype = COMPUTE_DTYPE[config.train.dtype] if narrow else like.dtype
                 made.setdefault(like, nn.Parameter(torch.empty(like.shape, dtype=dtype)))
                 setattr(module, name, made[like])
             for name, buffer in module.named_buffers(recurse=False):
@@ -325,7 +330,7 @@ def _total(tracker: MemTracker, when: str) -> int:
 
 
 @dataclass(frozen=True)
-class Exchange:
+class CollectiveTraffic:
     """Collectives of a step that are alike."""
 
     kind: str
@@ -337,51 +342,53 @@ class Exchange:
 
 def communication(
     config: Config, sizes: dict[str, int], strategy: str, units: list[Unit], rows: int
-) -> list[Exchange]:
+) -> list[CollectiveTraffic]:
     """What every rank sends in a step, along rings (arXiv:1802.05799, section 3)."""
-    wide = PARAMETERS[config.train.dtype].itemsize
+    wide = PARAM_DTYPE[config.train.dtype].itemsize
     data, fsdp, tensor = (sizes[axis] for axis in AXES)
-    parts = config.train.accumulation
+    parts = config.train.gradient_accumulation_steps
     whole = wide * sum(unit.numbers for unit in units)
     gathers = parts * sum(u.numbers * u.width * (2 if u.again else 1) for u in units)
     everyone = data * fsdp * tensor
     result = []
     if strategy in ("fsdp", "hsdp"):
         along, span = (fsdp - 1) / fsdp, fsdp * tensor
-        result.append(Exchange("all-gather", gathers * along, span))
-        result.append(Exchange("reduce-scatter", whole * along, span))
-        result.append(Exchange("all-reduce", 2 * whole / fsdp * (data - 1) / data, everyone))
+        result.append(CollectiveTraffic("all-gather", gathers * along, span))
+        result.append(CollectiveTraffic("reduce-scatter", whole * along, span))
+        result.append(
+            CollectiveTraffic("all-reduce", 2 * whole / fsdp * (data - 1) / data, everyone)
+        )
     elif strategy == "ddp":
-        result.append(Exchange("all-reduce", 2 * whole * (data - 1) / data, everyone))
+        result.append(CollectiveTraffic("all-reduce", 2 * whole * (data - 1) / data, everyone))
     elif strategy != "single":
         # Below stage 3 every rank updates its slice, and all are given the parameters once.
         along = (data - 1) / data
         given = gathers if strategy == "zero3" else whole
-        result.append(Exchange("all-gather", given * along, everyone))
-        result.append(Exchange("reduce-scatter", whole * along, everyone))
+        result.append(CollectiveTraffic("all-gather", given * along, everyone))
+        result.append(CollectiveTraffic("reduce-scatter", whole * along, everyone))
     if tensor > 1:
         model = config.model
-        stream = rows * config.T * model.dim * COMPUTE[config.train.dtype].itemsize
+        stream = rows * config.T * model.dim * COMPUTE_DTYPE[config.train.dtype].itemsize
         # Into attention and MLP and out of the MLP, and back; once more where layers are.
         passes = 3 if config.train.remat == "full" else 2
         share = stream * (tensor - 1) / tensor
         turned = model.n_layers * passes * share / tensor
         sent = model.n_layers * passes * 3 * share + 4 * share  # And embedding and loss.
-        result.append(Exchange("all-gather, reduce-scatter of activations", sent, tensor))
-        result.append(Exchange("all-to-all of activations", turned, tensor))
+        result.append(CollectiveTraffic("all-gather, reduce-scatter of activations", sent, tensor))
+        result.append(CollectiveTraffic("all-to-all of activations", turned, tensor))
     return [exchange for exchange in result if exchange.moved]
 
 
 @command
 def main() -> None:
-    parser = configuration.parser(__doc__.split("\n")[0])
+    parser = config_parser(__doc__.split("\n")[0])
     parser.add_argument("--gpus", type=int, default=8, help="how many")
     parser.add_argument("--gpu", default="h100-80g", help=", ".join(GPUS))
     parser.add_argument("--strategy", choices=list(STRATEGIES), default="fsdp")
     parser.add_argument("--sweep", action="store_true", help="every strategy, best first")
     parser.add_argument("--plot", type=Path, default=Path("plan.svg"), help="of a sweep: picture")
     parser.add_argument("--json", action="store_true", help="print one object")
-    config, arguments = configuration.parse(parser)
+    config, arguments = parse_config(parser)
     if arguments.gpus < 1:
         raise InputError(f"--gpus must be at least 1, not {arguments.gpus}")
     if arguments.sweep:

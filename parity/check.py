@@ -22,35 +22,32 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from mooshak import config as configuration
-from mooshak import interchange
-from mooshak.config import (
-    Dtype,
-    ModelConfig,
-)
+from mooshak.checkpoints import base, safetensors
+from mooshak.checkpoints.base import Checkpoint
+from mooshak.config.model import Dtype, ModelConfig
+from mooshak.config.parse import load_config
 from mooshak.errors import InputError, command
 from mooshak.files import write_atomically
-from mooshak.initial import initial_weight
-from mooshak.interchange import Checkpoint
+from mooshak.numerics.init_weights import initial_weight
+from mooshak.report.html import TEMPLATES
 from mooshak.tables import print_table
-from mooshak_jax.train import cache_compilations
-from parity.convert import convert, open_any
-from parity.faults import planted
-from parity.figures import TEMPLATES
-from parity.measures import (
-    FLOORED,
-    MEASURES,
-    ROUNDING,
+from mooshak_jax.step import cache_compilations
+from parity.backends import FixedDtype, JaxBackend, TorchBackend
+from parity.comparisons import (
+    COMPARISONS,
     STEPS,
+    WITH_NOISE_FLOOR,
+    Float64Reference,
     Line,
-    Question,
-    Truth,
+    ParityCase,
     cache,
-    distance,
     precision,
 )
-from parity.ranks import N_DEVICES, layouts
-from parity.sides import In, JaxSide, TorchSide
+from parity.convert import convert, open_any
+from parity.distance import distance
+from parity.faults import inject_fault
+from parity.layouts import N_DEVICES, compare_layouts
+from parity.tolerances import ROUNDING
 
 PARTS = (
     "weights",
@@ -95,71 +92,74 @@ def check(
     jax.config.update("jax_enable_x64", True)
     random = np.random.default_rng(0)
     tokens_nBS = random.integers(0, model.vocab_size, (STEPS, batch, time + 1), dtype=np.int32)
-    question = Question(TorchSide(source), JaxSide(other or source), tokens_nBS, decode)
-    question = replace(question, clip_norm=_clip_norm(question))
+    case = ParityCase(TorchBackend(source), JaxBackend(other or source), tokens_nBS, decode)
+    case = replace(case, max_grad_norm=_clip_norm(case))
     parts = set(parts)
     if "weights" in parts and other is not None:
         yield weights(source, other)
-    measures: list[tuple[str, Callable[[Question], Iterator[Line]], Sequence[str]]] = []
+    measures: list[tuple[str, Callable[[ParityCase], Iterator[Line]], Sequence[str]]] = []
     if "precision" in parts:
-        truth = Truth.of(question)
+        truth = Float64Reference.of(case)
         measures += [
             ("precision", partial(precision, truth, dtype), FAULTS[dtype]) for dtype in low
         ]
-    measures += [(name, measure, FAULTS[name]) for name, measure in MEASURES.items()]
+    measures += [(name, measure, FAULTS[name]) for name, measure in COMPARISONS.items()]
     for name, measure, faults in measures:
         if name in parts:
-            lines = list(measure(question))
-            if floors and name in FLOORED:
-                lines = with_floors(question, lines, measure)
-            yield from with_controls(question, lines, measure, faults) if controls else lines
+            lines = list(measure(case))
+            if floors and name in WITH_NOISE_FLOOR:
+                lines = with_noise_floors(case, lines, measure)
+            yield from with_negative_controls(case, lines, measure, faults) if controls else lines
     if "layouts" in parts:
-        yield from layouts(question)
+        yield from compare_layouts(case)
     if "round trip" in parts:
         yield round_trip(source, controls)
 
 
-def with_floors(
-    question: Question, lines: list[Line], measure: Callable[[Question], Iterator[Line]]
+def with_noise_floors(
+    case: ParityCase, lines: list[Line], measure: Callable[[ParityCase], Iterator[Line]]
 ) -> list[Line]:
     """Each line of float64 with its floor: the same measure between float32 and float64."""
-    sides = (question.ours, question.theirs)
-    pairs = [(In(side, "float64"), In(side, "float32")) for side in sides]
+    sides = (case.torch, case.jax)
+    pairs = [(FixedDtype(side, "float64"), FixedDtype(side, "float32")) for side in sides]
     if measure is cache:  # It compares each framework with itself.
-        pairs = [(In(question.ours, "float32"), In(question.theirs, "float32"))]
+        pairs = [(FixedDtype(case.torch, "float32"), FixedDtype(case.jax, "float32"))]
     floors = dict.fromkeys((line.name for line in lines), 0.0)
     for ours, theirs in pairs:
-        for line in measure(replace(question, ours=ours, theirs=theirs)):
+        for line in measure(replace(case, torch=ours, jax=theirs)):
             floors[line.name] = max(floors[line.name], line.measured * ROUNDING)
-    return [replace(line, floor=floors[line.name]) for line in lines]
+    return [replace(line, noise_floor=floors[line.name]) for line in lines]
 
 
-def with_controls(
-    question: Question,
+def with_negative_controls(
+    case: ParityCase,
     lines: list[Line],
-    measure: Callable[[Question], Iterator[Line]],
+    measure: Callable[[ParityCase], Iterator[Line]],
     faults: Sequence[str],
 ) -> list[Line]:
     """Each line with what it shows when a fault is planted: the first that it does not let pass."""
     for fault, framework in product(faults, ("JAX", "torch")):
-        if all(line.control is not None and line.control > line.allowed for line in lines):
+        if all(
+            line.negative_control is not None and line.negative_control > line.allowed
+            for line in lines
+        ):
             break
-        with planted(fault, framework):
-            faulty = {(line.name, line.dtype): line.measured for line in measure(question)}
+        with inject_fault(fault, framework):
+            faulty = {(line.name, line.dtype): line.measured for line in measure(case)}
         lines = [
             line
-            if line.control is not None and line.control > line.allowed
-            else replace(line, control=faulty[line.name, line.dtype], fault=fault)
+            if line.negative_control is not None and line.negative_control > line.allowed
+            else replace(line, negative_control=faulty[line.name, line.dtype], fault=fault)
             for line in lines
         ]
     return lines
 
 
-def _clip_norm(question: Question) -> float:
+def _clip_norm(case: ParityCase) -> float:
     """Half of the first gradient's norm: it is clipped."""
-    gradients = question.ours.gradients(question.config("float64"), question.tokens_nBS[0])
+    gradients = case.torch.gradients(case.config("float64"), case.tokens_nBS[0])
     norm = np.linalg.norm([np.linalg.norm(g.ravel()) for g in gradients.values()])
-    return float(norm) / question.inputs_BT.size / 2
+    return float(norm) / case.inputs_BT.size / 2
 
 
 def weights(source: Checkpoint, other: Checkpoint) -> Line:
@@ -175,7 +175,7 @@ def round_trip(source: Checkpoint, controls: bool = True) -> Line:
     """Tensors that change bits from torch to JAX to torch to interchange."""
     with tempfile.TemporaryDirectory(prefix="parity-") as directory:
         path = Path(directory) / "start"
-        interchange.write_checkpoint(path, source)
+        safetensors.write_checkpoint(path, source)
         for i, kind in enumerate(("torch", "jax", "torch", "safetensors")):
             convert(path, Path(directory) / f"{i}-{kind}", kind)
             path = Path(directory) / f"{i}-{kind}"
@@ -198,7 +198,7 @@ def round_trip(source: Checkpoint, controls: bool = True) -> Line:
                 array.reshape(-1).view(np.uint8)[0] ^= 1
             return array
 
-        return replace(line, control=float(len(changed(one_bit))), fault="one bit flipped")
+        return replace(line, negative_control=float(len(changed(one_bit))), fault="one bit flipped")
 
 
 FAULTS = {
@@ -219,14 +219,14 @@ def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
-def drawn(model: ModelConfig, seed: int = 0) -> Checkpoint:
+def random_checkpoint(model: ModelConfig, seed: int = 0) -> Checkpoint:
     """A model that never was a checkpoint: initial weights, and gains drawn around one.
 
     Its matrices have standard deviation 1 / sqrt(width), 0.07 for the demo. At 0.02 and with gains
     of one, removing RoPE or swapping two norms would hide below any tolerance.
     """
 
-    def read(name: str, rows: slice = interchange.EVERY) -> np.ndarray:
+    def read(name: str, rows: slice = base.FULL_SLICE) -> np.ndarray:
         return initial_weight(model, seed, name, rows, dtype=np.float64, gain_std=0.2)
 
     tensors = {n: (np.dtype(np.float64), s) for n, s in model.parameter_shapes().items()}
@@ -262,8 +262,8 @@ def _cells(line: Line) -> list[str]:
         line.dtype,
         f"{line.measured:.2g}",
         f"{line.allowed:.2g}",
-        "" if line.floor is None else f"{line.floor:.2g}",
-        "" if line.control is None else f"{line.control:.2g} ({line.fault})",
+        "" if line.noise_floor is None else f"{line.noise_floor:.2g}",
+        "" if line.negative_control is None else f"{line.negative_control:.2g} ({line.fault})",
         "pass" if line.passed else "FAIL",
     ]
 
@@ -286,7 +286,7 @@ def main() -> None:
     args = parser.parse_args()
     parts = IN_THIS_PROCESS if args.quick else PARTS
     if args.source.suffix in (".yaml", ".yml"):
-        source = drawn(configuration.load(args.source).model)
+        source = random_checkpoint(load_config(args.source).model)
     else:
         source = open_any(args.source)
     other = None if args.other is None else open_any(args.other)

@@ -32,13 +32,13 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from mooshak import interchange
-from mooshak.checkpoints import STATES, kind_of
-from mooshak.config import description
+from mooshak.checkpoints import base, safetensors
+from mooshak.checkpoints.base import FULL_SLICE, Checkpoint, size_of
+from mooshak.checkpoints.formats import FORMAT_MARKERS, detect_format
+from mooshak.config.model import model_description
 from mooshak.errors import InputError, command
-from mooshak.interchange import EVERY, Checkpoint, size_of
-from mooshak.prompts import find_tokenizer
 from mooshak.tables import print_table
+from mooshak.tokenizer.files import find_tokenizer
 
 # A conversion computes nothing: it must not take hold of an accelerator.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -74,26 +74,26 @@ def convert(
     elif to == "jax":
         from mooshak_jax.checkpoint import write_checkpoint
     elif to == "hf":
-        from parity import export
+        from parity import export_hf
 
-        write_checkpoint = partial(export.write_checkpoint, shard_size=shard_size)
+        write_checkpoint = partial(export_hf.write_checkpoint, shard_size=shard_size)
     elif to == "gguf":
         from parity.export_gguf import write_checkpoint
     else:
-        write_checkpoint = partial(interchange.write_checkpoint, shard_size=shard_size)
+        write_checkpoint = partial(safetensors.write_checkpoint, shard_size=shard_size)
     write_checkpoint(target, checkpoint)
     return checkpoint.n_bytes
 
 
 def open_any(path: Path) -> Checkpoint:
     """Open a checkpoint of any kind for reading."""
-    kind = kind_of(path)
+    kind = detect_format(path)
     if kind in ("torch", "hf"):
         from mooshak_torch.checkpoint import open_checkpoint
     elif kind == "jax":
         from mooshak_jax.checkpoint import open_checkpoint
     else:
-        from mooshak.interchange import open_checkpoint
+        from mooshak.checkpoints.safetensors import open_checkpoint
     return open_checkpoint(path)
 
 
@@ -101,7 +101,7 @@ def counted(checkpoint: Checkpoint, progress: Callable[[int, int], None]) -> Che
     """The checkpoint, which tells how many of its bytes have been read."""
     done, total = 0, checkpoint.n_bytes
 
-    def read(key: str, rows: slice = EVERY) -> np.ndarray:
+    def read(key: str, rows: slice = FULL_SLICE) -> np.ndarray:
         nonlocal done
         array = checkpoint.read(key, rows)
         done += array.nbytes
@@ -113,14 +113,14 @@ def counted(checkpoint: Checkpoint, progress: Callable[[int, int], None]) -> Che
 
 def cast(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
     """The checkpoint with its weights in another dtype."""
-    wanted = interchange.DTYPES[DTYPES[dtype]]
+    wanted = base.DTYPES[DTYPES[dtype]]
     weights = checkpoint.model.parameter_shapes()
     tensors = {
         key: (wanted if key in weights else kept, shape)
         for key, (kept, shape) in checkpoint.tensors.items()
     }
 
-    def read(key: str, rows: slice = EVERY) -> np.ndarray:
+    def read(key: str, rows: slice = FULL_SLICE) -> np.ndarray:
         return checkpoint.read(key, rows).astype(tensors[key][0], copy=False)
 
     return replace(checkpoint, tensors=tensors, read=read, checksums={})
@@ -149,8 +149,8 @@ def describe(path: Path) -> dict[str, Any]:
     }
     return {
         "path": str(path),
-        "kind": checkpoint.kind,
-        "model": description(checkpoint.model),
+        "kind": checkpoint.format,
+        "model": model_description(checkpoint.model),
         "parameters": sum(math.prod(shape) for shape in weights.values()),
         "dtype": dtypes(weights),
         "optimizer_dtype": dtypes(moments),
@@ -246,7 +246,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("source", type=Path, help="a checkpoint of any kind")
     parser.add_argument("target", type=Path, nargs="?", help="the directory (gguf: file) to make")
-    parser.add_argument("--to", choices=[*sorted(STATES), "hf", "gguf"], default="safetensors")
+    parser.add_argument(
+        "--to", choices=[*sorted(FORMAT_MARKERS), "hf", "gguf"], default="safetensors"
+    )
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="cast the weights")
     parser.add_argument("--weights-only", action="store_true", help="leave the training state out")
     parser.add_argument(

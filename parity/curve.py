@@ -21,13 +21,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mooshak import config as configuration
-from mooshak.config import Config, Dtype
+from mooshak.config.model import Dtype
+from mooshak.config.parse import config_parser, load_config, parse_config
+from mooshak.config.sections import Config
 from mooshak.errors import InputError, command
 from mooshak.files import locked, write_atomically
-from mooshak.run_log import losses
+from mooshak.report.html import COLORS, TEMPLATES, svg, themed
 from mooshak.tables import print_table
-from parity.figures import COLORS, TEMPLATES, svg, themed
+from mooshak.training.metrics import losses
 
 FLOAT64 = 1e-12
 """Allowed relative difference of every step's loss in float64."""
@@ -82,8 +83,8 @@ class Line:
     """Of any step's loss: relative in float64, in nats in float32."""
     step: int
     allowed: float
-    floor: float
-    control: float
+    noise_floor: float
+    negative_control: float
 
     @property
     def passed(self) -> bool:
@@ -98,7 +99,7 @@ def curves(
     for run in RUNS:
         directory = out / dtype / run.name.replace(" ", "-")
         own = ("--run.dir", str(directory), *run.options)
-        wanted = configuration.parse(configuration.parser(""), [*settings, *own])[0]
+        wanted = parse_config(config_parser(""), [*settings, *own])[0]
         start = () if run.start is None else (out / dtype / run.start / f"checkpoints/{switch}",)
         if not _is_whole(directory, wanted):
             shutil.rmtree(directory, ignore_errors=True)
@@ -130,7 +131,7 @@ def _is_whole(directory: Path, wanted: Config) -> bool:
     """Whether the run was carried out with this configuration, to its end."""
     if not (directory / "config.yaml").is_file():
         return False
-    there = configuration.load(directory / "config.yaml")
+    there = load_config(directory / "config.yaml")
     # The mesh is told by the name of the run.
     same = asdict(there) | {"parallel": None} == asdict(wanted) | {"parallel": None}
     return same and max(losses(directory), default=0) == wanted.train.steps
@@ -222,7 +223,7 @@ def main() -> None:
         "run.progress": "false",
     }
     settings += [word for key, value in fixed.items() for word in (f"--{key}", str(value))]
-    configuration.parse(configuration.parser(about), settings)
+    parse_config(config_parser(about), settings)
     lines: list[Line] = []
     found, figures = {}, {}
     with (
@@ -232,7 +233,7 @@ def main() -> None:
         for dtype in options.dtypes:
             status.update(f"training in both frameworks, {dtype}")
             here = [*settings, "--train.dtype", dtype]
-            config = configuration.parse(configuration.parser(about), here)[0]
+            config = parse_config(config_parser(about), here)[0]
             found[dtype] = curves(here, config, dtype, options.switch, options.out)
             compared = list(compare(dtype, found[dtype]))
             figures[dtype] = plot(found[dtype], compared, options.switch)
@@ -256,7 +257,7 @@ def main() -> None:
     )
     table = Table(*columns, title=f"loss curves of {options.steps} steps")
     for line in lines:
-        numbers = (line.measured, line.allowed, line.floor, line.control)
+        numbers = (line.measured, line.allowed, line.noise_floor, line.negative_control)
         measured, *rest = (f"{number:.2g}" for number in numbers)
         verdict = "pass" if line.passed else "FAIL"
         pair = f"{line.first} – {line.second}"

@@ -22,9 +22,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mooshak import config as configuration
-from mooshak.config import Config
-from mooshak.data.sources import input_state
+from mooshak.config.parse import config_parser, dump_config, parse_config
+from mooshak.config.sections import Config
+from mooshak.corpus.readers import input_state
 from mooshak.errors import InputError, command
 from mooshak.files import locked, write_atomically
 
@@ -113,7 +113,7 @@ def stages(config: Config, settings: Sequence[str], out: Path) -> list[Stage]:
         Stage(
             "torch",
             "train the first half in PyTorch",
-            train("torch", "torch", "--train.stop_at", half),
+            train("torch", "torch", "--train.stop_after_step", half),
             (out / "torch", first),
         ),
         Stage("to-jax", "convert to JAX", convert(first, to_jax, "jax"), (to_jax,)),
@@ -133,7 +133,7 @@ def stages(config: Config, settings: Sequence[str], out: Path) -> list[Stage]:
         Stage(
             "float64-torch",
             "40 steps in PyTorch in float64",
-            train("torch", "float64-torch", *precise, "--train.stop_at", 40),
+            train("torch", "float64-torch", *precise, "--train.stop_after_step", 40),
             (out / "float64-torch", short),
         ),
         Stage(
@@ -247,14 +247,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     # The other options go to the commands as they are.
     options, settings = own.parse_known_args(sys.argv[1:] if argv is None else argv)
     about = "Train in PyTorch, go on in JAX, compare. --out DIR (runs/demo) is where all goes."
-    config, _ = configuration.parse(configuration.parser(about), settings)
+    config, _ = parse_config(config_parser(about), settings)
     if config.train.steps < 2 or config.train.batch_size % 2:
         raise InputError(
             f"the demo halves train.steps {config.train.steps} and, on its mesh, train.batch_size "
             f"{config.train.batch_size}; choose even numbers"
         )
     inputs = [input_state(source) for source in config.data.sources]
-    made_of = configuration.dump(config) + json.dumps(inputs)
+    made_of = dump_config(config) + json.dumps(inputs)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     start = time.perf_counter()
     try:

@@ -11,13 +11,15 @@ import gguf
 import numpy as np
 from sentencepiece import sentencepiece_model_pb2
 
-from mooshak.config import ModelConfig
+from mooshak.checkpoints.base import DTYPES, Checkpoint
+from mooshak.checkpoints.hf import hf_name
+from mooshak.checkpoints.hf_config import model_to_hf
+from mooshak.config.model import ModelConfig
 from mooshak.errors import InputError
 from mooshak.files import locked
-from mooshak.huggingface import hf_name, model_to_hf
-from mooshak.interchange import DTYPES, HF_CONFIG, Checkpoint
-from mooshak.rope import rescaled
-from parity.export import CHAT_TEMPLATE, companions_of
+from mooshak.numerics.rope import rescaled
+from mooshak.tokenizer.files import HF_CONFIG
+from parity.export_hf import CHAT_TEMPLATE, exported_tokenizer_files
 
 ARCHITECTURES = {
     "llama": gguf.MODEL_ARCH.LLAMA,
@@ -136,7 +138,7 @@ def _describe(writer: gguf.GGUFWriter, source: Checkpoint) -> None:
 
 def _add_tokenizer(writer: gguf.GGUFWriter, source: Checkpoint) -> None:
     """The pieces of the SentencePiece model; rows that no piece has are unused ones."""
-    files = companions_of(source)
+    files = exported_tokenizer_files(source)
     file = files.get("tokenizer.model")
     if file is None:
         raise InputError(f"{source.path} has no tokenizer.model; GGUF is written from one only")

@@ -17,23 +17,26 @@ import optax
 import torch
 import torch.nn.functional as F
 
-import mooshak_jax.checkpoint
 import mooshak_jax.model
+import mooshak_jax.objectives
 import mooshak_jax.optimizer
-import mooshak_jax.train
-import mooshak_torch.loss
+import mooshak_jax.params
+import mooshak_jax.step
 import mooshak_torch.model
+import mooshak_torch.objectives
+import mooshak_torch.ops.cross_entropy
 import mooshak_torch.optimizer
-import mooshak_torch.train
-from mooshak import rope
-from mooshak.interchange import EVERY, Checkpoint
-from mooshak.schedule import learning_rate
+import mooshak_torch.step
+from mooshak.checkpoints.base import FULL_SLICE, Checkpoint
+from mooshak.numerics import rope
+from mooshak.numerics.schedule import learning_rate
 
 Patch = tuple[Any, str, Any]
 """An object, the name of its attribute, and what is put in the attribute's place."""
 
 tm, jm = mooshak_torch.model, mooshak_jax.model
-tt, jt = mooshak_torch.train, mooshak_jax.train
+ts, to = mooshak_torch.step, mooshak_torch.objectives
+js, jo = mooshak_jax.step, mooshak_jax.objectives
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Fault:
 
 
 @contextmanager
-def planted(name: str, framework: str) -> Iterator[None]:
+def inject_fault(name: str, framework: str) -> Iterator[None]:
     """Plant a fault in `torch` or `JAX`, inside the block."""
     plant = FAULTS[name].torch if framework == "torch" else FAULTS[name].jax
     assert plant is not None, f"{name} is a fault of checkpoints"
@@ -243,19 +246,19 @@ def _embedding(kind: Any, call: str) -> list[Patch]:
 
 def _unshifted_torch() -> list[Patch]:
     def forward(self: Any, batch: torch.Tensor) -> torch.Tensor:
-        loss: torch.Tensor = self.loss(self.model.hidden(batch[:, :-1]), batch[:, :-1])
+        loss: torch.Tensor = self.loss(self.model.hidden_states(batch[:, :-1]), batch[:, :-1])
         return loss
 
-    return [(tt.Objective, "forward", forward)]
+    return [(to.Objective, "forward", forward)]
 
 
 def _unshifted_jax() -> list[Patch]:
     def objective(graphdef: Any, chunk: int, params: Any, batch: jax.Array) -> jax.Array:
-        model = mooshak_jax.checkpoint.join(graphdef, params)
-        hidden = model.hidden(batch[:, :-1])
-        return jt.cross_entropy(hidden, model.head_DV, batch[:, :-1], chunk)
+        model = mooshak_jax.params.merge(graphdef, params)
+        hidden = model.hidden_states(batch[:, :-1])
+        return jo.cross_entropy(hidden, model.head_DV, batch[:, :-1], chunk)
 
-    return [(jt, "objective", objective)]
+    return [(jo, "objective", objective), (js, "objective", objective)]
 
 
 def _padding(module: Any) -> list[Patch]:
@@ -274,18 +277,18 @@ def _clipped(change: Callable[[Any, Any, float], Any]) -> list[Patch]:
         norm = optax.tree.norm(grads)
         return change(grads, norm, max_norm), norm
 
-    return [(jt, "clip_gradients", clip)]
+    return [(js, "clip_gradients", clip)]
 
 
 def _clip_afterwards_torch() -> list[Patch]:
     def clip(parameters: Any, max_norm: float) -> torch.Tensor:
         return torch.nn.utils.get_total_norm([p.grad for p in parameters])
 
-    return [(tt, "clip_gradients", clip)]
+    return [(ts, "clip_gradients", clip)]
 
 
 def _clip_epsilon_torch() -> list[Patch]:
-    return [(tt, "clip_gradients", torch.nn.utils.clip_grad_norm_)]
+    return [(ts, "clip_gradients", torch.nn.utils.clip_grad_norm_)]
 
 
 def _optimizer_torch(change: Callable[[Any, Any, Any], Any]) -> list[Patch]:
@@ -300,8 +303,8 @@ def _optimizer_torch(change: Callable[[Any, Any, Any], Any]) -> list[Patch]:
 
 def _optimizer_jax(change: Callable[..., Any]) -> list[Patch]:
     """`change(adamw, state, grads, rate, config)` makes JAX's step."""
-    original = jt.adamw
-    return [(jt, "adamw", lambda *args: change(original, *args))]
+    original = js.adamw
+    return [(js, "adamw", lambda *args: change(original, *args))]
 
 
 def _uncorrected_torch(make: Any, model: Any, config: Any) -> Any:
@@ -317,7 +320,7 @@ def _uncorrected_jax(adamw: Any, state: Any, *args: Any) -> Any:
 
 def _step_torch(change: Callable[[int, list, Any], tuple[Any, float]]) -> list[Patch]:
     """`change(step, batches seen, config)` gives the batch and the rate that torch takes."""
-    original, seen = tt.train_step, []
+    original, seen = ts.train_step, []
 
     def train_step(
         objective: Any, optimizer: Any, batch: Any, rate: Any, config: Any, *rest: Any
@@ -326,11 +329,11 @@ def _step_torch(change: Callable[[int, list, Any], tuple[Any, float]]) -> list[P
         batch, rate = change(len(seen) - 1, seen, config)
         return original(objective, optimizer, batch, rate, config, *rest)
 
-    return [(tt, "train_step", train_step)]
+    return [(ts, "train_step", train_step)]
 
 
 def _step_jax(change: Callable[[int, list, Any], tuple[Any, float]]) -> list[Patch]:
-    original = jt.make_train_step
+    original = js.make_train_step
 
     def make_train_step(config: Any, *rest: Any) -> Any:
         update, seen = original(config, *rest), []
@@ -342,7 +345,7 @@ def _step_jax(change: Callable[[int, list, Any], tuple[Any, float]]) -> list[Pat
 
         return train_step
 
-    return [(jt, "make_train_step", make_train_step)]
+    return [(js, "make_train_step", make_train_step)]
 
 
 def _late(step: int, seen: list, config: Any) -> tuple[Any, float]:
@@ -354,22 +357,22 @@ def _next_rate(step: int, seen: list, config: Any) -> tuple[Any, float]:
 
 
 def _summed_torch() -> list[Patch]:
-    original = tt.Objective.forward
+    original = to.Objective.forward
 
     def forward(self: Any, batch: torch.Tensor) -> torch.Tensor:
         # The parts of an accumulated batch are told by their number of rows.
         return original(self, batch) * (2 if len(batch) == SUMMED_ROWS else 1)
 
-    return [(tt.Objective, "forward", forward)]
+    return [(to.Objective, "forward", forward)]
 
 
 def _summed_jax() -> list[Patch]:
-    original = jt.objective
+    original = jo.objective
 
     def objective(graphdef: Any, chunk: int, params: Any, batch: jax.Array) -> jax.Array:
         return original(graphdef, chunk, params, batch) * (2 if len(batch) == SUMMED_ROWS else 1)
 
-    return [(jt, "objective", objective)]
+    return [(jo, "objective", objective), (js, "objective", objective)]
 
 
 SUMMED_ROWS = 2
@@ -398,7 +401,7 @@ def _renamed(names: dict[str, str]) -> Callable[[Checkpoint], Checkpoint]:
     """Read `names[key]` where `key` is asked for."""
 
     def change(source: Checkpoint) -> Checkpoint:
-        def read(key: str, rows: slice = EVERY) -> np.ndarray:
+        def read(key: str, rows: slice = FULL_SLICE) -> np.ndarray:
             return source.read(names.get(key, key), rows)
 
         return replace(source, read=read)
@@ -410,7 +413,7 @@ def _changed(key: str, change: Callable[[np.ndarray], np.ndarray]) -> Callable[.
     """Read the tensor `key` changed."""
 
     def changed(source: Checkpoint) -> Checkpoint:
-        def read(k: str, rows: slice = EVERY) -> np.ndarray:
+        def read(k: str, rows: slice = FULL_SLICE) -> np.ndarray:
             return change(source.read(k))[rows] if k == key else source.read(k, rows)
 
         return replace(source, read=read)
@@ -525,8 +528,8 @@ FAULTS = {
     "padding counts in the loss": Fault(
         "padding",
         "^loss of labels that are padding",
-        lambda: _padding(mooshak_torch.loss),
-        lambda: _padding(jt),
+        lambda: _padding(mooshak_torch.ops.cross_entropy),
+        lambda: _padding(jo),
     ),
     "clipping after the step": Fault(
         "training",
@@ -547,14 +550,14 @@ FAULTS = {
     "decay on gains": Fault(
         "training",
         "^step 0, weight decay of gains",
-        lambda: [(mooshak_torch.optimizer, "decays", lambda name: True)],
-        lambda: [(mooshak_jax.optimizer, "decays", lambda name: True)],
+        lambda: [(mooshak_torch.optimizer, "has_weight_decay", lambda name: True)],
+        lambda: [(mooshak_jax.optimizer, "has_weight_decay", lambda name: True)],
     ),
     "decay missing": Fault(
         "training",
         "^step 0, weight decay of matrices",
-        lambda: [(mooshak_torch.optimizer, "decays", lambda name: False)],
-        lambda: [(mooshak_jax.optimizer, "decays", lambda name: False)],
+        lambda: [(mooshak_torch.optimizer, "has_weight_decay", lambda name: False)],
+        lambda: [(mooshak_jax.optimizer, "has_weight_decay", lambda name: False)],
     ),
     "beta1 0.91": Fault(
         "training",

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mooshak.config import Dtype, ModelConfig
+from mooshak.config.model import Dtype, ModelConfig
 from mooshak.errors import InputError, command
-from mooshak.files import replacing
+from mooshak.files import atomic_write
 
 
 def logits(source: Path, backend: str, tokens_BT: np.ndarray, dtype: Dtype) -> np.ndarray:
@@ -19,7 +19,7 @@ def logits(source: Path, backend: str, tokens_BT: np.ndarray, dtype: Dtype) -> n
     if backend == "torch":
         import torch
 
-        from mooshak_torch.checkpoint import load as load_torch
+        from mooshak_torch.checkpoint import load_model as load_torch
 
         model = load_torch(source, dtype)
         check_tokens(tokens_BT, model.config)
@@ -28,13 +28,15 @@ def logits(source: Path, backend: str, tokens_BT: np.ndarray, dtype: Dtype) -> n
     import jax
     import jax.numpy as jnp
 
-    from mooshak_jax.checkpoint import graph, join
-    from mooshak_jax.checkpoint import load as load_jax
+    from mooshak_jax.checkpoint import load_model as load_jax
+    from mooshak_jax.params import make_graphdef, merge
 
     jax.config.update("jax_enable_x64", True)
     config, params = load_jax(source, dtype)
     check_tokens(tokens_BT, config)
-    return np.asarray(join(graph(config, dtype), params)(jnp.asarray(tokens_BT, jnp.int32)))
+    return np.asarray(
+        merge(make_graphdef(config, dtype), params)(jnp.asarray(tokens_BT, jnp.int32))
+    )
 
 
 def check_tokens(tokens_BT: np.ndarray, model: ModelConfig) -> None:
@@ -65,7 +67,7 @@ def main() -> None:
     except (OSError, ValueError) as error:
         raise InputError(f"{args.tokens} is not a .npy file of tokens: {error}") from error
     result = logits(args.source, args.backend, tokens_BT, args.dtype)
-    with replacing(args.out) as file:
+    with atomic_write(args.out) as file:
         np.save(file, result)
     print(f"{args.out}: {result.dtype} {list(result.shape)} from {args.backend}")
 

@@ -19,12 +19,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from mooshak import config as configuration
+from mooshak.config.parse import load_config
+from mooshak.config.sections import Config
 from mooshak.data.shards import SPLITS, read_manifest, totals
 from mooshak.errors import InputError, command
 from mooshak.files import write_atomically
-from mooshak.run_log import losses, read_metrics
-from parity.figures import COLORS, TEMPLATES, power, svg, themed
+from mooshak.report.html import COLORS, TEMPLATES, power, svg, themed
+from mooshak.training.metrics import losses, read_metrics
 
 # Allowed differences between a curve that changed its framework and one that stayed.
 CURVE_FLOAT32 = 2e-5  # absolute
@@ -168,7 +169,7 @@ class Results:
     directory: Path
     stages: dict[str, dict[str, Any]]
     """The stamps of the stages, by name."""
-    config: configuration.Config
+    config: Config
     environment: dict[str, Any]
     curve: Curve
     precise: Curve
@@ -233,7 +234,7 @@ def read(directory: Path) -> Results:
         return Results(
             directory=directory,
             stages=made,
-            config=configuration.load(directory / "torch" / "config.yaml"),
+            config=load_config(directory / "torch" / "config.yaml"),
             environment=json.loads((directory / "jax" / "environment.json").read_text()),
             curve=read_curve(runs, relative=False, allowed=CURVE_FLOAT32),
             precise=read_curve(precise, relative=True, allowed=CURVE_FLOAT64),

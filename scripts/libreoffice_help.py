@@ -25,7 +25,7 @@ from pathlib import Path
 from rich.table import Table
 
 from mooshak.errors import InputError, command
-from mooshak.files import replacing
+from mooshak.files import atomic_write
 from mooshak.tables import print_table
 
 FOLDERS = {"hi": "help/hi/text/", "en": "help/en-US/text/"}
@@ -251,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise InputError(f"no package has pages in {language}; give the one that has too")
     counts = {language: Counts({"all pages": len(found)}) for language, found in pages.items()}
     for language, found in pages.items():
-        with replacing(options.out / f"{language}.jsonl") as file:
+        with atomic_write(options.out / f"{language}.jsonl") as file:
             for document in documents(found, language, options.keep_repeats, counts[language]):
                 file.write(json.dumps(document, ensure_ascii=False).encode() + b"\n")
     print_table(_summary(counts))

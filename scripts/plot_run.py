@@ -11,13 +11,14 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from mooshak.config import Config, load
+from mooshak.config.parse import load_config
+from mooshak.config.sections import Config
 from mooshak.data.batches import validation_sequences
 from mooshak.errors import InputError, command
-from mooshak.evaluation import bits_per_byte, token_counts, unigram_nats
-from mooshak.files import replacing
-from mooshak.run_log import read_metrics
-from mooshak.tokenizer import Tokenizer
+from mooshak.evaluation.bits_per_byte import bits_per_byte, token_counts, unigram_nats
+from mooshak.files import atomic_write
+from mooshak.tokenizer.base import Tokenizer
+from mooshak.training.metrics import read_metrics
 
 NAMES = {"hi": "Hindi", "en": "English"}
 
@@ -72,10 +73,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     lines = read_metrics(options.run / "metrics.jsonl")
     if not any("validation_loss" in line for line in lines):
         raise InputError(f"{options.run} has no metrics with a validation; train there first")
-    unigrams = unigram(load(options.run / "config.yaml"))
+    unigrams = unigram(load_config(options.run / "config.yaml"))
     # The same run gives the same file.
     matplotlib.rcParams["svg.hashsalt"] = "mooshak"
-    with replacing(options.svg) as file:
+    with atomic_write(options.svg) as file:
         draw(lines, unigrams, options.change).savefig(file, format="svg", metadata={"Date": None})
 
 

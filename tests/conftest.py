@@ -15,18 +15,18 @@ os.environ.setdefault(
 import jax
 import pytest
 
-from mooshak import tokenizer as tokenizers
-from mooshak.config import (
+from mooshak.config.model import ModelConfig
+from mooshak.config.sections import (
     Config,
     DataConfig,
     EvaluateConfig,
-    ModelConfig,
     RunConfig,
     SourceConfig,
     TokenizerConfig,
     TrainConfig,
 )
-from mooshak.tokenizer import Tokenizer
+from mooshak.tokenizer import train
+from mooshak.tokenizer.base import Tokenizer
 
 # Devices are counted once per process, and a mesh takes as many of them as it needs.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -86,7 +86,7 @@ def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 @pytest.fixture(scope="session")
 def tiny_tokenizer(tiny_config: Config) -> Tokenizer:
     """The tokenizer of `tiny_config`."""
-    return tokenizers.ensure(tiny_config)
+    return train.load_or_train_tokenizer(tiny_config)
 
 
 @pytest.fixture

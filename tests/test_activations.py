@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mooshak.config import ModelConfig
-from mooshak_jax import activations as jax_activations
-from mooshak_torch.activations import made_again, rms_norm, rotate, swiglu
-from mooshak_torch.model import Model, Rope, initialize
-from mooshak_torch.parallel import rematerialise
+from mooshak.config.model import ModelConfig
+from mooshak_jax.ops import activations as jax_activations
+from mooshak_torch.distributed.activation_checkpoint import apply_ac
+from mooshak_torch.model import Model, Rope
+from mooshak_torch.ops.activations import recompute_in_backward, rms_norm, rotate, swiglu
+from mooshak_torch.params import initialize
 
 SIZE: dict[str, Any] = {"vocab_size": 32, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24}
 
@@ -34,7 +35,7 @@ def plain_rotate(x_BTHK: Tensor, cos_BT1K: Tensor, sin_BT1K: Tensor) -> Tensor:
 
 def tables() -> tuple[Tensor, Tensor]:
     rope = Rope(ModelConfig(**SIZE, max_seq_len=8), torch.float64)
-    positions = rope.at(torch.tensor([[0, 1, 2, 5, 7]]))
+    positions = rope.lookup(torch.tensor([[0, 1, 2, 5, 7]]))
     return positions.cos_BT1K, positions.sin_BT1K
 
 
@@ -119,8 +120,8 @@ def test_what_is_made_again_changes_no_gradient(architecture: str) -> None:
     models = [initialize(Model(config, "float64"), 0) for _ in range(3)]
     layer: Any
     for layer in models[1].layers:
-        layer.thrifty = layer.mlp.thrifty = False
-    rematerialise(models[2], "full")
+        layer.recompute_activations = layer.mlp.recompute_activations = False
+    apply_ac(models[2], "full")
     ours, plain, full = map(gradients, models)
     assert len(plain) == len(list(models[0].parameters()))
     for name, gradient in plain.items():
@@ -139,7 +140,7 @@ def test_what_is_made_again_is_not_kept() -> None:
 
     def forward() -> tuple[Tensor, weakref.ref]:
         doubled = x * 2
-        with made_again(doubled, make):
+        with recompute_in_backward(doubled, make):
             return (doubled @ w).exp(), weakref.ref(doubled)
 
     y, doubled = forward()

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from mooshak import config as configuration
-from mooshak.checkpoints import readable
-from mooshak.config import Config, SourceConfig
+from mooshak.checkpoints.formats import ensure_readable_format
+from mooshak.config.parse import dump_config
+from mooshak.config.sections import Config, SourceConfig
 from mooshak.errors import InputError
 
 FRAMEWORKS = ("torch", "jax")
@@ -76,7 +76,7 @@ def run_of(run_config: Config, tmp_path: Path) -> Callable[[str], tuple[Path, Pa
 def written(config: Config, directory: Path) -> Path:
     """The configuration as a file."""
     path = directory / "written.yaml"
-    path.write_text(configuration.dump(config))
+    path.write_text(dump_config(config))
     return path
 
 
@@ -330,7 +330,7 @@ def test_a_checkpoint_that_cannot_be_converted(
 
     with (
         pytest.raises(InputError, match=re.escape(line.removeprefix("error: "))),
-        readable(checkpoint, "torch", Second()),
+        ensure_readable_format(checkpoint, "torch", Second()),
     ):
         pass
     assert contents(tmp_path) == before

@@ -5,25 +5,26 @@ from pathlib import Path
 
 import pytest
 
-from mooshak import config
+from mooshak.config.model import model_from_json, model_to_json
+from mooshak.config.parse import config_parser, dump_config, load_config, parse_config
 from mooshak.errors import InputError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 def test_full_model_has_exactly_2010185728_parameters() -> None:
-    assert config.load(CONFIGS / "mooshak-2b.yaml").model.parameter_count() == 2_010_185_728
+    assert load_config(CONFIGS / "mooshak-2b.yaml").model.parameter_count() == 2_010_185_728
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_loads_and_its_dump_loads_as_the_same(path: Path, tmp_path: Path) -> None:
-    loaded = config.load(path)
-    (tmp_path / "again.yaml").write_text(config.dump(loaded))
-    assert config.load(tmp_path / "again.yaml") == loaded
+    loaded = load_config(path)
+    (tmp_path / "again.yaml").write_text(dump_config(loaded))
+    assert load_config(tmp_path / "again.yaml") == loaded
 
 
 def test_overrides_win_over_the_file() -> None:
-    loaded = config.load(CONFIGS / "demo.yaml", ["--train.steps", "7", "--run.dir", "elsewhere"])
+    loaded = load_config(CONFIGS / "demo.yaml", ["--train.steps", "7", "--run.dir", "elsewhere"])
     assert (loaded.train.steps, loaded.run.dir, loaded.schedule.total_steps) == (7, "elsewhere", 7)
 
 
@@ -41,21 +42,25 @@ def test_overrides_win_over_the_file() -> None:
         (["--model.rope_scaling", "{rope_type: linear}"], "'factor' is missing"),
         (["--model.rope_scaling", "{rope_type: linear, factor: -2}"], "factor must be a positive"),
         (["--model.sliding_window", "0"], "sliding_window must be positive"),
-        (["--train.batch_size", "7", "--train.accumulation", "2"], "train.accumulation 2"),
+        (
+            ["--train.batch_size", "7", "--train.gradient_accumulation_steps", "2"],
+            "train.gradient_accumulation_steps 2",
+        ),
         (["--train.batch_size", "0"], "train.batch_size must be positive"),
         (["--evaluate.sequences", "-1"], "evaluate.sequences must not be negative"),
         (["--train.sequence_length", "4096"], "model.max_seq_len"),
         (["--config", "/nowhere.yaml"], "/nowhere.yaml"),
-        (["--parallel.processes", "2"], "go together; give all three or none"),
+        (["--parallel.num_processes", "2"], "go together; give all three or none"),
         (
-            "--parallel.coordinator h:1 --parallel.processes 2 --parallel.process 2".split(),
-            "parallel.process 2 is not in 0 .. 1",
+            "--parallel.coordinator_address h:1 --parallel.num_processes 2 "
+            "--parallel.process_id 2".split(),
+            "parallel.process_id 2 is not in 0 .. 1",
         ),
     ],
 )
 def test_a_wrong_option_is_named(arguments: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message.replace("?", r"\?")):
-        config.parse(config.parser(""), arguments)
+        parse_config(config_parser(""), arguments)
 
 
 @pytest.mark.parametrize(
@@ -71,17 +76,17 @@ def test_a_wrong_option_is_named(arguments: list[str], message: str) -> None:
 def test_a_wrong_key_in_the_file_is_named(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text(text)
     with pytest.raises(InputError, match=message):
-        config.load(tmp_path / "bad.yaml")
+        load_config(tmp_path / "bad.yaml")
 
 
 def test_config_json_goes_round() -> None:
-    model = config.load(CONFIGS / "demo.yaml").model
-    assert config.model_from_json(config.model_to_json(model), "here") == model
+    model = load_config(CONFIGS / "demo.yaml").model
+    assert model_from_json(model_to_json(model), "here") == model
     laid_out = replace(model, scan_layers=True, fuse_kernels=True)
-    assert config.model_to_json(laid_out) == config.model_to_json(model)
-    assert "bias" not in config.model_to_json(model)
+    assert model_to_json(laid_out) == model_to_json(model)
+    assert "bias" not in model_to_json(model)
     llama = replace(model, architecture="llama", qkv_bias=True, sliding_window=9, head_dim=48)
-    assert config.model_from_json(config.model_to_json(llama), "here") == llama
+    assert model_from_json(model_to_json(llama), "here") == llama
 
 
 @pytest.mark.parametrize(
@@ -95,10 +100,10 @@ def test_config_json_goes_round() -> None:
 )
 def test_a_wrong_config_json_is_named(text: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        config.model_from_json(text, "config.json")
+        model_from_json(text, "config.json")
 
 
 def test_mesh_is_short_for_the_key() -> None:
     for words in (["--mesh", "data=2"], ["--mesh=data=2"], ["--parallel.mesh", "data=2"]):
-        loaded, _ = config.parse(config.parser(""), words)
+        loaded, _ = parse_config(config_parser(""), words)
         assert loaded.parallel.mesh == "data=2"

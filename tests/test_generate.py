@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-import mooshak_jax.checkpoint
 import mooshak_jax.generate
 import mooshak_jax.model
+import mooshak_jax.params
 import mooshak_torch.generate
-from mooshak.config import ModelConfig
+from mooshak.config.model import ModelConfig
 from mooshak.errors import InputError
-from mooshak_torch import products
-from mooshak_torch.model import Model, initialize, make_caches
+from mooshak_torch.model import Model, make_caches
+from mooshak_torch.ops import matmul
+from mooshak_torch.params import initialize
 
 SIZES = {"vocab_size": 128, "dim": 48, "n_layers": 2, "n_heads": 4, "hidden_dim": 80}
 MODELS = {
@@ -42,8 +43,8 @@ def test_prompts_of_several_lengths_continue_as_each_does_alone(model: ModelConf
                 ids.append(int(torch_model(torch.tensor([ids]))[0, -1].argmax()))
         assert ids[len(prompt) :] == row.tolist()
     with jax.enable_x64(True):
-        graphdef = mooshak_jax.checkpoint.graph(model, "float64")
-        params = mooshak_jax.checkpoint.initialize(model, "float64", 0, gain_std=0.1)
+        graphdef = mooshak_jax.params.make_graphdef(model, "float64")
+        params = mooshak_jax.params.initialize(model, "float64", 0, gain_std=0.1)
         theirs = mooshak_jax.generate.generate(graphdef, params, PROMPTS, NEW)
     assert np.array_equal(found, theirs)
 
@@ -54,8 +55,8 @@ def test_one_sequence_is_decoded_in_bfloat16(tied: bool) -> None:
     prompt = [PROMPTS[1]]  # One token: products of a single row.
     torch_model = initialize(Model(model, "bfloat16"), 0, gain_std=0.1)
     found = mooshak_torch.generate.generate(torch_model, prompt, NEW)
-    graphdef = mooshak_jax.checkpoint.graph(model, "bfloat16")
-    params = mooshak_jax.checkpoint.initialize(model, "bfloat16", 0, gain_std=0.1)
+    graphdef = mooshak_jax.params.make_graphdef(model, "bfloat16")
+    params = mooshak_jax.params.initialize(model, "bfloat16", 0, gain_std=0.1)
     theirs = mooshak_jax.generate.generate(graphdef, params, prompt, NEW)
     # Rounding may decide between two tokens at some time; the first is far from that.
     assert found.shape == theirs.shape == (1, NEW) and found[0, 0] == theirs[0, 0]
@@ -67,7 +68,7 @@ def test_one_sequence_is_decoded_in_bfloat16(tied: bool) -> None:
     ("name", "onednn"), [("mooshak", False), ("llama", torch.backends.mkldnn.is_available())]
 )
 def test_compiled_decoding_gives_the_same_tokens(name: str, onednn: bool) -> None:
-    with mock.patch.object(products, "ONEDNN", onednn):
+    with mock.patch.object(matmul, "ONEDNN", onednn):
         torch_model = initialize(Model(MODELS[name]), 0, gain_std=0.1)
         for prompts in (PROMPTS, PROMPTS[:1]):
             plain = mooshak_torch.generate.generate(torch_model, prompts, NEW)
@@ -97,9 +98,9 @@ def test_a_cache_gives_out_what_is_written() -> None:
 
 def test_a_cache_gives_out_what_is_written_in_jax() -> None:
     with jax.enable_x64(True):
-        graphdef = mooshak_jax.checkpoint.graph(MODELS["llama"], "float64")
-        params = mooshak_jax.checkpoint.initialize(MODELS["llama"], "float64", 0, gain_std=0.1)
-        model = mooshak_jax.checkpoint.join(graphdef, params)
+        graphdef = mooshak_jax.params.make_graphdef(MODELS["llama"], "float64")
+        params = mooshak_jax.params.initialize(MODELS["llama"], "float64", 0, gain_std=0.1)
+        model = mooshak_jax.params.merge(graphdef, params)
         caches = mooshak_jax.model.make_caches(model, 2, 9)
         tokens_BT = jnp.arange(12).reshape(2, 6)
         expected, parts = model(tokens_BT), []

@@ -13,22 +13,22 @@ import jax
 import numpy as np
 import pytest
 
-from mooshak import interchange
-from mooshak.config import (
+from mooshak.checkpoints import base
+from mooshak.checkpoints.base import MOMENTS
+from mooshak.config.model import ModelConfig
+from mooshak.config.sections import (
     Config,
-    ModelConfig,
     OptimizerConfig,
     ParallelConfig,
     ScheduleConfig,
     TrainConfig,
 )
 from mooshak.errors import InputError
-from mooshak.initial import initial_weight
-from mooshak.interchange import MOMENTS
-from mooshak.schedule import learning_rate
-from mooshak_jax import checkpoint
-from mooshak_jax.parallel import make_parallel
-from mooshak_jax.train import initial_state, make_train_step
+from mooshak.numerics.init_weights import initial_weight
+from mooshak.numerics.schedule import learning_rate
+from mooshak_jax import checkpoint, param_names, params
+from mooshak_jax.distributed.mesh import make_parallel
+from mooshak_jax.step import initial_state, make_train_step
 
 STEPS = 10
 MODEL = ModelConfig(
@@ -62,14 +62,12 @@ def run(config: Config, state: Any = None, first: int = 0) -> tuple[list[float],
     """The losses of the steps from `first` on, and the last state."""
     parallel = make_parallel(config)
     if state is None:
-        state = initial_state(
-            checkpoint.initialize(config.model, "float64", 3, 0.2, parallel=parallel)
-        )
+        state = initial_state(params.initialize(config.model, "float64", 3, 0.2, parallel=parallel))
     step = make_train_step(config, parallel)
     losses = []
     for k in range(first, STEPS):
         batch = np.random.default_rng(k % 2).integers(0, 192, (8, 25), dtype=np.int32)
-        state, loss, _ = step(state, parallel.put_whole(batch), learning_rate(config, k))
+        state, loss, _ = step(state, parallel.shard_global_batch(batch), learning_rate(config, k))
         losses.append(float(loss))
     return losses, state
 
@@ -102,7 +100,7 @@ def test_every_mesh_and_layout_trains_as_one_device(
 
 def test_queries_in_blocks_see_what_they_see_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     truth, _ = run(llama("data=1"), first=8)
-    monkeypatch.setattr("mooshak_jax.attention.QUERIES", (7, 7))
+    monkeypatch.setattr("mooshak_jax.ops.attention.QUERIES", (7, 7))
     assert run(llama("data=1"), first=8)[0] == pytest.approx(truth, rel=1e-13, abs=0)
 
 
@@ -142,7 +140,7 @@ def test_a_llama_with_all_its_parts_trains_on_a_mesh_as_on_one_device() -> None:
 def test_a_device_holds_its_part_of_the_state(mesh: str, parts: int, layout: bool) -> None:
     config = configured(mesh, scan=layout, fuse=layout)
     parallel = make_parallel(config)
-    state = initial_state(checkpoint.initialize(config.model, "float64", 0, parallel=parallel))
+    state = initial_state(params.initialize(config.model, "float64", 0, parallel=parallel))
     held: Counter[Any] = Counter()
     for array in jax.tree.leaves({key: state[key] for key in ("params", *MOMENTS)}):
         for shard in array.addressable_shards:
@@ -173,12 +171,12 @@ def test_a_checkpoint_of_any_layout_and_mesh_is_restored_in_every_other_to_the_l
     }
     for i, (model, mesh) in enumerate(zip(models, meshes, strict=True)):
         state = {
-            kind: checkpoint.initialize(model, "float32", seed, 0.2, mesh)
+            kind: params.initialize(model, "float32", seed, 0.2, mesh)
             for seed, kind in enumerate(truth)
         }
         (tmp_path / str(i)).mkdir()
         checkpoint.start_saving(state, tmp_path / str(i))()
-        interchange.write_description(tmp_path / str(i), MODEL, None)
+        base.write_description(tmp_path / str(i), MODEL, None)
     for i in range(len(LAYOUTS)):
         source = checkpoint.open_checkpoint(tmp_path / str(i))
         source = replace(source, read=functools.cache(source.read))
@@ -186,7 +184,7 @@ def test_a_checkpoint_of_any_layout_and_mesh_is_restored_in_every_other_to_the_l
             restored = checkpoint.restore(model, "float32", source, mesh)
             for kind, tree in restored.items():
                 for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-                    for part in checkpoint.parts(path, leaf.shape):
+                    for part in param_names.canonical_tensors(path, leaf.shape):
                         values = part.canonical(np.asarray(leaf))
                         assert np.array_equal(values, truth[kind][part.name]), (i, part.name)
 
@@ -199,7 +197,7 @@ def test_a_checkpoint_of_any_layout_and_mesh_is_restored_in_every_other_to_the_l
         ("data=-1,tensor=-1", "only one axis may be -1"),
         ("model=2", "expected axis=size with the axes data, fsdp, tensor"),
         ("fsdp=4", "model.dim 30 is not divisible by fsdp=4"),
-        ("data=2", "mesh data=2 is not divisible by parallel.slices 4"),
+        ("data=2", "mesh data=2 is not divisible by parallel.num_slices 4"),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_refused(mesh: str, message: str) -> None:
@@ -208,13 +206,13 @@ def test_a_mesh_that_does_not_fit_is_refused(mesh: str, message: str) -> None:
     if "dim" in message:
         config = replace(config, model=model)
     if "slices" in message:
-        config = replace(config, parallel=replace(config.parallel, slices=4))
+        config = replace(config, parallel=replace(config.parallel, num_slices=4))
     with pytest.raises(InputError, match=re.escape(message)):
         make_parallel(config)
 
 
 def test_slices_are_spanned_by_the_data_axis() -> None:
     config = configured("data=2,fsdp=4")
-    config = replace(config, parallel=replace(config.parallel, slices=2))
+    config = replace(config, parallel=replace(config.parallel, num_slices=2))
     ids = [[d.id for d in row] for row in make_parallel(config).mesh.devices.reshape(2, 4)]
     assert ids == [[0, 1, 2, 3], [4, 5, 6, 7]]

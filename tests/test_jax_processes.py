@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 import mooshak_torch.train
-from mooshak import config as configuration
-from mooshak.config import CheckpointConfig, Config, EvaluateConfig, ModelConfig, ScheduleConfig
-from mooshak.data.shards import ensure
+from mooshak.config.model import ModelConfig
+from mooshak.config.parse import dump_config, load_config
+from mooshak.config.sections import CheckpointConfig, Config, EvaluateConfig, ScheduleConfig
+from mooshak.data.shards import load_or_prepare_shards
 
 Pair = list[subprocess.Popen]
 
@@ -35,9 +36,9 @@ def config(tiny_config: Config, tmp_path: Path) -> Path:
         evaluate=EvaluateConfig(every=3, sequences=6, batch_size=3),
         run=replace(tiny_config.run, dir=str(tmp_path / "pair")),
     )
-    ensure(config, progress=False)
+    load_or_prepare_shards(config, progress=False)
     path = tmp_path / "config.yaml"
-    path.write_text(configuration.dump(config))
+    path.write_text(dump_config(config))
     return path
 
 
@@ -47,10 +48,10 @@ def start(module: str, *arguments: object) -> Pair:
         free.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"
     command = [sys.executable, "-m", module, *map(str, arguments)]
-    command += ["--parallel.coordinator", coordinator, "--parallel.processes", "2"]
+    command += ["--parallel.coordinator_address", coordinator, "--parallel.num_processes", "2"]
     return [
         subprocess.Popen(
-            [*command, "--parallel.process", str(i)],
+            [*command, "--parallel.process_id", str(i)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -84,7 +85,7 @@ def metrics(directory: Path, key: str) -> list[float]:
 def test_two_processes_train_stop_go_on_and_evaluate_as_one(config: Path, tmp_path: Path) -> None:
     together = ("--config", config)
     # They begin with a checkpoint of PyTorch, which the first of them converts for both.
-    begin = configuration.load(config, ["--train.stop_at", "1", "--evaluate.every", "0"])
+    begin = load_config(config, ["--train.stop_after_step", "1", "--evaluate.every", "0"])
     mooshak_torch.train.train(begin)
     # Each process feeds rows of its own; a signal to one of them stops both.
     layout = ("--mesh", "data=2,fsdp=2", "--model.scan_layers", "true", "--train.remat", "full")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mooshak.config import load
+from mooshak.config.parse import load_config
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "scripts" / "libreoffice_help.py"
@@ -187,7 +187,7 @@ def test_bad_input_is_one_line(packages: tuple[Path, Path], tmp_path: Path) -> N
 
 
 def test_the_configuration_reads_what_the_script_writes() -> None:
-    config = load(ROOT / "configs" / "libreoffice-help.yaml")
+    config = load_config(ROOT / "configs" / "libreoffice-help.yaml")
     assert {source.language: source.path for source in config.data.sources} == {
         "hi": "data/libreoffice-help/hi.jsonl",
         "en": "data/libreoffice-help/en.jsonl",

@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 
 import mooshak_jax.train
-from mooshak import config as configuration
-from mooshak.checkpoints import complete_steps
-from mooshak.config import Config, ModelConfig
+from mooshak.checkpoints.manager import complete_steps
+from mooshak.config.model import ModelConfig
+from mooshak.config.parse import dump_config, load_config
+from mooshak.config.sections import Config
 from mooshak.errors import InputError
 from mooshak_torch.checkpoint import open_checkpoint
 from mooshak_torch.plan import plan
@@ -29,8 +30,8 @@ from parity.convert import convert
 STEPS = 10
 
 LAYOUTS: dict[str, tuple[Any, ...]] = {
-    "ddp": ("--parallel.strategy", "ddp", "--train.accumulation", 2),
-    "fsdp": ("--parallel.strategy", "fsdp", "--train.accumulation", 2),
+    "ddp": ("--parallel.strategy", "ddp", "--train.gradient_accumulation_steps", 2),
+    "fsdp": ("--parallel.strategy", "fsdp", "--train.gradient_accumulation_steps", 2),
     "kept": ("--mesh", "fsdp=-1", "--parallel.reshard_after_forward", "false"),
     "hsdp": ("--parallel.strategy", "hsdp", "--train.remat", "full"),
     "offload": ("--mesh", "fsdp=-1", "--parallel.cpu_offload", "true", "--parallel.prefetch", 2),
@@ -61,13 +62,13 @@ def config(tiny_config: Config, tiny_tokenizer: object, tmp_path_factory: Any) -
         tiny_config,
         model=model,
         train=replace(tiny_config.train, steps=STEPS, dtype="float64"),
-        optimizer=replace(tiny_config.optimizer, learning_rate=1e-2, clip_norm=0.5),
+        optimizer=replace(tiny_config.optimizer, learning_rate=1e-2, max_grad_norm=0.5),
         schedule=replace(tiny_config.schedule, warmup_steps=2),
         # Three sequences, one at a time: neither two nor four processes have equally many.
         evaluate=replace(tiny_config.evaluate, every=STEPS, sequences=3, batch_size=1),
     )
     path: Path = tmp_path_factory.mktemp("parallel") / "config.yaml"
-    path.write_text(configuration.dump(changed))
+    path.write_text(dump_config(changed))
     return path
 
 
@@ -75,7 +76,7 @@ def config(tiny_config: Config, tiny_tokenizer: object, tmp_path_factory: Any) -
 def alone(config: Path) -> Path:
     """The run of one process."""
     directory = config.parent / "alone"
-    train(configuration.load(config, ["--run.dir", str(directory)]))
+    train(load_config(config, ["--run.dir", str(directory)]))
     return directory
 
 
@@ -84,7 +85,7 @@ class Ranks:
 
     def __init__(self, log: Path):
         self.log = log
-        command = [sys.executable, str(Path(__file__).with_name("ranks.py"))]
+        command = [sys.executable, str(Path(__file__).with_name("rank_worker.py"))]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
         with log.open("w") as errors:
             self.processes = [
@@ -100,7 +101,7 @@ class Ranks:
             ]
 
     def run(self, processes: int, do: str, argv: list[Any], *paths: Path) -> list[Any]:
-        """What a function of ranks.py gives in every process, which stand on machines of two."""
+        """What a function of rank_worker.py gives in every process, which stand on machines of two."""
         with socket.socket() as free:
             # A port for every run: where a group has met, its next one would find its traces.
             free.bind(("127.0.0.1", 0))
@@ -223,7 +224,7 @@ def test_a_process_holds_its_part(
     name: str, processes: int, config: Path, runs: dict[str, Run]
 ) -> None:
     parts = 2 if name == "hsdp" else SHARES.get(name, processes)
-    whole = 8 * configuration.load(config).model.parameter_count()
+    whole = 8 * load_config(config).model.parameter_count()
     for held in runs[f"{name}-{processes}"]["held"]:
         for what, size in held.items():
             share = whole / parts * (2 if what == "optimizer" else 1)
@@ -254,7 +255,7 @@ def planned_memory(
     if name == "offload":
         # What is held is the same; the host has it.
         options = (*options, "--parallel.cpu_offload", "false")
-    configured = configuration.load(config, [*map(str, options)])
+    configured = load_config(config, [*map(str, options)])
     return plan(configured, "h100-80g", processes, strategy).memory
 
 
@@ -263,7 +264,7 @@ def test_zero_3_keeps_what_is_small_whole(
     processes: int, config: Path, tmp_path: Path, ranks: Ranks
 ) -> None:
     """The embedding and the head are not: they are larger than DeepSpeed's threshold."""
-    options = (*ZERO["zero3"], "--train.dtype", "float32", "--train.stop_at", 2)
+    options = (*ZERO["zero3"], "--train.dtype", "float32", "--train.stop_after_step", 2)
     options += ("--model.dim", 200, "--model.head_dim", 50, "--model.n_layers", 1)
     held = ranks.run(processes, "trained", [config, *options, "--run.dir", tmp_path])
     planned = planned_memory(config, "zero3", options, processes)
@@ -278,7 +279,7 @@ def test_every_checkpoint_restores_in_every_layout(
 
     DeepSpeed, which starts anew for each, takes two: of layouts that cut otherwise.
     """
-    whole = len(configuration.load(config).model.parameter_shapes())
+    whole = len(load_config(config).model.parameter_shapes())
     for name, run in (*runs.items(), ("alone", None)):
         processes = 1 if run is None else run["processes"]
         others = {key: r for key, r in runs.items() if r["processes"] != processes}
@@ -301,7 +302,7 @@ def test_a_run_goes_on_in_every_layout(config: Path, tmp_path: Path, ranks: Rank
     options = [config, *LLAMA, "--model.n_layers", 1, "--train.steps", steps]
     options += ["--evaluate.every", 0, "--run.dir"]
     for step, layout in enumerate(LAYOUTS.values(), 1):
-        argv = [*options, tmp_path / "chain", *layout, "--train.stop_at", step]
+        argv = [*options, tmp_path / "chain", *layout, "--train.stop_after_step", step]
         ranks.run(4, "trained", argv)
     stopped = len(LAYOUTS) + 3
     argv = [*options, tmp_path / "chain", "--mesh", "fsdp=2"]
@@ -312,10 +313,10 @@ def test_a_run_goes_on_in_every_layout(config: Path, tmp_path: Path, ranks: Rank
     convert(saved, tmp_path / "jax", "jax")
     shutil.rmtree(saved)
     shutil.move(tmp_path / "jax", saved)
-    assert ranks.run(2, "converted", [*argv, "--train.stop_at", stopped + 1]) == [1, 0]
+    assert ranks.run(2, "converted", [*argv, "--train.stop_after_step", stopped + 1]) == [1, 0]
     for directory in ("chain", "alone"):
         argv = [str(option) for option in (*options[1:], tmp_path / directory)]
-        train(configuration.load(config, argv))
+        train(load_config(config, argv))
     assert len(metrics(tmp_path / "chain")) == steps
     assert_same(tmp_path / "chain", tmp_path / "alone")
 
@@ -323,9 +324,9 @@ def test_a_run_goes_on_in_every_layout(config: Path, tmp_path: Path, ranks: Rank
 def test_zero_goes_on_in_every_stage(
     config: Path, tmp_path: Path, ranks: Ranks, ddp32: Path
 ) -> None:
-    options = [config, "--train.dtype", "float32", "--train.accumulation", 2]
+    options = [config, "--train.dtype", "float32", "--train.gradient_accumulation_steps", 2]
     for stop, name in ((3, "zero3"), (5, "zero1"), (7, "zero2"), (STEPS, "zero3")):
-        argv = [*options, *ZERO[name], "--run.dir", tmp_path, "--train.stop_at", stop]
+        argv = [*options, *ZERO[name], "--run.dir", tmp_path, "--train.stop_after_step", stop]
         ranks.run(2, "trained", argv)
     assert_same(tmp_path, ddp32, tolerance=5e-6)
 
@@ -336,7 +337,7 @@ def test_fsdp_rounds_where_ddp_does(
     """In bfloat16: what it gathers narrow is what is multiplied narrow."""
     for name in ("ddp", "fsdp"):
         argv = [config, *LAYOUTS[name], "--train.dtype", "bfloat16", "--evaluate.every", 0]
-        ranks.run(2, "trained", [*argv, "--train.stop_at", 5, "--run.dir", tmp_path / name])
+        ranks.run(2, "trained", [*argv, "--train.stop_after_step", 5, "--run.dir", tmp_path / name])
     # Until the order of a sum in float32 makes a weight round to the other bfloat16.
     there, here = metrics(tmp_path / "fsdp"), metrics(tmp_path / "ddp")
     assert there == pytest.approx(here, rel=1e-7, abs=0)
@@ -351,14 +352,14 @@ def test_a_resume_on_shards_of_unequal_size_is_exact(
     options = [config, *uneven, "--model.head_dim", 10, "--train.dtype", "float32"]
     options += ["--mesh", "fsdp=4", "--run.dir"]
     for directory, stop in (("whole", STEPS), ("parts", 3), ("parts", STEPS)):
-        ranks.run(4, "trained", [*options, tmp_path / directory, "--train.stop_at", stop])
+        ranks.run(4, "trained", [*options, tmp_path / directory, "--train.stop_after_step", stop])
     for key in ("loss", "grad_norm"):
         assert metrics(tmp_path / "parts", key) == metrics(tmp_path / "whole", key)
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_compiled_layers_train_alike(config: Path, tmp_path: Path, ranks: Ranks) -> None:
-    options = [config, *LAYOUTS["fsdp"], "--train.stop_at", 3, "--evaluate.every", 0]
+    options = [config, *LAYOUTS["fsdp"], "--train.stop_after_step", 3, "--evaluate.every", 0]
     for run in ("plain", "compiled"):
         compiled = ("--train.compile", run == "compiled", "--run.dir", tmp_path / run)
         ranks.run(2, "trained", [*options, *compiled])
@@ -375,7 +376,10 @@ def test_what_cannot_work_is_said(config: Path, tmp_path: Path, ranks: Ranks) ->
         (("--parallel.strategy", "single"), "single, but torchrun started 2 processes"),
         (("--mesh", "tensor=2", "--model.n_kv_heads", 1), "n_kv_heads 1 is not divisible"),
         (("--parallel.cpu_offload", "true"), "cpu_offload goes with parallel.strategy fsdp"),
-        (("--train.accumulation", 8), "train.batch_size 8 is not divisible by mesh data=2"),
+        (
+            ("--train.gradient_accumulation_steps", 8),
+            "train.batch_size 8 is not divisible by mesh data=2",
+        ),
         ((*ZERO["zero1"], "--train.dtype", "float64"), "in float32 or bfloat16, not float64"),
     ]
     options = [config, "--run.dir", tmp_path / "run", "--train.dtype", "float32"]
@@ -389,9 +393,9 @@ def test_what_cannot_work_is_said(config: Path, tmp_path: Path, ranks: Ranks) ->
     assert "rank 0 of 2 waited in all_gather" in said
     assert "Timed out" in said and "\n" not in said
     with pytest.raises(InputError, match="needs processes: start with torchrun"):
-        train(configuration.load(config, ["--parallel.strategy", "fsdp"]))
+        train(load_config(config, ["--parallel.strategy", "fsdp"]))
     with pytest.raises(InputError, match="gradients scaled, which only"):
-        mooshak_jax.train.train(configuration.load(config, ["--train.dtype", "float16"]))
+        mooshak_jax.train.train(load_config(config, ["--train.dtype", "float16"]))
 
 
 def test_float16_skips_what_is_not_finite_and_resumes_exactly(
@@ -399,7 +403,7 @@ def test_float16_skips_what_is_not_finite_and_resumes_exactly(
 ) -> None:
     options = [config, "--train.dtype", "float16", "--evaluate.every", 0, "--mesh", "fsdp=-1"]
     for run, stop in (("whole", STEPS), ("parts", 6), ("parts", STEPS)):
-        argv = [*options, "--train.stop_at", stop, "--run.dir", tmp_path / run]
+        argv = [*options, "--train.stop_after_step", stop, "--run.dir", tmp_path / run]
         ranks.run(2, "overflowing", argv)
     whole = metrics(tmp_path / "whole")
     assert metrics(tmp_path / "parts") == whole and whole[-1] < whole[0]

@@ -13,13 +13,15 @@ import pytest
 import torch
 
 import mooshak_jax.plan as jax_plan
-import mooshak_torch.plan as torch_plan
-from mooshak.config import Config, Dtype, ModelConfig, ParallelConfig, TrainConfig, dump
+from mooshak.config.model import Dtype, ModelConfig
+from mooshak.config.parse import dump_config
+from mooshak.config.sections import Config, ParallelConfig, TrainConfig
 from mooshak.hardware import DEVICES, peak_flops
-from mooshak.plans import Plan
+from mooshak.plan import Plan
 from mooshak_jax.hlo import collectives
-from mooshak_torch.model import initialize
-from mooshak_torch.train import make_objective
+from mooshak_torch import plan as torch_plan
+from mooshak_torch.objectives import make_objective
+from mooshak_torch.params import initialize
 
 
 @pytest.mark.parametrize(
@@ -292,7 +294,7 @@ def test_a_sweep_ranks_every_mesh(
 ) -> None:
     model = replace(BIG, n_layers=1, vocab_size=512, max_seq_len=128)
     config = Config(model=model, train=TrainConfig(batch_size=8, dtype="bfloat16"))
-    (tmp_path / "config.yaml").write_text(dump(config))
+    (tmp_path / "config.yaml").write_text(dump_config(config))
     argv = ["plan", "--config", f"{tmp_path}/config.yaml", "--topology", "v5e:1x2", "--sweep"]
     monkeypatch.setattr(sys, "argv", [*argv, "--plot", f"{tmp_path}/plan.svg"])
     jax_plan.main()

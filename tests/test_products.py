@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mooshak_torch import products
+from mooshak_torch.ops import matmul
 
 
 @pytest.fixture
@@ -22,8 +22,8 @@ def onednn() -> Iterator[mock.Mock]:
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this PyTorch has no oneDNN")
     with (
-        mock.patch.object(products, "ONEDNN", True),
-        mock.patch.object(products, "_onednn", wraps=products._onednn) as taken,
+        mock.patch.object(matmul, "ONEDNN", True),
+        mock.patch.object(matmul, "_onednn", wraps=matmul._onednn) as taken,
     ):
         yield taken
 
@@ -43,7 +43,7 @@ def values(multiply: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> 
 
 def test_float32_is_onednns_and_as_exact_as_pytorchs_own(onednn: mock.Mock) -> None:
     exact = values(F.linear, torch.float64)
-    ours = values(products.linear, torch.float32)
+    ours = values(matmul.linear, torch.float32)
     assert onednn.call_count == 3
     plain = values(F.linear, torch.float32)
     for ours_, plain_, exact_ in zip(ours, plain, exact, strict=True):
@@ -53,7 +53,7 @@ def test_float32_is_onednns_and_as_exact_as_pytorchs_own(onednn: mock.Mock) -> N
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_dtypes_are_pytorchs_own(dtype: torch.dtype) -> None:
-    for ours, plain in zip(values(products.linear, dtype), values(F.linear, dtype), strict=True):
+    for ours, plain in zip(values(matmul.linear, dtype), values(F.linear, dtype), strict=True):
         assert torch.equal(ours, plain)
 
 
@@ -63,14 +63,12 @@ def test_transposed_views_are_multiplied_as_they_are(onednn: mock.Mock, n_rows: 
     a_NI, b_IO = torch.randn(24, n_rows).T, torch.randn(40, 24).T
     expected = a_NI.double() @ b_IO.double()
     for left, right in ((a_NI, b_IO), (a_NI.contiguous(), b_IO.contiguous())):
-        torch.testing.assert_close(
-            products.product(left, right).double(), expected, rtol=0, atol=1e-5
-        )
+        torch.testing.assert_close(matmul.matmul(left, right).double(), expected, rtol=0, atol=1e-5)
 
 
 def test_what_needs_no_gradient_gets_none(onednn: mock.Mock) -> None:
     x, w = torch.randn(4, 8), torch.randn(16, 8, requires_grad=True)
-    products.linear(x, w).sum().backward()
+    matmul.linear(x, w).sum().backward()
     assert x.grad is None and w.grad is not None
     assert onednn.call_count == 2
 
@@ -85,14 +83,14 @@ def test_onednn_is_taken_where_mkl_would_be_slow(processor: str, mkl: bool, expe
         mock.patch("torch.backends.mkl.is_available", return_value=mkl),
         mock.patch("torch.cpu.get_capabilities", return_value={"cpu_name": processor}),
     ):
-        assert products.onednn_is_faster() == expected
+        assert matmul.onednn_is_faster() == expected
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-@mock.patch.object(products, "ONEDNN", torch.backends.mkldnn.is_available())
+@mock.patch.object(matmul, "ONEDNN", torch.backends.mkldnn.is_available())
 def test_compiled_products_are_the_same() -> None:
-    plain = values(products.linear, torch.float32)
-    compiled = values(torch.compile(products.linear, fullgraph=True), torch.float32)
+    plain = values(matmul.linear, torch.float32)
+    compiled = values(torch.compile(matmul.linear, fullgraph=True), torch.float32)
     for a, b in zip(plain, compiled, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)

@@ -6,12 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mooshak.config import Config, ModelConfig, OptimizerConfig, ScheduleConfig, TrainConfig
-from mooshak.evaluation import bits_per_byte, unigram_nats
-from mooshak.initial import initial_weight, standard
-from mooshak.rope import rescaled, rope_tables
-from mooshak.sampling import noise
-from mooshak.schedule import decays, learning_rate
+from mooshak.config.model import ModelConfig
+from mooshak.config.sections import Config, OptimizerConfig, ScheduleConfig, TrainConfig
+from mooshak.evaluation.bits_per_byte import bits_per_byte, unigram_nats
+from mooshak.numerics.init_weights import initial_weight, standard
+from mooshak.numerics.rope import rescaled, rope_tables
+from mooshak.numerics.sampling_noise import noise
+from mooshak.numerics.schedule import has_weight_decay, learning_rate
 
 MODEL = ModelConfig(vocab_size=128, dim=24, n_layers=2, n_heads=3, hidden_dim=40, max_seq_len=32)
 LLAMA = replace(
@@ -107,7 +108,7 @@ def test_learning_rate(kind: str, step: int, expected: float) -> None:
 @pytest.mark.parametrize("model", [MODEL, LLAMA], ids=["mooshak", "llama"])
 def test_only_matrices_decay(model: ModelConfig) -> None:
     shapes = model.parameter_shapes()
-    spared = {name for name in shapes if not decays(name)}
+    spared = {name for name in shapes if not has_weight_decay(name)}
     assert spared == {name for name, shape in shapes.items() if len(shape) == 1}
 
 

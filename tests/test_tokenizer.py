@@ -12,10 +12,14 @@ import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mooshak import tokenizer as tokenizers
-from mooshak.config import Config, SourceConfig, dump
+from mooshak.config.parse import dump_config
+from mooshak.config.sections import Config, SourceConfig
 from mooshak.errors import InputError
-from mooshak.tokenizer import CHAT_MARKERS, Tokenizer, main
+from mooshak.tokenizer import sentencepiece as sentencepiece_tokenizer
+from mooshak.tokenizer import train
+from mooshak.tokenizer.__main__ import main
+from mooshak.tokenizer.base import Tokenizer
+from mooshak.tokenizer.sentencepiece import CHAT_MARKERS, SentencePieceTokenizer
 
 HARD = [
     "",
@@ -82,13 +86,13 @@ def test_words_are_looked_up_where_they_make_the_text(
         **options,
     )
     (tmp_path / "m.model").write_bytes(model.getvalue())
-    tokenizer = Tokenizer(tmp_path / "m.model")
+    tokenizer = SentencePieceTokenizer(tmp_path / "m.model")
     texts = [*HARD, "of the  cat", " of the", "of the ", "the\nof the", "और चूहा", "of"]
     expected = [tokenizer.encode(text) for text in texts]
     for _ in range(2):  # With words that are new, and known.
         assert tokenizer.encode_batch(texts) == expected
     assert bool(tokenizer._words) == of_words
-    monkeypatch.setattr(tokenizers, "_FEW_WORDS", 20)
+    monkeypatch.setattr(sentencepiece_tokenizer, "_FEW_WORDS", 20)
     for batch in (["of the"] * 2, texts, texts):  # Too many words, from the second on.
         assert tokenizer.encode_batch(batch) == [tokenizer.encode(text) for text in batch]
     assert not tokenizer._words
@@ -137,7 +141,7 @@ def test_unknown_piece(tiny_tokenizer: Tokenizer):
 
 def test_training_is_deterministic(tiny_config: Config, tiny_tokenizer: Tokenizer, tmp_path: Path):
     again = with_tokenizer(tiny_config, path=str(tmp_path / "new" / "again.model"))
-    assert tokenizers.ensure(again).fingerprint == tiny_tokenizer.fingerprint
+    assert train.load_or_train_tokenizer(again).fingerprint == tiny_tokenizer.fingerprint
     assert [p.name for p in (tmp_path / "new").iterdir() if p.suffix != ".lock"] == ["again.model"]
 
 
@@ -147,16 +151,17 @@ def test_numbers_are_digits(tiny_config: Config, tmp_path: Path):
     sources = [*tiny_config.data.sources, SourceConfig("n", kind="text", path=str(path))]
     data = replace(tiny_config.data, sources=sources, validation_fraction=0.0)
     config = with_tokenizer(replace(tiny_config, data=data), path=str(tmp_path / "t.model"))
-    tokenizer = tokenizers.ensure(config)
+    tokenizer = train.load_or_train_tokenizer(config)
     for number in ("१९४७", "1947"):
         ids = tokenizer.encode(number)
         assert [tokenizer.decode([id]) for id in ids] == list(number)
 
 
 def test_validation_text_is_not_trained_on(tiny_config: Config, tmp_path: Path, monkeypatch):
-    from mooshak.data.sources import documents, in_validation
+    from mooshak.corpus.filters import in_validation
+    from mooshak.corpus.readers import documents
 
-    lines = set(tokenizers.training_lines(tiny_config))
+    lines = set(train.training_lines(tiny_config))
     source = tiny_config.data.sources[0]
     held_out = [text for text in documents(source, tiny_config) if in_validation(text, 0.2)]
     assert held_out and not {line for text in held_out for line in text.split("\n")} & lines
@@ -171,7 +176,7 @@ def test_training_bytes_are_shared_by_weight(tiny_config: Config, tmp_path: Path
     ]
     data = replace(tiny_config.data, sources=sources, validation_fraction=0.0)
     config = with_tokenizer(replace(tiny_config, data=data), training_bytes=40_000)
-    lines = list(tokenizers.training_lines(config))
+    lines = list(train.training_lines(config))
     assert sum(map(len, lines)) == 29_999 + 10_000 + 1  # A newline is a byte too; b has none.
     assert max(map(len, lines)) == 4096
 
@@ -179,20 +184,20 @@ def test_training_bytes_are_shared_by_weight(tiny_config: Config, tmp_path: Path
 def test_vocabulary_too_large(tiny_config: Config, tmp_path: Path):
     config = with_tokenizer(tiny_config, path=str(tmp_path / "t.model"), vocab_size=60_000)
     with pytest.raises(InputError, match=r"60000 is too large .* at most \d+ pieces"):
-        tokenizers.train(config)
+        train.train(config)
     assert not (tmp_path / "t.model").exists()
 
 
 def test_vocabulary_too_small(tiny_config: Config, tmp_path: Path):
     config = with_tokenizer(tiny_config, path=str(tmp_path / "t.model"), vocab_size=100)
     with pytest.raises(InputError, match="100 is too small"):
-        tokenizers.train(config)
+        train.train(config)
 
 
 def test_vocabulary_does_not_fit_the_model(tiny_config: Config, tiny_tokenizer: Tokenizer):
     config = replace(tiny_config, model=replace(tiny_config.model, vocab_size=576))
     with pytest.raises(InputError, match="has 505 pieces, the model's vocab_size is 576"):
-        tokenizers.ensure(config)
+        train.load_or_train_tokenizer(config)
 
 
 def test_bad_source_while_training(tiny_config: Config, tmp_path: Path):
@@ -201,7 +206,7 @@ def test_bad_source_while_training(tiny_config: Config, tmp_path: Path):
     for sources in ([source], [*tiny_config.data.sources, source]):
         config = replace(tiny_config, data=replace(tiny_config.data, sources=sources))
         with pytest.raises(InputError, match=r"binary\.txt is not UTF-8 text"):
-            tokenizers.train(with_tokenizer(config, path=str(tmp_path / "t.model")))
+            train.train(with_tokenizer(config, path=str(tmp_path / "t.model")))
 
 
 @pytest.mark.parametrize("content", [b"", b"not a model\n" * 50, "half", "almost"])
@@ -211,21 +216,21 @@ def test_broken_file(tiny_tokenizer: Tokenizer, tmp_path: Path, content):
     path = tmp_path / "t.model"
     path.write_bytes(cuts.get(content, content))
     with pytest.raises(InputError, match="is not a SentencePiece model, or is cut short"):
-        Tokenizer(path)
+        SentencePieceTokenizer(path)
 
 
 def test_missing_file(tmp_path: Path):
     with pytest.raises(InputError, match="is missing; train it"):
-        Tokenizer(tmp_path / "nowhere.model")
+        SentencePieceTokenizer(tmp_path / "nowhere.model")
     with pytest.raises(InputError, match="is a directory"):
-        Tokenizer(tmp_path)
+        SentencePieceTokenizer(tmp_path)
 
 
 def test_command_line(
     tiny_config: Config, tiny_tokenizer: Tokenizer, tmp_path, capsys, monkeypatch
 ):
     path = tmp_path / "config.yaml"
-    path.write_text(dump(tiny_config))
+    path.write_text(dump_config(tiny_config))
     config = ["--config", str(path)]
     text = "  शेर और चूहा\n\u2581"
 
@@ -251,7 +256,7 @@ def test_command_line(
 
 def test_needs_no_framework():
     code = (
-        "import sys, mooshak.tokenizer, mooshak.data.shards, mooshak.data.sources;"
+        "import sys, mooshak.tokenizer, mooshak.data.shards, mooshak.corpus.readers;"
         "assert not {'torch', 'jax', 'grain', 'datasets'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

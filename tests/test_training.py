@@ -91,7 +91,7 @@ def test_a_resumed_run_is_the_uninterrupted_run_to_the_last_bit(
     options = ("--config", config, "--train.dtype", "float32", "--checkpoint.keep", 3)
     run(f"mooshak_{framework}.train", *options, "--run.dir", tmp_path / "whole")
     parts = (*options, "--run.dir", tmp_path / "parts")
-    run(f"mooshak_{framework}.train", *parts, "--train.stop_at", 5)
+    run(f"mooshak_{framework}.train", *parts, "--train.stop_after_step", 5)
     run(f"mooshak_{framework}.train", *parts)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     # The validation loss of step 4 is known before the change and after it.
@@ -104,7 +104,14 @@ def test_a_resumed_run_is_the_uninterrupted_run_to_the_last_bit(
 
 def test_two_ddp_processes_train_as_one(config: Path, torch_run: Path, tmp_path: Path) -> None:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
-    arguments = ("--config", config, "--run.dir", tmp_path, "--train.accumulation", 2)
+    arguments = (
+        "--config",
+        config,
+        "--run.dir",
+        tmp_path,
+        "--train.gradient_accumulation_steps",
+        2,
+    )
     run("mooshak_torch.train", *arguments, launcher=launcher)
     assert losses(tmp_path) == pytest.approx(losses(torch_run), rel=1e-12, abs=0)
 
@@ -118,8 +125,8 @@ def test_a_run_goes_on_in_the_other_framework_and_comes_back(
     config: Path, torch_run: Path, tmp_path: Path
 ) -> None:
     options = ("--config", config, "--run.dir", tmp_path)
-    run("mooshak_torch.train", *options, "--train.stop_at", 3)
-    run("mooshak_jax.train", *options, "--train.stop_at", 6)
+    run("mooshak_torch.train", *options, "--train.stop_after_step", 3)
+    run("mooshak_jax.train", *options, "--train.stop_after_step", 6)
     run("mooshak_torch.train", *options)
     assert losses(tmp_path) == pytest.approx(losses(torch_run), rel=1e-12, abs=0)
 
@@ -148,7 +155,15 @@ def test_a_signal_saves_and_says_how_to_go_on(framework: str, config: Path, tmp_
 @pytest.mark.slow
 @pytest.mark.parametrize("framework", ["torch", "jax"])
 def test_a_profile_says_where_the_time_goes(framework: str, config: Path, tmp_path: Path) -> None:
-    options = ("--run.dir", tmp_path, "--train.stop_at", 3, "--evaluate.every", 0, "--profile")
+    options = (
+        "--run.dir",
+        tmp_path,
+        "--train.stop_after_step",
+        3,
+        "--evaluate.every",
+        0,
+        "--profile",
+    )
     said = run(f"mooshak_{framework}.train", "--config", config, *options)
     assert "where the time goes" in said and {"torch": "aten::", "jax": "fusion"}[framework] in said
     trace = {"torch": "trace.json", "jax": "*.trace.json.gz"}[framework]
@@ -234,7 +249,7 @@ def test_one_run_over_five_layouts_has_the_same_curve(
         (6, "torch", ("-m",), ()),
         (8, "jax", ("-m",), ("--mesh", "fsdp=4")),
     ):
-        words = (*options, *layout, "--train.stop_at", stop)
+        words = (*options, *layout, "--train.stop_after_step", stop)
         run(f"mooshak_{framework}.train", *words, launcher=launcher)
     pairs = zip(losses(tmp_path / "run"), losses(torch_run), strict=True)
     assert max(abs(loss / truth - 1) for loss, truth in pairs) < 1e-12

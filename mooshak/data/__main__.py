@@ -9,8 +9,9 @@ from pathlib import Path
 
 from rich.table import Table
 
-from mooshak.config import Config, parse, parser
-from mooshak.data.shards import ensure, read_manifest, totals
+from mooshak.config.parse import config_parser, parse_config
+from mooshak.config.sections import Config
+from mooshak.data.shards import load_or_prepare_shards, read_manifest, totals
 from mooshak.errors import command
 from mooshak.tables import print_table
 
@@ -18,11 +19,11 @@ from mooshak.tables import print_table
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """`python -m mooshak.data prepare|describe`."""
-    arguments = parser("Tokenise the sources into shards, or describe the shards.")
+    arguments = config_parser("Tokenise the sources into shards, or describe the shards.")
     arguments.add_argument("action", choices=["prepare", "describe"])
-    config, options = parse(arguments, argv)
+    config, options = parse_config(arguments, argv)
     if options.action == "prepare":
-        ensure(config)
+        load_or_prepare_shards(config)
     print_table(_description(config))
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from absl import flags
 from grain.experimental import index_shuffle
 
-from mooshak.config import Config, SourceConfig
+from mooshak.config.sections import Config, SourceConfig
 from mooshak.data.shards import TokenShards
 from mooshak.errors import InputError
 
@@ -93,19 +93,19 @@ class Mixture:
     """The endless list of training rows, int32 [T + 1] each."""
 
     def __init__(self, config: Config) -> None:
-        self.by_weight = ByWeight([source.weight for source in config.data.sources])
+        self.by_weight = WeightedInterleave([source.weight for source in config.data.sources])
         self.sources = []
         for source in config.data.sources:
             sequences = PackedSequences(_shards(config, source, "train"), config.T)
             seed = hashlib.sha256(f"{config.run.seed}/{source.name}".encode()).digest()[:4]
-            self.sources.append(Shuffled(sequences, int.from_bytes(seed)))
+            self.sources.append(EpochShuffle(sequences, int.from_bytes(seed)))
 
     def __getitem__(self, index: int) -> np.ndarray:
         source, index = self.by_weight[index]
         return self.sources[source][index]
 
 
-class Shuffled:
+class EpochShuffle:
     """Sequences without an end: each epoch has all of them, in an order of its own.
 
     The order is that of Grain's `MapDataset.shuffle` and `repeat`.
@@ -142,7 +142,7 @@ class PackedSequences:
         return f"PackedSequences({self.shards.directory}, {self.shards.split}, T={self.T})"
 
 
-class ByWeight:
+class WeightedInterleave:
     """Which source row k comes from, and which of its rows it is.
 
     The weights are taken as the decimal fractions they are written as and hold in every prefix:

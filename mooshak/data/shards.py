@@ -31,12 +31,13 @@ from typing import Any
 
 import numpy as np
 
-from mooshak import tokenizer as tokenizers
-from mooshak.config import Config, SourceConfig
-from mooshak.data.sources import documents, in_validation, input_state
+from mooshak.config.sections import Config, SourceConfig
+from mooshak.corpus.filters import in_validation
+from mooshak.corpus.readers import documents, input_state
 from mooshak.errors import InputError
 from mooshak.files import locked, write_atomically
-from mooshak.tokenizer import Tokenizer
+from mooshak.tokenizer import train
+from mooshak.tokenizer.base import Tokenizer
 
 SPLITS = ("train", "validation")
 
@@ -44,13 +45,15 @@ SPLITS = ("train", "validation")
 _BATCH = 250_000
 
 
-def ensure(config: Config, progress: bool = True) -> tuple[Tokenizer, dict[str, dict[str, Any]]]:
+def load_or_prepare_shards(
+    config: Config, progress: bool = True
+) -> tuple[Tokenizer, dict[str, dict[str, Any]]]:
     """The tokenizer and the manifest of every source; makes what is missing and reuses the rest.
 
     Any number of processes may call it at once: one works, the others wait and reuse. Progress is
     told on standard error: standard output is for what a command was asked for.
     """
-    tokenizer = tokenizers.ensure(config)
+    tokenizer = train.load_or_train_tokenizer(config)
     return tokenizer, prepare(config, tokenizer, progress)
 
 

@@ -11,23 +11,23 @@ import grain
 import numpy as np
 import pytest
 
-from mooshak.config import Config
+from mooshak.config.sections import Config
 from mooshak.data.batches import (
-    ByWeight,
     Mixture,
     PackedSequences,
+    WeightedInterleave,
     batches_of_rows,
     global_batch,
     train_batches,
     validation_sequences,
 )
-from mooshak.data.shards import TokenShards, ensure
+from mooshak.data.shards import TokenShards, load_or_prepare_shards
 from mooshak.errors import InputError
 
 
 @pytest.fixture(scope="module")
 def config(tiny_config: Config) -> Config:
-    ensure(tiny_config, progress=False)
+    load_or_prepare_shards(tiny_config, progress=False)
     return tiny_config
 
 
@@ -66,7 +66,7 @@ def test_number_of_sequences(tokens: int):
 @pytest.mark.parametrize("weights", [[0.6, 0.4], [3.0, 7.0], [1.0], [0.1, 0.2, 0.7], [1e-3, 1.0]])
 def test_weights_hold_in_every_prefix(weights: list[float]):
     shares = np.array(weights) / sum(weights)
-    chosen = ByWeight(weights)
+    chosen = WeightedInterleave(weights)
     counts = Counter()
     for k in range(5000):
         source, index = chosen[k]
@@ -79,7 +79,7 @@ def test_weights_hold_in_every_prefix(weights: list[float]):
 
 def test_weights_hold_far_out():
     """Where a rounded weight would be off by thousands of rows."""
-    source, index = ByWeight([3 / 7, 4 / 7])[7 * 10**9]
+    source, index = WeightedInterleave([3 / 7, 4 / 7])[7 * 10**9]
     assert index == (3 if source == 0 else 4) * 10**9
 
 
@@ -109,7 +109,10 @@ def test_the_order_is_grains_own(config: Config):
         seed = hashlib.sha256(f"{config.run.seed}/{source.name}".encode()).digest()[:4]
         dataset = grain.MapDataset.source(sequences(config, source.name))
         shuffled.append(dataset.shuffle(seed=int.from_bytes(seed)).repeat())
-    chosen, rows = ByWeight([source.weight for source in config.data.sources]), Mixture(config)
+    chosen, rows = (
+        WeightedInterleave([source.weight for source in config.data.sources]),
+        Mixture(config),
+    )
     for k in (*range(300), 10**9, 2**40):
         source, index = chosen[k]
         assert (rows[k] == shuffled[source][index]).all()

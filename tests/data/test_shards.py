@@ -10,13 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mooshak.config import Config, dump
+from mooshak.config.parse import dump_config
+from mooshak.config.sections import Config
+from mooshak.corpus.filters import in_validation
+from mooshak.corpus.readers import documents
 from mooshak.data import shards
 from mooshak.data.__main__ import main
-from mooshak.data.shards import TokenShards, ensure, prepare, totals
-from mooshak.data.sources import documents, in_validation
+from mooshak.data.shards import TokenShards, load_or_prepare_shards, prepare, totals
 from mooshak.errors import InputError
-from mooshak.tokenizer import Tokenizer
+from mooshak.tokenizer.base import Tokenizer
 
 
 @pytest.fixture
@@ -150,17 +152,19 @@ def test_a_damaged_finished_shard_is_not_reused(
 
 
 def test_finished_sources_are_reused(config: Config, tiny_tokenizer: Tokenizer, monkeypatch):
-    first = ensure(config, progress=False)
+    first = load_or_prepare_shards(config, progress=False)
     monkeypatch.setattr(shards, "_prepare_source", None)
-    again = ensure(config, progress=False)
+    again = load_or_prepare_shards(config, progress=False)
     assert again[1] == first[1] and again[0].fingerprint == first[0].fingerprint
     # Weights, and input that is gone, change nothing.
     sources = [replace(source, weight=9.0, path="gone/*") for source in config.data.sources]
     manifest = first[1]["hi"]
     assert manifest["source"]["path"] == config.data.sources[0].path
-    ensure(with_data(config, sources=[replace(config.data.sources[0], weight=9.0)]), progress=False)
+    load_or_prepare_shards(
+        with_data(config, sources=[replace(config.data.sources[0], weight=9.0)]), progress=False
+    )
     with pytest.raises(TypeError):
-        ensure(with_data(config, sources=sources), progress=False)
+        load_or_prepare_shards(with_data(config, sources=sources), progress=False)
 
 
 @pytest.mark.parametrize(
@@ -276,7 +280,7 @@ def test_a_source_without_documents(config: Config, tiny_tokenizer: Tokenizer, t
 
 
 def _ensure(config: Config, queue: multiprocessing.Queue) -> None:
-    queue.put(ensure(config, progress=False)[1])
+    queue.put(load_or_prepare_shards(config, progress=False)[1])
 
 
 def test_several_processes_at_once(config: Config, tmp_path: Path):
@@ -296,7 +300,7 @@ def test_several_processes_at_once(config: Config, tmp_path: Path):
 
 def test_command_line(config: Config, tmp_path: Path, capsys):
     path = tmp_path / "config.yaml"
-    path.write_text(dump(config))
+    path.write_text(dump_config(config))
     with pytest.raises(SystemExit) as stopped:
         main(["describe", "--config", str(path)])
     assert stopped.value.code == 2 and "manifest.json is missing" in capsys.readouterr().err

@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mooshak.config import Config, DataConfig, SourceConfig
-from mooshak.data.sources import documents, in_validation, is_normal
+from mooshak.config.sections import Config, DataConfig, SourceConfig
+from mooshak.corpus.filters import in_validation, is_normal
+from mooshak.corpus.readers import documents
 from mooshak.errors import InputError
 
 
@@ -68,8 +69,8 @@ def test_tales_are_read_by_seed_and_language(monkeypatch):
         yield from ((languages[0], f"{languages[0]} {seed} {i}") for i in range(count))
 
     module = types.SimpleNamespace(documents=tales)
-    monkeypatch.setitem(sys.modules, "mooshak.data.tales", module)
-    monkeypatch.setattr("mooshak.data.tales", module, raising=False)
+    monkeypatch.setitem(sys.modules, "mooshak.corpus.tales", module)
+    monkeypatch.setattr("mooshak.corpus.tales", module, raising=False)
     source = SourceConfig("t", language="hi", seed=7, documents=2)
     assert read(source) == ["hi 7 0", "hi 7 1"]
     assert len(read(replace(source, documents=None))) == 1000

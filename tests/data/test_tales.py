@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mooshak.data import tales
+from mooshak.corpus import tales
 from mooshak.errors import InputError
 
 COUNT = 4000
@@ -41,7 +41,7 @@ def test_a_tale_depends_on_seed_and_index_only(many):
 
 def test_a_tale_is_the_same_in_another_process_and_for_ever():
     """Pinned: corpora and graded questions made from the tales must not move by themselves."""
-    script = "import mooshak.data.tales as t; d = t._Draw(3, 5); print(d.bits % 10**12)"
+    script = "import mooshak.corpus.tales as t; d = t._Draw(3, 5); print(d.bits % 10**12)"
     seen = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout
     assert int(seen) == tales._Draw(3, 5).bits % 10**12 == PINNED
 
@@ -185,6 +185,8 @@ def test_an_unknown_language_is_refused():
 
 def test_the_command_prints_both_languages():
     run = subprocess.run(
-        [sys.executable, "-m", "mooshak.data.tales", "--count", "2"], capture_output=True, text=True
+        [sys.executable, "-m", "mooshak.corpus.tales", "--count", "2"],
+        capture_output=True,
+        text=True,
     )
     assert run.stdout.count("सीख: ") == run.stdout.count("Moral: ") == 2

@@ -19,11 +19,11 @@ import torch.distributed.checkpoint as dcp
 from safetensors.numpy import load_file
 
 from benchmarks.conversion import drawn_state, measure, model_of
-from mooshak import interchange
-from mooshak.config import ModelConfig
+from mooshak.checkpoints import base, safetensors
+from mooshak.checkpoints.base import FULL_SLICE, MOMENTS, Checkpoint
+from mooshak.config.model import ModelConfig
 from mooshak.errors import InputError
 from mooshak.files import LOCK
-from mooshak.interchange import EVERY, MOMENTS, Checkpoint
 from parity import check
 from parity import convert as conversion
 from parity.convert import convert, open_any
@@ -43,21 +43,21 @@ STATE = {
 @pytest.fixture(scope="module")
 def state(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """A training state in the interchange format."""
-    drawn = check.drawn(MODEL)
+    drawn = check.random_checkpoint(MODEL)
     tensors = {
         key: (np.dtype(np.float32), shape)
         for prefix in ("", *(f"{moment}." for moment in MOMENTS))
         for key, shape in ((prefix + n, s) for n, s in MODEL.parameter_shapes().items())
     }
 
-    def read(key: str, rows: slice = EVERY) -> np.ndarray:
+    def read(key: str, rows: slice = FULL_SLICE) -> np.ndarray:
         name = key.removeprefix("exp_avg.").removeprefix("exp_avg_sq.")
         return (drawn.read(name, rows) * len(key)).astype(np.float32)
 
     source = replace(drawn, tensors=tensors, trainer_state=STATE, read=read)
     path = tmp_path_factory.mktemp("conversion") / "state"
-    interchange.write_checkpoint(path, source)
-    return interchange.open_checkpoint(path)
+    safetensors.write_checkpoint(path, source)
+    return safetensors.open_checkpoint(path)
 
 
 @pytest.fixture
@@ -88,13 +88,13 @@ def same(a: Checkpoint, b: Checkpoint) -> None:
 def test_every_pair_is_exact(
     state: Checkpoint, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(interchange, "BLOCK", block)
+    monkeypatch.setattr(base, "CHUNK_BYTES", block)
     for first in KINDS:
         convert(state.path, tmp_path / first, first)
         for second in KINDS:
             target = tmp_path / f"{first}-{second}"
             assert convert(tmp_path / first, target, second) == state.n_bytes
-            assert open_any(target).kind == second
+            assert open_any(target).format == second
             same(open_any(target), state)
     assert not list(tmp_path.glob(".*"))
 
@@ -103,7 +103,7 @@ def test_every_pair_is_exact(
 def test_the_frameworks_own_tools_restore_what_is_written(
     state: Checkpoint, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(interchange, "BLOCK", block)
+    monkeypatch.setattr(base, "CHUNK_BYTES", block)
     convert(state.path, tmp_path / "jax", "jax")
     tree = ocp.PyTreeCheckpointer().restore((tmp_path / "jax" / "orbax").absolute())
     kernel = tree["params"]["layers"]["1"]["mlp"]["w1"]["kernel"]
@@ -197,13 +197,13 @@ def test_a_flipped_bit_is_found(
 def test_what_is_written_is_read_back_before_it_has_its_name(
     state: Checkpoint, to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = interchange.verify
+    original = base.verify
 
     def damaged(checkpoint: Checkpoint) -> None:
         flip(checkpoint.path, state.read("exp_avg.lm_head.weight"))
         original(checkpoint)
 
-    monkeypatch.setattr(interchange, "verify", damaged)
+    monkeypatch.setattr(safetensors, "verify", damaged)
     with pytest.raises(InputError, match=r"exp_avg\.lm_head\.weight is damaged"):
         convert(state.path, tmp_path / "out", to)
     assert list(tmp_path.iterdir()) == []
@@ -334,7 +334,7 @@ def test_a_disk_that_fills_up(state: Checkpoint, to: str, tmp_path: Path) -> Non
 def test_a_conversion_takes_little_memory(tmp_path: Path) -> None:
     """What it takes does not grow with the state: 400 MB here, whose embedding has 43 MB."""
     first = tmp_path / "safetensors"
-    interchange.write_checkpoint(first, drawn_state(model_of(400_000_000)))
+    safetensors.write_checkpoint(first, drawn_state(model_of(400_000_000)))
     for source, to in (("safetensors", "torch"), ("torch", "jax"), ("jax", "torch")):
         target = tmp_path / f"{to}-of-{source}"
         memory = measure(tmp_path / source, target, to)["anon_bytes"]

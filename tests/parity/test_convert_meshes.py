@@ -16,15 +16,16 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from mooshak import config as configuration
-from mooshak import interchange
-from mooshak.config import Config, ModelConfig, ParallelConfig, TrainConfig
-from mooshak.interchange import EVERY, MOMENTS, Checkpoint
+from mooshak.checkpoints import base, safetensors
+from mooshak.checkpoints.base import FULL_SLICE, MOMENTS, Checkpoint
+from mooshak.config.model import ModelConfig
+from mooshak.config.parse import dump_config
+from mooshak.config.sections import Config, ParallelConfig, TrainConfig
 from mooshak_jax import checkpoint
-from mooshak_jax.parallel import make_parallel
+from mooshak_jax.distributed.mesh import make_parallel
 from parity import check
+from parity.backends import canonical
 from parity.convert import convert, describe, open_any
-from parity.sides import canonical
 
 MODEL = ModelConfig(
     vocab_size=192, dim=32, n_layers=3, n_heads=8, n_kv_heads=4, hidden_dim=48, max_seq_len=24
@@ -57,7 +58,7 @@ def arrays(state: Mapping[str, object]) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def truth(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """A training state as DCP, in blocks that no device's part ends with."""
-    drawn = check.drawn(MODEL)
+    drawn = check.random_checkpoint(MODEL)
     shapes = MODEL.parameter_shapes()
     tensors = {
         prefix + name: (np.dtype(np.float32), shape)
@@ -65,7 +66,7 @@ def truth(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
         for name, shape in shapes.items()
     }
 
-    def read(key: str, rows: slice = EVERY) -> np.ndarray:
+    def read(key: str, rows: slice = FULL_SLICE) -> np.ndarray:
         name = key.removeprefix("exp_avg.").removeprefix("exp_avg_sq.")
         return (drawn.read(name, rows) * len(key)).astype(np.float32)
 
@@ -73,8 +74,8 @@ def truth(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     source = replace(drawn, tensors=tensors, trainer_state=state, read=read)
     path = tmp_path_factory.mktemp("meshes")
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(interchange, "BLOCK", 900)
-        interchange.write_checkpoint(path / "state", source)
+        patched.setattr(base, "CHUNK_BYTES", 900)
+        safetensors.write_checkpoint(path / "state", source)
         convert(path / "state", path / "torch", "torch")
     return open_any(path / "torch")
 
@@ -88,7 +89,7 @@ def test_any_mesh_and_layout_of_jax(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(interchange, "BLOCK", 1000)
+    monkeypatch.setattr(base, "CHUNK_BYTES", 1000)
     model = replace(MODEL, scan_layers=scan, fuse_kernels=fuse)
     train = TrainConfig(batch_size=8, sequence_length=24)
     parallel = make_parallel(Config(model=model, train=train, parallel=ParallelConfig(mesh=mesh)))
@@ -101,7 +102,7 @@ def test_any_mesh_and_layout_of_jax(
     # As the trainer saves it, it goes everywhere.
     (tmp_path / "saved").mkdir()
     checkpoint.start_saving(state, tmp_path / "saved")()
-    interchange.write_description(tmp_path / "saved", MODEL, truth.trainer_state)
+    base.write_description(tmp_path / "saved", MODEL, truth.trainer_state)
     for to in ("torch", "jax", "safetensors"):
         convert(tmp_path / "saved", tmp_path / to / "copy", to)
         copy = open_any(tmp_path / to / "copy")
@@ -112,7 +113,7 @@ def test_any_mesh_and_layout_of_jax(
 @pytest.fixture(scope="module")
 def run_config(tiny_config: Config, tiny_tokenizer: object, tmp_path_factory: object) -> Path:
     """A run of three steps of a model in which two processes have parts of every tensor."""
-    from mooshak.data.shards import ensure
+    from mooshak.data.shards import load_or_prepare_shards
 
     config = replace(
         tiny_config,
@@ -121,9 +122,9 @@ def run_config(tiny_config: Config, tiny_tokenizer: object, tmp_path_factory: ob
         evaluate=replace(tiny_config.evaluate, every=0),
         checkpoint=replace(tiny_config.checkpoint, every=1, keep=3),
     )
-    ensure(config, progress=False)
+    load_or_prepare_shards(config, progress=False)
     path: Path = tmp_path_factory.mktemp("run") / "config.yaml"  # type: ignore[attr-defined]
-    path.write_text(configuration.dump(config))
+    path.write_text(dump_config(config))
     return path
 
 
@@ -175,11 +176,11 @@ def test_two_jax_processes_of_two_devices(run_config: Path, tmp_path: Path) -> N
     command = [sys.executable, "-m", "mooshak_jax.train", "--config", str(run_config)]
     command += ["--run.dir", str(tmp_path / "run"), "--mesh", "data=1,fsdp=2,tensor=2"]
     command += ["--model.scan_layers", "true", "--model.fuse_kernels", "true"]
-    command += ["--train.stop_at", "1", "--parallel.coordinator", coordinator]
-    command += ["--parallel.processes", "2"]
+    command += ["--train.stop_after_step", "1", "--parallel.coordinator_address", coordinator]
+    command += ["--parallel.num_processes", "2"]
     pair = [
         subprocess.Popen(
-            [*command, "--parallel.process", str(i)],
+            [*command, "--parallel.process_id", str(i)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )

@@ -20,15 +20,19 @@ import tokenizers
 import torch
 import transformers
 
-from mooshak import interchange
-from mooshak.config import Config, ModelConfig, dump
+from mooshak.checkpoints import base, safetensors
+from mooshak.config.model import ModelConfig
+from mooshak.config.parse import dump_config
+from mooshak.config.sections import Config
 from mooshak.errors import InputError
-from mooshak.initial import initial_weight
-from mooshak.prompts import text_of
-from mooshak.tokenizer import CHAT_MARKERS, Tokenizer, open_tokenizer
-from parity import measures
+from mooshak.generation.text import decode_until_eos
+from mooshak.numerics.init_weights import initial_weight
+from mooshak.tokenizer.base import Tokenizer
+from mooshak.tokenizer.load import open_tokenizer
+from mooshak.tokenizer.sentencepiece import CHAT_MARKERS
+from parity import distance, tolerances
+from parity.backends import JaxBackend, TorchBackend
 from parity.convert import convert, open_any
-from parity.sides import JaxSide, TorchSide
 
 MODEL = ModelConfig(
     vocab_size=512, dim=24, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=40, max_seq_len=96
@@ -58,9 +62,9 @@ def exported(
     def read(name: str, rows: slice = slice(None)) -> np.ndarray:
         return initial_weight(MODEL, 0, name, rows, gain_std=0.2)
 
-    interchange.write_checkpoint(
+    safetensors.write_checkpoint(
         start,
-        interchange.Checkpoint(run, "drawn", MODEL, state, tensors, read),
+        base.Checkpoint(run, "drawn", MODEL, state, tensors, read),
     )
     (start / "tokenizer.model").write_bytes(tiny_tokenizer.path.read_bytes())
     metrics = [{"step": 20, "loss": 3.25, "bits_per_byte_hi": 1.5}, {"step": 21, "loss": 3.0}]
@@ -87,17 +91,17 @@ def test_it_is_the_same_function(attention: str, theirs: Any, exported: Path) ->
     source = open_any(exported)
     tokens_BT = np.random.default_rng(0).integers(0, 505, (2, 40), dtype=np.int32)
     theirs.set_attn_implementation(attention)
-    truth = TorchSide(source).operations("float64", tokens_BT)["logits"]
-    ours = JaxSide(source).operations("float32", tokens_BT)["logits"]
+    truth = TorchBackend(source).operations("float64", tokens_BT)["logits"]
+    ours = JaxBackend(source).operations("float32", tokens_BT)["logits"]
     with torch.no_grad():
         found = theirs(torch.from_numpy(tokens_BT).long()).logits.numpy()
-    allowed = measures.RATIO * measures.distance(ours, truth)
-    assert measures.distance(found, truth) <= allowed <= measures.FLOAT32_LOGITS
+    allowed = tolerances.RATIO * distance.distance(ours, truth)
+    assert distance.distance(found, truth) <= allowed <= tolerances.FLOAT32_LOGITS
 
 
 def test_it_generates_with_its_cache_what_we_generate(theirs: Any, exported: Path) -> None:
     prompts = [[1, 40, 300, 7], [1, 9]]
-    ours = TorchSide(open_any(exported)).generate("float32", prompts, 64, 0.0)
+    ours = TorchBackend(open_any(exported)).generate("float32", prompts, 64, 0.0)
     padded = torch.tensor([prompts[0], [3, 3, *prompts[1]]])  # transformers pads on the left.
     mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
     greedy = {"max_new_tokens": 64, "do_sample": False, "eos_token_id": None, "pad_token_id": 3}
@@ -223,7 +227,7 @@ def test_lm_eval_finds_our_likelihoods(
         bootstrap_iters=0,
         task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
     )["results"]["words"]
-    side, sums = TorchSide(open_any(exported)), []
+    side, sums = TorchBackend(open_any(exported)), []
     for before, after in documents:
         n, ids = len(tokenizer(before)["input_ids"]), tokenizer(f"{before} {after}")["input_ids"]
         logits = side.operations("float64", np.array([ids], np.int32))["logits"][0]
@@ -245,7 +249,7 @@ def test_two_dtypes_are_kept(exported: Path, tmp_path: Path) -> None:
     model = auto.from_pretrained(tmp_path / "half", trust_remote_code=True)
     assert model.dtype == torch.bfloat16
     convert(tmp_path / "half", tmp_path / "ours", "safetensors")
-    assert open_any(tmp_path / "ours").tensors["lm_head.weight"][0] == interchange.DTYPES["BF16"]
+    assert open_any(tmp_path / "ours").tensors["lm_head.weight"][0] == base.DTYPES["BF16"]
 
 
 def test_a_tokenizer_json_alone_will_do(exported: Path, tiny_tokenizer: Tokenizer) -> None:
@@ -295,11 +299,11 @@ def test_a_text_ends_where_the_generation_settings_say(
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 506, 510]}')
     ours = open_tokenizer(tmp_path / "tokenizer.model")
     lion, mouse = ours.encode("a lion"), ours.encode(" a mouse")
-    assert text_of(ours, [1, *lion], [507, *mouse, 506, *lion]) == "a lion a mouse"
-    assert text_of(ours, [1, *lion, 2], [*mouse, 2, *lion]) == "a lion a mouse"
+    assert decode_until_eos(ours, [1, *lion], [507, *mouse, 506, *lion]) == "a lion a mouse"
+    assert decode_until_eos(ours, [1, *lion, 2], [*mouse, 2, *lion]) == "a lion a mouse"
     (tmp_path / "generation_config.json").write_text("{")
     with pytest.raises(InputError, match=r"generation_config\.json is not JSON"):
-        text_of(ours, lion, mouse)
+        decode_until_eos(ours, lion, mouse)
     # Where a tokenizer.json has such a token, a prompt may hold it.
     fast = json.loads((exported / "tokenizer.json").read_text())
     fast["added_tokens"].append({**fast["added_tokens"][-1], "id": 505, "content": "<|far|>"})
@@ -308,7 +312,7 @@ def test_a_text_ends_where_the_generation_settings_say(
     (tmp_path / "tokenizer.json").write_text(json.dumps(fast))
     theirs = open_tokenizer(tmp_path / "tokenizer.json")
     assert theirs.encode("<|far|>") == [505] and theirs.vocab_size == 506
-    assert text_of(theirs, [1, *lion, 505], [511, *mouse, 2]) == "a lion a mouse"
+    assert decode_until_eos(theirs, [1, *lion, 505], [511, *mouse, 2]) == "a lion a mouse"
 
 
 def test_what_stands_beside_a_runs_tokenizer_comes_along(
@@ -321,7 +325,7 @@ def test_what_stands_beside_a_runs_tokenizer_comes_along(
     for name in ("config.json", "model.safetensors", "trainer_state.json"):
         (weights / name).symlink_to(start / name)
     tokenizer = replace(tiny_config.tokenizer, path=str(exported / "tokenizer.json"))
-    (tmp_path / "config.yaml").write_text(dump(replace(tiny_config, tokenizer=tokenizer)))
+    (tmp_path / "config.yaml").write_text(dump_config(replace(tiny_config, tokenizer=tokenizer)))
     convert(weights, tmp_path / "hf", "hf")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (tmp_path / "hf" / name).read_bytes() == (exported / name).read_bytes()

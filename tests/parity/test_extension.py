@@ -13,12 +13,17 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from mooshak import extension, interchange
-from mooshak.config import Config, ModelConfig, dump
+from mooshak.checkpoints import init_from, safetensors
+from mooshak.checkpoints.base import Checkpoint
+from mooshak.config.model import ModelConfig
+from mooshak.config.parse import dump_config
+from mooshak.config.sections import Config
 from mooshak.errors import InputError
-from mooshak.initial import initial_weight
-from mooshak.interchange import Checkpoint
-from mooshak.tokenizer import Tokenizer, open_tokenizer
+from mooshak.numerics.init_weights import initial_weight
+from mooshak.tokenizer import extend
+from mooshak.tokenizer.base import Tokenizer
+from mooshak.tokenizer.load import open_tokenizer
+from mooshak.tokenizer.sentencepiece import SentencePieceTokenizer
 from parity.convert import convert, open_any
 
 FRAMEWORKS = ("torch", "jax")
@@ -59,8 +64,8 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return initial_weight(MODEL, 0, name, rows, gain_std=0.2)
 
     along = {"tokenizer.model": directory / "tokenizer.model"}
-    source = Checkpoint(directory, "drawn", MODEL, None, tensors, read, companions=along)
-    interchange.write_checkpoint(directory / "ours", source)
+    source = Checkpoint(directory, "drawn", MODEL, None, tensors, read, tokenizer_files=along)
+    safetensors.write_checkpoint(directory / "ours", source)
     convert(directory / "ours", directory / "hf", "hf", dtype="bfloat16")
     return directory / "hf"
 
@@ -77,7 +82,9 @@ def config(llama: Path, tiny_config: Config, tmp_path_factory: pytest.TempPathFa
         train=replace(tiny_config.train, steps=3, dtype="float64", sequence_length=24),
         run=replace(tiny_config.run, dir=str(here / "run")),
     )
-    text = dump(hindi).split("data:", 1)[1]  # Without the sections that are the checkpoint's.
+    text = dump_config(hindi).split("data:", 1)[
+        1
+    ]  # Without the sections that are the checkpoint's.
     path = here / "hindi.yaml"
     path.write_text(f"init: {{from: {llama}}}\ndata:{text}")
     return path
@@ -86,7 +93,7 @@ def config(llama: Path, tiny_config: Config, tmp_path_factory: pytest.TempPathFa
 @pytest.fixture(scope="module")
 def extended(config: Path) -> Tokenizer:
     """The tokenizer with 380 pieces."""
-    from mooshak.tokenizer import main
+    from mooshak.tokenizer.__main__ import main
 
     path = config.parent / "extended.model"
     main(
@@ -100,7 +107,7 @@ def extended(config: Path) -> Tokenizer:
             "380",
         ]
     )
-    return Tokenizer(path)
+    return SentencePieceTokenizer(path)
 
 
 Command = Callable[..., str]
@@ -122,7 +129,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 def test_old_pieces_keep_their_ids_and_hindi_costs_fewer_tokens(
     llama: Path, extended: Tokenizer
 ) -> None:
-    old = Tokenizer(llama / "tokenizer.model")
+    old = SentencePieceTokenizer(llama / "tokenizer.model")
     assert extended.vocab_size == 380
     assert extended.texts()[:320] == old.texts()
     english, hindi = "the lion came", "एक चालाक चूहा जंगल में रहता था 😀"
@@ -135,19 +142,19 @@ def test_new_rows_are_means_and_have_the_same_bits_in_both_frameworks(
     llama: Path, config: Path, extended: Tokenizer
 ) -> None:
     import mooshak_jax.checkpoint
-    import mooshak_jax.parallel
+    import mooshak_jax.distributed.mesh
     import mooshak_torch.checkpoint
     import mooshak_torch.model
-    from mooshak.config import load
-    from parity.sides import canonical
+    from mooshak.config.parse import load_config
+    from parity.backends import canonical
 
     options = ["--tokenizer.path", str(extended.path), "--model.vocab_size", "384"]
-    recipe = load(config, [*options, "--train.dtype", "float32"])
+    recipe = load_config(config, [*options, "--train.dtype", "float32"])
     assert recipe.model == replace(MODEL, vocab_size=384)
     source = open_any(llama)
-    for name in extension.VOCABULARY:
+    for name in init_from.VOCABULARY:
         rows = source.read(name).astype(np.float64)
-        new = extension.initial(recipe, source, extended).read(name).astype(np.float64)
+        new = init_from.init_checkpoint(recipe, source, extended).read(name).astype(np.float64)
         assert np.array_equal(new[:320], rows[:320])
         mean = rows.mean(0)
         assert np.allclose(new[380:], mean, rtol=2**-7, atol=1e-3)
@@ -158,9 +165,9 @@ def test_new_rows_are_means_and_have_the_same_bits_in_both_frameworks(
         space = [extended.id_of("\u2581")] * text.startswith(" ")
         assert np.allclose(new[row], rows[space + byte_rows].mean(0), rtol=2**-7, atol=1e-3)
     model = mooshak_torch.model.Model(recipe.model)
-    mooshak_torch.checkpoint.begin(model, recipe, extended)
-    parallel = mooshak_jax.parallel.make_parallel(recipe)
-    theirs = canonical(mooshak_jax.checkpoint.begin(recipe, extended, parallel))
+    mooshak_torch.checkpoint.load_init_weights(model, recipe, extended)
+    parallel = mooshak_jax.distributed.mesh.make_parallel(recipe)
+    theirs = canonical(mooshak_jax.checkpoint.load_init_weights(recipe, extended, parallel))
     for name, parameter in model.named_parameters():
         assert np.array_equal(parameter.detach().numpy(), theirs[name]), name
 
@@ -170,8 +177,8 @@ def test_a_byte_level_tokenizer_grows_too(llama: Path, config: Path, tmp_path: P
     from tokenizers import Tokenizer as Fast
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
-    from mooshak.config import load
-    from mooshak.tokenizer import main
+    from mooshak.config.parse import load_config
+    from mooshak.tokenizer.__main__ import main
 
     made = Fast(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -197,11 +204,11 @@ def test_a_byte_level_tokenizer_grows_too(llama: Path, config: Path, tmp_path: P
     assert len(grown.encode(hindi)) < len(old.encode(hindi)) / 2
     assert grown.decode(grown.encode(hindi)) == hindi
     options = ["--init.from", str(there), "--tokenizer.path", str(path)]
-    recipe = load(config, [*options, "--model.vocab_size", "384"])
+    recipe = load_config(config, [*options, "--model.vocab_size", "384"])
     source = open_any(there)
-    for name in extension.VOCABULARY:
+    for name in init_from.VOCABULARY:
         rows = source.read(name).astype(np.float64)
-        new = extension.initial(recipe, source, grown).read(name).astype(np.float64)
+        new = init_from.init_checkpoint(recipe, source, grown).read(name).astype(np.float64)
         assert np.array_equal(new[: old.vocab_size], rows[: old.vocab_size])
         # A new piece is written with those that its bytes had before.
         row = max(grown.encode("चूहा"))
@@ -214,7 +221,7 @@ def test_a_byte_level_tokenizer_grows_too(llama: Path, config: Path, tmp_path: P
     ):
         sizes = ["--tokenizer.path", str(path_), "--tokenizer.vocab_size", size]
         with pytest.raises(InputError, match=message):
-            extension.extend(load(config, ["--init.from", str(there), *sizes]))
+            extend.extend(load_config(config, ["--init.from", str(there), *sizes]))
         assert not path_.exists()
 
 
@@ -256,24 +263,24 @@ def test_a_directory_from_the_hub_generates_in_both_frameworks(
 def test_what_does_not_fit_is_named(
     options: list[str], message: str, config: Path, extended: Tokenizer, tmp_path: Path
 ) -> None:
-    from mooshak.config import load
+    from mooshak.config.parse import load_config
     from mooshak_torch.train import train
 
     options = [str(extended.path) if option == "EXTENDED" else option for option in options]
     options += ["--run.dir", str(tmp_path), "--data.dir", str(tmp_path / "tokens")]
     with pytest.raises(InputError, match=message):
-        train(load(config, options))
+        train(load_config(config, options))
 
 
 def test_an_extension_needs_room_and_text(config: Path, tmp_path: Path) -> None:
-    from mooshak.config import load
+    from mooshak.config.parse import load_config
 
     path = ["--tokenizer.path", str(tmp_path / "new.model")]
     for size, message in (("300", "more than the 320 pieces"), ("5000", "too large for the text")):
         with pytest.raises(InputError, match=message):
-            extension.extend(load(config, [*path, "--tokenizer.vocab_size", size]))
+            extend.extend(load_config(config, [*path, "--tokenizer.vocab_size", size]))
     with pytest.raises(InputError, match="name its directory with --init"):
-        extension.extend(load(config, ["--init.from", ""]))
+        extend.extend(load_config(config, ["--init.from", ""]))
     (tmp_path / "new.model").touch()
     with pytest.raises(InputError, match="exists already"):
-        extension.extend(load(config, [*path, "--tokenizer.vocab_size", "380"]))
+        extend.extend(load_config(config, [*path, "--tokenizer.vocab_size", "380"]))

@@ -11,10 +11,10 @@ import jax
 import numpy as np
 import pytest
 
-from mooshak.config import ModelConfig
+from mooshak.config.model import ModelConfig
 from parity import check
-from parity.faults import FAULTS, planted
-from parity.measures import Line
+from parity.comparisons import Line
+from parity.faults import FAULTS, inject_fault
 
 MODEL = ModelConfig(vocab_size=96, dim=24, n_layers=3, n_heads=3, hidden_dim=40, max_seq_len=40)
 LLAMA = replace(
@@ -45,7 +45,7 @@ CASES = [(name, ("torch", "JAX")[i % 2]) for i, name in enumerate(FAULTS)]
 def lines_of(name: str, framework: str) -> list[Line]:
     """What the part that has to find the fault says."""
     fault = FAULTS[name]
-    source = check.drawn(LLAMA if fault.architecture == "llama" else MODEL)
+    source = check.random_checkpoint(LLAMA if fault.architecture == "llama" else MODEL)
     sizes = {"batch": 4, "time": 20, "decode": 10}
     options = {
         "parts": (fault.part,),
@@ -59,7 +59,7 @@ def lines_of(name: str, framework: str) -> list[Line]:
             (fault.read(source), source) if framework == "torch" else (source, fault.read(source))
         )
         return list(check.check(ours, theirs, **options))
-    with planted(name, framework):
+    with inject_fault(name, framework):
         return list(check.check(source, **options))
 
 
@@ -79,7 +79,7 @@ def test_there_are_at_least_24_faults() -> None:
 def test_without_a_fault_every_line_passes_and_its_control_does_not() -> None:
     lines = list(
         check.check(
-            check.drawn(replace(MODEL, n_layers=2)),
+            check.random_checkpoint(replace(MODEL, n_layers=2)),
             batch=4,
             time=20,
             decode=10,
@@ -87,16 +87,20 @@ def test_without_a_fault_every_line_passes_and_its_control_does_not() -> None:
         )
     )
     assert [line for line in lines if not line.passed] == []
-    blind = [line for line in lines if line.control is None or line.control <= line.allowed]
+    blind = [
+        line
+        for line in lines
+        if line.negative_control is None or line.negative_control <= line.allowed
+    ]
     assert blind == []
     # What float64 shows lies about its floor: between frameworks, no more than rounding.
-    floors = [line for line in lines if line.dtype == "float64" and line.floor is not None]
+    floors = [line for line in lines if line.dtype == "float64" and line.noise_floor is not None]
     assert len(floors) > 10
-    assert [line for line in floors if not 1e-19 < line.floor < 1e-12] == []
+    assert [line for line in floors if not 1e-19 < line.noise_floor < 1e-12] == []
 
 
 def test_two_checkpoints_that_differ_in_one_element() -> None:
-    source = check.drawn(MODEL)
+    source = check.random_checkpoint(MODEL)
 
     def read(name: str) -> np.ndarray:
         value = np.array(source.read(name))

@@ -13,16 +13,17 @@ import numpy as np
 import pytest
 import torch
 
-from mooshak.config import ModelConfig
-from mooshak_jax import checkpoint as jax_checkpoint
-from mooshak_jax import loss as jax_loss
-from mooshak_jax import parallel as jax_parallel
-from mooshak_jax import train as jax_train
-from mooshak_torch import loss as torch_loss
+from mooshak.config.model import ModelConfig
+from mooshak_jax import param_names as jax_param_names
+from mooshak_jax import params as jax_params
+from mooshak_jax import step as jax_step
+from mooshak_jax.distributed import mesh as jax_mesh
+from mooshak_jax.ops import cross_entropy as jax_cross_entropy
 from mooshak_torch.model import Model
-from parity import check, measures
+from mooshak_torch.ops import cross_entropy as torch_cross_entropy
+from parity import check, comparisons, distance, tolerances
+from parity.backends import JaxBackend, TorchBackend, canonical
 from parity.convert import convert
-from parity.sides import JaxSide, TorchSide, canonical
 
 MODEL = ModelConfig(vocab_size=192, dim=24, n_layers=2, n_heads=3, hidden_dim=40, max_seq_len=48)
 GROUPED = ModelConfig(
@@ -65,7 +66,7 @@ MODELS = {
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 def test_every_line_of_the_check_passes(model: ModelConfig) -> None:
-    source = check.drawn(model)
+    source = check.random_checkpoint(model)
     lines = list(
         check.check(
             source,
@@ -84,17 +85,21 @@ def test_every_line_of_the_check_passes(model: ModelConfig) -> None:
 @pytest.mark.parametrize("devices", [1, 2])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_training_steps_agree_on_meshes(devices: int, accumulation: int) -> None:
-    source = check.drawn(MODEL)
+    source = check.random_checkpoint(MODEL)
     tokens = np.random.default_rng(1).integers(0, 192, (10, 4, 31), dtype=np.int32)
-    config = measures.Question(TorchSide(source), JaxSide(source), tokens, 0).config("float64")
-    config = replace(config, train=replace(config.train, accumulation=accumulation))
-    truth = list(TorchSide(source).steps(config, tokens))
+    config = comparisons.ParityCase(TorchBackend(source), JaxBackend(source), tokens, 0).config(
+        "float64"
+    )
+    config = replace(config, train=replace(config.train, gradient_accumulation_steps=accumulation))
+    truth = list(TorchBackend(source).steps(config, tokens))
     config = replace(config, parallel=replace(config.parallel, mesh=f"data={devices}"))
-    steps = list(JaxSide(source).steps(config, tokens))
+    steps = list(JaxBackend(source).steps(config, tokens))
     losses = [[step.loss for step in run] for run in (truth, steps)]
     assert np.allclose(*losses, rtol=1e-13, atol=0)
     params = truth[-1].params
-    assert max(measures.distance(steps[-1].params[n], params[n]) for n in params) < measures.FLOAT64
+    assert (
+        max(distance.distance(steps[-1].params[n], params[n]) for n in params) < tolerances.FLOAT64
+    )
 
 
 def full_torch(x: torch.Tensor, w: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -107,33 +112,35 @@ def test_chunked_loss_and_its_gradients_equal_the_plain_loss(chunk: int) -> None
     random = np.random.default_rng(0)
     x, w = random.normal(size=(2, 7, 5)), random.normal(size=(11, 5))
     labels = random.integers(0, 11, (2, 7))
-    labels[0, 3] = torch_loss.IGNORE
+    labels[0, 3] = torch_cross_entropy.IGNORE_INDEX
     tx, tw = (torch.tensor(a, requires_grad=True) for a in (x, w))
     truth = full_torch(tx, tw, torch.tensor(labels))
     truth_grads = torch.autograd.grad(truth * 3, (tx, tw))
-    ours = torch_loss.cross_entropy(tx, tw, torch.tensor(labels), chunk)
+    ours = torch_cross_entropy.cross_entropy(tx, tw, torch.tensor(labels), chunk)
     grads = torch.autograd.grad(ours * 3, (tx, tw))
     assert torch.allclose(ours, truth, rtol=1e-14)
     for a, b in zip(grads, truth_grads, strict=True):
         assert torch.allclose(a, b, rtol=1e-12, atol=1e-14)
 
     def scaled(x: jax.Array, w: jax.Array) -> jax.Array:
-        return 3 * jax_loss.cross_entropy(x, w, jnp.asarray(labels), chunk)
+        return 3 * jax_cross_entropy.cross_entropy(x, w, jnp.asarray(labels), chunk)
 
     mirror, (gx, gw) = jax.value_and_grad(scaled, (0, 1))(jnp.asarray(x), jnp.asarray(w.T))
     assert np.isclose(mirror, 3 * truth.item(), rtol=1e-14)
     assert np.allclose(gx, truth_grads[0], rtol=1e-12, atol=1e-14)
     assert np.allclose(gw.T, truth_grads[1], rtol=1e-12, atol=1e-14)
-    plain = jax_loss.cross_entropy(jnp.asarray(x), jnp.asarray(w.T), jnp.asarray(labels), chunk)
+    plain = jax_cross_entropy.cross_entropy(
+        jnp.asarray(x), jnp.asarray(w.T), jnp.asarray(labels), chunk
+    )
     assert np.isclose(plain, truth.item(), rtol=1e-14)
 
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 def test_initial_weights_have_the_same_bits_on_both_sides(model: ModelConfig) -> None:
-    from mooshak_torch.model import initialize
+    from mooshak_torch.params import initialize
 
     ours = initialize(Model(model, "float32"), 7)
-    theirs = canonical(jax_checkpoint.initialize(model, "float32", 7))
+    theirs = canonical(jax_params.initialize(model, "float32", 7))
     assert [n for n, _ in ours.named_parameters()] == list(model.parameter_shapes())
     assert theirs.keys() == model.parameter_shapes().keys()
     for name, parameter in ours.named_parameters():
@@ -147,41 +154,40 @@ def test_full_model_has_the_canonical_names_and_shapes_on_both_sides() -> None:
     assert ours == full.parameter_shapes()
     for model, scan, fuse in product([full, *MODELS.values()], [False, True], [False, True]):
         laid_out = replace(model, scan_layers=scan, fuse_kernels=fuse)
-        leaves = jax_checkpoint.abstract_params(laid_out, "float32")
+        leaves = jax_params.abstract_params(laid_out, "float32")
         theirs = {
             part.name: part.shape
             for path, leaf in jax.tree_util.tree_leaves_with_path(leaves)
-            for part in jax_checkpoint.parts(path, leaf.shape)
+            for part in jax_param_names.canonical_tensors(path, leaf.shape)
         }
         assert theirs == model.parameter_shapes()
 
 
 def test_evaluation_is_the_same_with_a_rest_that_fills_no_batch() -> None:
-    from mooshak_torch.parallel import make_parallel
-    from mooshak_torch.train import Objective, evaluate
+    from mooshak_torch.distributed.mesh import make_parallel
+    from mooshak_torch.objectives import Objective
+    from mooshak_torch.step import evaluate
 
-    source = check.drawn(MODEL)
+    source = check.random_checkpoint(MODEL)
     sequences = np.random.default_rng(2).integers(0, 192, (5, 31), dtype=np.int32)
-    question = measures.Question(TorchSide(source), JaxSide(source), sequences[None, :4], 0)
-    config = question.config("float64")
+    case = comparisons.ParityCase(TorchBackend(source), JaxBackend(source), sequences[None, :4], 0)
+    config = case.config("float64")
     config = replace(config, evaluate=replace(config.evaluate, batch_size=3))
-    objective = Objective(TorchSide(source).model("float64"), config.train.loss_chunk)
+    objective = Objective(TorchBackend(source).model("float64"), config.train.loss_chunk)
     truth = evaluate(objective, sequences, config, make_parallel(config))
     config = replace(config, parallel=replace(config.parallel, mesh="data=2"))
-    mesh = jax_parallel.make_parallel(config)
-    measure = jax_train.make_evaluate(config, mesh)
-    params = jax_checkpoint.fill(
-        jax_checkpoint.abstract_params(MODEL, "float64", mesh), source.read
-    )
+    mesh = jax_mesh.make_parallel(config)
+    measure = jax_step.make_evaluate(config, mesh)
+    params = jax_params.load_params(jax_params.abstract_params(MODEL, "float64", mesh), source.read)
     assert np.isclose(
-        jax_train.evaluate(measure, params, sequences, config, mesh), truth, rtol=1e-13
+        jax_step.evaluate(measure, params, sequences, config, mesh), truth, rtol=1e-13
     )
 
 
 def test_greedy_decoding_of_prompts_of_different_lengths_equals_one_by_one() -> None:
     from mooshak_torch.generate import generate
 
-    model = TorchSide(check.drawn(MODEL)).model("float64")
+    model = TorchBackend(check.random_checkpoint(MODEL)).model("float64")
     prompts = [[1, 5, 9], [7], [1, 2, 3, 4, 5, 6]]
     together = generate(model, prompts, 12)
     assert [generate(model, [prompt], 12)[0].tolist() for prompt in prompts] == together.tolist()
@@ -189,10 +195,11 @@ def test_greedy_decoding_of_prompts_of_different_lengths_equals_one_by_one() -> 
 
 @pytest.mark.parametrize("kind", ["torch", "jax", "safetensors"])
 def test_a_training_state_keeps_its_bits_through_every_format(kind: str, tmp_path: Path) -> None:
-    from mooshak.interchange import EVERY, MOMENTS, write_checkpoint
+    from mooshak.checkpoints.base import FULL_SLICE, MOMENTS
+    from mooshak.checkpoints.safetensors import write_checkpoint
     from parity.convert import open_any
 
-    drawn = check.drawn(MODEL)
+    drawn = check.random_checkpoint(MODEL)
     tensors = {
         key: (np.dtype(np.float32), shape)
         for name, shape in MODEL.parameter_shapes().items()
@@ -200,7 +207,7 @@ def test_a_training_state_keeps_its_bits_through_every_format(kind: str, tmp_pat
     }
     state = {"format_version": 1, "step": 17, "seed": 3, "data": {"sources": []}}
 
-    def read(key: str, rows: slice = EVERY) -> np.ndarray:
+    def read(key: str, rows: slice = FULL_SLICE) -> np.ndarray:
         name = key.removeprefix("exp_avg.").removeprefix("exp_avg_sq.")
         return (drawn.read(name, rows) * len(key)).astype(np.float32)
 
@@ -208,18 +215,18 @@ def test_a_training_state_keeps_its_bits_through_every_format(kind: str, tmp_pat
         tmp_path / "start", replace(drawn, tensors=tensors, trainer_state=state, read=read)
     )
     convert(tmp_path / "start", tmp_path / "middle", kind)
-    assert open_any(tmp_path / "middle").kind == kind
+    assert open_any(tmp_path / "middle").format == kind
     convert(tmp_path / "middle", tmp_path / "end", "safetensors")
     for name in ("config.json", "trainer_state.json", "model.safetensors", "optimizer.safetensors"):
         assert (tmp_path / "start" / name).read_bytes() == (tmp_path / "end" / name).read_bytes()
 
 
 def test_losses_in_float32_are_added_up_as_well_in_both() -> None:
-    source = check.drawn(replace(LLAMA, max_seq_len=64))
+    source = check.random_checkpoint(replace(LLAMA, max_seq_len=64))
     tokens = np.random.default_rng(1).integers(0, 128, (20, 4, 64), dtype=np.int32)
-    question = measures.Question(TorchSide(source), JaxSide(source), tokens, 0)
-    sides = (question.ours, question.theirs)
-    truth = question.ours.losses(question.config("float64"), tokens)
-    apart = [measures.distance(s.losses(question.config("float32"), tokens), truth) for s in sides]
+    case = comparisons.ParityCase(TorchBackend(source), JaxBackend(source), tokens, 0)
+    sides = (case.torch, case.jax)
+    truth = case.torch.losses(case.config("float64"), tokens)
+    apart = [distance.distance(s.losses(case.config("float32"), tokens), truth) for s in sides]
     # One chain of 252 additions would be off by 1.1e-7.
     assert max(apart) < 8e-8

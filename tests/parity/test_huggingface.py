@@ -20,14 +20,14 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
+from mooshak.checkpoints.base import Checkpoint
+from mooshak.checkpoints.hf_config import REQUIRED, model_from_hf, model_to_hf
 from mooshak.errors import InputError
-from mooshak.huggingface import REQUIRED, model_from_hf, model_to_hf
-from mooshak.interchange import Checkpoint
-from mooshak.tokenizer import Tokenizer
-from parity import measures
+from mooshak.tokenizer.base import Tokenizer
+from parity import distance, tolerances
+from parity.backends import JaxBackend, TorchBackend
 from parity.convert import convert, main, open_any
 from parity.export_gguf import frequency_factors
-from parity.sides import JaxSide, TorchSide
 
 SIZES = {
     "vocab_size": 128,
@@ -87,21 +87,21 @@ def test_every_family_is_the_same_function_in_both_frameworks(case: str, tmp_pat
     kind, settings = GRID[case]
     theirs = make(tmp_path / "hf", kind, **settings)
     source = open_any(tmp_path / "hf")
-    assert source.kind == "hf"
+    assert source.format == "hf"
     tokens_BT = np.random.default_rng(0).integers(0, 128, (2, 40), dtype=np.int32)
-    truth = TorchSide(source).operations("float64", tokens_BT)["logits"]
+    truth = TorchBackend(source).operations("float64", tokens_BT)["logits"]
     with torch.no_grad():
         found = theirs(torch.from_numpy(tokens_BT).long()).logits.numpy()
-    floor = measures.distance(found, truth)
+    floor = distance.distance(found, truth)
     assert floor < 5e-6, floor  # It is the same function.
     prompts = tokens_BT[:, :8]
     greedy = theirs.generate(
         torch.from_numpy(prompts).long(), max_new_tokens=64, do_sample=False, eos_token_id=None
     )[:, 8:]
-    for side in (TorchSide(source), JaxSide(source)):
+    for side in (TorchBackend(source), JaxBackend(source)):
         ours = side.operations("float32", tokens_BT)["logits"]
-        allowed = measures.RATIO * max(floor, measures.TINY)
-        assert measures.distance(ours, truth) <= allowed, side.name
+        allowed = tolerances.RATIO * max(floor, tolerances.TINY)
+        assert distance.distance(ours, truth) <= allowed, side.name
         tokens = side.generate("float32", prompts.tolist(), 64, 0.0)
         assert tokens.tolist() == greedy.tolist(), side.name
 
@@ -173,7 +173,7 @@ def test_a_gguf_file_holds_the_model(case: str, tmp_path: Path, tiny_tokenizer: 
         tokens = torch.arange(30)[None]
         with torch.no_grad():
             logits = [m(tokens).logits.numpy() for m in (again, original)]
-        assert measures.distance(*logits) < 1e-6
+        assert distance.distance(*logits) < 1e-6
 
 
 def test_gguf_refuses_what_llama_cpp_has_no_code_for(tmp_path: Path) -> None:

@@ -17,11 +17,11 @@ import torch
 import transformers
 
 import mooshak_torch.generate
-from mooshak.tokenizer import open_tokenizer
-from mooshak_torch.products import linear
-from parity import measures
+from mooshak.tokenizer.load import open_tokenizer
+from mooshak_torch.ops.matmul import linear
+from parity import tolerances
+from parity.backends import JaxBackend, TorchBackend
 from parity.convert import convert, open_any
-from parity.sides import JaxSide, TorchSide
 
 pytestmark = [
     pytest.mark.slow,
@@ -57,21 +57,21 @@ def test_a_trained_model_is_the_same_function(smollm2: Path) -> None:
     ]
     assert tokenizer.decode(greedy[0]).startswith(" Paris")
     tokens_BT = np.array([[*p, *g][:60] for p, g in zip(prompts, greedy, strict=True)], np.int32)
-    truth = TorchSide(source).operations("float64", tokens_BT)["logits"]
+    truth = TorchBackend(source).operations("float64", tokens_BT)["logits"]
 
     @torch.no_grad()
     def distance() -> float:
-        return measures.distance(theirs(torch.from_numpy(tokens_BT).long()).logits.numpy(), truth)
+        return distance.distance(theirs(torch.from_numpy(tokens_BT).long()).logits.numpy(), truth)
 
     # Sums of 1536 products: by MKL, which sums in blocks, and as our model has them, by oneDNN.
     floor = distance()
     assert floor < 5e-6, floor
     with mock.patch.object(torch.nn.Linear, "forward", lambda self, x: linear(x, self.weight)):
         floor = max(floor, distance())
-    for side in (TorchSide(source), JaxSide(source)):
+    for side in (TorchBackend(source), JaxBackend(source)):
         ours = side.operations("float32", tokens_BT)["logits"]
-        found = measures.distance(ours, truth)
-        assert found <= measures.RATIO * floor, (side.name, found, floor)
+        found = distance.distance(ours, truth)
+        assert found <= tolerances.RATIO * floor, (side.name, found, floor)
         assert side.generate("float32", prompts, 64, 0.0).tolist() == greedy, side.name
 
 

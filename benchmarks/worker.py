@@ -1,0 +1,106 @@
+"""The process of one contestant: it sets up, then measures once for every line that it is sent.
+
+python -m benchmarks.worker MODULE:FUNCTION SIZE_AS_JSON
+
+FUNCTION takes the size and returns a function that does the work once and returns its seconds.
+Answers are lines of JSON: `{}` when it is ready, `{"seconds": ..., "others": ...}` after each
+repetition, and `{"memory": ...}` in bytes once its input ends; `{"missing": reason}` where a peer
+is not installed.
+"""
+
+import contextlib
+import importlib
+import json
+import os
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Repeat = Callable[[], float]
+"""Does the work once; returns the seconds that it took, or a figure of a case without `work`."""
+
+
+def main() -> None:
+    entry, size = sys.argv[1], json.loads(sys.argv[2])
+    # What libraries print must not come between the answers.
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+
+    def answer(**values: Any) -> None:
+        answers.write(json.dumps(values) + "\n")
+
+    module, function = entry.split(":")
+    try:
+        repeat: Repeat = getattr(importlib.import_module(f"benchmarks.{module}"), function)(size)
+    except ModuleNotFoundError as error:
+        answer(missing=str(error))
+        return
+    answer()
+    for _ in sys.stdin:
+        answer(**alone(repeat))
+    answer(memory=peak_memory())
+
+
+def peak_memory() -> float:
+    """Bytes: of the accelerator where there is one, or what the largest process had resident."""
+    torch, jax = sys.modules.get("torch"), sys.modules.get("jax")
+    if torch is not None and torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated())
+    if jax is not None and jax.default_backend() != "cpu":
+        return float(jax.local_devices()[0].memory_stats()["peak_bytes_in_use"])
+    processes = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return 1024.0 * max(resource.getrusage(who).ru_maxrss for who in processes)
+
+
+def alone(repeat: Repeat) -> dict[str, float]:
+    """Seconds of a repetition that no other program disturbs, or of the least disturbed of some.
+
+    `others` is how much of one processor other programs took meanwhile.
+    """
+    tries: list[tuple[float, float]] = []
+    while not tries or (tries[-1][0] > DISTURBED and len(tries) < TRIES):
+        before, start = _others(), time.perf_counter()
+        seconds = repeat()
+        share = (_others() - before) / (time.perf_counter() - start)
+        tries.append((max(0.0, share), seconds))
+    share, seconds = min(tries)
+    return {"seconds": seconds, "others": share}
+
+
+DISTURBED, TRIES = 0.1, 5
+
+
+def _others() -> float:
+    """Seconds of processor time that processes of other sessions have had; 0 without /proc."""
+    if not Path("/proc/stat").exists():
+        return 0.0
+    every = Path("/proc/stat").read_text().split("\n", 1)[0].split()
+    ticks = sum(int(every[i]) for i in (1, 2, 3, 6, 7))  # All but idle, waiting and stolen.
+    session = os.getsid(0)
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # It may have ended by now.
+            fields = path.read_text().rpartition(")")[2].split()
+            if int(fields[3]) == session:
+                ticks -= sum(map(int, fields[11:15]))  # Its own and its ended children's.
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def timed(work: Callable[[], Any]) -> float:
+    """Seconds that the work takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def by_turns(work: Callable[[], Any], other: Callable[[], Any], times: int) -> float:
+    """Time that the work takes, to that of the other: medians of as many turns."""
+    pairs = [(timed(work), timed(other)) for _ in range(times)]
+    return statistics.median(a for a, _ in pairs) / statistics.median(b for _, b in pairs)
+
+
+if __name__ == "__main__":
+    main()

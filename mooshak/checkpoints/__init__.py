@@ -1,0 +1,1 @@
+"""Checkpoints: formats, reading and writing, the manager of a run, resume."""

@@ -1,0 +1,215 @@
+"""The interchange format: a directory that both frameworks, and other programs, read and write.
+
+`config.json` + `model.safetensors` (or shards with an index), and for a training state
+`optimizer.safetensors` + `trainer_state.json`. Tensors pass through some rows at a time.
+
+Every kind of checkpoint is read as a `Checkpoint`: names, shapes, and a function that reads one
+tensor. Keys: `{name}` for a parameter, `exp_avg.{name}`, `exp_avg_sq.{name}` for the moments.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import ml_dtypes
+import numpy as np
+
+from mooshak.config.model import ModelConfig, model_from_json, model_to_json
+from mooshak.errors import InputError
+from mooshak.files import read_uncached
+
+FORMAT_VERSION = 1
+MOMENTS = ("exp_avg", "exp_avg_sq")
+CHUNK_BYTES = 1 << 24
+"""Bytes of a tensor that are copied at once: few enough for the allocator to use them again."""
+FULL_SLICE = slice(None)
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+
+Tensors = Mapping[str, tuple[np.dtype, tuple[int, ...]]]
+"""key -> dtype and shape, in the canonical layout."""
+
+
+class Read(Protocol):
+    """Reads one tensor, or some rows of it, in the canonical layout."""
+
+    def __call__(self, key: str, rows: slice = FULL_SLICE, /) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint of any kind, open for reading."""
+
+    path: Path
+    format: str
+    """torch, jax, safetensors or hf."""
+    model: ModelConfig
+    trainer_state: dict[str, Any] | None
+    """`trainer_state.json`; None where there are only weights."""
+    tensors: Tensors
+    read: Read
+    checksums: Mapping[str, str] = field(default_factory=dict)
+    """key -> hash of the tensor's bytes, of the tensors that it was stored with."""
+    tokenizer_files: Mapping[str, Path] = field(default_factory=dict)
+    """Name -> file, of those in `COMPANIONS` that there are."""
+
+    @property
+    def has_optimizer(self) -> bool:
+        return any(key.startswith(MOMENTS) for key in self.tensors)
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(map(size_of, self.tensors.values()))
+
+
+def size_of(tensor: tuple[np.dtype, tuple[int, ...]]) -> int:
+    """Bytes of a tensor of this dtype and shape."""
+    dtype, shape = tensor
+    return math.prod(shape) * dtype.itemsize
+
+
+def row_chunks(tensor: tuple[np.dtype, tuple[int, ...]]) -> Iterator[slice]:
+    """Cuts a tensor of this dtype and shape by rows into equal parts of at most `BLOCK` bytes.
+
+    As equal as can be: the last chunk of an Orbax array is as long as the others, however full.
+    """
+    n_rows = tensor[1][0]
+    most = max(1, CHUNK_BYTES * n_rows // size_of(tensor))
+    step = math.ceil(n_rows / math.ceil(n_rows / most))
+    return (slice(start, min(start + step, n_rows)) for start in range(0, n_rows, step))
+
+
+def contiguous(array: np.ndarray) -> np.ndarray:
+    """The array in C order, itself if it is; a matrix is transposed in strips that stay in cache.
+
+    NumPy goes along one of the two, which is ten times slower.
+    """
+    if array.flags.c_contiguous or array.ndim != 2 or not array.T.flags.c_contiguous:
+        return np.ascontiguousarray(array)
+    result, (rows, columns) = np.empty(array.shape, array.dtype), STRIP
+    for row in range(0, len(array), rows):
+        for column in range(0, array.shape[1], columns):
+            here = slice(row, row + rows), slice(column, column + columns)
+            result[here] = array[here]
+    return result
+
+
+STRIP = (4096, 16)
+"""Rows and columns that are transposed at once: 64 bytes, a line of the cache, are written."""
+
+
+def check_tensors(
+    path: Path, model: ModelConfig, tensors: Tensors
+) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+    """The tensors in the model's order, moments last.
+
+    Raises `InputError` unless they are exactly those of the model, moments all or none.
+    """
+    shapes = model.parameter_shapes()
+    expected = dict(shapes)
+    if any(key.startswith(MOMENTS) for key in tensors):
+        expected |= {f"{moment}.{name}": shapes[name] for moment in MOMENTS for name in shapes}
+    for key, shape in expected.items():
+        if key not in tensors:
+            raise InputError(
+                f"{path}: tensor {key} is missing; this is not the model of config.json"
+            )
+        if tensors[key][1] != shape:
+            raise InputError(
+                f"{path}: tensor {key} has shape {list(tensors[key][1])}, config.json says "
+                f"{list(shape)}; this is a checkpoint of another model"
+            )
+    if left_over := sorted(set(tensors) - set(expected)):
+        raise InputError(f"{path}: tensor {left_over[0]} belongs to no parameter of the model")
+    return {key: tensors[key] for key in expected}
+
+
+def read_description(path: Path) -> tuple[ModelConfig, dict[str, Any] | None]:
+    """`config.json` and `trainer_state.json` (None where absent) of a checkpoint directory."""
+    config = path / "config.json"
+    if not config.is_file():
+        raise InputError(f"{path} is not a checkpoint: it has no config.json")
+    return model_from_json(config.read_bytes(), str(config)), read_trainer_state(path)
+
+
+def read_trainer_state(path: Path) -> dict[str, Any] | None:
+    """`trainer_state.json` of a checkpoint directory, None where there are only weights.
+
+    Raises `InputError` for one that is cut short, or of another version of Mooshak.
+    """
+    file = path / "trainer_state.json"
+    if not file.is_file():
+        return None
+    try:
+        state = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise InputError(f"{file} is not JSON: {error}; the checkpoint is not whole") from error
+    if not isinstance(state, dict) or not isinstance(state.get("step"), int):
+        raise InputError(f"{file} has no step; it does not describe a training state")
+    if state.get("format_version") != FORMAT_VERSION:
+        raise InputError(
+            f"{file}: format_version {state.get('format_version')} is not {FORMAT_VERSION}; "
+            "it was written by another version of Mooshak"
+        )
+    return state
+
+
+def write_description(
+    path: Path,
+    model: ModelConfig,
+    trainer_state: dict[str, Any] | None,
+    tokenizer_files: Mapping[str, Path] | None = None,
+) -> None:
+    """Write `config.json`, where there is a state `trainer_state.json`, and what comes along."""
+    for name, file in (tokenizer_files or {}).items():
+        shutil.copyfile(file, path / name)
+    (path / "config.json").write_text(model_to_json(model))
+    if trainer_state is not None:
+        text = json.dumps(trainer_state, indent=2, ensure_ascii=False) + "\n"
+        (path / "trainer_state.json").write_text(text)
+
+
+def stored_rows(
+    file: Path, start: int, dtype: np.dtype, shape: tuple[int, ...], rows: slice = FULL_SLICE
+) -> np.ndarray:
+    """Rows of an array that is a part of a file.
+
+    More of them than a block are mapped: their pages come and go, and changes stay here. Raises
+    `InputError` where the file ends before the array.
+    """
+    width = math.prod(shape[1:]) * dtype.itemsize
+    first, stop, _ = rows.indices(shape[0])
+    start, shape = start + first * width, (stop - first, *shape[1:])
+    size = shape[0] * width
+    try:
+        if size > CHUNK_BYTES:
+            raw = np.memmap(file, np.uint8, mode="c", offset=start, shape=(size,)).view(np.ndarray)
+        else:
+            raw = np.empty(size, np.uint8)
+            with read_uncached(file) as stream:
+                stream.seek(start)
+                if stream.readinto(raw.data) < size:
+                    raise ValueError(f"it ends before byte {start + size}")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} is truncated ({error}); the checkpoint is not whole") from error
+    return raw.view(dtype).reshape(shape)
+
+
+def verify(checkpoint: Checkpoint) -> None:
+    """Read everything once. Raises `InputError` where a tensor is not what was written."""
+
+    def read(key: str) -> None:
+        for rows in row_chunks(checkpoint.tensors[key]):
+            checkpoint.read(key, rows)
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(read, checkpoint.tensors))

@@ -1,0 +1,172 @@
+"""Checkpoints of the Hugging Face world: what their keys and tensors are called here.
+
+`model_from_hf` and `model_to_hf` translate the configuration, `hf_name` the names of the tensors,
+and `open_checkpoint` reads such a directory as any other checkpoint. What it has besides weights
+(tokenizer, chat template, generation settings) comes along unchanged: `interchange.COMPANIONS`.
+
+HF's Llama turns halves in RoPE, as we do: no matrix is permuted.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mooshak.checkpoints.base import (
+    FULL_SLICE,
+    Checkpoint,
+    Read,
+    Tensors,
+    check_tensors,
+    row_chunks,
+    stored_rows,
+)
+from mooshak.checkpoints.checksums import verify_on_read
+from mooshak.checkpoints.hf_config import model_from_hf
+from mooshak.checkpoints.safetensors import read_entries
+from mooshak.config.model import ModelConfig
+from mooshak.errors import InputError
+from mooshak.files import read_object
+from mooshak.tokenizer.files import HF_CONFIG, tokenizer_files
+
+MODELS = {
+    "embeddings": "model.embed_tokens",
+    "norm": "model.norm",
+    "lm_head": "lm_head",
+}
+LAYERS = {
+    "attention_norm": "input_layernorm",
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.q_norm": "self_attn.q_norm",
+    "attention.k_norm": "self_attn.k_norm",
+    "attention.wo": "self_attn.o_proj",
+    "mlp_norm": "post_attention_layernorm",
+    "mlp.w1": "mlp.gate_proj",
+    "mlp.w2": "mlp.down_proj",
+    "mlp.w3": "mlp.up_proj",
+    "output_norm": "output_layernorm",
+}
+"""Module of a layer -> what Hugging Face calls it; MODELS are those outside of the layers."""
+
+NO_PARAMETERS = (
+    r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",  # transformers before 4.32
+    r"model\.layers\.\d+\.self_attn\.(bias|masked_bias)",
+)
+"""Tensors that some directories hold and that are computed: nothing is read of them."""
+
+
+def hf_name(name: str) -> str:
+    """`layers.3.mlp.w1.weight` -> `model.layers.3.mlp.gate_proj.weight`."""
+    if match := re.fullmatch(r"layers\.(\d+)\.(.+)\.(weight|bias)", name):
+        return f"model.layers.{match[1]}.{LAYERS[match[2]]}.{match[3]}"
+    module, _, last = name.rpartition(".")
+    return f"{MODELS[module]}.{last}"
+
+
+def is_hf(path: Path) -> bool:
+    """Whether a directory is a Hugging Face model: its `config.json` has a `model_type`."""
+    try:
+        values = json.loads((path / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and "model_type" in values
+
+
+def read_config(path: Path) -> ModelConfig:
+    """The model of a Hugging Face directory. Raises `InputError` where it is not supported."""
+    config = path / "config.json"
+    return model_from_hf(read_object(config), str(config))
+
+
+@dataclass(frozen=True)
+class HFTensors:
+    """The tensors of a directory under the names that they have there."""
+
+    tensors: Tensors
+    read: Read
+    checksums: Mapping[str, str]
+
+
+def open_checkpoint(path: Path, stored: HFTensors | None = None) -> Checkpoint:
+    """Open a Hugging Face directory; `stored` are its tensors if they are not safetensors.
+
+    Raises `InputError` for a model that is not supported, and for a tensor that is missing, has
+    another shape, or belongs to no parameter.
+    """
+    model = read_config(path)
+    there = stored or _safetensors(path)
+    theirs = {hf_name(name): name for name in model.parameter_shapes()}
+    computed = "|".join(NO_PARAMETERS)
+    tensors = {
+        theirs.get(name, name): tensor
+        for name, tensor in there.tensors.items()
+        if not re.fullmatch(computed, name)
+    }
+    if model.tie_embeddings and "lm_head.weight" in tensors:
+        # Some programs write what is tied twice.
+        _check_tied(path, there)
+        del tensors["lm_head.weight"]
+    tensors = check_tensors(path, model, tensors)
+    checksums = {theirs[name]: hash for name, hash in there.checksums.items() if name in theirs}
+
+    def rows_of(key: str, rows: slice = FULL_SLICE) -> np.ndarray:
+        return there.read(hf_name(key), rows)
+
+    read = verify_on_read(rows_of, tensors, checksums, lambda key: path)
+    along = tokenizer_files(path) | {HF_CONFIG: path / "config.json"}
+    return Checkpoint(path, "hf", model, None, tensors, read, checksums, along)
+
+
+def _check_tied(path: Path, there: HFTensors) -> None:
+    """Raises `InputError` unless the output head has the embedding's bits.
+
+    transformers 4 would go by the embedding, and 5 by both.
+    """
+    head, embedding = "lm_head.weight", hf_name("embeddings.weight")
+    tensor = there.tensors[head]
+    same = there.tensors.get(embedding) == tensor
+    for rows in row_chunks(tensor) if same else ():
+        a, b = there.read(head, rows), there.read(embedding, rows)
+        same = same and np.array_equal(a.view(np.uint8), b.view(np.uint8))
+    if not same:
+        raise InputError(
+            f"{path}: lm_head.weight is not the embedding, to which tie_word_embeddings ties it; "
+            "set that to false in config.json, or remove the tensor"
+        )
+
+
+def _safetensors(path: Path) -> HFTensors:
+    stored = read_entries(path, "model", required=True)
+
+    def read(key: str, rows: slice = FULL_SLICE) -> np.ndarray:
+        entry = stored[key]
+        return stored_rows(entry.file, entry.start, entry.dtype, entry.shape, rows)
+
+    tensors = {key: (entry.dtype, entry.shape) for key, entry in stored.items()}
+    checksums = {key: entry.checksum for key, entry in stored.items() if entry.checksum}
+    return HFTensors(tensors, read, checksums)
+
+
+def has_safetensors(path: Path) -> bool:
+    """Whether the weights are safetensors; else they are a pickle, which only torch reads."""
+    return any(path.glob("model*.safetensors"))
+
+
+def pickle_files(path: Path) -> list[Path]:
+    """`pytorch_model.bin`, or the shards that its index lists; `InputError` if one is missing."""
+    index = path / "pytorch_model.bin.index.json"
+    names = {"pytorch_model.bin"}
+    if index.is_file():
+        try:
+            names = set(json.loads(index.read_bytes())["weight_map"].values())
+        except (ValueError, KeyError, AttributeError) as error:
+            raise InputError(f"{index} is not an index of shards: {error!r}") from error
+    files = [path / name for name in sorted(names)]
+    if missing := [file for file in files if not file.is_file()]:
+        raise InputError(f"{missing[0]} is missing; the checkpoint is not whole")
+    return files

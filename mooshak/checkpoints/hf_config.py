@@ -1,0 +1,248 @@
+"""Translate a Hugging Face `config.json` to a `ModelConfig` and back."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mooshak.config.model import ModelConfig
+from mooshak.errors import InputError
+from mooshak.tokenizer.files import HF_CONFIG
+
+KEYS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "dim",
+    "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+    "num_key_value_heads": "n_kv_heads",
+    "head_dim": "head_dim",
+    "intermediate_size": "hidden_dim",
+    "max_position_embeddings": "max_seq_len",
+    "rms_norm_eps": "norm_eps",
+    "tie_word_embeddings": "tie_embeddings",
+}
+"""Key of their `config.json` -> key of our model section."""
+
+REQUIRED = tuple(
+    key
+    for key in KEYS
+    if key not in ("num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings")
+)
+
+ROTARY = ("rope_parameters", "rope_theta", "rope_scaling")
+
+INERT = {
+    "_attn_implementation_autoset",
+    "_model_name_or_path",
+    "_name_or_path",
+    "architectures",
+    "attention_dropout",
+    "auto_map",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "initializer_range",
+    "is_llama_config",
+    "layer_types",  # Checked: all alike.
+    "max_sequence_length",  # Before transformers 4.28, beside max_position_embeddings.
+    "model_type",
+    "pad_token_id",
+    "pretraining_tp",
+    "tokenizer_class",
+    "torch_dtype",
+    "transformers.js_config",
+    "transformers_version",
+    "unk_token_id",
+    "unsloth_fixed",
+    "unsloth_version",
+    "use_cache",
+}
+"""Keys that do not change which function the model is, or are checked."""
+
+ONLY = {"hidden_act": "silu", "rope_interleaved": False, "use_mrope": False}
+"""Keys of which one value is supported."""
+
+WHOLE = (*REQUIRED, "num_key_value_heads", "head_dim", "sliding_window", "max_window_layers")
+KINDS: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "a whole number": (int, WHOLE),
+    "a number": ((int, float), ("rms_norm_eps", "rope_theta")),
+    "true or false": (
+        bool,
+        ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"),
+    ),
+    "a list": (list, ("layer_types",)),
+    "an object": (dict, ("rope_parameters", "rope_scaling")),
+}
+"""What the values of some keys have to be, where they are not null."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """What one `model_type` adds to the common keys."""
+
+    head: str
+    """Its class with a language model's head, which `architectures` names."""
+    keys: tuple[str, ...] = ()
+    """Keys of its own."""
+    defaults: tuple[tuple[str, Any], ...] = ()
+    """What transformers takes for keys that are left out, where it is not null or false."""
+
+
+QWEN_WINDOW = ("use_sliding_window", "sliding_window", "max_window_layers")
+QWEN_DEFAULTS = (("num_key_value_heads", 32), ("sliding_window", 4096), ("max_window_layers", 28))
+
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM", ("attention_bias", "mlp_bias")),
+    "mistral": Family(
+        "MistralForCausalLM",
+        ("sliding_window",),
+        (("num_key_value_heads", 8), ("sliding_window", 4096)),
+    ),
+    "qwen2": Family("Qwen2ForCausalLM", QWEN_WINDOW, QWEN_DEFAULTS),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        ("attention_bias", *QWEN_WINDOW),
+        (*QWEN_DEFAULTS, ("head_dim", 128)),
+    ),
+    "mooshak": Family("MooshakForCausalLM"),
+}
+
+
+def model_from_hf(values: Mapping[str, Any], where: str) -> ModelConfig:
+    """The model that a `config.json` of transformers 4 or 5 describes.
+
+    Raises `InputError`, naming the file `where`, for an architecture that is not in `FAMILIES`, and
+    for a key that is not used here, by its name: it might make it another function.
+    """
+    kind = values.get("model_type")
+    if kind not in FAMILIES:
+        raise InputError(
+            f"{where}: model_type {kind!r} is not supported; known: {', '.join(FAMILIES)}"
+        )
+    family = FAMILIES[kind]
+    heads = values.get("architectures") or [family.head]
+    if heads != [family.head]:
+        raise InputError(f"{where}: architectures {heads} is not supported; expected {family.head}")
+    known = {*KEYS, *ROTARY, *INERT, *ONLY, *family.keys}
+    if unused := sorted(set(values) - known):
+        raise InputError(
+            f"{where}: key {unused[0]!r} ({values[unused[0]]!r}) is not used here; "
+            "the model could be another function with it, so it is refused"
+        )
+    if missing := [key for key in REQUIRED if values.get(key) is None]:
+        raise InputError(f"{where}: key {missing[0]!r} is missing")
+    for what, (types, keys) in KINDS.items():
+        for key in keys:
+            value = values.get(key)
+            of_type = isinstance(value, types) and (types is bool or not isinstance(value, bool))
+            if value is not None and not of_type:
+                raise InputError(f"{where}: {key} {value!r} is not {what}")
+    for key, value in ONLY.items():
+        if (found := values.get(key, value)) != value:
+            raise InputError(f"{where}: {key} {found!r} is not supported, {value!r} is")
+    values = {"rms_norm_eps": 1e-6, **dict(family.defaults), **values}
+    ours = {our: values[their] for their, our in KEYS.items() if values.get(their) is not None}
+    theta, scaling = _rotary(values, where)
+    ours |= {"rope_theta": theta, "rope_scaling": scaling}
+    if kind != "mooshak":
+        biased = bool(values.get("attention_bias", False))
+        ours |= {
+            "architecture": "llama",
+            "qkv_bias": biased or kind == "qwen2",
+            "wo_bias": biased,
+            "mlp_bias": bool(values.get("mlp_bias", False)),
+            "qk_norm": kind == "qwen3",
+            "sliding_window": _window(values, where),
+        }
+    try:
+        return ModelConfig(**ours)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+
+
+def _rotary(values: Mapping[str, Any], where: str) -> tuple[float, dict[str, Any] | None]:
+    """Theta and rescaling, of either form of the settings: both have to say the same."""
+    five, four = values.get("rope_parameters"), values.get("rope_scaling")
+    theta, found = values.get("rope_theta"), []
+    if five is not None:
+        found.append((five.get("rope_theta", theta), _scaling(five, values, where)))
+    if theta is not None or four is not None or five is None:
+        found.append((theta, _scaling(four or {}, values, where)))
+    found = [(10000.0 if theta is None else theta, scaling) for theta, scaling in found]
+    if found[0] != found[-1]:
+        raise InputError(
+            f"{where}: rope_parameters say {found[0]}, rope_theta and rope_scaling {found[1]}"
+        )
+    theta, scaling = found[0]
+    if not isinstance(theta, (int, float)):
+        raise InputError(f"{where}: rope_theta {theta!r} is not a number")
+    return float(theta), scaling
+
+
+def _scaling(
+    settings: Mapping[str, Any], values: Mapping[str, Any], where: str
+) -> dict[str, Any] | None:
+    scaling = {key: value for key, value in settings.items() if key not in ("rope_theta", "type")}
+    scaling["rope_type"] = settings.get("rope_type", settings.get("type", "default"))
+    if scaling["rope_type"] == "default":
+        if others := sorted(set(scaling) - {"rope_type"}):
+            raise InputError(f"{where}: RoPE of rope_type default does not use {others[0]!r}")
+        return None
+    if scaling["rope_type"] == "llama3":
+        length = values["max_position_embeddings"]
+        scaling.setdefault("original_max_position_embeddings", length)
+    return scaling
+
+
+def _window(values: Mapping[str, Any], where: str) -> int | None:
+    """The sliding window of all layers, or None. Raises `InputError` where layers differ in it."""
+    window, layers = values.get("sliding_window"), values["num_hidden_layers"]
+    if window is None or not values.get("use_sliding_window", values["model_type"] == "mistral"):
+        return None
+    whole = min(values.get("max_window_layers") or 0, layers)
+    default = ["full_attention"] * whole + ["sliding_attention"] * (layers - whole)
+    kinds = set(values.get("layer_types") or default)
+    if len(kinds) > 1:
+        raise InputError(f"{where}: layers with and without a sliding window are not supported")
+    return window if kinds == {"sliding_attention"} else None
+
+
+def model_to_hf(model: ModelConfig, original: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The `config.json` of a model for transformers 4 and 5.
+
+    `original` is the one that the model came from, if it came from one: its family and its inert
+    keys stay. Raises `InputError` where no family of transformers is this function.
+    """
+    theta, scaling = model.rope_theta, model.rope_scaling
+    five = {"rope_theta": theta, **(scaling or {"rope_type": "default"})}
+    rotary = {"rope_parameters": five, "rope_theta": theta}
+    if scaling is not None:
+        rotary["rope_scaling"] = scaling
+    if original is not None and model_from_hf(original, HF_CONFIG) == model:
+        # Its own form of the settings stays: `type` is what transformers before 4.43 reads.
+        kept = {key: original[key] for key in ROTARY if original.get(key) is not None}
+        heads = [FAMILIES[original["model_type"]].head]
+        return {**original, **rotary, **kept, "architectures": heads}
+    common = {their: getattr(model, our) for their, our in KEYS.items()} | rotary
+    own = {
+        "attention_bias": model.wo_bias,
+        "mlp_bias": model.mlp_bias,
+        "sliding_window": model.sliding_window,
+        "use_sliding_window": model.sliding_window is not None,
+        "max_window_layers": 0,
+    }
+    before = {key: value for key, value in (original or {}).items() if key not in ROTARY}
+    first = before.get("model_type", "llama")
+    ours = {kind for kind in FAMILIES if (kind == "mooshak") == (model.architecture == "mooshak")}
+    for kind in (first, *FAMILIES):
+        if kind not in ours:
+            continue
+        family = FAMILIES[kind]
+        values = dict(before) if kind == first else {}
+        values |= {"model_type": kind, "architectures": [family.head], "hidden_act": "silu"}
+        values |= common | {key: own[key] for key in family.keys}
+        if model_from_hf(values, HF_CONFIG) == model:
+            return values
+    raise InputError(
+        "no architecture of transformers has this combination of qkv_bias, wo_bias, mlp_bias, "
+        "qk_norm and sliding_window"
+    )

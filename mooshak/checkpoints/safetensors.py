@@ -1,0 +1,194 @@
+"""Read and write the interchange format: safetensors files, sharded or not, chunk by chunk."""
+
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from safetensors import SafetensorError, safe_open
+
+from mooshak.checkpoints.base import (
+    DTYPES,
+    FULL_SLICE,
+    MOMENTS,
+    Checkpoint,
+    Read,
+    Tensors,
+    check_tensors,
+    read_description,
+    size_of,
+    stored_rows,
+    verify,
+    write_description,
+)
+from mooshak.checkpoints.checksums import HASH, Checksums, read_ahead, verify_on_read
+from mooshak.errors import InputError
+from mooshak.files import DirectIOFile, atomic_directory
+from mooshak.tokenizer.files import tokenizer_files
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open an interchange directory. Raises `InputError` for anything that is not whole."""
+    model, state = read_description(path)
+    stored = read_entries(path, "model", required=True) | read_entries(
+        path, "optimizer", required=False
+    )
+    described = {key: (entry.dtype, entry.shape) for key, entry in stored.items()}
+    tensors = check_tensors(path, model, described)
+    checksums = {key: entry.checksum for key, entry in stored.items() if entry.checksum}
+
+    def rows_of(key: str, rows: slice = FULL_SLICE) -> np.ndarray:
+        entry = stored[key]
+        return stored_rows(entry.file, entry.start, entry.dtype, entry.shape, rows)
+
+    read = verify_on_read(rows_of, tensors, checksums, lambda key: stored[key].file)
+    along = tokenizer_files(path)
+    return Checkpoint(path, "safetensors", model, state, tensors, read, checksums, along)
+
+
+def write_checkpoint(path: Path, source: Checkpoint, shard_size: int | None = None) -> None:
+    """Write a checkpoint as an interchange directory; `path` exists only when it is complete.
+
+    Files of more than `shard_size` bytes are cut between tensors.
+    """
+    tensors = check_tensors(source.path, source.model, source.tensors)
+    with atomic_directory(path, source.n_bytes) as directory:
+        write_description(directory, source.model, source.trainer_state, source.tokenizer_files)
+        weights = {k: v for k, v in tensors.items() if not k.startswith(MOMENTS)}
+        moments = {k: v for k, v in tensors.items() if k.startswith(MOMENTS)}
+        for name, part in (("model", weights), ("optimizer", moments)):
+            write_tensors(directory, name, part, source.read, shard_size)
+        verify(open_checkpoint(directory))
+
+
+def write_tensors(
+    directory: Path, name: str, tensors: Tensors, read: Read, shard_size: int | None = None
+) -> None:
+    """Write `{name}.safetensors`, or shards of at most `shard_size` bytes and their index."""
+    shards = list(_shards(tensors, shard_size))
+    files = [
+        f"{name}-{i:05}-of-{len(shards):05}.safetensors"
+        if len(shards) > 1
+        else f"{name}.safetensors"
+        for i in range(1, len(shards) + 1)
+    ]
+    for file, shard in zip(files, shards, strict=True):
+        _write_safetensors(directory / file, shard, read)
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(map(size_of, tensors.values()))},
+            "weight_map": {k: f for f, s in zip(files, shards, strict=True) for k in s},
+        }
+        text = json.dumps(index, indent=2) + "\n"
+        (directory / f"{name}.safetensors.index.json").write_text(text)
+
+
+@dataclass(frozen=True)
+class SafetensorsEntry:
+    """Where a safetensors file holds a tensor."""
+
+    file: Path
+    start: int
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    checksum: str | None
+
+
+def read_entries(path: Path, name: str, required: bool) -> dict[str, SafetensorsEntry]:
+    """The tensors of `{name}.safetensors`, or of the shards that its index lists."""
+    index, single = path / f"{name}.safetensors.index.json", path / f"{name}.safetensors"
+    if not index.is_file():
+        return _header(single) if required or single.is_file() else {}
+    try:
+        files = {
+            key: path / str(file)
+            for key, file in json.loads(index.read_text())["weight_map"].items()
+        }
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise InputError(f"{index} is not an index of shards: {error!r}") from error
+    stored: dict[str, SafetensorsEntry] = {}
+    for file in sorted(set(files.values())):
+        if not file.is_file():
+            key = next(key for key in files if files[key] == file)
+            raise InputError(f"{file} is missing, which holds tensor {key} and others")
+        stored |= _header(file)
+    for key, file in files.items():
+        if key not in stored or stored[key].file != file:
+            raise InputError(f"{file} lacks tensor {key}, which {index.name} says it holds")
+    return stored
+
+
+def _header(file: Path) -> dict[str, SafetensorsEntry]:
+    """What a safetensors file holds. Raises `InputError` for one that is not whole."""
+    if not file.is_file():
+        raise InputError(f"{file} is missing; the checkpoint is not whole")
+    try:
+        with safe_open(file, framework="numpy"), file.open("rb") as stream:
+            # The library has found the file whole; only the offsets it keeps to itself.
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{file} is truncated or is not safetensors ({error})") from error
+    metadata = header.pop("__metadata__", {})
+    for key, entry in header.items():
+        if entry["dtype"] not in DTYPES:
+            raise InputError(
+                f"{file}: tensor {key} has dtype {entry['dtype']}; known: {', '.join(DTYPES)}"
+            )
+    return {
+        key: SafetensorsEntry(
+            file,
+            8 + length + entry["data_offsets"][0],
+            DTYPES[entry["dtype"]],
+            tuple(entry["shape"]),
+            metadata.get(f"{HASH}:{key}"),
+        )
+        for key, entry in header.items()
+    }
+
+
+def _shards(
+    tensors: Tensors, limit: int | None
+) -> Iterator[dict[str, tuple[np.dtype, tuple[int, ...]]]]:
+    """The tensors in order, cut where a file would have more than `limit` bytes."""
+    shard: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
+    for key, tensor in tensors.items():
+        if limit and shard and sum(map(size_of, (*shard.values(), tensor))) > limit:
+            yield shard
+            shard = {}
+        shard[key] = tensor
+    if shard:
+        yield shard
+
+
+def _write_safetensors(file: Path, tensors: Tensors, read: Read) -> None:
+    """Write a safetensors file some rows at a time (the library's own writer wants all at once)."""
+    checksums = Checksums()
+    with DirectIOFile(file) as out:
+        # The header comes first and holds the checksums, which are known last.
+        blank = dict.fromkeys(tensors, xxhash.xxh3_64().hexdigest())
+        out.write(_header_bytes(tensors, blank))
+        for key, _, array in read_ahead(tensors, read, checksums):
+            dtype, shape = tensors[key]
+            assert array.dtype == dtype and array.shape[1:] == shape[1:], key
+            out.write(array.view(np.uint8).data)
+        out.seek(0)
+        out.write(_header_bytes(tensors, checksums))
+
+
+def _header_bytes(tensors: Tensors, checksums: Mapping[str, str]) -> bytes:
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    metadata = {"format": "pt", **{f"{HASH}:{key}": checksums[key] for key in tensors}}
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for key, tensor in tensors.items():
+        start, end = end, end + size_of(tensor)
+        dtype, shape = names[tensor[0]], list(tensor[1])
+        header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text

@@ -1,0 +1,1 @@
+"""Configuration: the model, the sections of a run's YAML, parsing."""

@@ -1,0 +1,245 @@
+"""The model section: sizes and architecture, parameter shapes, and its JSON form (config.json)."""
+
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, TypeAlias
+
+from mooshak.errors import InputError, did_you_mean, require
+
+Dtype: TypeAlias = Literal["float64", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model: what `config.json` holds beside the weights."""
+
+    architecture: Literal["mooshak", "llama"] = "mooshak"
+    """Which block the layers are made of."""
+    vocab_size: int = 64128
+    """Rows of the embedding and of the output head; a multiple of 64."""
+    dim: int = 4096
+    """Width of the residual stream."""
+    n_layers: int = 8
+    """Number of layers."""
+    n_heads: int = 32
+    """Number of query heads."""
+    n_kv_heads: int | None = None
+    """Number of key/value heads (null: as many as query heads)."""
+    head_dim: int | None = None
+    """Width of a head (null: dim / n_heads)."""
+    hidden_dim: int = 11008
+    """Width inside the MLP."""
+    max_seq_len: int = 2048
+    """Longest sequence, in tokens."""
+    norm_eps: float = 1e-5
+    """Epsilon of RMSNorm."""
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
+    rope_scaling: dict[str, Any] | None = None
+    """llama: rescaling of the rotary frequencies; {rope_type: linear, factor} or llama3's keys."""
+    tie_embeddings: bool = False
+    """llama: use the embedding as output head."""
+    qkv_bias: bool = False
+    """llama: biases of the query, key and value projections."""
+    wo_bias: bool = False
+    """llama: a bias of the attention's output projection."""
+    mlp_bias: bool = False
+    """llama: biases of the MLP's three projections."""
+    qk_norm: bool = False
+    """llama: RMSNorm over each head's queries and keys, before RoPE (Qwen3)."""
+    sliding_window: int | None = None
+    """llama: positions that a query sees, its own included (Mistral; null: all before it)."""
+    # How a framework lays the same function out; no part of what a checkpoint is compared by.
+    scan_layers: bool = field(default=False, compare=False)
+    """JAX: keep the layers stacked and compile one, which the step goes through in a loop."""
+    fuse_kernels: bool = field(default=False, compare=False)
+    """JAX: one matrix product for wq, wk and wv, and one for w1 and w3."""
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "dim", "n_layers", "n_heads", "hidden_dim", "max_seq_len"):
+            require(getattr(self, name) > 0, f"model.{name} must be positive")
+        if self.head_dim is None:
+            require(
+                self.dim % self.n_heads == 0,
+                f"model.dim {self.dim} is not divisible by model.n_heads {self.n_heads}; "
+                "change one of them or set model.head_dim",
+            )
+            object.__setattr__(self, "head_dim", self.dim // self.n_heads)
+        if self.n_kv_heads is None:
+            object.__setattr__(self, "n_kv_heads", self.n_heads)
+        require(self.K % 2 == 0, f"model.head_dim {self.K} must be even: RoPE rotates pairs")
+        require(
+            self.G > 0 and self.n_heads % self.G == 0,
+            f"model.n_heads {self.n_heads} is not a multiple of model.n_kv_heads {self.G}",
+        )
+        require(self.norm_eps > 0, "model.norm_eps must be positive")
+        if self.rope_scaling is not None:
+            _check_rope_scaling(self.rope_scaling)
+        require(
+            self.sliding_window is None or self.sliding_window > 0,
+            "model.sliding_window must be positive",
+        )
+        if self.architecture == "mooshak":
+            # The concatenated heads are added to the residual stream as they are.
+            require(
+                self.n_heads * self.K == self.dim,
+                f"model.n_heads x model.head_dim = {self.n_heads * self.K} must be model.dim "
+                f"{self.dim}: the mooshak architecture has no output projection",
+            )
+            for name in LLAMA_ONLY:
+                require(
+                    getattr(self, name) in (None, False),
+                    f"the mooshak architecture has no {name}; unset model.{name}, or choose "
+                    "model.architecture llama",
+                )
+
+    def __hash__(self) -> int:  # The one of a dataclass would fail at the dict.
+        values = model_description(self) | {
+            "rope_scaling": frozenset((self.rope_scaling or {}).items())
+        }
+        return hash(tuple(values.values()))
+
+    @property
+    def G(self) -> int:
+        """Number of key/value heads."""
+        assert self.n_kv_heads is not None
+        return self.n_kv_heads
+
+    @property
+    def K(self) -> int:
+        """Width of a head."""
+        assert self.head_dim is not None
+        return self.head_dim
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Canonical name -> shape of every parameter, torch `[out, in]` layout, in model order."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        llama = self.architecture == "llama"
+
+        def linear(name: str, n_out: int, n_in: int, bias: bool = False) -> None:
+            shapes[f"{name}.weight"] = (n_out, n_in)
+            if bias:
+                shapes[f"{name}.bias"] = (n_out,)
+
+        def norm(name: str, width: int) -> None:
+            shapes[f"{name}.weight"] = (width,)
+
+        linear("embeddings", self.vocab_size, self.dim)
+        for i in range(self.n_layers):
+            layer = f"layers.{i}"
+            if llama:
+                norm(f"{layer}.attention_norm", self.dim)
+            linear(f"{layer}.attention.wq", self.n_heads * self.K, self.dim, self.qkv_bias)
+            linear(f"{layer}.attention.wk", self.G * self.K, self.dim, self.qkv_bias)
+            linear(f"{layer}.attention.wv", self.G * self.K, self.dim, self.qkv_bias)
+            if self.qk_norm:
+                norm(f"{layer}.attention.q_norm", self.K)
+                norm(f"{layer}.attention.k_norm", self.K)
+            if llama:
+                linear(f"{layer}.attention.wo", self.dim, self.n_heads * self.K, self.wo_bias)
+            norm(f"{layer}.mlp_norm", self.dim)
+            linear(f"{layer}.mlp.w1", self.hidden_dim, self.dim, self.mlp_bias)
+            linear(f"{layer}.mlp.w2", self.dim, self.hidden_dim, self.mlp_bias)
+            linear(f"{layer}.mlp.w3", self.hidden_dim, self.dim, self.mlp_bias)
+            if not llama:
+                norm(f"{layer}.output_norm", self.dim)
+        if llama:
+            norm("norm", self.dim)
+        if not self.tie_embeddings:
+            linear("lm_head", self.vocab_size, self.dim)
+        return shapes
+
+    def parameter_count(self) -> int:
+        """Number of parameters."""
+        return sum(_product(shape) for shape in self.parameter_shapes().values())
+
+    def flops_per_token(self, sequence_length: int) -> int:
+        """FLOPs of forward and backward for one token: 6 per weight that multiplies, and attention.
+
+        Attention counts in full, not by its causal half, as in PaLM (arXiv:2204.02311, app. B), or
+        by its sliding window.
+        """
+        matrices = {n: _product(s) for n, s in self.parameter_shapes().items() if len(s) == 2}
+        if not self.tie_embeddings:
+            del matrices["embeddings.weight"]
+        seen = min(sequence_length, self.sliding_window or sequence_length)
+        return 6 * sum(matrices.values()) + 12 * self.n_layers * self.n_heads * self.K * seen
+
+
+LLAMA_ONLY = (
+    "rope_scaling",
+    "tie_embeddings",
+    "qkv_bias",
+    "wo_bias",
+    "mlp_bias",
+    "qk_norm",
+    "sliding_window",
+)
+"""Keys of the model section that only the llama architecture uses."""
+
+ROPE_SCALINGS = {
+    "linear": {"factor"},
+    "llama3": {
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    },
+}
+"""`rope_type` of a rescaling -> the keys that it has besides."""
+
+
+def _check_rope_scaling(scaling: Mapping[str, Any]) -> None:
+    kind = str(scaling.get("rope_type"))
+    require(
+        kind in ROPE_SCALINGS,
+        f"model.rope_scaling: rope_type {kind} is not supported; linear and llama3 are, whose "
+        "frequencies are the same at every length of the text and have no temperature",
+    )
+    keys = set(scaling) - {"rope_type"}
+    for key in sorted(keys ^ ROPE_SCALINGS[kind]):
+        what = "is unknown to" if key in keys else "is missing in"
+        raise InputError(f"model.rope_scaling: key {key!r} {what} rope_type {kind}")
+    for key in keys:
+        value = scaling[key]
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+        require(number, f"model.rope_scaling: {key} must be a positive number, not {value!r}")
+
+
+def model_description(model: ModelConfig) -> dict[str, Any]:
+    """What says which function a model is: all but how a framework lays it out."""
+    return {f.name: getattr(model, f.name) for f in fields(model) if f.compare}
+
+
+def model_to_json(model: ModelConfig) -> str:
+    """The text of `config.json`; what few models have stands there only where one has it."""
+    rare = {"qkv_bias", "wo_bias", "mlp_bias", "qk_norm", "sliding_window"}
+    kept = {
+        key: value for key, value in model_description(model).items() if key not in rare or value
+    }
+    return json.dumps(kept, indent=2) + "\n"
+
+
+def model_from_json(text: str | bytes, where: str) -> ModelConfig:
+    """The model that a `config.json` describes. Raises `InputError` that names the file `where`."""
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{where} is not JSON: {error}") from error
+    if not isinstance(values, Mapping):
+        raise InputError(f"{where} is not a JSON object")
+    known = {f.name for f in fields(ModelConfig) if f.compare}
+    if unknown := sorted(set(values) - known):
+        raise InputError(f"{where}: unknown key {unknown[0]!r}{did_you_mean(unknown[0], known)}")
+    if missing := sorted({"vocab_size", "dim", "n_layers", "n_heads", "hidden_dim"} - set(values)):
+        raise InputError(f"{where}: key {missing[0]!r} is missing; is this a Mooshak checkpoint?")
+    try:
+        return ModelConfig(**values)
+    except TypeError as error:
+        raise InputError(f"{where}: {error}") from error
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    return functools.reduce(lambda a, b: a * b, shape, 1)

@@ -1,0 +1,1 @@
+"""Text: readers, filters and the generated tales."""

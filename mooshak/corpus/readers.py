@@ -1,0 +1,197 @@
+"""Sources of text: an iterator of cleaned documents for each kind of source.
+
+| kind        | path              | a document is                           |
+|-------------|-------------------|-----------------------------------------|
+| tales       |                   | a tale, written by `mooshak.corpus.tales` |
+| text        | glob              | a UTF-8 file                            |
+| jsonl       | glob              | the field `column` of a line            |
+| parquet     | glob              | a value of the column `column`          |
+| huggingface | name of a dataset | the field `column` of an example        |
+
+The order is fixed (files sorted by name), so the tokens made of it are too.
+"""
+
+import glob
+import json
+import os
+import sys
+from collections.abc import Iterator
+from itertools import islice
+
+from mooshak.config.sections import Config, SourceConfig
+from mooshak.corpus.filters import clean
+from mooshak.errors import InputError
+
+
+def documents(source: SourceConfig, config: Config) -> Iterator[str]:
+    """The documents of a source, cleaned as `config.data` says, at most `source.documents`."""
+    return islice(clean(READERS[source.kind](source, config), config), source.documents)
+
+
+def input_state(source: SourceConfig) -> dict[str, int] | None:
+    """What shows a change of a source: number and bytes of its files, the version of the tales.
+
+    None where there is nothing to see.
+    """
+    if source.kind == "tales":
+        from mooshak.corpus.tales import version
+
+        return {"version": version()}
+    if source.kind not in ("text", "jsonl", "parquet"):
+        return None
+    files = _matches(source)
+    return {"files": len(files), "bytes": sum(map(os.path.getsize, files))} if files else None
+
+
+def _tales(source: SourceConfig, config: Config) -> Iterator[str]:
+    from mooshak.corpus.tales import documents as tale_documents
+
+    written = tale_documents(source.seed, source.documents or 1000, (source.language,))
+    return (text for _, text in written)
+
+
+def _text(source: SourceConfig, config: Config) -> Iterator[str]:
+    for name in _files(source):
+        with open(name, "rb") as file:
+            content = file.read()
+        try:
+            text = content.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise _not_text(source, name, f"byte {error.start}") from None
+        if "\0" in text:
+            raise _not_text(source, name, "a NUL byte")
+        yield text
+
+
+def _jsonl(source: SourceConfig, config: Config) -> Iterator[str]:
+    broken = 0
+    for name in _files(source):
+        with open(name, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if b"\0" in line:
+                    raise _not_text(source, name, f"a NUL byte in line {number}")
+                if not line.strip():
+                    continue
+                try:
+                    text = json.loads(line.decode("utf-8-sig"))[source.column]
+                    text.encode()  # Fails on a lone surrogate, which JSON can escape.
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                    broken += 1
+                    where = f"{name}, line {number}: {_reason(error, source.column)}"
+                    if broken > config.data.max_broken_lines:
+                        raise InputError(
+                            f"source {source.name}: {where}; {broken} broken lines are more than "
+                            f"data.max_broken_lines {config.data.max_broken_lines}: "
+                            "mend the file, or raise it"
+                        ) from None
+                    last = where
+                else:
+                    yield text
+    if broken:
+        print(f"source {source.name}: {broken} broken lines skipped, the last: {last}",
+              file=sys.stderr)  # fmt: skip
+
+
+def _reason(error: Exception, column: str) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return "not UTF-8"
+    if isinstance(error, UnicodeEncodeError):
+        return f"the field {column!r} has a lone surrogate"
+    if isinstance(error, KeyError):
+        return f"there is no field {column!r}"
+    if isinstance(error, ValueError):
+        return f"not JSON ({error})"
+    return f"not an object with a text field {column!r}"
+
+
+def _parquet(source: SourceConfig, config: Config) -> Iterator[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    for name in _files(source):
+        try:
+            with pyarrow.parquet.ParquetFile(name) as file:
+                schema = file.schema_arrow
+                if source.column not in schema.names:
+                    raise InputError(
+                        f"source {source.name}: {name} has no column {source.column!r}; "
+                        f"it has {', '.join(schema.names)}: set column"
+                    )
+                kind = schema.field(source.column).type
+                if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+                    raise InputError(
+                        f"source {source.name}: column {source.column!r} of {name} is {kind}, "
+                        "not text: set column"
+                    )
+                # One row group after the other, a slice of it at a time.
+                for batch in file.iter_batches(batch_size=1024, columns=[source.column]):
+                    yield from (text for text in batch.column(0).to_pylist() if text is not None)
+        except (pyarrow.ArrowInvalid, OSError, UnicodeDecodeError) as error:
+            raise InputError(
+                f"source {source.name}: {name} is not a whole Parquet file ({error}); "
+                "replace it, or set kind"
+            ) from error
+
+
+def _huggingface(source: SourceConfig, config: Config) -> Iterator[str]:
+    try:
+        import datasets
+    except ImportError:
+        raise InputError(
+            f"source {source.name}: kind huggingface needs the package `datasets`; "
+            "install it with `pip install 'mooshak[hf]'`"
+        ) from None
+
+    def load(**which: str | None) -> Iterator[dict]:
+        return datasets.load_dataset(source.path, split=source.split, streaming=True, **which)
+
+    try:
+        try:
+            examples = load(name=source.subset)
+        except ValueError:
+            # Not a configuration but a directory, such as verified/hin of ai4bharat/sangraha.
+            examples = load(data_dir=source.subset)
+        for example in examples:
+            if source.column not in example:
+                raise InputError(
+                    f"source {source.name}: {source.path} has no column {source.column!r}; "
+                    f"it has {', '.join(example)}: set column"
+                )
+            if isinstance(text := example[source.column], str):
+                yield text
+    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+        raise InputError(
+            f"source {source.name}: cannot read {source.path}, subset {source.subset}, split "
+            f"{source.split}, with `datasets`: {error}; check the names and the network"
+        ) from error
+
+
+READERS = {
+    "tales": _tales,
+    "text": _text,
+    "jsonl": _jsonl,
+    "parquet": _parquet,
+    "huggingface": _huggingface,
+}
+
+
+def _files(source: SourceConfig) -> list[str]:
+    """The source's files. Raises `InputError` when there are none, or all are empty."""
+    files = _matches(source)
+    if not files:
+        raise InputError(f"source {source.name}: no file matches {source.path}; set path")
+    if not any(map(os.path.getsize, files)):
+        raise InputError(f"source {source.name}: the files of {source.path} are empty; set path")
+    return files
+
+
+def _matches(source: SourceConfig) -> list[str]:
+    if os.path.isfile(source.path):
+        return [source.path]
+    return sorted(filter(os.path.isfile, glob.glob(source.path, recursive=True)))
+
+
+def _not_text(source: SourceConfig, name: str, what: str) -> InputError:
+    return InputError(
+        f"source {source.name}: {name} is not UTF-8 text ({what}); convert it or leave it out"
+    )

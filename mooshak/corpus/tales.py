@@ -1,0 +1,377 @@
+"""Short bilingual tales: the same tale in Hindi and in English, a pure function of (seed, index).
+
+A tale is a plot (`tale_plots.txt`) whose roles are filled with nouns, adjectives and names
+(`tale_words.txt`) and whose sentences are drawn from alternatives, the same ones in both languages.
+Hindi is inflected here: the oblique case before a postposition, the agreement of verbs and
+adjectives in gender and number; the plots say which word agrees with whom.
+
+    python -m mooshak.corpus.tales --seed 0 --count 3
+"""
+
+import argparse
+import hashlib
+import math
+import re
+import unicodedata
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import TypeVar
+
+from mooshak.errors import InputError, command
+
+T = TypeVar("T")
+
+LANGUAGES = ("hi", "en")
+SECTIONS = ("title", "opening", "wish", "obstacle", "help", "result", "moral")
+_PARAGRAPHS = (("opening", "wish"), ("obstacle", "help"), ("result",))
+_MORAL = {"hi": "सीख", "en": "Moral"}
+
+
+@dataclass(frozen=True)
+class Noun:
+    """A word of the tales: `tags` say which roles it can fill."""
+
+    english: str
+    hindi: str
+    masculine: bool
+    declines: bool
+    tags: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Actor:
+    """Who or what fills a role. `adjective` and `name` are (English, Hindi) or None."""
+
+    noun: Noun
+    adjective: tuple[str, str] | None
+    name: tuple[str, str] | None
+
+
+@dataclass(frozen=True)
+class Tale:
+    """One tale. `sections[section][language]` is its text; `cast` says who fills which role."""
+
+    plot: str
+    cast: Mapping[str, Actor]
+    sections: Mapping[str, Mapping[str, str]]
+
+    def text(self, language: str) -> str:
+        """Title, three paragraphs and the moral."""
+        paragraphs = (
+            " ".join(self.sections[section][language] for section in sections)
+            for sections in _PARAGRAPHS
+        )
+        moral = f"{_MORAL[language]}: {self.sections['moral'][language]}"
+        return "\n".join([self.sections["title"][language], "", *paragraphs, "", moral])
+
+
+def tale(seed: int, index: int, languages: Sequence[str] = LANGUAGES) -> Tale:
+    """The tale of this index: the same one whoever asks, in whatever order and languages."""
+    draw = _Draw(seed, index)
+    plot = draw.pick(plots())
+    cast = _cast(plot, draw)
+    phrases = {name: draw.pick(choices) for name, choices in _words().phrases.items()}
+    sections = {}
+    for section, beats in plot.sections.items():
+        pairs = [draw.pick(b.pairs) for b in beats if not (b.optional and draw.pick((True, False)))]
+        sections[section] = {
+            language: " ".join(_filled(pair, language, cast, phrases) for pair in pairs)
+            for language in languages
+        }
+    return Tale(plot.name, cast, sections)
+
+
+def documents(
+    seed: int, count: int, languages: Sequence[str] = LANGUAGES
+) -> Iterator[tuple[str, str]]:
+    """(language, text) of the tales 0 to `count` - 1, in each of the languages."""
+    for language in languages:
+        if language not in LANGUAGES:
+            raise InputError(f"there are no tales in {language!r}; they are in hi and en")
+    for index in range(count):
+        written = tale(seed, index, languages)
+        yield from ((language, written.text(language)) for language in languages)
+
+
+def version() -> int:
+    """A checksum of plots, words and code: another number, other tales."""
+    here = Path(__file__)
+    files = (here, here.with_name("tale_plots.txt"), here.with_name("tale_words.txt"))
+    return zlib.crc32(b"".join(file.read_bytes() for file in files))
+
+
+@dataclass(frozen=True)
+class Role:
+    """Which nouns and adjectives can fill a role, and whether it may have a name."""
+
+    nouns: tuple[Noun, ...]
+    adjectives: tuple[tuple[str, str], ...]
+    named: bool
+
+
+@dataclass(frozen=True)
+class Beat:
+    """One sentence or two: the pairs (Hindi, English) of templates, one of which is drawn."""
+
+    optional: bool
+    pairs: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Plot:
+    """The skeleton of a tale."""
+
+    name: str
+    roles: Mapping[str, Role]
+    sections: Mapping[str, tuple[Beat, ...]] = field(repr=False)
+
+    def variants(self) -> int:
+        """How many different casts and wordings there are (phrases such as "one day" left out)."""
+        casts = math.prod(len(r.nouns) * max(1, len(r.adjectives)) for r in self.roles.values())
+        beats = (beat for beats in self.sections.values() for beat in beats)
+        return casts * math.prod(len(beat.pairs) + beat.optional for beat in beats)
+
+
+class _Draw:
+    """Choices from the bits of a hash: no generator's stream that a Python release could change."""
+
+    def __init__(self, seed: int, index: int) -> None:
+        self.bits = int.from_bytes(hashlib.shake_256(f"tale {seed} {index}".encode()).digest(96))
+
+    def pick(self, choices: Sequence[T]) -> T:
+        self.bits, i = divmod(self.bits, len(choices))
+        return choices[i]
+
+
+def _cast(plot: Plot, draw: _Draw) -> dict[str, Actor]:
+    cast: dict[str, Actor] = {}
+    for letter, role in plot.roles.items():
+        taken = {actor.noun for actor in cast.values()}
+        noun = draw.pick([noun for noun in role.nouns if noun not in taken])
+        adjective = draw.pick(role.adjectives) if role.adjectives else None
+        name = None
+        if role.named and draw.pick((True, True, False)):
+            name = draw.pick(_words().names["m" if noun.masculine else "f"])
+        cast[letter] = Actor(noun, adjective, name)
+    return cast
+
+
+# Templates: `{a}`, `{a.case}`, `{a:agreeing}`, `{a/agreeing in the oblique}`, `{a+b:m|f}`, `{day}`.
+_SLOT = re.compile(r"\{(\w+)(?:\+(\w+))?(?:([.:/])([^{}]*))?\}")
+_POSTPOSITION = re.compile(
+    r"\{(\w)(\.a|\.bare)?\}(?= (?:ने|को|से|का|की|के|में|पर|तक)(?![\u0900-\u097f]))"
+)
+_JOINED = re.compile(r"\{(\w)(\.a|\.bare)?\}(?= और \{\w\.\w*o\})")  # "and" carries the case over.
+_SENTENCE_START = re.compile(r"(?:^|(?<=[.!?] )|(?<=[.!?]” )|(?<=“))[a-z]")
+
+
+def _filled(
+    pair: tuple[str, str],
+    language: str,
+    cast: Mapping[str, Actor],
+    phrases: Mapping[str, tuple[str, str]],
+) -> str:
+    """The sentence of a pair (Hindi, English) of templates, its slots filled."""
+    hindi = language == "hi"
+
+    def fill(slot: re.Match) -> str:
+        who, other, kind, rest = slot.groups()
+        if who not in cast:
+            return phrases[who][1 if hindi else 0]
+        if kind not in (":", "/"):
+            return (_hindi_noun if hindi else _english_noun)(cast[who], rest)
+        masculine = cast[who].noun.masculine or bool(other and cast[other].noun.masculine)
+        first, *second = rest.split("|")
+        if masculine:
+            return _agree(first, _OBLIQUE) if kind == "/" else first
+        return second[0] if second else _agree(first, _FEMININE)
+
+    if hindi:
+        return _SLOT.sub(fill, pair[0])
+    return _SENTENCE_START.sub(lambda letter: letter[0].upper(), _SLOT.sub(fill, pair[1]))
+
+
+def _hindi_noun(actor: Actor, case: str | None) -> str:
+    """`case`: None direct, "o" oblique, "a" and "ao" with article, "bare" and "bareo" no name."""
+    case = case or ""
+    oblique, full = case.endswith("o"), case.startswith("a")
+    if actor.name and not case.startswith(("a", "bare")):
+        return actor.name[1]
+    noun = actor.noun
+    word = noun.hindi
+    if oblique and noun.masculine and noun.declines:
+        word = _agree(word.replace(" का ", " के "), _OBLIQUE, only_last=True)
+    if not full:
+        return word
+    endings = () if noun.masculine and not oblique else _OBLIQUE if noun.masculine else _FEMININE
+    adjective = f"{_agree(actor.adjective[1], endings)} " if actor.adjective else ""
+    of = f"{actor.name[1]} नाम {_agree('का', endings)} " if actor.name else ""
+    return f"{of}एक {adjective}{word}"
+
+
+# Endings of words that agree, the first that fits: masculine direct -> feminine, -> oblique.
+_FEMININE = (("िया", "ी"), ("या", "ई"), ("आ", "ई"), ("ा", "ी"))
+_OBLIQUE = (("आ", "ए"), ("या", "ये"), ("ा", "े"))
+
+
+def _agree(phrase: str, endings: Sequence[tuple[str, str]], only_last: bool = False) -> str:
+    """Every part of `phrase` (or the last) with its masculine ending replaced."""
+    parts = re.split(r"([ -])", phrase)
+    for i in range(len(parts) - 1 if only_last else 0, len(parts)):
+        for old, new in endings:
+            if parts[i].endswith(old):
+                parts[i] = parts[i].removesuffix(old) + new
+                break
+    return "".join(parts)
+
+
+def _english_noun(actor: Actor, case: str | None) -> str:
+    """`case`: None definite, "a" with article, adjective and name, "bare", or a pronoun."""
+    if case in _PRONOUNS:
+        return _PRONOUNS[case][0 if actor.noun.masculine else 1]
+    if case == "bare":
+        return actor.noun.english
+    if case == "a":
+        phrase = f"{actor.adjective[0]} " if actor.adjective else ""
+        phrase += actor.noun.english
+        article = "an" if phrase.startswith((*"aeiou", "honest")) else "a"
+        return f"{article} {phrase}" + (f" named {actor.name[0]}" if actor.name else "")
+    return actor.name[0] if actor.name else f"the {actor.noun.english}"
+
+
+# Only those who live are spoken of by a pronoun.
+_PRONOUNS = {
+    "he": ("he", "she"),
+    "him": ("him", "her"),
+    "his": ("his", "her"),
+    "himself": ("himself", "herself"),
+}
+
+
+@dataclass(frozen=True)
+class _Words:
+    nouns: tuple[Noun, ...]
+    adjectives: Mapping[str, tuple[tuple[str, str], ...]]
+    names: Mapping[str, tuple[tuple[str, str], ...]]
+    phrases: Mapping[str, tuple[tuple[str, str], ...]]
+
+
+def _read(name: str) -> list[str]:
+    """The lines of a data file in NFC, comments left out."""
+    text = Path(__file__).with_name(name).read_text("utf-8")
+    return [x.rstrip() for x in unicodedata.normalize("NFC", text).splitlines() if x[:1] != "#"]
+
+
+@cache
+def _words() -> _Words:
+    sections: dict[str, list[str]] = {}
+    for line in filter(None, _read("tale_words.txt")):
+        if line.startswith("["):
+            sections[line.strip("[]")] = lines = []
+        else:
+            lines.append(line)
+    nouns = []
+    for line in sections["nouns"]:
+        english, hindi, gender, tags = (part.strip() for part in line.split("|"))
+        masculine = gender.startswith("m")
+        nouns.append(Noun(english, hindi, masculine, "inv" not in gender, frozenset(tags.split())))
+    return _Words(
+        tuple(nouns),
+        dict(_group(line, ",", " ") for line in sections["adjectives"]),
+        {sex: _pairs(sections[f"names {sex}"][0], ",", " ") for sex in "mf"},
+        dict(_group(line, ";", "=") for line in sections["phrases"]),
+    )
+
+
+def _group(line: str, between: str, within: str) -> tuple[str, tuple[tuple[str, str], ...]]:
+    name, _, rest = line.partition(":")
+    return name, _pairs(rest, between, within)
+
+
+def _pairs(text: str, between: str, within: str) -> tuple[tuple[str, str], ...]:
+    split = (part.strip().split(within, 1) for part in text.split(between))
+    return tuple((english.strip(), hindi.strip()) for english, hindi in split)
+
+
+_Snippet = tuple[list[str], tuple[tuple[str, str], ...]]
+
+
+@cache
+def plots() -> tuple[Plot, ...]:
+    """All plots, in the order of `tale_plots.txt`."""
+    snippets: dict[str, _Snippet] = {}
+    found = []
+    for block in "\n".join(_read("tale_plots.txt")).split("\n== ")[1:]:
+        head, _, body = block.partition("\n")
+        name, *roles = head.split()
+        if name.startswith("&"):
+            snippets[name] = roles, _beat(body.strip().splitlines()).pairs
+            continue
+        sections = {}
+        for part in re.split(r"^-- ", body, flags=re.MULTILINE)[1:]:
+            section, _, lines = part.partition("\n")
+            beats = re.sub(r"^(\??&.*)$", r"\n\1\n", lines, flags=re.MULTILINE).strip()
+            sections[section] = tuple(
+                _called(beat, snippets) if "&" in beat[:2] else _beat(beat.splitlines())
+                for beat in re.split(r"\n\n+", beats)
+            )
+        cast = dict(_role(role) for role in roles)
+        found.append(Plot(name, cast, {section: sections[section] for section in SECTIONS}))
+    return tuple(found)
+
+
+def _role(text: str) -> tuple[str, Role]:
+    letter, _, what = text.rstrip("!").partition("=")
+    tags, _, adjectives = what.partition("/")
+    wanted = {tag.replace("_", " ") for tag in tags.split("|")}
+    nouns = tuple(n for n in _words().nouns if n.tags & wanted or n.english in wanted)
+    choices = _words().adjectives[adjectives] if adjectives else ()
+    return letter, Role(nouns, choices, text.endswith("!"))
+
+
+def _beat(lines: list[str]) -> Beat:
+    optional = lines[0] == "?"
+    lines = lines[optional:]
+    hindi = [_JOINED.sub(_oblique, _POSTPOSITION.sub(_oblique, line)) for line in lines[::2]]
+    return Beat(optional, tuple(zip(hindi, lines[1::2], strict=True)))
+
+
+def _oblique(slot: re.Match) -> str:
+    return f"{{{slot[1]}.{(slot[2] or '.')[1:]}o}}"
+
+
+def _called(call: str, snippets: Mapping[str, _Snippet]) -> Beat:
+    """The beat of a snippet, its roles renamed to those of the call."""
+    name, *roles = call.lstrip("?").split()
+    letters, pairs = snippets[name]
+    rename = dict(zip(letters, roles, strict=True))
+
+    def renamed(text: str) -> str:
+        return re.sub(r"(?<=[{+])[A-Z]\b", lambda letter: rename[letter[0]], text)
+
+    return Beat(
+        call[0] == "?", tuple((renamed(hindi), renamed(english)) for hindi, english in pairs)
+    )
+
+
+@command
+def main() -> None:
+    """Print tales in both languages."""
+    parser = argparse.ArgumentParser(prog="mooshak.corpus.tales", description=main.__doc__)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the tales")
+    parser.add_argument("--start", type=int, default=0, help="index of the first")
+    parser.add_argument("--count", type=int, default=1, help="how many")
+    parser.add_argument("--language", choices=LANGUAGES, help="one language only")
+    args = parser.parse_args()
+    languages = (args.language,) if args.language else LANGUAGES
+    for index in range(args.start, args.start + args.count):
+        written = tale(args.seed, index, languages)
+        for language in languages:
+            print(written.text(language), end="\n\n\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""Bits per byte, and the unigram coder that a model has to beat."""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jsonargparse
+import numpy as np
+from rich.table import Table
+
+from mooshak.checkpoints import formats, resume
+from mooshak.config.model import ModelConfig
+from mooshak.config.parse import config_parser, parse_config
+from mooshak.config.sections import Config
+from mooshak.errors import InputError
+from mooshak.tables import print_table
+
+Scores = dict[str, dict[str, float]]
+"""Language -> bits_per_byte, unigram_bits_per_byte, ratio of these, loss, tokens, bytes."""
+
+
+def options(description: str) -> tuple[Config, jsonargparse.Namespace]:
+    """What both `evaluate` commands are called with: the configuration, `source` and `json`.
+
+    Without `--config` it is the configuration of the run that the checkpoint is part of.
+    """
+    parser = config_parser(description)
+    parser.add_argument("source", type=Path, help="a checkpoint of any kind")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, not a table")
+    config, arguments = parse_config(parser, find_config=_config_of_run)
+    if config.data.validation_fraction == 0:
+        raise InputError("data.validation_fraction is 0: no text is held out to evaluate on")
+    return config, arguments
+
+
+def _config_of_run(arguments: jsonargparse.Namespace) -> Path:
+    """`RUN/config.yaml` of the checkpoint `RUN/checkpoints/STEP`."""
+    formats.detect_format(arguments.source)
+    path: Path = arguments.source.absolute().parent.parent / "config.yaml"
+    if not path.is_file():
+        raise InputError(f"{arguments.source} is not part of a run; name its --config")
+    return path
+
+
+def compare(
+    evaluate: Callable[[np.ndarray], float], model: ModelConfig, config: Config, checkpoint: Path
+) -> Scores:
+    """The model's code length of the held-out text beside that of a unigram coder of its tokens.
+
+    `evaluate` gives the summed cross entropy in nats of sequences [N, T + 1]; `model` is what the
+    checkpoint says it is. Raises `InputError` if it is not the configuration's.
+    """
+    from mooshak.data.batches import validation_sequences
+    from mooshak.data.shards import load_or_prepare_shards
+
+    resume.check_model(checkpoint, model, config)
+    tokenizer, _ = load_or_prepare_shards(config)
+    token_bytes_V = tokenizer.token_bytes()
+    scores: Scores = {}
+    for language, sequences_NT in validation_sequences(config).items():
+        nats = evaluate(sequences_NT)
+        unigram = unigram_nats(token_counts(config, language), sequences_NT)
+        n_tokens = sequences_NT[:, 1:].size
+        scores[language] = {
+            "bits_per_byte": bits_per_byte(nats, sequences_NT, token_bytes_V),
+            "unigram_bits_per_byte": bits_per_byte(unigram, sequences_NT, token_bytes_V),
+            "ratio": unigram / nats,
+            "loss": nats / n_tokens,
+            "tokens": n_tokens,
+            "bytes": text_bytes(sequences_NT, token_bytes_V),
+        }
+    return scores
+
+
+def report(scores: Scores, as_json: bool) -> None:
+    """Print the scores as one JSON object, or as a table."""
+    if as_json:
+        print(json.dumps(scores))
+        return
+    table = Table(title="held-out text")
+    table.add_column("language")
+    for column in ("tokens", "loss", "bits per byte", "of the unigram coder", "ratio"):
+        table.add_column(column, justify="right")
+    for language, score in scores.items():
+        table.add_row(
+            language,
+            f"{score['tokens']:,}",
+            f"{score['loss']:.4f}",
+            f"{score['bits_per_byte']:.4f}",
+            f"{score['unigram_bits_per_byte']:.4f}",
+            f"{score['ratio']:.2f}",
+        )
+    print_table(table, width=100)
+
+
+def token_counts(config: Config, language: str) -> np.ndarray:
+    """How often each token stands in the training text of a language, int64 [vocab_size]."""
+    from mooshak.data.shards import TokenShards
+
+    counts_V = np.zeros(config.model.vocab_size, np.int64)
+    for source in config.data.sources:
+        if source.language == language:
+            tokens = TokenShards(Path(config.data.dir) / source.name, "train")
+            for start in range(0, len(tokens), 2**20):
+                part = tokens.window(start, min(2**20, len(tokens) - start))
+                counts_V += np.bincount(part, minlength=len(counts_V))
+    return counts_V
+
+
+def validation_metrics(
+    evaluate: Callable[[np.ndarray], float],
+    validation: Mapping[str, np.ndarray],
+    token_bytes_V: np.ndarray,
+) -> dict[str, float]:
+    """`validation_loss` per token over all languages, and `bits_per_byte_{language}` of each.
+
+    `evaluate` gives the summed cross entropy in nats of sequences [N, T + 1].
+    """
+    nats = {language: evaluate(sequences) for language, sequences in validation.items()}
+    n_tokens = sum(sequences[:, 1:].size for sequences in validation.values())
+    return {
+        "validation_loss": sum(nats.values()) / n_tokens,
+        **{
+            f"bits_per_byte_{language}": bits_per_byte(nats[language], sequences, token_bytes_V)
+            for language, sequences in validation.items()
+        },
+    }
+
+
+def bits_per_byte(nats: float, sequences_NT: np.ndarray, token_bytes_V: np.ndarray) -> float:
+    """Code length of all tokens but the first of each sequence, in bits per byte of their text.
+
+    `nats` is their summed cross entropy. Comparable between tokenizers, as loss per token is not.
+    """
+    return nats / math.log(2) / text_bytes(sequences_NT, token_bytes_V)
+
+
+def text_bytes(sequences_NT: np.ndarray, token_bytes_V: np.ndarray) -> int:
+    """Bytes of text of all tokens but the first of each sequence."""
+    return int(token_bytes_V[sequences_NT[:, 1:]].sum(dtype=np.int64))
+
+
+def unigram_nats(counts_V: np.ndarray, sequences_NT: np.ndarray) -> float:
+    """Cross entropy in nats of the same tokens under the training text's token frequencies.
+
+    `counts_V` are the counts of the tokens in training; one is added to each (Laplace).
+    """
+    log_p_V = np.log(counts_V + 1.0) - math.log(counts_V.sum() + len(counts_V))
+    return float(-log_p_V[sequences_NT[:, 1:]].sum())

@@ -1,0 +1,1 @@
+"""Text generation shared by both frameworks."""

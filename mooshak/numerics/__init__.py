@@ -1,0 +1,1 @@
+"""Numbers that both frameworks must agree on, computed once in NumPy."""

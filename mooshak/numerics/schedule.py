@@ -1,0 +1,32 @@
+"""The learning rate of a step, computed once for both frameworks in float64."""
+
+import math
+
+from mooshak.config.sections import Config
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """Learning rate of optimizer step `step` (0 is the first).
+
+    Linear warm-up to the peak, then cosine (arXiv:1608.03983), constant, or warm-up-stable-decay
+    (arXiv:2404.06395) with a linear decay, down to `min_lr_ratio` of the peak.
+    """
+    schedule, peak = config.schedule, config.optimizer.learning_rate
+    assert schedule.total_steps is not None
+    if step < schedule.warmup_steps:
+        return peak * (step + 1) / schedule.warmup_steps
+    start = schedule.warmup_steps
+    if schedule.kind == "wsd":
+        start = max(start, round(schedule.total_steps * (1 - schedule.decay_fraction)))
+    done = min(max(step - start, 0) / max(schedule.total_steps - start, 1), 1.0)
+    remaining = {
+        "cosine": (1 + math.cos(math.pi * done)) / 2,
+        "wsd": 1 - done,
+        "constant": 1.0,
+    }[schedule.kind]
+    return peak * (schedule.min_lr_ratio + (1 - schedule.min_lr_ratio) * remaining)
+
+
+def has_weight_decay(name: str) -> bool:
+    """Whether weight decay applies to a parameter: to matrices, not to gains of norms or biases."""
+    return not name.endswith(("norm.weight", ".bias"))

@@ -1,0 +1,228 @@
+"""What a training step needs and how long it takes at least, on machines that need not be here.
+
+The planners of both frameworks measure what their step holds and moves; this file has what is the
+same for both: the arithmetic of time, and how a plan is written down.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from rich.table import Table
+
+from mooshak.config.sections import Config
+from mooshak.hardware import Device
+from mooshak.tables import print_table
+
+BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+"""Of a number in the compute dtype."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to lay a training step on a machine. Bytes are of the fullest device."""
+
+    machine: str
+    """How many of which devices."""
+    layout: str
+    """The mesh or strategy."""
+    device: Device
+    n_devices: int
+    memory: dict[str, int]
+    """What is held in the device's memory at the step's peak: part -> bytes."""
+    capacity: int
+    """Bytes that a program may use there."""
+    moved: dict[str, int] | None
+    """Collective -> bytes that a device sends in a step; None where the step was refused."""
+    flops: int
+    """FLOPs of the model for one step, over all devices."""
+    times: dict[str, float] = field(default_factory=dict)
+    """Resource (compute, HBM, links) -> seconds of a step at its full speed."""
+
+    @property
+    def total(self) -> int:
+        """Bytes of the device's memory at the peak."""
+        return sum(self.memory.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether a device can hold that."""
+        return self.moved is not None and self.total <= self.capacity
+
+    @property
+    def seconds(self) -> float:
+        """Shortest time of a step: what takes longest, all else going on beside it."""
+        return max(self.times.values(), default=float("inf"))
+
+    @property
+    def bound(self) -> str | None:
+        """The resource that takes longest."""
+        return max(self.times, key=lambda name: self.times[name]) if self.times else None
+
+    @property
+    def mfu(self) -> float:
+        """Highest share of the peak FLOP/s that the model's FLOPs can reach (arXiv:2204.02311)."""
+        return self.flops / self.n_devices / self.device.flops / self.seconds
+
+    def to_json(self) -> dict[str, object]:
+        """The plan as an object; times in seconds."""
+        return {
+            "machine": self.machine,
+            "layout": self.layout,
+            "devices": self.n_devices,
+            "fits": self.fits,
+            "bytes_per_device": self.total,
+            "memory": self.memory,
+            "capacity": self.capacity,
+            "bytes_moved_per_step": None if self.moved is None else sum(self.moved.values()),
+            "collectives": self.moved,
+            "flops_per_step": self.flops,
+            "seconds": self.times,
+            "bound": self.bound,
+            "mfu_ceiling": self.mfu,
+            "hardware": asdict(self.device),
+        }
+
+
+def executed_flops(config: Config) -> int:
+    """FLOPs of a step with what `train.remat` computes again, over all devices.
+
+    `full` goes through the layers once more, `dots` through the attention (4 T per head and width).
+    """
+    model, train = config.model, config.train
+    tokens = config.T * train.batch_size
+    attention = 4 * model.n_layers * model.n_heads * model.K * config.T
+    matrices = sum(
+        2 * shape[0] * shape[1]
+        for name, shape in model.parameter_shapes().items()
+        if name.startswith("layers.") and len(shape) == 2
+    )
+    again = {"none": 0, "dots": attention, "full": attention + matrices}[train.remat]
+    return tokens * (model.flops_per_token(config.T) + again)
+
+
+def memory_traffic(config: Config, rows: int, cut: int, tensor: int) -> int:
+    """Bytes that a device reads and writes in its memory in a step, at least.
+
+    Every product of matrices reads its operands and writes its result: forward, the gradients of
+    both operands, and forward again with remat full. AdamW reads and writes parameters, gradients
+    and both moments. Everything else is taken to be fused into these.
+
+    `rows` sequences are the device's, in `train.gradient_accumulation_steps` micro-batches; it
+    holds one `cut`-th of the parameters, and multiplies by one `tensor`-th of each matrix.
+    """
+    train, model = config.train, config.model
+    width, tokens = BYTES[train.dtype], rows * config.T
+    total = 0
+    for name, shape in model.parameter_shapes().items():
+        if len(shape) == 2 and name != "embeddings.weight":
+            products = 4 if train.remat == "full" and name.startswith("layers.") else 3
+            weights = shape[0] * shape[1] // tensor * train.gradient_accumulation_steps
+            edges = tokens * (shape[0] + shape[1])
+            total += products * width * (weights + edges // tensor)
+    wide = 8 if train.dtype == "float64" else 4
+    return total + 8 * wide * model.parameter_count() // cut
+
+
+def step_times(
+    config: Config, device: Device, n_devices: int, traffic: int, links: float
+) -> dict[str, float]:
+    """Seconds of a step's FLOPs, memory traffic (bytes), and links (seconds already)."""
+    return {
+        "compute": executed_flops(config) / n_devices / device.flops,
+        "HBM": traffic / device.memory_bandwidth,
+        "ICI" if device.torus else "network": links,
+    }
+
+
+def print_plan(plan: Plan, config: Config) -> None:
+    """A plan for people: does it fit, what fills the memory, what is moved, what bounds it."""
+    verdict = "fits" if plan.fits else "does not fit"
+    print(f"{plan.machine}, {plan.layout}: {verdict}, {_gb(plan.total)} of {_gb(plan.capacity)}")
+    train = config.train
+    print(
+        f"{config.model.parameter_count():,} parameters, {train.batch_size} sequences of {config.T}"
+        f" tokens, {train.dtype}, remat {train.remat}, gradient accumulation "
+        f"{train.gradient_accumulation_steps}"
+    )
+    table = Table("per device", "what", "bytes")
+    for name, size in plan.memory.items():
+        table.add_row("memory", name, _gb(size))
+    for name, size in (plan.moved or {}).items():
+        table.add_row("sent in a step", name, _gb(size))
+    print_table(table)
+    if plan.times:
+        table = Table("a step's", "amount", "at most per second and device", "seconds, at least")
+        figures = {
+            "compute": (f"{executed_flops(config):.4g} FLOP", f"{plan.device.flops:.4g} FLOP"),
+            "HBM": ("operands, results, AdamW", _gb(plan.device.memory_bandwidth)),
+        }
+        links = (
+            f"{_gb(plan.device.link)} a link"
+            if plan.device.torus
+            else (f"{_gb(plan.device.link)} in a node, {_gb(plan.device.network)} between")
+        )
+        for name, seconds in plan.times.items():
+            amount, speed = figures.get(name, ("the above", links))
+            table.add_row(name, amount, speed, f"{seconds:.4f}")
+        print_table(table)
+        print(f"bound by {plan.bound}; MFU at most {plan.mfu:.0%} of {plan.flops:.4g} FLOP a step")
+    print(f"figures of the device: {plan.device.source}")
+
+
+def print_sweep(plans: Sequence[Plan], plot: Path) -> None:
+    """Plans beside each other, best first, as a table and as a picture."""
+    table = Table("", "layout", "fits", "per device", "sent in a step", "bound by", "MFU at most")
+    for place, plan in enumerate(plans, 1):
+        moved = "" if plan.moved is None else _gb(sum(plan.moved.values()))
+        mfu = f"{plan.mfu:.0%}" if plan.times else ""
+        fits = "yes" if plan.fits else "no"
+        row = (str(place), plan.layout, fits, _gb(plan.total), moved, plan.bound or "", mfu)
+        table.add_row(*row)
+    print_table(table)
+    draw(plans, plot)
+    print(f"drawn in {plot}")
+
+
+def ranked(plans: Sequence[Plan]) -> list[Plan]:
+    """What fits first; of that, the shortest step; of equals, what leaves most memory."""
+    return sorted(plans, key=lambda plan: (not plan.fits, round(plan.seconds, 4), plan.total))
+
+
+def draw(plans: Sequence[Plan], path: Path) -> None:
+    """Memory of every plan by part, with the capacity, beside its times by resource."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 1.2 + 0.4 * len(plans)), layout="constrained")
+    memory, times = figure.subplots(1, 2, sharey=True)
+    labels = [plan.layout for plan in plans]
+    parts = list(dict.fromkeys(part for plan in plans for part in plan.memory))
+    left = [0.0] * len(plans)
+    for part in parts:
+        sizes = [plan.memory.get(part, 0) / 1e9 for plan in plans]
+        memory.barh(labels, sizes, left=left, label=part)
+        left = [a + b for a, b in zip(left, sizes, strict=True)]
+    memory.axvline(plans[0].capacity / 1e9, color="black", linestyle="--", label="capacity")
+    memory.set_xlabel("GB per device")
+    memory.invert_yaxis()
+    memory.legend(fontsize="small")
+    resources = list(dict.fromkeys(name for plan in plans for name in plan.times))
+    for shift, name in enumerate(resources):
+        rows = [i + 0.25 * (shift - 1) for i in range(len(plans))]
+        times.barh(rows, [plan.times.get(name, 0) for plan in plans], height=0.25, label=name)
+    times.set_xlabel("seconds of a step, at least")
+    if resources:
+        times.legend(fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def print_json(plans: Sequence[Plan], sweep: bool) -> None:
+    """One object: the plan, or `{"plans": [...]}` with the best first."""
+    objects = [plan.to_json() for plan in plans]
+    print(json.dumps({"plans": objects} if sweep else objects[0], indent=2))
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:,.3f} GB"

@@ -1,0 +1,61 @@
+"""The interface of every tokenizer, whatever library reads its file."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from mooshak.errors import InputError
+
+
+class Tokenizer(Protocol):
+    """A map between text and token ids."""
+
+    path: Path
+    fingerprint: str
+    """SHA-256 of the file."""
+    vocab_size: int
+    """One more than the largest token id."""
+    padded_vocab_size: int
+    """`vocab_size`, rounded up to a multiple of 64: rows of the embedding."""
+    bos_id: int
+    eos_id: int
+    pad_id: int
+
+    def id_of(self, piece: str) -> int:
+        """Return the id of a token, such as `<|user|>`. Raises `InputError` if there is none."""
+        ...
+
+    def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
+        """Return the token ids of a text, with BOS before it and EOS after it if asked for."""
+        ...
+
+    def encode_batch(self, texts: list[str], threads: int = 1) -> list[list[int]]:
+        """Return the token ids of many texts, encoded in parallel."""
+        ...
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Return the text of token ids; special tokens have no text."""
+        ...
+
+    def pieces(self) -> list[str]:
+        """Return the tokens by id, as the file spells them."""
+        ...
+
+    def texts(self) -> list[str]:
+        """Return the text of each token; empty for special tokens and single bytes."""
+        ...
+
+    def token_bytes(self) -> np.ndarray:
+        """Return the UTF-8 bytes that each id stands for, int32 [padded_vocab_size]."""
+        ...
+
+
+def check_found(found: int, wanted: int, before: int) -> None:
+    """Raises `InputError` where the text gives fewer new pieces than an extension wants."""
+    if found < wanted - before:
+        raise InputError(
+            f"the sources have {found} new pieces for {wanted - before} places; lower "
+            f"tokenizer.vocab_size to {before + found}, or add text"
+        )

@@ -1,0 +1,146 @@
+"""A `tokenizer.json` of Hugging Face, with the face of our own tokenizer.
+
+Llama 3, Qwen and SmolLM come with such a file and no SentencePiece model. It is used by the library
+that wrote it, `tokenizers`: what it adds to a text (its first token) it adds here too.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mooshak.errors import InputError
+from mooshak.files import read_object
+from mooshak.tokenizer.base import check_found
+
+
+class HFTokenizer:
+    """Text to token ids and back by a `tokenizer.json`; its specials from the files beside it."""
+
+    def __init__(self, path: str | Path) -> None:
+        try:
+            import tokenizers
+        except ImportError:
+            raise InputError(
+                "a tokenizer.json needs the library tokenizers; pip install 'mooshak[hf]'"
+            ) from None
+        self.path = Path(path)
+        try:
+            text = self.path.read_bytes()
+        except OSError as error:
+            raise InputError(f"tokenizer {path} cannot be read: {error.strerror}") from error
+        self.fingerprint = hashlib.sha256(text).hexdigest()
+        try:
+            self._fast = tokenizers.Tokenizer.from_str(text.decode())
+        except Exception as error:  # The library raises no other kind.
+            raise InputError(f"tokenizer {path} is not a tokenizer.json: {error}") from error
+        self._decoder = str(json.loads(text).get("decoder"))
+        # Ids may have gaps.
+        self.vocab_size = 1 + max(self._fast.get_vocab().values(), default=-1)
+        self.padded_vocab_size = -(-self.vocab_size // 64) * 64
+        end = self._special("eos")
+        if end is None:
+            raise InputError(f"no file beside tokenizer {path} names its eos_token")
+        begin, pad = self._special("bos"), self._special("pad")
+        self.eos_id = end
+        # Without a token of its own, a document begins after the end of the one before it.
+        self.bos_id = end if begin is None else begin
+        self.pad_id = end if pad is None else pad
+
+    def _special(self, name: str) -> int | None:
+        """The id of a special token, from `tokenizer_config.json` or `config.json`."""
+        for file in ("tokenizer_config.json", "generation_config.json", "config.json"):
+            values = read_object(self.path.parent / file)
+            token = values.get(f"{name}_token")
+            token = token.get("content") if isinstance(token, dict) else token
+            if token is not None and (id := self._fast.token_to_id(token)) is not None:
+                return int(id)
+            ids = values.get(f"{name}_token_id")
+            if (id := ids[0] if isinstance(ids, list) else ids) is not None:
+                return int(id)
+        return None
+
+    def id_of(self, piece: str) -> int:
+        id = self._fast.token_to_id(piece)
+        if id is None:
+            raise InputError(f"tokenizer {self.path} has no piece {piece}")
+        return int(id)
+
+    def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
+        """Token ids of a text; with `bos`, and what the file puts around a text by itself."""
+        ids = list(self._fast.encode(text, add_special_tokens=bos).ids)
+        return ids + [self.eos_id] * eos
+
+    def encode_batch(self, texts: list[str], threads: int = 1) -> list[list[int]]:
+        encoded = self._fast.encode_batch(texts, add_special_tokens=False)
+        return [list(one.ids) for one in encoded]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        known = [int(id) for id in ids if int(id) < self.vocab_size]
+        return str(self._fast.decode(known, skip_special_tokens=True))
+
+    def pieces(self) -> list[str]:
+        """The pieces by id, as the file writes them; an id that has none is empty."""
+        by_id = {id: piece for piece, id in self._fast.get_vocab().items()}
+        return [by_id.get(id, "") for id in range(self.vocab_size)]
+
+    def parts(self, piece: str) -> list[int]:
+        """Ids of what another tokenizer's piece is written with within a text."""
+        return [int(token.id) for token in self._fast.model.tokenize(piece)]
+
+    def with_new_pieces(self, lines: Iterator[str], wanted: int) -> str:
+        """The file with `wanted` pieces: behind its own, those that it would learn from `lines`.
+
+        Raises `InputError` where it is no byte-level BPE, or the text has not as many.
+        """
+        from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+        values = json.loads(self._fast.to_str())
+        model = values["model"]
+        if model["type"] != "BPE" or "ByteLevel" not in self._decoder:
+            raise InputError(
+                f"{self.path} is no BPE of bytes; such a one, or a SentencePiece model "
+                "(tokenizer.model), can be extended"
+            )
+        learner = Tokenizer(models.BPE())
+        learner.normalizer = self._fast.normalizer
+        learner.pre_tokenizer = self._fast.pre_tokenizer
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        learner.train_from_iterator(
+            lines,
+            trainers.BpeTrainer(vocab_size=wanted, initial_alphabet=alphabet, show_progress=False),
+        )
+        vocabulary, taken = model["vocab"], self._fast.get_vocab()
+        found: list[list[str]] = []
+        for a, b in json.loads(learner.to_str())["model"]["merges"]:
+            # Merges come by rank: what a piece is merged from stands before it.
+            if a + b not in taken and a in vocabulary and b in vocabulary:
+                vocabulary[a + b] = taken[a + b] = self.vocab_size + len(found)
+                found.append([a, b])
+                if len(found) == wanted - self.vocab_size:
+                    break
+        check_found(len(found), wanted, self.vocab_size)
+        model["merges"] += found
+        return json.dumps(values, ensure_ascii=False)
+
+    def texts(self) -> list[str]:
+        """The text that each piece stands for; none of specials, and of bytes that are no text."""
+        specials = {id for id, t in self._fast.get_added_tokens_decoder().items() if t.special}
+        return ["" if id in specials else self._fast.decode([id]) for id in range(self.vocab_size)]
+
+    def token_bytes(self) -> np.ndarray:
+        """Bytes of text that each id stands for, int32 [padded_vocab_size]; specials have none."""
+        specials = {id for id, t in self._fast.get_added_tokens_decoder().items() if t.special}
+        result = np.zeros(self.padded_vocab_size, np.int32)
+        for piece, id in self._fast.get_vocab().items():
+            if id in specials:
+                continue
+            if "ByteLevel" in self._decoder:
+                result[id] = len(piece)  # A character of a piece is a byte of the text.
+            elif len(piece) == 6 and piece.startswith("<0x"):
+                result[id] = 1
+            else:
+                result[id] = len(piece.replace("\u2581", " ").encode())
+        return result

@@ -1,0 +1,15 @@
+"""Open a tokenizer file of any supported kind."""
+
+from pathlib import Path
+
+from mooshak.tokenizer.base import Tokenizer
+from mooshak.tokenizer.sentencepiece import SentencePieceTokenizer
+
+
+def open_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer in a file: a SentencePiece model, or a `tokenizer.json` of Hugging Face."""
+    if Path(path).suffix == ".json":
+        from mooshak.tokenizer.hf_tokenizer import HFTokenizer
+
+        return HFTokenizer(path)
+    return SentencePieceTokenizer(path)

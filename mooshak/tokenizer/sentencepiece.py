@@ -1,0 +1,170 @@
+"""The tokenizer: text to token ids and back, without loss, for every Unicode string.
+
+A SentencePiece BPE model (arXiv:1808.06226) without normalisation, dummy prefix or whitespace
+clean-up; characters without a piece become their UTF-8 bytes. So `decode(encode(text)) == text`,
+which the models published for Hindi do not give: NFKC changes Devanagari. The specials and the
+chat markers are control symbols: no text encodes to them.
+
+    python -m mooshak.tokenizer train  --config configs/demo.yaml
+    python -m mooshak.tokenizer extend --init.from LLAMA --config C --tokenizer.path new.model
+    python -m mooshak.tokenizer encode --config configs/demo.yaml "नमस्ते दुनिया"
+    python -m mooshak.tokenizer decode --tokenizer.path tokenizer.model 1 302 17
+    python -m mooshak.tokenizer report --config configs/demo.yaml
+"""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
+
+from mooshak.errors import InputError
+
+CHAT_MARKERS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+
+# SentencePiece writes a space as this character. Where the text itself holds it, it must be
+# bytes, or decoding would give a space.
+_SPACE_MARK = "\u2581"
+# Texts written by a grammar, such as tales, have fewer different words than this; for them words
+# are looked up. Others have many that come once, for which that takes longer.
+_FEW_WORDS = 16_384
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model file, as a lossless map between text and token ids."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            model = self.path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            raise InputError(
+                f"tokenizer {path} is missing; "
+                "train it with `python -m mooshak.tokenizer train --config FILE`"
+            ) from None
+        except IsADirectoryError:
+            raise InputError(f"tokenizer {path} is a directory; name the model file") from None
+        self.fingerprint = hashlib.sha256(model).hexdigest()
+        """SHA-256 of the model file."""
+        try:
+            # An empty file is a valid message of no pieces.
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=model or b"-")
+        except RuntimeError:
+            raise InputError(
+                f"tokenizer {path} is not a SentencePiece model, or is cut short; "
+                "delete it and train or copy it again"
+            ) from None
+        self.vocab_size: int = self._model.vocab_size()
+        """Number of pieces."""
+        self.padded_vocab_size = -(-self.vocab_size // 64) * 64
+        """Number of pieces, rounded up to a multiple of 64: rows of the embedding."""
+        self.bos_id: int = self._model.bos_id()
+        self.eos_id: int = self._model.eos_id()
+        self.pad_id: int = self._model.pad_id() if self._model.pad_id() >= 0 else self.eos_id
+        self._words: dict[str, list[int]] = {}
+        self._space_mark = [self.id_of(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
+
+    def id_of(self, piece: str) -> int:
+        """The id of a piece, such as `<|user|>`. Raises `InputError` when there is none."""
+        id = self._model.piece_to_id(piece)
+        if self._model.id_to_piece(id) != piece:
+            raise InputError(f"tokenizer {self.path} has no piece {piece}; train one with it")
+        return id
+
+    def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
+        """Token ids of a text, with <s> before it and </s> after it when asked for."""
+        ids = self.encode_batch([text], threads=1)[0]
+        return [self.bos_id] * bos + ids + [self.eos_id] * eos
+
+    def encode_batch(self, texts: list[str], threads: int = 1) -> list[list[int]]:
+        """Token ids of many texts, encoded in parallel."""
+        parts = [part for text in texts for part in text.split(_SPACE_MARK)]
+        try:
+            encoded = self._encode(parts, threads)
+        except (RuntimeError, TypeError):
+            for text in texts:
+                if surrogate := re.search("[\ud800-\udfff]", text):
+                    raise InputError(
+                        f"the text has a lone surrogate, U+{ord(surrogate[0]):04X}, at character "
+                        f"{surrogate.start()}; it is not Unicode text, read it as UTF-8"
+                    ) from None
+            raise
+        if len(parts) == len(texts):
+            return encoded
+        following = iter(encoded)
+        result = []
+        for text in texts:
+            ids = next(following)
+            for _ in range(text.count(_SPACE_MARK)):
+                ids += self._space_mark + next(following)
+            result.append(ids)
+        return result
+
+    def _encode(self, texts: list[str], threads: int) -> list[list[int]]:
+        """Token ids of texts without space marks, whose words are looked up where that pays."""
+        # SentencePiece works beside the interpreter, on every core; a look-up holds it.
+        if len(texts) == 1 or threads > 2 or not self._of_words:
+            return self._model.encode(texts, num_threads=threads)
+        split, known = [text.split(" ") for text in texts], self._words
+        new = list(set().union(*split) - known.keys())
+        if len(known) + len(new) > _FEW_WORDS:
+            self._of_words, self._words = False, {}
+            return self._model.encode(texts, num_threads=threads)
+        # A word has the space before it, the first of a text has none.
+        within = self._model.encode([" " + word for word in new], num_threads=threads)
+        known.update(zip(new, within, strict=True))
+        result = self._model.encode([words[0] for words in split], num_threads=threads)
+        for ids, words in zip(result, split, strict=True):
+            ids.extend(chain.from_iterable(map(known.__getitem__, words[1:])))
+        return result
+
+    @cached_property
+    def _of_words(self) -> bool:
+        """Whether a text's pieces are those of its words: none is merged across a space."""
+        proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+        proto.ParseFromString(self._model.serialized_model_proto())
+        spec = proto.normalizer_spec
+        changes = spec.add_dummy_prefix or spec.remove_extra_whitespaces
+        return (
+            proto.trainer_spec.model_type == proto.trainer_spec.BPE
+            and spec.escape_whitespaces
+            and not (changes or spec.precompiled_charsmap)
+            and not any(_SPACE_MARK in piece.piece[1:] for piece in proto.pieces)
+        )
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of token ids. Incomplete UTF-8 becomes U+FFFD; specials stand for no text."""
+        pieces = [int(id) for id in ids]
+        if pieces and not 0 <= min(pieces) <= max(pieces) < self.padded_vocab_size:
+            raise InputError(
+                f"token ids must be in 0 .. {self.padded_vocab_size - 1}, "
+                f"got {min(pieces)} .. {max(pieces)}; is this the model's own tokenizer?"
+            )
+        return self._model.decode([id for id in pieces if id < self.vocab_size])
+
+    def pieces(self) -> list[str]:
+        """The pieces by id, as the file writes them."""
+        return [self._model.id_to_piece(id) for id in range(self.vocab_size)]
+
+    def texts(self) -> list[str]:
+        """The text that each piece stands for; none of specials, and none of single bytes."""
+        specials = (self._model.is_byte, self._model.is_control, self._model.is_unknown)
+        return [
+            ""
+            if any(special(id) for special in specials)
+            else self._model.id_to_piece(id).replace(_SPACE_MARK, " ")
+            for id in range(self.vocab_size)
+        ]
+
+    def token_bytes(self) -> np.ndarray:
+        """Bytes of text that each id stands for, int32 [padded_vocab_size]; specials have none."""
+        result = np.zeros(self.padded_vocab_size, np.int32)
+        result[: self.vocab_size] = [
+            self._model.is_byte(id) or len(text.encode()) for id, text in enumerate(self.texts())
+        ]
+        return result

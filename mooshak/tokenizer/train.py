@@ -1,0 +1,128 @@
+"""Train a SentencePiece tokenizer on the sources of a configuration."""
+
+import io
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import sentencepiece
+
+from mooshak.config.sections import Config
+from mooshak.errors import InputError
+from mooshak.files import locked, write_atomically
+from mooshak.tokenizer.base import Tokenizer
+from mooshak.tokenizer.load import open_tokenizer
+from mooshak.tokenizer.sentencepiece import CHAT_MARKERS
+
+# SentencePiece splits only numbers in 0-9 into digits. A line of its own for each Devanagari digit
+# has the same effect: no piece with two of them is ever seen.
+_LINE_ENDS = re.compile("\n|(?<=[०-९])|(?=[०-९])")
+# Longest line that is shown to the trainer, in characters (at most 4 bytes each).
+_LINE = 4096
+
+
+def load_or_train_tokenizer(config: Config) -> Tokenizer:
+    """The tokenizer of a configuration, trained first when its file is missing.
+
+    Raises `InputError` when it does not fit the model's vocabulary.
+    """
+    path = Path(config.tokenizer.path)
+    if not path.exists():
+        with locked(path.with_name(f".{path.name}.lock")):
+            if not path.exists():  # Another process may have trained it while this one waited.
+                train(config)
+    tokenizer = open_tokenizer(path)
+    # A model that was not made here may have rows to spare.
+    spare = bool(config.init.from_) and tokenizer.vocab_size <= config.model.vocab_size
+    if tokenizer.padded_vocab_size != config.model.vocab_size and not spare:
+        raise InputError(
+            f"tokenizer {path} has {tokenizer.vocab_size} pieces, the model's vocab_size is "
+            f"{config.model.vocab_size}; set model.vocab_size to {tokenizer.padded_vocab_size}, "
+            "or delete the tokenizer and train it with another tokenizer.vocab_size"
+        )
+    return tokenizer
+
+
+def train(config: Config) -> None:
+    """Train a tokenizer on text of the sources and write it to `tokenizer.path`."""
+    write_atomically(Path(config.tokenizer.path), trained_model(config))
+
+
+def trained_model(config: Config) -> bytes:
+    """The model file of a tokenizer that is trained on text of the sources.
+
+    The same text gives the same file, bit for bit.
+    """
+    settings, model = config.tokenizer, io.BytesIO()
+    lines = 0
+    unreadable: list[InputError] = []
+
+    def counted() -> Iterator[str]:
+        nonlocal lines
+        try:
+            for line in training_lines(config):
+                lines += 1
+                yield line
+        except InputError as error:  # The trainer would make a RuntimeError of it.
+            unreadable.append(error)
+
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=counted(),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=settings.vocab_size,
+            character_coverage=settings.character_coverage,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            split_digits=True,
+            max_sentence_length=4 * _LINE,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=3,
+            control_symbols=list(CHAT_MARKERS),
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        if not lines and not unreadable:
+            raise InputError("data.sources have no text to train on; check their paths") from None
+        if unreadable:
+            raise unreadable[0] from None
+        wanted = f"tokenizer.vocab_size {settings.vocab_size}"
+        if match := re.search(r"too high .* value <= (\d+)", str(error)):
+            raise InputError(
+                f"{wanted} is too large for the text of the sources; at most {match[1]} "
+                "pieces can be made of it: lower it, or add text"
+            ) from error
+        if match := re.search(r"required_chars\. \d+ vs (\d+)", str(error)):
+            raise InputError(
+                f"{wanted} is too small: bytes, specials and the characters of the text are "
+                f"{match[1]} pieces; raise it, or lower tokenizer.character_coverage"
+            ) from error
+        raise
+    if unreadable:
+        raise unreadable[0]
+    return model.getvalue()
+
+
+def training_lines(config: Config) -> Iterator[str]:
+    """Lines of the training documents: from each source its share by weight of the bytes."""
+    from mooshak.corpus.filters import in_validation
+    from mooshak.corpus.readers import documents
+
+    weights = sum(source.weight for source in config.data.sources)
+    for source in config.data.sources:
+        left = int(config.tokenizer.training_bytes * source.weight / weights)
+        for text in documents(source, config):
+            if in_validation(text, config.data.validation_fraction):
+                continue
+            content = text.encode()[:left]
+            for line in _LINE_ENDS.split(content.decode(errors="ignore")):
+                # A line that is too long would be dropped by the trainer: cut it instead.
+                yield from (line[at : at + _LINE] for at in range(0, len(line), _LINE))
+            left -= len(content)
+            if left <= 0:
+                break

@@ -1,0 +1,156 @@
+"""The run directory: what was run, with what, and every step's metrics."""
+
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mooshak.config.parse import dump_config
+from mooshak.config.sections import Config
+from mooshak.files import write_atomically
+from mooshak.hardware import peak_flops
+
+
+class RunLog:
+    """Writer of `metrics.jsonl`, TensorBoard events and a progress bar; silent unless `is_main`."""
+
+    def __init__(self, config: Config, start_step: int, is_main: bool, device: str, n_devices: int):
+        self.config, self.is_main = config, is_main
+        self.directory = Path(config.run.dir)
+        self.flops_per_step = (
+            config.model.flops_per_token(config.T) * config.T * config.train.batch_size
+        )
+        peak = peak_flops(device)
+        self.peak = peak and peak * n_devices
+        if not is_main:
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.directory / "config.yaml", dump_config(config))
+        write_atomically(
+            self.directory / "environment.json", json.dumps(environment(), indent=2) + "\n"
+        )
+        _truncate(self.directory / "metrics.jsonl", start_step)
+        self.file = (self.directory / "metrics.jsonl").open("a")
+        self.events: Any = None
+        if config.run.tensorboard:
+            from tensorboard.summary import Writer
+
+            self.events = Writer(str(self.directory / "tensorboard"))
+        self.progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[status]}"),
+            disable=not config.run.progress,
+        )
+        self.progress.start()
+        steps = config.train.steps
+        self.task = self.progress.add_task("training", total=steps, completed=start_step, status="")
+
+    def log(self, step: int, seconds: float, metrics: dict[str, float]) -> None:
+        """Record a step (`step` steps are done now) that took `seconds`."""
+        if not self.is_main:
+            return
+        tokens = self.config.train.batch_size * self.config.T
+        line = {"step": step, **metrics, "tokens_per_second": tokens / seconds}
+        if self.peak:
+            line["mfu"] = self.flops_per_step / seconds / self.peak
+        line["time"] = time.time()
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+        if self.events is not None:
+            for name, value in line.items():
+                if name not in ("step", "time"):
+                    self.events.add_scalar(name, value, step)
+        status = f"loss {metrics['loss']:.4f}  {line['tokens_per_second']:,.0f} tokens/s"
+        self.progress.update(self.task, completed=step, status=status)
+
+    def close(self) -> None:
+        """Flush everything and put the progress bar down."""
+        if self.is_main:
+            self.progress.stop()
+            self.file.close()
+            if self.events is not None:
+                self.events.close()
+
+
+@contextmanager
+def stop_request() -> Iterator[threading.Event]:
+    """Inside the block SIGTERM and SIGINT set the event; a second signal ends the run at once."""
+    request = threading.Event()
+    previous: dict[signal.Signals, Any] = {}
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        if request.is_set():
+            signal.signal(number, previous[signal.Signals(number)])
+            signal.raise_signal(number)
+        request.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        previous[number] = signal.signal(number, receive)
+    try:
+        yield request
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit and command line: what is needed to run the same again."""
+    names = ("torch", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    versions = {}
+    for name in (*names, "sentencepiece", "safetensors"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    here = Path(__file__).parent
+    git = subprocess.run(
+        ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"],
+        capture_output=True,
+        text=True,
+    )
+    return {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "git_commit": git.stdout.strip() or None,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processors": os.cpu_count(),
+        "versions": versions,
+    }
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The lines of a `metrics.jsonl`; one cut off in the middle of writing is left out."""
+    lines = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
+
+
+def losses(run: Path) -> dict[int, float]:
+    """Step -> loss of a run directory's metrics."""
+    return {int(line["step"]): line["loss"] for line in read_metrics(run / "metrics.jsonl")}
+
+
+def _truncate(path: Path, step: int) -> None:
+    """Drop the lines after `step`: the run goes on from there and writes them again."""
+    if path.is_file():
+        kept = [line for line in read_metrics(path) if line["step"] <= step]
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))

@@ -1,0 +1,1 @@
+"""Distributed training: the device mesh and the sharding of arrays on it."""

@@ -1,0 +1,1 @@
+"""Operations of the model with their own gradients."""

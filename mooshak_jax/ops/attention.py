@@ -1,0 +1,114 @@
+"""Attention a piece of the queries at a time, with gradients of its own.
+
+PyTorch has it as `scaled_dot_product_attention`; `jax.nn.dot_product_attention` is no match of it:
+its softmax is float32, in float64 runs too.
+Shapes: B batch, T time, S time of the keys, H query heads, G key/value heads, K head width; t and s
+those of a piece; Q the queries of a piece in all heads that share a key head.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from mooshak_jax.ops.matmul import einsum
+
+QUERIES = (128, 512)
+"""The fewest and the most positions whose attention scores are in memory at once.
+
+A long sequence is cut into four pieces or more: three eighths of all scores, which the causal mask
+hides, are then never made.
+"""
+
+
+@jax.custom_vjp
+def attention(q_BTHK: Array, k_BSGK: Array, v_BSGK: Array, mask_BTS: Array) -> Array:
+    """softmax(q k^T / sqrt(K)) v under a mask, [B, T, H, K].
+
+    As many keys as queries are those of the same tokens: each sees itself and what is before.
+    Scores are made for a piece of the queries at a time, and again for the gradients (as in
+    arXiv:2205.14135), transposed there: nothing of their size is copied into another layout.
+    """
+    return _attention_forward(q_BTHK, k_BSGK, v_BSGK, mask_BTS)[0]
+
+
+def _attention_forward(
+    q_BTHK: Array, k_BSGK: Array, v_BSGK: Array, mask_BTS: Array
+) -> tuple[Array, Any]:
+    scale, G = 1 / math.sqrt(q_BTHK.shape[-1]), k_BSGK.shape[2]
+    outs_BtHK, logs_BGQ = [], []
+    for some, seen in _pieces(*mask_BTS.shape[1:]):
+        q_BGQK = _heads_first(q_BTHK[:, some], G)
+        k_BGsK, v_BGsK = (_heads_first(a_BSGK[:, seen], G) for a_BSGK in (k_BSGK, v_BSGK))
+        mask_BQs = _of_all_heads(mask_BTS[:, some, seen], q_BGQK)
+        scores_BGQs = einsum("BGQK,BGSK->BGQS", q_BGQK, k_BGsK) * scale
+        scores_BGQs = jnp.where(mask_BQs[:, None], scores_BGQs, -jnp.inf)
+        most_BGQ1 = scores_BGQs.max(-1, keepdims=True)
+        weights_BGQs = jnp.exp(scores_BGQs - most_BGQ1)
+        sum_BGQ1 = weights_BGQs.sum(-1, keepdims=True)
+        out_BGQK = einsum("BGQS,BGSK->BGQK", weights_BGQs.astype(v_BSGK.dtype), v_BGsK) / sum_BGQ1
+        outs_BtHK.append(_heads_last(out_BGQK.astype(v_BSGK.dtype), q_BTHK[:, some]))
+        logs_BGQ.append((most_BGQ1 + jnp.log(sum_BGQ1)).squeeze(-1))
+    out_BTHK = jnp.concatenate(outs_BtHK, 1)
+    return out_BTHK, (q_BTHK, k_BSGK, v_BSGK, mask_BTS, out_BTHK, logs_BGQ)
+
+
+def _attention_backward(kept: Any, dout_BTHK: Array) -> tuple[Array, Array, Array, None]:
+    q_BTHK, k_BSGK, v_BSGK, mask_BTS, out_BTHK, logs_BGQ = kept
+    scale, (_, S, G, _), dtype = 1 / math.sqrt(q_BTHK.shape[-1]), k_BSGK.shape, q_BTHK.dtype
+    dqs_BtHK, dk_BSGK, dv_BSGK = [], jnp.zeros((), dtype), jnp.zeros((), dtype)
+    for (some, seen), log_BGQ in zip(_pieces(*mask_BTS.shape[1:]), logs_BGQ, strict=True):
+        # One piece after the other, and nothing kept of the forward pass that is made again here.
+        q_BTHK, k_BSGK, v_BSGK, dk_BSGK, dv_BSGK = jax.lax.optimization_barrier(
+            (q_BTHK, k_BSGK, v_BSGK, dk_BSGK, dv_BSGK)
+        )
+        q_BGQK, out_BGQK, dout_BGQK = (
+            _heads_first(a_BTHK[:, some], G) for a_BTHK in (q_BTHK, out_BTHK, dout_BTHK)
+        )
+        k_BGsK, v_BGsK = (_heads_first(a_BSGK[:, seen], G) for a_BSGK in (k_BSGK, v_BSGK))
+        mask_BsQ = _of_all_heads(mask_BTS[:, some, seen], q_BGQK).swapaxes(1, 2)
+        scores_BGsQ = einsum("BGSK,BGQK->BGSQ", k_BGsK, q_BGQK) * scale
+        weights_BGsQ = jnp.where(mask_BsQ[:, None], jnp.exp(scores_BGsQ - log_BGQ[:, :, None]), 0)
+        # Softmax: every weight's gradient less their mean, which the weights give.
+        mean_BGQ = jnp.sum(out_BGQK.astype(log_BGQ.dtype) * dout_BGQK, -1)
+        dweights_BGsQ = einsum("BGSK,BGQK->BGSQ", v_BGsK, dout_BGQK) - mean_BGQ[:, :, None]
+        dscores_BGsQ = (weights_BGsQ * dweights_BGsQ).astype(dtype)
+        dq_BGQK = einsum("BGSQ,BGSK->BGQK", dscores_BGsQ, k_BGsK) * scale
+        dk_BGsK = einsum("BGSQ,BGQK->BGSK", dscores_BGsQ, q_BGQK) * scale
+        dv_BGsK = einsum("BGSQ,BGQK->BGSK", weights_BGsQ.astype(dtype), dout_BGQK)
+        dqs_BtHK.append(_heads_last(dq_BGQK, q_BTHK[:, some]).astype(dtype))
+        later = ((0, 0), (0, S - dk_BGsK.shape[2]), (0, 0), (0, 0))
+        dk_BSGK += jnp.pad(dk_BGsK.swapaxes(1, 2), later)
+        dv_BSGK += jnp.pad(dv_BGsK.swapaxes(1, 2), later)
+    return jnp.concatenate(dqs_BtHK, 1), dk_BSGK.astype(dtype), dv_BSGK.astype(dtype), None
+
+
+attention.defvjp(_attention_forward, _attention_backward)
+
+
+def _pieces(n_queries: int, n_keys: int) -> Iterator[tuple[slice, slice]]:
+    """Pieces of the queries, and of the keys that they may see."""
+    width = min(max(n_queries // 4, QUERIES[0]), QUERIES[1]) if n_queries == n_keys else n_queries
+    for start in range(0, n_queries, width):
+        end = min(start + width, n_queries)
+        yield slice(start, end), slice(end if n_queries == n_keys else n_keys)
+
+
+def _heads_first(a_BTHK: Array, G: int) -> Array:
+    """[B, G, Q, K], Q: all tokens, head by head of those that share a key head."""
+    B, T, H, K = a_BTHK.shape
+    return a_BTHK.reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4).reshape(B, G, -1, K)
+
+
+def _heads_last(a_BGQK: Array, like_BTHK: Array) -> Array:
+    B, T, H, K = like_BTHK.shape
+    G = a_BGQK.shape[1]
+    return a_BGQK.reshape(B, G, H // G, T, K).transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
+
+
+def _of_all_heads(mask_BTS: Array, q_BGQK: Array) -> Array:
+    """[B, Q, S]: the mask of the tokens for each of the heads that share a key head."""
+    return jnp.tile(mask_BTS, (1, q_BGQK.shape[2] // mask_BTS.shape[1], 1))

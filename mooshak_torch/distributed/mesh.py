@@ -1,0 +1,207 @@
+"""Processes and devices of the torch side: one mesh, `--mesh data=2,fsdp=4`, and what lies on it.
+
+`data` repeats the model (DDP; with fsdp: HSDP), `fsdp` cuts its parameters, gradients and optimizer
+state (FSDP2), and both cut the batch. `tensor` cuts heads, MLP width and vocabulary.
+"""
+
+import math
+import os
+import re
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+
+from mooshak.config.sections import Config, check_mesh
+from mooshak.errors import InputError, PeerError
+from mooshak.mesh import AXES, mesh_sizes, mesh_text, parse_mesh
+from mooshak_torch.distributed import deepspeed
+
+DEFAULT_MESHES = {
+    "single": "data=1",
+    "ddp": "data=-1",
+    "fsdp": "fsdp=-1",
+    "deepspeed": "data=-1",
+    "hsdp": "data=-1,fsdp={local}",
+}
+"""Strategy -> its mesh where none is given; `local` is the number of processes on this machine."""
+
+COLLECTIVES = "^(all_(reduce|gather|to_all)|reduce_scatter|broadcast|barrier)"
+WAITING = "timed? ?out|connection (closed|reset)|connection was|broken pipe|socket|abort"
+"""Names of functions that wait for the other processes, and what they say when none comes."""
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """Where this process stands among all of them."""
+
+    rank: int
+    sizes: dict[str, int]
+    """Axis of the mesh -> its size; their product is the number of processes."""
+    device: torch.device
+    strategy: str = "single"
+    """single, ddp, fsdp (HSDP and tensor parallelism included) or deepspeed."""
+    mesh: DeviceMesh | None = None
+    """None for one process that nobody launched."""
+    checkpoint_group: dist.ProcessGroup | None = None
+    """Process group in which checkpoints are written beside the training."""
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def world_size(self) -> int:
+        return math.prod(self.sizes.values())
+
+    @property
+    def layout(self) -> str:
+        """The mesh in the notation of `--mesh`."""
+        return mesh_text(self.sizes)
+
+    @property
+    def dp_size(self) -> int:
+        """How many parts the batch is cut into."""
+        return self.sizes["data"] * self.sizes["fsdp"]
+
+    @property
+    def dp_rank(self) -> int:
+        """Which of them is this process's."""
+        return self.rank // self.sizes["tensor"]
+
+    @contextmanager
+    def no_sync(self, objective: nn.Module, when: bool) -> Iterator[None]:
+        """Leave gradients unreduced inside the block (all micro-batches but the last)."""
+        if when and isinstance(objective, DistributedDataParallel):
+            with objective.no_sync():
+                yield
+        elif when and isinstance(objective, FSDPModule):
+            objective.set_requires_gradient_sync(False)
+            yield
+            objective.set_requires_gradient_sync(True)
+        elif self.strategy == "deepspeed":
+            engine: Any = objective
+            engine.set_gradient_accumulation_boundary(not when)
+            yield
+        else:
+            yield
+
+    def backward(self, objective: nn.Module, loss: Tensor) -> None:
+        """Add the gradients of a loss to those of the parameters."""
+        if self.strategy == "deepspeed":
+            engine: Any = objective
+            engine.backward(loss, scale_wrt_gas=False)
+        else:
+            loss.backward()
+
+    @contextmanager
+    def explain_timeouts(self) -> Iterator[None]:
+        """Inside the block, a wait for other processes that fails is a `PeerError`.
+
+        It names this process and the collective. (NCCL's own watchdog names them, too, and ends
+        the process.)
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            if self.mesh is None or not re.search(WAITING, str(error), re.IGNORECASE):
+                raise
+            frames = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+            called = [name for name in frames if re.search(COLLECTIVES, name)]
+            where = called[-1] if called else "all_reduce of gradients, in the backward pass"
+            raise PeerError(
+                f"rank {self.rank} of {self.world_size} waited in {where} for a process that did "
+                f"not come (parallel.timeout, or it ended): {reason}"
+            ) from error
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over the parts of the batch, in place."""
+        if self.mesh is not None:
+            dist.all_reduce(values)
+        return values.div_(self.sizes["tensor"])
+
+    def broadcast(self, text: str) -> str:
+        """What the first process says, to all of them."""
+        said = [text]
+        if self.mesh is not None:
+            with self.explain_timeouts():
+                dist.broadcast_object_list(said, src=0, group=self.checkpoint_group)
+        return said[0]
+
+    def barrier(self) -> None:
+        """Return when all processes have come here."""
+        if self.mesh is not None:
+            with self.explain_timeouts():
+                dist.barrier(self.checkpoint_group)
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if self.mesh is not None:
+            dist.destroy_process_group()
+
+
+def make_parallel(config: Config) -> Parallel:
+    """Join the other processes that torchrun started, if it did.
+
+    Raises `InputError` before anything is allocated when the strategy, the mesh, the processes and
+    the batch do not go together.
+    """
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    strategy, sizes = _strategy_and_sizes(config, world)
+    check_mesh(config, sizes)
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if strategy == "single":
+        return Parallel(rank, sizes, device)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        timeout=timedelta(seconds=config.parallel.timeout),
+    )
+    mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=AXES)
+    return Parallel(rank, sizes, device, strategy, mesh, dist.new_group(backend="gloo"))
+
+
+def _strategy_and_sizes(config: Config, world: int) -> tuple[str, dict[str, int]]:
+    strategy, text = config.parallel.strategy, config.parallel.mesh
+    launched = "WORLD_SIZE" in os.environ
+    if strategy == "auto" and launched:
+        named = parse_mesh(text)
+        strategy = "fsdp" if named.get("fsdp", 1) != 1 or named.get("tensor", 1) != 1 else "ddp"
+    elif strategy == "auto":
+        strategy = "single"
+    if strategy == "single" and world > 1:
+        raise InputError(
+            f"parallel.strategy single, but torchrun started {world} processes; use ddp"
+        )
+    if strategy != "single" and not launched:
+        raise InputError(f"parallel.strategy {strategy} needs processes: start with torchrun")
+    local = os.environ.get("LOCAL_WORLD_SIZE", str(world))
+    text = text or DEFAULT_MESHES[strategy].format(local=local)
+    count = math.prod(size for size in parse_mesh(text).values() if size > 0)
+    if count != world and (world % count or "-1" not in text):
+        raise InputError(
+            f"mesh {text} needs {count} processes and there are {world}; start as many with "
+            "torchrun, or give one axis the size -1"
+        )
+    sizes = mesh_sizes(text, world)
+    if strategy in ("single", "ddp", "deepspeed") and sizes["data"] != world:
+        raise InputError(
+            f"parallel.strategy {strategy} has only the axis data, not {mesh_text(sizes)}"
+        )
+    if config.parallel.cpu_offload and strategy not in ("fsdp", "hsdp"):
+        raise InputError(f"parallel.cpu_offload goes with parallel.strategy fsdp, not {strategy}")
+    if strategy == "deepspeed":
+        deepspeed.check(config)
+    return {"hsdp": "fsdp"}.get(strategy, strategy), sizes

@@ -1,0 +1,236 @@
+"""What one process of the tests does: what is asked of it on its standard input, run after run.
+
+Processes take seconds to start; a run of the tiny model takes less. A line asks for one: what to
+do, a configuration's arguments, paths, and the variables that torchrun would set. A line answers.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import mooshak_torch.step
+import mooshak_torch.train
+from mooshak.checkpoints import formats
+from mooshak.config.parse import dump_config, load_config
+from mooshak.config.sections import Config
+from mooshak.errors import InputError, PeerError
+from mooshak_torch.checkpoint import open_checkpoint, restore
+from mooshak_torch.distributed.deepspeed import ZeroOptimizer
+from mooshak_torch.distributed.mesh import make_parallel
+from mooshak_torch.objectives import model_of
+from mooshak_torch.optimizer import LossScale, moments
+from mooshak_torch.params import local_part
+from mooshak_torch.step import make_state, train_step
+from mooshak_torch.train import train
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # Grain imports JAX.
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    # What the runs print goes to standard error.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    sys.stdout.reconfigure(line_buffering=True)
+    for line in sys.stdin:
+        do, argv, paths, place = json.loads(line)
+        os.environ |= place
+        try:
+            config = load_config(argv[0], argv[1:])
+            answer = {"result": DO[do](config, *map(Path, paths))}
+        except Exception:
+            answer = {"failed": traceback.format_exc()}
+        forget_processes()
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def forget_processes() -> None:
+    """Leave the process group, of which DeepSpeed keeps the first that it sees."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if "deepspeed" in sys.modules:
+        from deepspeed.comm import comm
+        from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+        from deepspeed.runtime.zero.partition_parameters import Init
+        from deepspeed.utils import groups
+
+        comm.cdb = None
+        groups._release_process_group_references()
+        # It numbers parameters and modules through, and wants the same numbers in all processes.
+        Init.param_id = 0
+        DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
+
+
+def trained(config: Config) -> dict[str, int]:
+    """Train; returns what this process holds before it updates the parameters, in bytes."""
+    held: dict[str, int] = {}
+
+    def make(*args: Any) -> Any:
+        objective, optimizer = make_state(*args)
+        step = optimizer.step
+
+        def measured_step() -> None:
+            held.update(holds(objective, optimizer))
+            step()
+
+        optimizer.step = measured_step
+        return objective, optimizer
+
+    with mock.patch.object(mooshak_torch.train, "make_state", make):
+        train(config)
+    return held
+
+
+def holds(objective: nn.Module, optimizer: torch.optim.Optimizer | ZeroOptimizer) -> dict[str, int]:
+    """Bytes of the storages of parameters, gradients and optimizer state."""
+    parameters = list(objective.parameters())
+    tensors = {
+        "parameters": [local_part(p)[0] for p in parameters],
+        "gradients": [local_part(p.grad)[0] for p in parameters if p.grad is not None],
+    }
+    if isinstance(optimizer, ZeroOptimizer):
+        engine = optimizer.engine.optimizer
+        tensors["parameters"] += [p.ds_tensor for p in parameters if hasattr(p, "ds_tensor")]
+        averaged = [g for group in engine.averaged_gradients.values() for g in group or ()]
+        tensors["gradients"] += averaged
+        state = [*optimizer.flats, *_values(engine.optimizer)]
+    else:
+        state = _values(optimizer)
+    tensors["optimizer"] = [local_part(tensor)[0] for tensor in state if tensor.ndim]
+    seen: set[int] = set()
+    return {what: sum(_new_bytes(t, seen) for t in those) for what, those in tensors.items()}
+
+
+def _values(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [value for state in optimizer.state.values() for value in state.values()]
+
+
+def _new_bytes(tensor: Tensor, seen: set[int]) -> int:
+    storage = tensor.untyped_storage()
+    if storage.data_ptr() in seen:
+        return 0
+    seen.add(storage.data_ptr())
+    return storage.nbytes()
+
+
+def restored(config: Config, *written: Path) -> int:
+    """Restore checkpoints of any layout in this one; asserts that every bit of them is there."""
+    parallel, compared = make_parallel(config), 0
+    made = None
+    for path in written:
+        source = open_checkpoint(path)
+        assert source.trainer_state is not None
+        step = source.trainer_state["step"]
+        if made is None or parallel.strategy == "deepspeed":
+            made = objective, optimizer = make_state(config, parallel, None, source)
+        else:
+            objective, optimizer = made
+            with torch.no_grad():
+                for parameter in objective.parameters():
+                    local_part(parameter)[0].zero_()
+            optimizer.state.clear()
+            restore(model_of(objective), optimizer, source)
+        model = model_of(objective)
+        if isinstance(optimizer, ZeroOptimizer):
+            state, inner = optimizer.state(), optimizer.engine.optimizer.optimizer
+        else:
+            state = {"params": dict(model.named_parameters()), **moments(model, optimizer)}
+            inner = optimizer
+        assert {int(s["step"]) for s in inner.state.values()} == {step}
+        for kind, tensors in state.items():
+            for name, tensor in tensors.items():
+                part, where = local_part(tensor)
+                truth = whole(path)[name if kind == "params" else f"{kind}.{name}"][where]
+                assert torch.equal(part, torch.tensor(truth, dtype=part.dtype)), (path, kind, name)
+                compared += 1
+    parallel.close()
+    return compared
+
+
+@cache
+def whole(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a checkpoint."""
+    source = open_checkpoint(path)
+    return {key: source.read(key) for key in source.tensors}
+
+
+def refused(config: Config) -> list[Any]:
+    """What a run that cannot be says, and whether it met the others or took memory before."""
+    joins = mock.patch.object(dist, "init_process_group")
+    with joins as joined, mock.patch.object(nn.Module, "to_empty") as allocated:
+        try:
+            train(config)
+        except InputError as error:
+            return [str(error), joined.called, allocated.called]
+    raise AssertionError("it was not refused")
+
+
+def absent(config: Config, given_up: Path) -> str:
+    """A run whose second process stays away from the first step until the other gives up."""
+
+    def stay_away(*args: Any) -> Any:
+        while not given_up.exists():
+            time.sleep(0.1)
+        return train_step(*args)
+
+    away = os.environ["RANK"] == "1"
+    with mock.patch.object(mooshak_torch.train, "train_step", stay_away if away else train_step):
+        try:
+            train(config)
+        except PeerError as error:
+            given_up.touch()
+            return str(error)
+    raise AssertionError("nobody gave up")
+
+
+def signalled(config: Config) -> None:
+    """The command, of which the second process alone gets a SIGTERM in its third step."""
+    steps = 0
+
+    def step(*args: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 3 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(*args)
+
+    argv = ["train", "--config", f"{config.run.dir}.yaml"]
+    Path(argv[-1]).write_text(dump_config(config))
+    with mock.patch.object(mooshak_torch.train, "train_step", step), mock.patch("sys.argv", argv):
+        mooshak_torch.train.main()  # Anything but exit code 0 is an exception.
+
+
+def converted(config: Config) -> int:
+    """A run; returns how many checkpoints this process has converted for it."""
+    with mock.patch.object(formats, "_converted", wraps=formats._converted) as done:
+        train(config)
+    return done.call_count
+
+
+def overflowing(config: Config) -> None:
+    """A run in float16 whose first gradients are too large."""
+    scale = partial(LossScale, scale=2.0**30)
+    with mock.patch.object(mooshak_torch.step, "LossScale", scale):
+        train(config)
+
+
+DO: dict[str, Callable[..., Any]] = {
+    do.__name__: do
+    for do in (trained, restored, refused, absent, signalled, converted, overflowing)
+}
+
+if __name__ == "__main__":
+    main()
