@@ -199,7 +199,7 @@ def _our_objective(size: Size) -> tuple[nn.Module, Any]:
     use_single_arena()  # As the trainer's command does.
     parallel = make_parallel(config(size))
     set_matmul_precision()
-    objective = make_objective(config(size).model, config(size))
+    objective: nn.Module = make_objective(config(size).model, config(size))
     objective = parallelize(objective, parallel, config(size))
     initialize(model_of(objective), 0)
     return objective, parallel

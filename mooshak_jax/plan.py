@@ -19,6 +19,7 @@ import numpy as np
 from jax.experimental import topologies
 
 from mooshak.checkpoints.base import MOMENTS
+from mooshak.checkpoints.init_from import resolve
 from mooshak.config.parse import config_parser, parse_config
 from mooshak.config.sections import Config
 from mooshak.errors import InputError, command
@@ -224,7 +225,8 @@ def main() -> None:
         "--plot", type=Path, default=Path("plan.svg"), help="with --sweep: the picture"
     )
     parser.add_argument("--json", action="store_true", help="print one object")
-    config, arguments = parse_config(parser)
+    draft, arguments = parse_config(parser)
+    config = resolve(draft)
     # What is compiled for a machine that is not here cannot be read back from the cache.
     jax.config.update("jax_enable_compilation_cache", False)
     topology = arguments.topology

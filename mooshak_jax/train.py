@@ -15,6 +15,7 @@ import numpy as np
 
 from mooshak.checkpoints import formats
 from mooshak.checkpoints.base import MOMENTS
+from mooshak.checkpoints.init_from import resolve
 from mooshak.checkpoints.manager import CheckpointManager
 from mooshak.checkpoints.resume import check_resume, resume_from, trainer_state
 from mooshak.config.parse import config_parser, parse_config
@@ -137,7 +138,8 @@ def main() -> None:
     parser.add_argument(
         "--profile", action="store_true", help="say where the third step's time goes"
     )
-    config, arguments = parse_config(parser)
+    draft, arguments = parse_config(parser)
+    config = resolve(draft)
     cache_compilations()
     if arguments.profile and "TPU_SKIP_MDS_QUERY" in os.environ and not find_spec("jax_plugins"):
         # There is no accelerator. The profiler would call into libtpu, and crash where that is of

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from mooshak import hardware
+from mooshak.checkpoints.init_from import resolve
 from mooshak.config.parse import config_parser, parse_config
 from mooshak.config.sections import Config, check_mesh
 from mooshak.errors import InputError, command
@@ -388,7 +389,8 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true", help="every strategy, best first")
     parser.add_argument("--plot", type=Path, default=Path("plan.svg"), help="of a sweep: picture")
     parser.add_argument("--json", action="store_true", help="print one object")
-    config, arguments = parse_config(parser)
+    draft, arguments = parse_config(parser)
+    config = resolve(draft)
     if arguments.gpus < 1:
         raise InputError(f"--gpus must be at least 1, not {arguments.gpus}")
     if arguments.sweep:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from mooshak.checkpoints import formats
+from mooshak.checkpoints.init_from import resolve
 from mooshak.checkpoints.manager import CheckpointManager
 from mooshak.checkpoints.resume import check_resume, resume_from, trainer_state
 from mooshak.config.parse import config_parser, parse_config
@@ -136,7 +137,8 @@ def main() -> None:
     parser.add_argument(
         "--profile", action="store_true", help="say where the third step's time goes"
     )
-    config, arguments = parse_config(parser)
+    draft, arguments = parse_config(parser)
+    config = resolve(draft)
     train(config, arguments.resume, arguments.profile)
 
 

@@ -24,8 +24,9 @@ from rich.table import Table
 
 from mooshak.checkpoints import base, safetensors
 from mooshak.checkpoints.base import Checkpoint
+from mooshak.checkpoints.init_from import resolve
 from mooshak.config.model import Dtype, ModelConfig
-from mooshak.config.parse import load_config
+from mooshak.config.parse import load_draft
 from mooshak.errors import InputError, command
 from mooshak.files import write_atomically
 from mooshak.numerics.init_weights import initial_weight
@@ -286,7 +287,7 @@ def main() -> None:
     args = parser.parse_args()
     parts = IN_THIS_PROCESS if args.quick else PARTS
     if args.source.suffix in (".yaml", ".yml"):
-        source = random_checkpoint(load_config(args.source).model)
+        source = random_checkpoint(resolve(load_draft(args.source)).model)
     else:
         source = open_any(args.source)
     other = None if args.other is None else open_any(args.other)

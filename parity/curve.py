@@ -21,6 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from mooshak.checkpoints.init_from import resolve
 from mooshak.config.model import Dtype
 from mooshak.config.parse import config_parser, load_config, parse_config
 from mooshak.config.sections import Config
@@ -99,7 +100,7 @@ def curves(
     for run in RUNS:
         directory = out / dtype / run.name.replace(" ", "-")
         own = ("--run.dir", str(directory), *run.options)
-        wanted = parse_config(config_parser(""), [*settings, *own])[0]
+        wanted = resolve(parse_config(config_parser(""), [*settings, *own])[0])
         start = () if run.start is None else (out / dtype / run.start / f"checkpoints/{switch}",)
         if not _is_whole(directory, wanted):
             shutil.rmtree(directory, ignore_errors=True)
@@ -233,7 +234,7 @@ def main() -> None:
         for dtype in options.dtypes:
             status.update(f"training in both frameworks, {dtype}")
             here = [*settings, "--train.dtype", dtype]
-            config = parse_config(config_parser(about), here)[0]
+            config = resolve(parse_config(config_parser(about), here)[0])
             found[dtype] = curves(here, config, dtype, options.switch, options.out)
             compared = list(compare(dtype, found[dtype]))
             figures[dtype] = plot(found[dtype], compared, options.switch)

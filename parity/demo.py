@@ -22,6 +22,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from mooshak.checkpoints.init_from import resolve
 from mooshak.config.parse import config_parser, dump_config, parse_config
 from mooshak.config.sections import Config
 from mooshak.corpus.readers import input_state
@@ -247,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # The other options go to the commands as they are.
     options, settings = own.parse_known_args(sys.argv[1:] if argv is None else argv)
     about = "Train in PyTorch, go on in JAX, compare. --out DIR (runs/demo) is where all goes."
-    config, _ = parse_config(config_parser(about), settings)
+    config = resolve(parse_config(config_parser(about), settings)[0])
     if config.train.steps < 2 or config.train.batch_size % 2:
         raise InputError(
             f"the demo halves train.steps {config.train.steps} and, on its mesh, train.batch_size "

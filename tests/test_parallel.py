@@ -101,7 +101,7 @@ class Ranks:
             ]
 
     def run(self, processes: int, do: str, argv: list[Any], *paths: Path) -> list[Any]:
-        """What a function of rank_worker.py gives in every process, which stand on machines of two."""
+        """Return the result of a rank_worker.py function in every process, on machines of two."""
         with socket.socket() as free:
             # A port for every run: where a group has met, its next one would find its traces.
             free.bind(("127.0.0.1", 0))

@@ -13,6 +13,7 @@ from typing import Protocol
 from mooshak.checkpoints import base, hf
 from mooshak.config.model import ModelConfig
 from mooshak.errors import InputError
+from mooshak.tokenizer.files import is_hf
 
 FORMAT_MARKERS = {"torch": "dcp", "jax": "orbax", "safetensors": "model.safetensors"}
 
@@ -21,7 +22,7 @@ def detect_format(path: Path) -> str:
     """torch, jax, safetensors or hf. Raises `InputError` for a directory that is no checkpoint."""
     if not path.is_dir():
         raise InputError(f"there is no checkpoint directory {path}")
-    if hf.is_hf(path):
+    if is_hf(path):
         return "hf"
     kinds = [kind for kind, name in FORMAT_MARKERS.items() if (path / name).exists()]
     if (path / "model.safetensors.index.json").exists():

@@ -68,15 +68,6 @@ def hf_name(name: str) -> str:
     return f"{MODELS[module]}.{last}"
 
 
-def is_hf(path: Path) -> bool:
-    """Whether a directory is a Hugging Face model: its `config.json` has a `model_type`."""
-    try:
-        values = json.loads((path / "config.json").read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(values, dict) and "model_type" in values
-
-
 def read_config(path: Path) -> ModelConfig:
     """The model of a Hugging Face directory. Raises `InputError` where it is not supported."""
     config = path / "config.json"

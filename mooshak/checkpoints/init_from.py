@@ -1,20 +1,71 @@
 """Initial weights from another checkpoint (`init.from`), with rows for added tokens."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
 
 from mooshak.checkpoints.base import FULL_SLICE, Checkpoint, row_chunks
+from mooshak.checkpoints.formats import model_of
+from mooshak.checkpoints.manager import newest_checkpoint
 from mooshak.checkpoints.resume import check_model
-from mooshak.config.sections import Config
+from mooshak.config.model import ModelConfig, model_description
+from mooshak.config.parse import Draft, load_config
+from mooshak.config.sections import Config, TokenizerConfig
 from mooshak.errors import InputError
 from mooshak.tokenizer.base import Tokenizer
 from mooshak.tokenizer.extend import read_proto
 from mooshak.tokenizer.files import find_tokenizer
 from mooshak.tokenizer.hf_tokenizer import HFTokenizer
 from mooshak.tokenizer.load import open_tokenizer
+
+
+def resolve(draft: Draft) -> Config:
+    """Return the validated configuration, with what the checkpoint `init.from` supplies.
+
+    The model is the checkpoint's, except for the keys that were given, and so is the tokenizer
+    unless `tokenizer.path` was given. The checkpoint is read only where keys are missing, and a
+    run that has saved a checkpoint of its own needs it no more: its record, RUN/config.yaml, has
+    these sections. Raises `InputError` where neither is there, or the sections do not fit.
+    """
+    source = draft.sections["init"].from_
+    if not source:
+        return draft.config()
+    given = {
+        key: value
+        for key, value in draft.sections["model"].items()
+        if f"model.{key}" in draft.given
+    }
+    tokenizer: TokenizerConfig = draft.sections["tokenizer"]
+    has_tokenizer = "tokenizer.path" in draft.given
+    keys = {field.name for field in fields(ModelConfig) if field.compare}
+    run = Path(draft.sections["run"].dir)
+    if recorded := _record(run, source):
+        model: ModelConfig = replace(recorded.model, **given)
+        path = tokenizer.path if has_tokenizer else recorded.tokenizer.path
+        newest = newest_checkpoint(run)
+        if not Path(path).exists() and newest is not None:
+            path = str(find_tokenizer(newest, None))
+        return draft.config(model=model, tokenizer=replace(tokenizer, path=path))
+    if not (keys <= given.keys() and has_tokenizer):
+        here = model_description(model_of(Path(source)))
+        given = here | given
+        if not has_tokenizer:
+            tokenizer = replace(tokenizer, path=str(find_tokenizer(Path(source), None)))
+    return draft.config(model=draft.sections["model"] | given, tokenizer=tokenizer)
+
+
+def _record(run: Path, source: str) -> Config | None:
+    """The configuration of a run that began with `source` and has saved a checkpoint."""
+    if not (run / "config.yaml").is_file() or newest_checkpoint(run) is None:
+        return None
+    recorded = load_config(run / "config.yaml")
+    return recorded if recorded.init.from_ == source else None
+
+
+WITHOUT_PARAMETERS = ("max_seq_len", "rope_theta", "rope_scaling", "sliding_window", "norm_eps")
+"""Keys of the model that fit the weights of `init.from` whatever their value."""
 
 VOCABULARY = ("embeddings.weight", "lm_head.weight")
 """The parameters that have a row for each piece."""
@@ -26,7 +77,8 @@ def init_checkpoint(config: Config, source: Checkpoint, tokenizer: Tokenizer) ->
     Raises `InputError` where they are of another model.
     """
     rows, wanted = source.model.vocab_size, config.model.vocab_size
-    grown = replace(source.model, vocab_size=max(rows, wanted))
+    free = {key: getattr(config.model, key) for key in WITHOUT_PARAMETERS}
+    grown = replace(source.model, vocab_size=max(rows, wanted), **free)
     if grown != config.model:
         check_model(source.path, source.model, config)
     along = source.tokenizer_files

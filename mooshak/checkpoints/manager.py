@@ -12,6 +12,7 @@ from typing import Any
 
 from mooshak.checkpoints import base
 from mooshak.config.sections import Config
+from mooshak.tokenizer.files import files_of_tokenizer
 
 
 class CheckpointManager:
@@ -23,6 +24,7 @@ class CheckpointManager:
     def __init__(self, config: Config, is_main: bool = True):
         self.directory = Path(config.run.dir) / "checkpoints"
         self.config, self.is_main = config, is_main
+        self.files = files_of_tokenizer(Path(config.tokenizer.path))
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         if is_main:
@@ -51,7 +53,7 @@ class CheckpointManager:
             try:
                 wait()
                 if self.is_main:
-                    base.write_description(temporary, self.config.model, state)
+                    base.write_description(temporary, self.config.model, state, self.files)
                     temporary.rename(final)
                     self._prune()
             except BaseException as error:
@@ -93,3 +95,9 @@ def complete_steps(directory: Path) -> list[int]:
         for path in directory.glob("[0-9]*")
         if path.name.isdecimal() and (path / "trainer_state.json").is_file()
     )
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """Return the newest complete checkpoint of a run directory, or None."""
+    steps = complete_steps(run / "checkpoints")
+    return run / "checkpoints" / str(steps[-1]) if steps else None

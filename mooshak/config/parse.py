@@ -5,15 +5,16 @@ import functools
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import jsonargparse
 import yaml
 
-from mooshak.config.model import ModelConfig, model_description
-from mooshak.config.sections import Config, InitConfig, SourceConfig, TokenizerConfig
+from mooshak.config import renamed
+from mooshak.config.model import ModelConfig
+from mooshak.config.sections import Config, InitConfig, SourceConfig
 from mooshak.errors import InputError, did_you_mean
 
 SECTIONS = tuple(f.name for f in fields(Config))
@@ -34,51 +35,79 @@ def config_parser(description: str) -> jsonargparse.ArgumentParser:
     return result
 
 
+@dataclass(frozen=True)
+class Draft:
+    """A configuration as it was given: typed, with defaults, not yet validated across sections."""
+
+    sections: dict[str, Any]
+    """Section -> its dataclass; for `model` a dict, since `init.from` may supply missing keys."""
+    given: frozenset[str]
+    """Dotted keys that the YAML file or the command line sets."""
+
+    def config(self, **sections: Any) -> Config:
+        """Validate and return the configuration, with some sections replaced.
+
+        Opens no file: `init_from.resolve` replaces what a checkpoint supplies.
+        """
+        merged = self.sections | sections
+        if isinstance(merged["model"], dict):
+            merged["model"] = ModelConfig(**merged["model"])
+        return Config(**merged)
+
+
 def parse_config(
     arguments: jsonargparse.ArgumentParser,
     argv: Sequence[str] | None = None,
     find_config: Callable[[jsonargparse.Namespace], Path] | None = None,
-) -> tuple[Config, jsonargparse.Namespace]:
-    """The resolved configuration and the command's own options.
+) -> tuple[Draft, jsonargparse.Namespace]:
+    """Return the draft of the configuration and the command's own options.
 
-    `find_config` gives the file to read where there is no `--config`. Raises `InputError` for a
-    file that is not there, an unknown key or a value of another type.
+    `find_config` returns the file to read where there is no `--config`. Raises `InputError` for a
+    file that is missing, an unknown key or a value of another type.
     """
-    words = [_long(word) for word in (sys.argv[1:] if argv is None else argv)]
+    words = _config_first([_long(word) for word in (sys.argv[1:] if argv is None else argv)])
     try:
         namespace = arguments.parse_args(words)
         if find_config is not None and namespace.config is None:
             words = ["--config", str(find_config(namespace)), *words]
-            namespace = arguments.parse_args(words)
+        words = _translated(words)
+        given = arguments.parse_args(words, defaults=False)
+        namespace = arguments.parse_args(words)
+        model = namespace.pop("model").as_dict()
         values = arguments.instantiate(namespace)
     except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
         message = _explain(str(error))
         if isinstance(error, UnicodeDecodeError) or message.startswith("Problems parsing config"):
             message = f"{_config_file(words)} is not YAML: {message}"
         raise InputError(message) from error
-    sections = {name: values[name] for name in SECTIONS}
-    sections["init"] = InitConfig(values["init.from"])
-    if sections["init"].from_:
-        sections |= _begun(**sections)
-    return Config(**sections), values
+    sections = {name: values[name] for name in SECTIONS if name not in ("model", "init")}
+    sections |= {"model": model, "init": InitConfig(values["init.from"])}
+    return Draft(sections, frozenset(given.keys())), values
 
 
-def _begun(
-    init: InitConfig, model: ModelConfig, tokenizer: TokenizerConfig, **_: Any
-) -> dict[str, Any]:
-    """The sections `model` and `tokenizer` of a run that begins with a checkpoint."""
-    from mooshak.checkpoints.formats import model_of
-    from mooshak.tokenizer.files import find_tokenizer
+def _config_first(words: list[str]) -> list[str]:
+    """Move `--config FILE` to the front: options override the file wherever they stand."""
+    for i, word in enumerate(words):
+        if word == "--config" and i + 1 < len(words):
+            return [word, words[i + 1], *words[:i], *words[i + 2 :]]
+        if word.startswith("--config="):
+            return [word, *words[:i], *words[i + 1 :]]
+    return words
 
-    path, unset = Path(init.from_), ModelConfig()
-    there = model_description(model_of(path))
-    given = {
-        key: value for key, value in model_description(model).items() if value != there.get(key)
-    }
-    given = {key: value for key, value in given.items() if value != getattr(unset, key)}
-    if tokenizer.path == TokenizerConfig().path:
-        tokenizer = replace(tokenizer, path=str(find_tokenizer(path, None)))
-    return {"model": replace(model, **there | given), "tokenizer": tokenizer}
+
+def _translated(words: list[str]) -> list[str]:
+    """The words, with the text of an older run's record in place of its path."""
+    path = Path(_config_file(words) or "")
+    if not (is_run_record(path) and words[0] == "--config"):
+        return words
+    values = yaml.safe_load(path.read_text())
+    new = renamed.translate(values) if isinstance(values, dict) else values
+    return words if new == values else ["--config", yaml.safe_dump(new), *words[2:]]
+
+
+def is_run_record(path: Path) -> bool:
+    """Return whether a YAML file is the `RUN/config.yaml` that a run has written."""
+    return path.name == "config.yaml" and (path.parent / "environment.json").is_file()
 
 
 def _long(word: str) -> str:
@@ -86,13 +115,21 @@ def _long(word: str) -> str:
     return re.sub(r"^--mesh(?==|$)", "--parallel.mesh", word)
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The configuration in a YAML file, with `--section.key value` overrides on top."""
+def load_draft(path: str | Path, overrides: Sequence[str] = ()) -> Draft:
+    """Return the draft in a YAML file, with `--section.key value` overrides."""
     return parse_config(config_parser(""), ["--config", str(path), *overrides])[0]
 
 
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Return the configuration in a YAML file that is complete, such as `RUN/config.yaml`.
+
+    It opens no checkpoint: where `init.from` is to supply keys, use `init_from.resolve`.
+    """
+    return load_draft(path, overrides).config()
+
+
 def dump_config(config: Config) -> str:
-    """The configuration as YAML; `load` reads it back as the same configuration."""
+    """Return the configuration as YAML; `load_config` reads it back as the same configuration."""
     values = asdict(config) | {"init": {"from": config.init.from_}}
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
@@ -114,6 +151,8 @@ def _explain(message: str) -> str:
     ):
         if match := re.search(pattern, message):
             key = ".".join(match.groups())
+            if key in renamed.RENAMED:
+                return f"{prefix}{key} was renamed; use {renamed.RENAMED[key]}"
             return f"unknown {prefix}{key}{did_you_mean(key, _known_keys())}"
     return message
 

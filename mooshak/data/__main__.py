@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from mooshak.checkpoints.init_from import resolve
 from mooshak.config.parse import config_parser, parse_config
 from mooshak.config.sections import Config
 from mooshak.data.shards import load_or_prepare_shards, read_manifest, totals
@@ -21,7 +22,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """`python -m mooshak.data prepare|describe`."""
     arguments = config_parser("Tokenise the sources into shards, or describe the shards.")
     arguments.add_argument("action", choices=["prepare", "describe"])
-    config, options = parse_config(arguments, argv)
+    draft, options = parse_config(arguments, argv)
+    config = resolve(draft)
     if options.action == "prepare":
         load_or_prepare_shards(config)
     print_table(_description(config))

@@ -10,6 +10,7 @@ import numpy as np
 from rich.table import Table
 
 from mooshak.checkpoints import formats, resume
+from mooshak.checkpoints.init_from import resolve
 from mooshak.config.model import ModelConfig
 from mooshak.config.parse import config_parser, parse_config
 from mooshak.config.sections import Config
@@ -28,7 +29,8 @@ def options(description: str) -> tuple[Config, jsonargparse.Namespace]:
     parser = config_parser(description)
     parser.add_argument("source", type=Path, help="a checkpoint of any kind")
     parser.add_argument("--json", action="store_true", help="print one JSON object, not a table")
-    config, arguments = parse_config(parser, find_config=_config_of_run)
+    draft, arguments = parse_config(parser, find_config=_config_of_run)
+    config = resolve(draft)
     if config.data.validation_fraction == 0:
         raise InputError("data.validation_fraction is 0: no text is held out to evaluate on")
     return config, arguments

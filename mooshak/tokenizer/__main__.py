@@ -13,6 +13,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 
+from mooshak.checkpoints.init_from import resolve
 from mooshak.config.parse import config_parser, parse_config
 from mooshak.config.sections import Config
 from mooshak.errors import InputError, command
@@ -84,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments.add_argument(
         "--documents", type=int, default=1000, help="report: documents read from each source"
     )
-    config, options = parse_config(arguments, words)
+    draft, options = parse_config(arguments, words)
+    config = resolve(draft)
     if action is None:
         raise InputError(f"the first argument says what to do; give one of {', '.join(_ACTIONS)}")
     if action == "train":

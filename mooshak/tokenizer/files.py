@@ -1,5 +1,6 @@
 """Find the tokenizer of a checkpoint, and the files that belong to it."""
 
+import json
 from pathlib import Path
 
 from mooshak.errors import InputError
@@ -25,6 +26,32 @@ TOKENIZER_FILES = (
 def tokenizer_files(path: Path) -> dict[str, Path]:
     """The files of a checkpoint directory that come along with its weights."""
     return {name: path / name for name in TOKENIZER_FILES if (path / name).is_file()}
+
+
+def files_of_tokenizer(path: Path) -> dict[str, Path]:
+    """Return the files that a checkpoint needs of the tokenizer `path`: name there -> file.
+
+    A SentencePiece model becomes `tokenizer.model`. What stands next to the file under the usual
+    names (settings, chat template) belongs to it only if it has a usual name itself.
+    """
+    name = "tokenizer.json" if path.suffix == ".json" else "tokenizer.model"
+    others = tokenizer_files(path.parent) if path.name == name else {}
+    own = {key: file for key, file in others.items() if key not in VOCABULARY_FILES}
+    if path.name == name and is_hf(path.parent):
+        own[HF_CONFIG] = path.parent / "config.json"
+    return own | {name: path}
+
+
+VOCABULARY_FILES = ("tokenizer.model", "tokenizer.json")
+
+
+def is_hf(path: Path) -> bool:
+    """Return whether a directory is a Hugging Face model: its `config.json` has a `model_type`."""
+    try:
+        values = json.loads((path / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and "model_type" in values
 
 
 def find_tokenizer(checkpoint: Path, given: str | None) -> Path:

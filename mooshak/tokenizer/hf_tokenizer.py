@@ -14,6 +14,7 @@ import numpy as np
 from mooshak.errors import InputError
 from mooshak.files import read_object
 from mooshak.tokenizer.base import check_found
+from mooshak.tokenizer.files import HF_CONFIG
 
 
 class HFTokenizer:
@@ -51,7 +52,7 @@ class HFTokenizer:
 
     def _special(self, name: str) -> int | None:
         """The id of a special token, from `tokenizer_config.json` or `config.json`."""
-        for file in ("tokenizer_config.json", "generation_config.json", "config.json"):
+        for file in ("tokenizer_config.json", "generation_config.json", "config.json", HF_CONFIG):
             values = read_object(self.path.parent / file)
             token = values.get(f"{name}_token")
             token = token.get("content") if isinstance(token, dict) else token
