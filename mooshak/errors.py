@@ -3,6 +3,7 @@
 import difflib
 import errno
 import functools
+import os
 import sys
 from collections.abc import Callable, Iterable
 
@@ -14,7 +15,7 @@ class InputError(Exception):
 
 
 class PeerError(InputError):
-    """A run on several processes lost one. The message is one line: which waited, and in what."""
+    """Another process of the run failed or is lost. The message is one line: which, and why."""
 
     exit_code = 3
 
@@ -29,16 +30,26 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
     def wrapped(*args: object, **kwargs: object) -> None:
         try:
             main(*args, **kwargs)
+        except PeerError as error:
+            code = _fail(str(error), error.exit_code)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            # A normal exit would join the threads that wait for the lost process.
+            os._exit(code)
         except InputError as error:
             sys.exit(_fail(str(error), error.exit_code))
         except OSError as error:
             if error.errno not in _DISK_ERRORS:
                 raise
-            sys.exit(
-                _fail(f"{error.strerror}: {error.filename or 'while writing'}; free some space")
-            )
+            sys.exit(_fail(os_error_text(error)))
 
     return wrapped
+
+
+def os_error_text(error: OSError) -> str:
+    """Return the reason and the file of an error of the operating system, in one line."""
+    text = f"{error.strerror or error}: {error.filename or 'while writing'}"
+    return f"{text}; free some space" if error.errno in _DISK_ERRORS else text
 
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

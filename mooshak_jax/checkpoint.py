@@ -5,6 +5,8 @@ canonically, in both directions; nothing else in the project knows.
 """
 
 import logging
+import os
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -37,7 +39,8 @@ from mooshak_jax.param_names import CanonicalTensor, canonical_tensors
 from mooshak_jax.params import abstract_params, load_params
 from mooshak_jax.zarr import ZarrReader, ZarrWriter
 
-logging.getLogger("absl").setLevel(logging.ERROR)
+# Orbax logs, with a traceback, the errors that it raises as well.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 def start_saving(state: dict[str, Any], path: Path) -> Callable[[], None]:
@@ -50,7 +53,14 @@ def start_saving(state: dict[str, Any], path: Path) -> Callable[[], None]:
     checkpointer.save(path.absolute() / "orbax", args=arguments)
 
     def wait() -> None:
-        checkpointer.wait_until_finished()
+        try:
+            checkpointer.wait_until_finished()
+        except ValueError as error:
+            # TensorStore's error of the operating system, which stands at the end of a long text.
+            code = re.search(r"os_error_code='(\d+)'", str(error))
+            if code is None:
+                raise
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
         checkpointer.close()
 
     return wait

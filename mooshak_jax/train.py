@@ -74,55 +74,61 @@ def train(config: Config, resume: str = "auto", profile: bool = False) -> None:
     validation = validation_sequences(config) if config.evaluate.every else {}
     rows = parallel.rows_here(config.train.batch_size)
     batches = batches_of_rows(config, rows, step)
-    saver = CheckpointManager(config, parallel.is_main)
-    log = RunLog(config, step, parallel.is_main, jax.devices()[0].device_kind, parallel.mesh.size)
+    device = jax.devices()[0].device_kind
     last = min(config.train.steps, config.train.stop_after_step or config.train.steps)
     warm = step + WARMUP_STEPS
     traced = step + 2 if profile and parallel.is_main else None
     profile_dir = Path(config.run.dir) / "profile"
     stopped = False
-    try:
-        with stop_request() as stop:
-            while step < last and not stopped:
-                start = time.perf_counter()
-                rate = learning_rate(config, step)
-                batch = parallel.shard_local_batch(np.asarray(next(batches)))
-                with profiled(profile_dir) if step == traced else contextlib.nullcontext():
-                    state, loss, norm = update(state, batch, rate)
-                    stopped = parallel.any_process(stop.is_set())
-                    jax.block_until_ready(norm)
-                step += 1
-                if step == warm:
-                    retain_freed_memory()
-                metrics = {"loss": float(loss), "learning_rate": rate, "grad_norm": float(norm)}
-                metrics |= peak_memory()
-                seconds = time.perf_counter() - start
-                if validation and (step % config.evaluate.every == 0 or step == last):
-                    score = partial(
-                        evaluate, measure, state["params"], config=config, parallel=parallel
-                    )
-                    measured = validation_metrics(score, validation, tokenizer.token_bytes())
-                    validation_loss = measured["validation_loss"]
-                    metrics |= measured
-                if step % config.train.log_every == 0 or step == last:
-                    log.log(step, seconds, metrics)
+    # Outermost: once one process has ended, launchers send SIGTERM to those that are still closing.
+    with (
+        stop_request() as stop,
+        contextlib.closing(parallel),
+        contextlib.closing(
+            RunLog(config, step, parallel.is_main, device, parallel.mesh.size)
+        ) as log,
+    ):
+        saver = CheckpointManager(config, parallel)
+        while step < last and not stopped:
+            start = time.perf_counter()
+            rate = learning_rate(config, step)
+            batch = parallel.shard_local_batch(np.asarray(next(batches)))
+            with profiled(profile_dir) if step == traced else contextlib.nullcontext():
+                state, loss, norm = update(state, batch, rate)
+                stopped = parallel.any_process(stop.is_set() or saver.failed)
+                jax.block_until_ready(norm)
+            if stopped:
                 saver.raise_failure()
-                every = config.checkpoint.every
-                if step == last or stopped or (every and step % every == 0):
-                    description = trainer_state(
-                        config,
-                        step,
-                        "jax",
-                        tokenizer.fingerprint,
-                        validation_loss,
-                        jax.process_count(),
-                        ",".join(f"{axis}={size}" for axis, size in parallel.mesh.shape.items()),
-                    )
-                    saved = {key: state[key] for key in ("params", *MOMENTS)}
-                    saver.save(description, partial(start_saving, saved))
-            saver.finish()
-    finally:
-        log.close()
+            step += 1
+            if step == warm:
+                retain_freed_memory()
+            metrics = {"loss": float(loss), "learning_rate": rate, "grad_norm": float(norm)}
+            metrics |= peak_memory()
+            seconds = time.perf_counter() - start
+            if validation and (step % config.evaluate.every == 0 or step == last):
+                score = partial(
+                    evaluate, measure, state["params"], config=config, parallel=parallel
+                )
+                measured = validation_metrics(score, validation, tokenizer.token_bytes())
+                validation_loss = measured["validation_loss"]
+                metrics |= measured
+            if step % config.train.log_every == 0 or step == last:
+                with saver.defer_failure(f"step {step} could not be logged"):
+                    log.log(step, seconds, metrics)
+            every = config.checkpoint.every
+            if step == last or stopped or (every and step % every == 0):
+                description = trainer_state(
+                    config,
+                    step,
+                    "jax",
+                    tokenizer.fingerprint,
+                    validation_loss,
+                    jax.process_count(),
+                    ",".join(f"{axis}={size}" for axis, size in parallel.mesh.shape.items()),
+                )
+                saved = {key: state[key] for key in ("params", *MOMENTS)}
+                saver.save(description, partial(start_saving, saved))
+        saver.finish()
     if parallel.is_main:
         if stopped and step < config.train.steps:
             print(f"stopped after step {step}, saved; the same command continues (--resume auto)")

@@ -15,7 +15,11 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import _FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from mooshak.checkpoints import base, hf, safetensors
 from mooshak.checkpoints.base import Checkpoint
@@ -24,7 +28,7 @@ from mooshak.checkpoints.formats import Processes, detect_format, ensure_readabl
 from mooshak.checkpoints.init_from import init_checkpoint
 from mooshak.config.model import Dtype
 from mooshak.config.sections import Config
-from mooshak.errors import InputError
+from mooshak.errors import InputError, PeerError
 from mooshak.files import atomic_directory
 from mooshak.tokenizer.base import Tokenizer
 from mooshak.tokenizer.files import tokenizer_files
@@ -51,8 +55,33 @@ def start_saving(
         state = optimizer.state()
     else:
         state = {"params": dict(model.named_parameters()), **moments(model, optimizer)}
-    future: Any = dcp.async_save(state, checkpoint_id=path / "dcp", process_group=group)
-    return future.result
+    future: Any = dcp.async_save(
+        state, storage_writer=_ShardWriter(path / "dcp"), process_group=group
+    )
+
+    def wait() -> None:
+        try:
+            future.result()
+        except CheckpointException as error:
+            rank = dist.get_rank() if group is not None else 0
+            if rank in error.failures:
+                raise error.failures[rank][0] from error
+            raise PeerError(f"the checkpoint could not be written: {error}") from error
+
+    return wait
+
+
+class _ShardWriter(_FileSystemWriter):
+    """DCP's writer, which raises the error of the operating system that torch.save hides."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except (OSError, RuntimeError) as error:
+            cause = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(cause, OSError):
+                raise
+            raise OSError(cause.errno, cause.strerror, str(self.path)) from error
 
 
 def restore(model: Model, optimizer: torch.optim.Optimizer, source: Checkpoint) -> None:

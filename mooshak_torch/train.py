@@ -62,64 +62,66 @@ def train(config: Config, resume: str = "auto", profile: bool = False) -> None:
     model = model_of(objective)
     validation = validation_sequences(config) if config.evaluate.every else {}
     batches = train_batches(config, step, parallel.dp_rank, parallel.dp_size)
-    saver = CheckpointManager(config, parallel.is_main)
     device = torch.cuda.get_device_name() if parallel.device.type == "cuda" else "cpu"
-    log = RunLog(config, step, parallel.is_main, device, parallel.world_size)
     last = min(config.train.steps, config.train.stop_after_step or config.train.steps)
     warm = step + WARMUP_STEPS
     traced = step + 2 if profile and parallel.is_main else None
     profile_dir = Path(config.run.dir) / "profile"
     stopped = False
-    try:
-        with stop_request() as stop, parallel.explain_timeouts():
-            while step < last and not stopped:
-                start = time.perf_counter()
-                rate = learning_rate(config, step)
-                batch = torch.from_numpy(np.asarray(next(batches))).to(parallel.device).long()
-                with profiled(profile_dir) if step == traced else contextlib.nullcontext():
-                    loss, norm = train_step(
-                        objective, optimizer, batch, rate, config, parallel, scale
-                    )
-                    stopping = loss.new_tensor(float(stop.is_set()))
-                    flags = parallel.sum(torch.stack([loss, stopping]))
-                    stopped = flags[1].item() > 0
-                step += 1
-                if step == warm:
-                    retain_freed_memory()
-                metrics = {"loss": flags[0].item(), "learning_rate": rate, "grad_norm": norm.item()}
-                if scale is not None:
-                    metrics["loss_scale"] = scale.scale
-                metrics |= peak_memory(parallel.device)
-                seconds = time.perf_counter() - start
-                if validation and (step % config.evaluate.every == 0 or step == last):
-                    score = partial(evaluate, objective, config=config, parallel=parallel)
-                    measured = validation_metrics(score, validation, tokenizer.token_bytes())
-                    validation_loss = measured["validation_loss"]
-                    metrics |= measured
-                if step % config.train.log_every == 0 or step == last:
-                    log.log(step, seconds, metrics)
+    # Outermost: once one process has ended, torchrun sends SIGTERM to those that are still closing.
+    with (
+        stop_request() as stop,
+        contextlib.closing(parallel),
+        contextlib.closing(
+            RunLog(config, step, parallel.is_main, device, parallel.world_size)
+        ) as log,
+        parallel.explain_timeouts(),
+    ):
+        saver = CheckpointManager(config, parallel)
+        while step < last and not stopped:
+            start = time.perf_counter()
+            rate = learning_rate(config, step)
+            batch = torch.from_numpy(np.asarray(next(batches))).to(parallel.device).long()
+            with profiled(profile_dir) if step == traced else contextlib.nullcontext():
+                loss, norm = train_step(objective, optimizer, batch, rate, config, parallel, scale)
+                stopping = loss.new_tensor(float(stop.is_set() or saver.failed))
+                flags = parallel.sum(torch.stack([loss, stopping]))
+                stopped = flags[1].item() > 0
+            if stopped:
                 saver.raise_failure()
-                every = config.checkpoint.every
-                if step == last or stopped or (every and step % every == 0):
-                    state = trainer_state(
-                        config,
-                        step,
-                        "torch",
-                        tokenizer.fingerprint,
-                        validation_loss,
-                        parallel.world_size,
-                        parallel.layout,
-                    )
-                    if scale is not None:
-                        state["loss_scale"] = asdict(scale)
-                    saver.save(
-                        state,
-                        partial(start_saving, model, optimizer, group=parallel.checkpoint_group),
-                    )
-            saver.finish()
-    finally:
-        log.close()
-        parallel.close()
+            step += 1
+            if step == warm:
+                retain_freed_memory()
+            metrics = {"loss": flags[0].item(), "learning_rate": rate, "grad_norm": norm.item()}
+            if scale is not None:
+                metrics["loss_scale"] = scale.scale
+            metrics |= peak_memory(parallel.device)
+            seconds = time.perf_counter() - start
+            if validation and (step % config.evaluate.every == 0 or step == last):
+                score = partial(evaluate, objective, config=config, parallel=parallel)
+                measured = validation_metrics(score, validation, tokenizer.token_bytes())
+                validation_loss = measured["validation_loss"]
+                metrics |= measured
+            if step % config.train.log_every == 0 or step == last:
+                with saver.defer_failure(f"step {step} could not be logged"):
+                    log.log(step, seconds, metrics)
+            every = config.checkpoint.every
+            if step == last or stopped or (every and step % every == 0):
+                state = trainer_state(
+                    config,
+                    step,
+                    "torch",
+                    tokenizer.fingerprint,
+                    validation_loss,
+                    parallel.world_size,
+                    parallel.layout,
+                )
+                if scale is not None:
+                    state["loss_scale"] = asdict(scale)
+                saver.save(
+                    state, partial(start_saving, model, optimizer, group=parallel.checkpoint_group)
+                )
+        saver.finish()
     if parallel.is_main:
         if stopped and step < config.train.steps:
             print(f"stopped after step {step}, saved; the same command continues (--resume auto)")

@@ -18,6 +18,26 @@ from mooshak.tokenizer.files import is_hf
 FORMAT_MARKERS = {"torch": "dcp", "jax": "orbax", "safetensors": "model.safetensors"}
 
 
+class Processes(Protocol):
+    """The processes of a run, as `Parallel` of either framework has them."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the first."""
+
+    def broadcast(self, text: str) -> str:
+        """What the first says, to all of them."""
+
+    def barrier(self) -> None:
+        """Return when all have come here."""
+
+    def any_process(self, flag: bool) -> bool:
+        """Whether the flag is set in any process; all of them ask at the same step."""
+
+    def gather(self, text: str) -> list[str]:
+        """What every process says, by rank."""
+
+
 def detect_format(path: Path) -> str:
     """torch, jax, safetensors or hf. Raises `InputError` for a directory that is no checkpoint."""
     if not path.is_dir():
@@ -40,20 +60,6 @@ def model_of(path: Path) -> ModelConfig:
     if detect_format(path) == "hf":
         return hf.read_config(path)
     return base.read_description(path)[0]
-
-
-class Processes(Protocol):
-    """The processes of a run, as `Parallel` of either framework has them."""
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this is the first."""
-
-    def broadcast(self, text: str) -> str:
-        """What the first says, to all of them."""
-
-    def barrier(self) -> None:
-        """Return when all have come here."""
 
 
 @contextmanager

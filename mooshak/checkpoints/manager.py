@@ -6,74 +6,123 @@ Which framework wrote one is told by its state: the folder `dcp` (torch), `orbax
 
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mooshak.checkpoints import base
+from mooshak.checkpoints.formats import Processes
 from mooshak.config.sections import Config
+from mooshak.errors import InputError, PeerError, os_error_text
 from mooshak.tokenizer.files import files_of_tokenizer
+
+POLL_SECONDS = 0.1
+"""Between two questions whether all processes have saved."""
 
 
 class CheckpointManager:
     """Saves in the background, keeps the newest and the best, and remembers a failure.
 
-    `is_main` is true in the one process that names and deletes directories.
+    A failure in one process ends all of them: they exchange `failed` with the flags of every step,
+    and call `raise_failure` together. The first process names and deletes directories.
     """
 
-    def __init__(self, config: Config, is_main: bool = True):
+    def __init__(self, config: Config, processes: Processes):
         self.directory = Path(config.run.dir) / "checkpoints"
-        self.config, self.is_main = config, is_main
+        self.config, self.processes = config, processes
         self.files = files_of_tokenizer(Path(config.tokenizer.path))
         self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
-        if is_main:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            for unfinished in self.directory.glob(".*.writing"):
-                shutil.rmtree(unfinished)
+        self._failure: Exception | None = None
+        with self.defer_failure(f"{self.directory} could not be prepared"):
+            if processes.is_main:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                for ending in ("writing", "deleting"):
+                    for unfinished in self.directory.glob(f".*.{ending}"):
+                        shutil.rmtree(unfinished)
+        self.raise_failure()
+
+    @property
+    def failed(self) -> bool:
+        """Whether something failed in this process that the others do not know of yet."""
+        return self._failure is not None
 
     def save(
         self, state: dict[str, Any], start_writing: Callable[[Path], Callable[[], None]]
     ) -> None:
-        """Save a training state; returns while it is still being written.
+        """Save a training state; returns while it is still being written. All processes call it.
 
         `start_writing(directory)` takes a snapshot and returns the function that waits for it.
-        Raises what stopped the save before this one.
+        Raises what stopped the save before this one, as `raise_failure` does.
         """
         self.finish()
         final = self.directory / str(state["step"])
         if final.exists():
             return
         temporary = self.directory / f".{final.name}.writing"
-        if self.is_main:
-            temporary.mkdir(exist_ok=True)
-        wait = start_writing(temporary)
+        what = f"the checkpoint of step {final.name} could not be saved"
+        with self.defer_failure(what):
+            if self.processes.is_main:
+                temporary.mkdir(exist_ok=True)
+        # Before any process waits inside start_writing for one that has failed here.
+        self.raise_failure()
 
-        def complete() -> None:
-            try:
+        def complete(wait: Callable[[], None]) -> None:
+            with self.defer_failure(what):
                 wait()
-                if self.is_main:
+                if self.processes.is_main:
                     base.write_description(temporary, self.config.model, state, self.files)
                     temporary.rename(final)
                     self._prune()
-            except BaseException as error:
-                self._error = error
 
-        self._thread = threading.Thread(target=complete, name=f"save-{final.name}")
-        self._thread.start()
+        with self.defer_failure(what):
+            wait = start_writing(temporary)
+            self._thread = threading.Thread(
+                target=complete, args=(wait,), name=f"save-{final.name}"
+            )
+            self._thread.start()
+
+    @contextmanager
+    def defer_failure(self, what: str) -> Iterator[None]:
+        """Record an exception of the block, which `raise_failure` raises; `what` says its effect.
+
+        An error of the operating system becomes an `InputError` of one line.
+        """
+        try:
+            yield
+        except OSError as error:
+            self._failure = InputError(f"{what}: {os_error_text(error)}")
+            self._failure.__cause__ = error
+        except Exception as error:
+            self._failure = error
 
     def raise_failure(self) -> None:
-        """Raise what stopped a save, if one failed; call it every step."""
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
+        """Raise what failed in any process: the error itself there, `PeerError` in the others.
+
+        All processes call it at the same point of the run.
+        """
+        if not self.processes.any_process(self.failed):
+            return
+        failure, self._failure = self._failure, None
+        known = failure is not None and not isinstance(failure, PeerError)
+        texts = self.processes.gather(_summary(failure) if known else "")
+        causes = [f"rank {rank} failed: {text}" for rank, text in enumerate(texts) if text]
+        if failure is not None and (known or not causes):
+            raise failure
+        raise PeerError("; ".join(causes)) from failure
 
     def finish(self) -> None:
-        """Wait for the save under way; raises what stopped it."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        self.raise_failure()
+        """Wait until the save under way is complete in all processes; all of them call it.
+
+        Raises what stopped it, as `raise_failure` does.
+        """
+        while True:
+            saving = self._thread is not None and self._thread.is_alive()
+            self.raise_failure()
+            if not self.processes.any_process(saving):
+                return
+            if self._thread is not None:
+                self._thread.join(POLL_SECONDS)
 
     def _prune(self) -> None:
         """Delete all but the newest and the best. What this program did not write stays."""
@@ -85,7 +134,16 @@ class CheckpointManager:
         if known:
             kept.add(min(known, key=lambda step: known[step]))
         for step in set(steps) - kept:
-            shutil.rmtree(self.directory / str(step))
+            # A directory that is deleted in part must not look like a checkpoint.
+            unwanted = self.directory / f".{step}.deleting"
+            (self.directory / str(step)).rename(unwanted)
+            shutil.rmtree(unwanted)
+
+
+def _summary(error: Exception | None) -> str:
+    lines = str(error).strip().splitlines()
+    text = lines[0] if lines else ""
+    return text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
 
 
 def complete_steps(directory: Path) -> list[int]:

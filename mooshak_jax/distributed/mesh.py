@@ -85,6 +85,15 @@ class Parallel:
             return flag
         return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
+    def gather(self, text: str) -> list[str]:
+        """What every process says, by rank."""
+        if jax.process_count() == 1:
+            return [text]
+        said = np.frombuffer(text.encode(), np.uint8)
+        lengths = multihost_utils.process_allgather(np.int32(len(said)))
+        padded = multihost_utils.process_allgather(np.resize(said, max(1, *lengths)))
+        return [row[:n].tobytes().decode() for row, n in zip(padded, lengths, strict=True)]
+
     def broadcast(self, text: str) -> str:
         """What the first process says, to all of them."""
         if jax.process_count() == 1:
@@ -97,6 +106,11 @@ class Parallel:
     def barrier(self) -> None:
         """Return when all processes have come here."""
         multihost_utils.sync_global_devices("mooshak")
+
+    def close(self) -> None:
+        """Leave the other processes when all of them have come here."""
+        if jax.process_count() > 1:
+            jax.distributed.shutdown()
 
     def activate(self) -> contextlib.AbstractContextManager[Any]:
         """Inside the block, which stands in a compiled function, the model cuts its arrays."""

@@ -130,6 +130,17 @@ class Parallel:
             dist.all_reduce(values)
         return values.div_(self.sizes["tensor"])
 
+    def any_process(self, flag: bool) -> bool:
+        """Whether the flag is set in any process; all of them ask at the same step."""
+        return self.sum(torch.tensor(float(flag), device=self.device)).item() > 0
+
+    def gather(self, text: str) -> list[str]:
+        """What every process says, by rank."""
+        said = [text] * self.world_size
+        if self.mesh is not None:
+            dist.all_gather_object(said, text)
+        return said
+
     def broadcast(self, text: str) -> str:
         """What the first process says, to all of them."""
         said = [text]
