@@ -35,26 +35,19 @@ from mooshak.tokenizer.files import tokenizer_files
 from mooshak_torch.dcp import ChunkedSavePlanner, DCPReader, DCPWriter
 from mooshak_torch.distributed.deepspeed import ZeroOptimizer
 from mooshak_torch.model import Model
-from mooshak_torch.optimizer import moments, set_step
+from mooshak_torch.optimizer import Optimizer
 from mooshak_torch.params import load_params, numpy_dtype, to_numpy
 
 
 def start_saving(
-    model: Model,
-    optimizer: torch.optim.Optimizer | ZeroOptimizer,
-    path: Path,
-    group: dist.ProcessGroup | None = None,
+    optimizer: Optimizer | ZeroOptimizer, path: Path, group: dist.ProcessGroup | None = None
 ) -> Callable[[], None]:
-    """Take a snapshot and write it to `path` in the background; returns the function that waits.
+    """Take a snapshot and write it to `path` in the background; return the function that waits.
 
     `group` is a process group of the saves' own: in the background they must not meet the
     collectives of the training.
     """
-    state: dict[str, Any]
-    if isinstance(optimizer, ZeroOptimizer):
-        state = optimizer.state()
-    else:
-        state = {"params": dict(model.named_parameters()), **moments(model, optimizer)}
+    state = optimizer.state()
     future: Any = dcp.async_save(
         state, storage_writer=_ShardWriter(path / "dcp"), process_group=group
     )
@@ -84,14 +77,15 @@ class _ShardWriter(_FileSystemWriter):
             raise OSError(cause.errno, cause.strerror, str(self.path)) from error
 
 
-def restore(model: Model, optimizer: torch.optim.Optimizer, source: Checkpoint) -> None:
+def restore(optimizer: Optimizer, source: Checkpoint) -> None:
     """Fill the model and the optimizer from an open training checkpoint."""
-    state: dict[str, Tensor] = dict(model.named_parameters())
-    for moment, tensors in moments(model, optimizer).items():
-        state |= {f"{moment}.{name}": tensor for name, tensor in tensors.items()}
+    tensors = optimizer.state()
+    state = tensors.pop("params")
+    for moment, by_name in tensors.items():
+        state |= {f"{moment}.{name}": tensor for name, tensor in by_name.items()}
     load_params(state, source)
     assert source.trainer_state is not None
-    set_step(optimizer, source.trainer_state["step"])
+    optimizer.set_step(source.trainer_state["step"])
 
 
 def load_init_weights(

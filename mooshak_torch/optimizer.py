@@ -1,17 +1,72 @@
 """AdamW with decay on matrices only, and clipping by the global norm."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from mooshak.checkpoints.base import MOMENTS
 from mooshak.config.sections import OptimizerConfig
 from mooshak.numerics.schedule import has_weight_decay
+
+
+class Optimizer:
+    """AdamW and clipping of a model in one process, under DDP or under FSDP2.
+
+    DeepSpeed's engine has the same interface: `distributed.deepspeed.ZeroOptimizer`.
+    """
+
+    def __init__(self, objective: nn.Module, model: nn.Module, config: OptimizerConfig):
+        self.objective, self.model = objective, model
+        self.inner = make_optimizer(model, config)
+        # Allocated by the first step they would lie between activations and fragment the heap.
+        moments(model, self.inner)
+
+    def zero_grad(self) -> None:
+        """Drop the gradients."""
+        self.inner.zero_grad(set_to_none=True)
+
+    @contextmanager
+    def no_sync(self, when: bool) -> Iterator[None]:
+        """Leave gradients unreduced inside the block (all micro-batches but the last)."""
+        if when and isinstance(self.objective, DistributedDataParallel):
+            with self.objective.no_sync():
+                yield
+        elif when and isinstance(self.objective, FSDPModule):
+            self.objective.set_requires_gradient_sync(False)
+            yield
+            self.objective.set_requires_gradient_sync(True)
+        else:
+            yield
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a loss to those of the parameters."""
+        loss.backward()
+
+    def clip(self, max_norm: float, scale: float = 1.0) -> Tensor:
+        """Clip the gradients, divided by the loss's `scale`, as `clip_gradients` does."""
+        return clip_gradients(self.objective.parameters(), max_norm, scale)
+
+    def step(self, rate: float) -> None:
+        """Update the parameters with a learning rate."""
+        for group in self.inner.param_groups:
+            group["lr"] = rate
+        self.inner.step()
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """Return `params`, `exp_avg`, `exp_avg_sq` by canonical name: the tensors themselves."""
+        return {"params": dict(self.model.named_parameters()), **moments(self.model, self.inner)}
+
+    def set_step(self, step: int) -> None:
+        """Set the number of steps done, which the moments' bias correction depends on."""
+        set_step(self.inner, step)
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:

@@ -1,29 +1,87 @@
 """The training step of the PyTorch model: state, one optimizer step, evaluation."""
 
 import math
+from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mooshak.checkpoints.base import Checkpoint
 from mooshak.config.sections import Config
+from mooshak.data.packing import IGNORE_INDEX, Batch
 from mooshak.numerics.init_weights import initial_weight
 from mooshak.tokenizer.base import Tokenizer
-from mooshak_torch.checkpoint import load_init_weights, restore
+from mooshak_torch.checkpoint import load_init_weights, open_checkpoint, restore, start_saving
 from mooshak_torch.distributed.deepspeed import ZeroOptimizer, make_engine
-from mooshak_torch.distributed.mesh import Parallel
+from mooshak_torch.distributed.mesh import Parallel, make_parallel
 from mooshak_torch.distributed.parallelize import parallelize
 from mooshak_torch.objectives import make_objective, model_of
-from mooshak_torch.optimizer import LossScale, clip_gradients, make_optimizer, moments, set_step
+from mooshak_torch.optimizer import LossScale, Optimizer
 from mooshak_torch.params import initialize
+from mooshak_torch.profile import profiled
+
+
+class Trainer:
+    """The training state in PyTorch, for `mooshak.training.loop`."""
+
+    framework = "torch"
+
+    def __init__(self, config: Config):
+        self.config, self.processes = config, make_parallel(config)
+        set_matmul_precision()
+        parallel = self.processes
+        self.world_size = self.n_devices = parallel.world_size
+        self.layout, self.rows = parallel.layout, parallel.rows(config.train.batch_size)
+        is_gpu = parallel.device.type == "cuda"
+        self.device = torch.cuda.get_device_name() if is_gpu else "cpu"
+        self.open_checkpoint, self.profiled = open_checkpoint, profiled
+        self.explain_timeouts, self.close = parallel.explain_timeouts, parallel.close
+        self.peak_memory = partial(peak_memory, parallel.device)
+
+    def initialize(self, tokenizer: Tokenizer | None) -> None:
+        self._set_state(tokenizer, None)
+
+    def restore(self, source: Checkpoint) -> None:
+        self._set_state(None, source)
+
+    def _set_state(self, tokenizer: Tokenizer | None, source: Checkpoint | None) -> None:
+        self.objective, self.optimizer = make_state(self.config, self.processes, tokenizer, source)
+        self.loss_scale = make_loss_scale(self.config, self.optimizer, source)
+
+    def step(self, batch: Batch, rate: float, stop: bool) -> tuple[dict[str, float], bool]:
+        parallel, scale = self.processes, self.loss_scale
+        mine = parallel.shard_local_batch(batch)
+        loss, norm = train_step(
+            self.objective, self.optimizer, mine, rate, self.config, parallel, scale
+        )
+        # One collective for both.
+        total, stopping = parallel.sum(torch.stack([loss, loss.new_tensor(float(stop))])).tolist()
+        metrics = {"loss": total, "grad_norm": norm.item()}
+        if scale is not None:
+            metrics["loss_scale"] = scale.scale
+        return metrics, stopping > 0
+
+    def evaluate(self, batch: Batch) -> float:
+        return evaluate(self.objective, batch, self.config, self.processes)
+
+    def start_saving(self, path: Path) -> Callable[[], None]:
+        return start_saving(self.optimizer, path, self.processes.checkpoint_group)
+
+    def trainer_state(self) -> dict[str, Any]:
+        return {} if self.loss_scale is None else {"loss_scale": asdict(self.loss_scale)}
 
 
 def make_state(
-    config: Config, parallel: Parallel, tokenizer: Tokenizer, source: Checkpoint | None
-) -> tuple[nn.Module, torch.optim.Optimizer | ZeroOptimizer]:
-    """The objective on the mesh and its optimizer, as in a checkpoint or at the beginning."""
+    config: Config, parallel: Parallel, tokenizer: Tokenizer | None, source: Checkpoint | None
+) -> tuple[nn.Module, Optimizer | ZeroOptimizer]:
+    """Return the objective on the mesh and its optimizer: a checkpoint's state, or the first.
+
+    `tokenizer` is the run's, for weights from `init.from`.
+    """
     objective: nn.Module = make_objective(config.model, config)
     if parallel.strategy == "deepspeed":
         values = source.read if source else partial(initial_weight, config.model, config.run.seed)
@@ -33,12 +91,11 @@ def make_state(
         return objective, engine
     objective = parallelize(objective, parallel, config)
     model = model_of(objective)
-    optimizer = make_optimizer(model, config.optimizer)
-    # Made by the first step they would lie among the activations, and cut up the heap.
-    moments(model, optimizer)
+    optimizer = Optimizer(objective, model, config.optimizer)
     if source is not None:
-        restore(model, optimizer, source)
+        restore(optimizer, source)
     elif config.init.from_:
+        assert tokenizer is not None
         load_init_weights(model, config, tokenizer, parallel)
     else:
         initialize(model, config.run.seed)
@@ -46,78 +103,83 @@ def make_state(
 
 
 def make_loss_scale(
-    config: Config, optimizer: torch.optim.Optimizer | ZeroOptimizer, source: Checkpoint | None
+    config: Config, optimizer: Optimizer | ZeroOptimizer, source: Checkpoint | None
 ) -> LossScale | None:
-    """The scale of a float16 run, as in a checkpoint or at the beginning."""
-    if config.train.dtype != "float16" or isinstance(optimizer, ZeroOptimizer):
+    """Return the loss scale of a float16 run: a checkpoint's, or the first. None elsewhere."""
+    if config.train.dtype != "float16":
         return None
     state = {} if source is None else source.trainer_state or {}
     scale = LossScale(**state.get("loss_scale", {}))
     if source is not None:
         # Skipped steps have not moved the moments.
-        set_step(optimizer, state["step"] - scale.skipped)
+        optimizer.set_step(state["step"] - scale.skipped)
     return scale
 
 
 def train_step(
     objective: nn.Module,
-    optimizer: torch.optim.Optimizer | ZeroOptimizer,
-    batch_BS: Tensor,
+    optimizer: Optimizer | ZeroOptimizer,
+    batch: Batch[Tensor],
     rate: float,
     config: Config,
     parallel: Parallel,
     loss_scale: LossScale | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One optimizer step on this process's rows of the batch, [B, T + 1] tokens.
+    """Take one optimizer step on this process's rows of the batch.
 
     Returns this process's part of the mean loss (the parts add up) and the gradient's norm.
     """
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     scale = 1.0 if loss_scale is None else loss_scale.scale
-    parts = batch_BS.chunk(config.train.gradient_accumulation_steps)
-    n_tokens = batch_BS[:, 1:].numel() * parallel.dp_size
-    loss = torch.zeros((), dtype=next(objective.parameters()).dtype, device=batch_BS.device)
-    for i, part in enumerate(parts):
-        with parallel.no_sync(objective, i < len(parts) - 1):
-            part_loss = objective(part) / n_tokens
-            # DDP, FSDP and DeepSpeed average over the processes, and the parts are to be added.
-            parallel.backward(objective, part_loss * (parallel.dp_size * scale))
-        loss += part_loss.detach()
-    if isinstance(optimizer, ZeroOptimizer):
-        norm = optimizer.clip(config.optimizer.max_grad_norm)
-    elif loss_scale is None:
-        norm = clip_gradients(objective.parameters(), config.optimizer.max_grad_norm)
-    else:
-        norm = clip_gradients(objective.parameters(), config.optimizer.max_grad_norm, scale)
+    micro_batches = batch.chunk(config.train.gradient_accumulation_steps)
+    n_labels = count_labels(batch, parallel)
+    loss = torch.zeros((), dtype=next(objective.parameters()).dtype, device=batch.labels.device)
+    for i, micro_batch in enumerate(micro_batches):
+        with optimizer.no_sync(i < len(micro_batches) - 1):
+            part = objective(micro_batch) / n_labels
+            # DDP, FSDP and DeepSpeed average over the processes; the parts are to be added.
+            optimizer.backward(part * (parallel.dp_size * scale))
+        loss += part.detach()
+    norm = optimizer.clip(config.optimizer.max_grad_norm, scale)
+    if loss_scale is not None:
         loss_scale.update(finite=bool(norm.isfinite()))
         if not norm.isfinite():
             return loss, norm
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.step()
+    optimizer.step(rate)
     return loss, norm
 
 
+def count_labels(batch: Batch[Tensor], parallel: Parallel) -> int:
+    """Return the number of labels of the global batch that are not ignored, at least 1.
+
+    `batch` is this process's rows. Without document masks the number is known beforehand;
+    otherwise the processes add up theirs.
+    """
+    if batch.segments is None:
+        return batch.labels.numel() * parallel.dp_size
+    count = (batch.labels != IGNORE_INDEX).sum(dtype=torch.float64)  # Exact below 2^53.
+    return max(1, int(parallel.sum(count).item()))
+
+
 @torch.no_grad()
-def evaluate(
-    objective: nn.Module, sequences_NS: np.ndarray, config: Config, parallel: Parallel
-) -> float:
-    """Summed cross entropy, in nats, of all tokens but the first of each sequence."""
+def evaluate(objective: nn.Module, batch: Batch, config: Config, parallel: Parallel) -> float:
+    """Return the summed cross entropy, in nats, of the labels of a batch that are not ignored."""
     total = torch.zeros((), dtype=torch.float64, device=parallel.device)
-    every_NS = torch.from_numpy(sequences_NS).long().to(parallel.device)
-    mine_NS, rows = every_NS[parallel.dp_rank :: parallel.dp_size], config.evaluate.batch_size
-    # All processes go through the model equally often: it gathers its parameters together.
-    for start in range(0, math.ceil(len(every_NS) / parallel.dp_size), rows):
-        batch_BS = mine_NS[start : start + rows]
-        if len(batch_BS):
-            total += objective(batch_BS)
+    full = parallel.shard_local_batch(batch)
+    mine = full.rows(slice(parallel.dp_rank, None, parallel.dp_size))
+    n_rows = config.evaluate.batch_size
+    # All processes call the model equally often: they gather its parameters together.
+    for first in range(0, math.ceil(len(full.tokens) / parallel.dp_size), n_rows):
+        part = mine.rows(slice(first, first + n_rows))
+        if len(part.tokens):
+            total += objective(part)
         else:
-            objective(every_NS[:1])
+            objective(full.rows(slice(0, 1)))
     return parallel.sum(total).item()
 
 
 def set_matmul_precision() -> None:
-    """float32 means float32: no TF32 in matrix products."""
+    """Compute float32 matrix products in float32, not in TF32."""
     torch.set_float32_matmul_precision("highest")
 
 

@@ -6,7 +6,8 @@ casts on its own, so that DeepSpeed has float32 to deal with, in bfloat16 runs a
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ Values = Callable[[str], np.ndarray]
 
 
 class ZeroOptimizer:
-    """What the trainer wants of an optimizer, asked of a DeepSpeed engine."""
+    """The interface of `mooshak_torch.optimizer.Optimizer` on top of a DeepSpeed engine."""
 
     def __init__(self, engine: Any, model: Model):
         self.engine, self.named = engine, dict(model.named_parameters())
@@ -43,18 +44,23 @@ class ZeroOptimizer:
             # DeepSpeed would look for them when it has updated the first of the groups.
             zero._lazy_init_hp_params_optimizer_state()
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        groups: list[dict[str, Any]] = self.engine.optimizer.param_groups
-        return groups
+    def zero_grad(self) -> None:
+        """Do nothing: the engine's `step` has dropped the gradients."""
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Nothing: the engine's `step` has done it."""
+    @contextmanager
+    def no_sync(self, when: bool) -> Iterator[None]:
+        """Leave gradients unreduced inside the block (all micro-batches but the last)."""
+        self.engine.set_gradient_accumulation_boundary(not when)
+        yield
 
-    def clip(self, max_norm: float) -> Tensor:
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a loss to those of the parameters."""
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def clip(self, max_norm: float, scale: float = 1.0) -> Tensor:
         """Have the next step scale the gradients by max_norm / max(norm, max_norm).
 
-        Returns the global norm. DeepSpeed's own factor is clip_grad / (norm + 1e-6), where
+        Returns the global norm. `scale`, the loss's, is 1: `check` refuses float16. DeepSpeed's own factor is clip_grad / (norm + 1e-6), where
         that is less than one.
         """
         zero = self.engine.optimizer
@@ -65,8 +71,10 @@ class ZeroOptimizer:
         zero.clip_grad = max_norm * (1 + 1e-6 / norm.item()) if norm > max_norm else 0.0
         return norm
 
-    def step(self) -> None:
-        """Update the parameters."""
+    def step(self, rate: float) -> None:
+        """Update the parameters with a learning rate."""
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = rate
         self.engine.step()
 
     def state(self) -> dict[str, dict[str, Tensor]]:

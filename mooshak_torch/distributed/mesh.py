@@ -79,31 +79,6 @@ class Parallel:
         return self.rank // self.sizes["tensor"]
 
     @contextmanager
-    def no_sync(self, objective: nn.Module, when: bool) -> Iterator[None]:
-        """Leave gradients unreduced inside the block (all micro-batches but the last)."""
-        if when and isinstance(objective, DistributedDataParallel):
-            with objective.no_sync():
-                yield
-        elif when and isinstance(objective, FSDPModule):
-            objective.set_requires_gradient_sync(False)
-            yield
-            objective.set_requires_gradient_sync(True)
-        elif self.strategy == "deepspeed":
-            engine: Any = objective
-            engine.set_gradient_accumulation_boundary(not when)
-            yield
-        else:
-            yield
-
-    def backward(self, objective: nn.Module, loss: Tensor) -> None:
-        """Add the gradients of a loss to those of the parameters."""
-        if self.strategy == "deepspeed":
-            engine: Any = objective
-            engine.backward(loss, scale_wrt_gas=False)
-        else:
-            loss.backward()
-
-    @contextmanager
     def explain_timeouts(self) -> Iterator[None]:
         """Inside the block, a wait for other processes that fails is a `PeerError`.
 

@@ -1,0 +1,195 @@
+"""The training loop of both frameworks: schedule, metrics, validation, checkpoints, signals, resume.
+
+A framework supplies a `Trainer`; an objective decides what a step minimises.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from mooshak.checkpoints.base import Checkpoint
+from mooshak.checkpoints.formats import Processes, ensure_readable_format
+from mooshak.checkpoints.manager import CheckpointManager
+from mooshak.checkpoints.resume import check_resume, resume_from, trainer_state
+from mooshak.config.sections import Config
+from mooshak.data.packing import Batch
+from mooshak.data.shards import load_or_prepare_shards
+from mooshak.evaluation.bits_per_byte import validation_metrics
+from mooshak.numerics.schedule import learning_rate
+from mooshak.tokenizer.base import Tokenizer
+from mooshak.training.malloc import WARMUP_STEPS, retain_freed_memory
+from mooshak.training.metrics import RunLog, stop_request
+
+PROFILED_STEP = 3
+"""The step, counted from where the run starts, that `--profile` traces."""
+
+
+class Trainer(Protocol):
+    """The state of a training in one framework, and what the loop asks of it."""
+
+    framework: str
+    """torch or jax."""
+
+    @property
+    def processes(self) -> Processes:
+        """The processes of the run; each holds its own `Trainer`."""
+        ...
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        ...
+
+    @property
+    def n_devices(self) -> int:
+        """Number of devices, over all processes."""
+        ...
+
+    @property
+    def device(self) -> str:
+        """Name of the kind of device."""
+        ...
+
+    @property
+    def layout(self) -> str:
+        """The mesh in the notation of `--mesh`."""
+        ...
+
+    @property
+    def rows(self) -> Sequence[int]:
+        """The rows of the global batch that this process reads."""
+        ...
+
+    def initialize(self, tokenizer: Tokenizer) -> None:
+        """Make the state before the first step."""
+        ...
+
+    def open_checkpoint(self, path: Path) -> Checkpoint:
+        """Open a checkpoint that this framework reads."""
+        ...
+
+    def restore(self, source: Checkpoint) -> None:
+        """Make the state that a training checkpoint holds."""
+        ...
+
+    def step(self, batch: Batch, rate: float, stop: bool) -> tuple[dict[str, float], bool]:
+        """Take one optimizer step on this process's rows.
+
+        Returns `loss` (mean over the global batch), `grad_norm` (before clipping) and further
+        metrics, and whether any process has set `stop`. A step that one process wants to stop
+        after is taken by all of them.
+        """
+        ...
+
+    def evaluate(self, batch: Batch) -> float:
+        """Return the objective's sum over a batch that every process has in full."""
+        ...
+
+    def start_saving(self, path: Path) -> Callable[[], None]:
+        """Take a snapshot, start writing it to `path`; return the function that waits for it."""
+        ...
+
+    def trainer_state(self) -> dict[str, Any]:
+        """Return what `trainer_state.json` holds of this trainer alone."""
+        ...
+
+    def peak_memory(self) -> dict[str, float]:
+        """Return `memory_bytes`, the peak of the device, or of this process on a CPU."""
+        ...
+
+    def profiled(self, directory: Path) -> contextlib.AbstractContextManager[None]:
+        """Trace the block into a directory."""
+        ...
+
+    def explain_timeouts(self) -> contextlib.AbstractContextManager[None]:
+        """Turn a failed wait for other processes inside the block into a `PeerError`."""
+        ...
+
+    def close(self) -> None:
+        """Leave the other processes."""
+        ...
+
+
+def train(config: Config, trainer: Trainer, resume: str = "auto", profile: bool = False) -> None:
+    """Train until `train.steps` are done, a signal comes, or `train.stop_after_step` is reached.
+
+    `resume` is auto, never or a checkpoint's path; `profile` traces the third step from here into
+    RUN/profile. Raises `InputError` where the run cannot start or a save fails, `PeerError` where
+    another process failed.
+    """
+    # Grain imports jax, and it starts threads: after the framework has made its devices.
+    from mooshak.data.batches import batches_of_rows, validation_sequences
+
+    tokenizer, _ = load_or_prepare_shards(config)
+    step, validation_loss = start(config, trainer, tokenizer, resume)
+    validation = validation_sequences(config) if config.evaluate.every else {}
+    token_bytes_V = tokenizer.token_bytes()
+    batches = batches_of_rows(config, trainer.rows, step)
+    first, last = step, min(config.train.steps, config.train.stop_after_step or config.train.steps)
+    is_main, stopped = trainer.processes.is_main, False
+    # Outermost: once one process has ended, launchers send SIGTERM to those that are still closing.
+    with (
+        stop_request() as stop,
+        contextlib.closing(trainer),
+        contextlib.closing(
+            RunLog(config, step, is_main, trainer.device, trainer.n_devices)
+        ) as log,
+        trainer.explain_timeouts(),
+    ):
+        manager = CheckpointManager(config, trainer.processes)
+        while step < last and not stopped:
+            began, rate, batch = time.perf_counter(), learning_rate(config, step), next(batches)
+            traced = profile and is_main and step - first == PROFILED_STEP - 1
+            trace = trainer.profiled(Path(config.run.dir) / "profile") if traced else None
+            with trace or contextlib.nullcontext():
+                measured, stopped = trainer.step(batch, rate, stop.is_set() or manager.failed)
+            if stopped:
+                manager.raise_failure()
+            step += 1
+            if step - first == WARMUP_STEPS:
+                retain_freed_memory()
+            metrics = {"loss": measured.pop("loss"), "learning_rate": rate, **measured}
+            metrics |= trainer.peak_memory()
+            seconds = time.perf_counter() - began
+            if validation and (step % config.evaluate.every == 0 or step == last):
+                scores = validation_metrics(trainer.evaluate, validation, token_bytes_V)
+                validation_loss = scores["validation_loss"]
+                metrics |= scores
+            if step % config.train.log_every == 0 or step == last:
+                with manager.defer_failure(f"step {step} could not be logged"):
+                    log.log(step, seconds, metrics)
+            every = config.checkpoint.every
+            if step == last or stopped or (every and step % every == 0):
+                state = trainer_state(
+                    config,
+                    step,
+                    trainer.framework,
+                    tokenizer.fingerprint,
+                    validation_loss,
+                    trainer.world_size,
+                    trainer.layout,
+                )
+                manager.save(state | trainer.trainer_state(), trainer.start_saving)
+        manager.finish()
+    if is_main:
+        if stopped and step < config.train.steps:
+            print(f"stopped after step {step}, saved; the same command continues (--resume auto)")
+        else:
+            print(f"step {step} of {config.train.steps} done: {manager.directory / str(step)}")
+
+
+def start(
+    config: Config, trainer: Trainer, tokenizer: Tokenizer, resume: str
+) -> tuple[int, float | None]:
+    """Give the trainer its state; return the steps done and the last validation loss."""
+    path = resume_from(config, resume)
+    if path is None:
+        trainer.initialize(tokenizer)
+        return 0, None
+    with ensure_readable_format(path, trainer.framework, trainer.processes) as readable:
+        source = trainer.open_checkpoint(readable)
+        step, validation_loss = check_resume(config, source, tokenizer.fingerprint)
+        trainer.restore(source)
+    return step, validation_loss
