@@ -16,19 +16,20 @@ from jax import Array
 from benchmarks.cases import Size, config
 from benchmarks.worker import Repeat, by_turns, timed
 from mooshak.checkpoints.base import MOMENTS
+from mooshak.data.packing import Batch, make_batch
 from mooshak.training.malloc import WARMUP_STEPS, retain_freed_memory, use_single_arena
 from mooshak_jax.checkpoint import start_saving
 from mooshak_jax.distributed.mesh import make_parallel
 from mooshak_jax.generate import generate as our_generate
-from mooshak_jax.objectives import objective
+from mooshak_jax.objectives import make_objective
 from mooshak_jax.params import initialize, make_graphdef, merge
 from mooshak_jax.step import initial_state, make_train_step, set_matmul_precision
 
 
 def train(size: Size) -> Repeat:
     """One optimizer step of our trainer."""
-    step, batch_BS = _our_step(size), _batch(size)
-    return _warm(lambda: step(batch_BS), WARMUP_STEPS)
+    step, batch = _our_step(size), make_batch(_batch(size))
+    return _warm(lambda: step(batch), WARMUP_STEPS)
 
 
 def fed_train(size: Size) -> Repeat:
@@ -36,8 +37,8 @@ def fed_train(size: Size) -> Repeat:
     from benchmarks.pipeline import our_batches
 
     step, batches = _our_step(size), our_batches(size)
-    batch_BS = next(batches)
-    work = (lambda: step(next(batches)), lambda: step(batch_BS))
+    batch = next(batches)
+    work = (lambda: step(next(batches)), lambda: step(batch))
     _warm(work[0], WARMUP_STEPS)
     return lambda: by_turns(*work, size["steps"])
 
@@ -45,12 +46,10 @@ def fed_train(size: Size) -> Repeat:
 def gradients(size: Size) -> Repeat:
     """Loss and gradients of our model, as a step makes them."""
     params = _params(size)
-    compute = partial(
-        objective, make_graphdef(config(size).model, "float32"), config(size).train.loss_chunk
-    )
+    objective = make_objective(config(size).model, config(size))
     options = make_parallel(config(size)).compiler_options
-    both = jax.jit(jax.value_and_grad(compute), compiler_options=options)
-    return _warm(lambda: both(params, _batch(size)))
+    both = jax.jit(jax.value_and_grad(objective), compiler_options=options)
+    return _warm(lambda: both(params, make_batch(_batch(size))))
 
 
 def block(size: Size) -> Repeat:
@@ -185,7 +184,7 @@ def _save(size: Size, blocking: bool) -> Repeat:
     return repeat
 
 
-def _our_step(size: Size) -> Callable[[np.ndarray], Any]:
+def _our_step(size: Size) -> Callable[[Batch], Any]:
     use_single_arena()  # As the trainer's command does.
     parallel = make_parallel(config(size))
     set_matmul_precision(config(size))
@@ -193,9 +192,9 @@ def _our_step(size: Size) -> Callable[[np.ndarray], Any]:
     step = make_train_step(config(size), parallel)
     rate: Any = np.float32(1e-4)
 
-    def one(batch_BS: np.ndarray) -> Any:
+    def one(batch: Batch) -> Any:
         nonlocal state
-        state, loss, norm = step(state, parallel.shard_local_batch(batch_BS), rate)
+        state, loss, norm = step(state, parallel.shard_local_batch(batch), rate)
         return jax.block_until_ready((loss, norm))
 
     return one

@@ -20,6 +20,7 @@ from mooshak.config.model import ModelConfig
 from mooshak.config.sections import Config, DataConfig, SourceConfig, TokenizerConfig, TrainConfig
 from mooshak.corpus.tales import documents
 from mooshak.data.batches import train_batches
+from mooshak.data.packing import Batch
 from mooshak.data.shards import prepare
 from mooshak.tokenizer import train
 
@@ -31,8 +32,8 @@ def batches(size: Size) -> Repeat:
     return _taken(our_batches(size), size)
 
 
-def our_batches(size: Size) -> Iterator[np.ndarray]:
-    """Our batches [B, T + 1] of tokens drawn at random."""
+def our_batches(size: Size) -> Iterator[Batch[np.ndarray]]:
+    """Our batches of tokens drawn at random."""
     directory = _directory() / "drawn"
     directory.mkdir()
     tokens = _tokens(size)

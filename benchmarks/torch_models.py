@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.cases import Size, config
 from benchmarks.worker import Repeat, by_turns, timed
+from mooshak.data.packing import Batch
 from mooshak.training.malloc import WARMUP_STEPS, retain_freed_memory, use_single_arena
 from mooshak_torch.checkpoint import start_saving
 from mooshak_torch.distributed.mesh import make_parallel
@@ -18,7 +19,7 @@ from mooshak_torch.distributed.parallelize import parallelize
 from mooshak_torch.generate import generate as our_generate
 from mooshak_torch.model import Model
 from mooshak_torch.objectives import make_objective, model_of
-from mooshak_torch.optimizer import make_optimizer, moments
+from mooshak_torch.optimizer import Optimizer
 from mooshak_torch.params import initialize
 from mooshak_torch.step import set_matmul_precision, train_step
 
@@ -28,8 +29,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 def train(size: Size) -> Repeat:
     """One optimizer step of our trainer."""
     step = _our_step(size)
-    batch_BS = _batch(size)
-    return _warm(lambda: step(batch_BS), WARMUP_STEPS)
+    batch = _our_batch(size)
+    return _warm(lambda: step(batch), WARMUP_STEPS)
 
 
 def train_compiled(size: Size) -> Repeat:
@@ -47,19 +48,19 @@ def fed_train(size: Size) -> Repeat:
     from benchmarks.pipeline import our_batches
 
     step, batches = _our_step(size), our_batches(size)
-    batch_BS = next(batches)
-    work = (lambda: step(_from_numpy(next(batches))), lambda: step(_from_numpy(batch_BS)))
+    batch = next(batches)
+    work = (lambda: step(_from_numpy(next(batches))), lambda: step(_from_numpy(batch)))
     _warm(work[0], WARMUP_STEPS)
     return lambda: by_turns(*work, size["steps"])
 
 
 def gradients(size: Size) -> Repeat:
     """Loss and gradients of our model, as a step makes them."""
-    objective, batch_BS = _our_objective(size)[0], _batch(size)
+    objective, batch = _our_objective(size)[0], _our_batch(size)
 
     def work() -> None:
         objective.zero_grad(set_to_none=True)
-        (objective(batch_BS) / batch_BS[:, 1:].numel()).backward()
+        (objective(batch) / batch.labels.numel()).backward()
 
     return _warm(work)
 
@@ -205,11 +206,10 @@ def _our_objective(size: Size) -> tuple[nn.Module, Any]:
     return objective, parallel
 
 
-def _our_step(size: Size) -> Callable[[Tensor], Any]:
+def _our_step(size: Size) -> Callable[[Batch], Any]:
     objective, parallel = _our_objective(size)
-    optimizer = make_optimizer(model_of(objective), config(size).optimizer)
-    moments(model_of(objective), optimizer)  # As the trainer does.
-    return lambda batch_BS: train_step(objective, optimizer, batch_BS, 1e-4, config(size), parallel)
+    optimizer = Optimizer(objective, model_of(objective), config(size).optimizer)
+    return lambda batch: train_step(objective, optimizer, batch, 1e-4, config(size), parallel)
 
 
 def _hf(size: Size) -> Any:
@@ -272,7 +272,7 @@ def _save(size: Size, blocking: bool) -> Repeat:
     use_single_arena()
     retain_freed_memory()
     model = initialize(Model(config(size).model).to(DEVICE), 0)
-    optimizer = make_optimizer(model, config(size).optimizer)
+    optimizer = Optimizer(model, model, config(size).optimizer)
     directory = tempfile.TemporaryDirectory()
     numbers = iter(range(10**6))
 
@@ -281,7 +281,7 @@ def _save(size: Size, blocking: bool) -> Repeat:
         waits: list[Callable[[], None]] = []
 
         def work() -> None:
-            waits.append(start_saving(model, optimizer, path))
+            waits.append(start_saving(optimizer, path))
             if blocking:
                 waits[0]()
 
@@ -314,5 +314,10 @@ def _batch(size: Size) -> Tensor:
     return torch.from_numpy(tokens_BS).to(DEVICE)
 
 
-def _from_numpy(batch_BS: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.asarray(batch_BS)).to(DEVICE).long()
+def _our_batch(size: Size) -> Batch[Tensor]:
+    tokens_BS = _batch(size)
+    return Batch(tokens_BS[:, :-1], tokens_BS[:, 1:])
+
+
+def _from_numpy(batch: Batch) -> Batch[Tensor]:
+    return batch.map(lambda array: torch.from_numpy(array).to(DEVICE).long())

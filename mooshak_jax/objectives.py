@@ -1,17 +1,44 @@
-"""Training objectives of the JAX model."""
+"""Training objectives: what a step minimises, as an unreduced sum and its denominator."""
 
+from dataclasses import dataclass
 from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from mooshak.config.model import ModelConfig
+from mooshak.config.sections import Config
+from mooshak.data.packing import IGNORE_INDEX, Batch
 from mooshak_jax.model import Model
 from mooshak_jax.ops.cross_entropy import cross_entropy
-from mooshak_jax.params import merge
+from mooshak_jax.params import make_graphdef, merge
 
 
-def objective(graphdef: nnx.GraphDef, chunk: int, params: Any, batch_BS: Array) -> Array:
-    """Summed cross entropy in nats of tokens 1 .. S - 1, each given those before it."""
-    model: Model = merge(graphdef, params)
-    hidden_BTD = model.hidden_states(batch_BS[:, :-1])
-    return cross_entropy(hidden_BTD, model.head_DV, batch_BS[:, 1:], chunk)
+@dataclass(frozen=True)
+class CausalLM:
+    """Next-token prediction: the cross entropy of the labels that are not ignored."""
+
+    graphdef: nnx.GraphDef
+    chunk: int
+
+    def prepare(self, batch: Batch[Array]) -> int | Array:
+        """Return the denominator: the labels of the global batch that count, at least 1.
+
+        Without document masks their number is known when the step is compiled.
+        """
+        if batch.segments is None:
+            return batch.labels.size
+        return jnp.maximum(1, jnp.sum(batch.labels != IGNORE_INDEX))
+
+    def __call__(self, params: Any, batch: Batch[Array]) -> Array:
+        """Return the summed cross entropy in nats of a part of the global batch."""
+        model: Model = merge(self.graphdef, params)
+        hidden_BTD = model.hidden_states(batch.tokens, **batch.context)
+        return cross_entropy(hidden_BTD, model.head_DV, batch.labels, self.chunk)
+
+
+def make_objective(model: ModelConfig, config: Config) -> CausalLM:
+    """Return the objective of a configuration, with its activation checkpointing."""
+    graphdef = make_graphdef(model, config.train.dtype, config.train.remat)
+    return CausalLM(graphdef, config.train.loss_chunk)

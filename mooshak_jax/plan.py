@@ -9,7 +9,6 @@ import math
 import re
 from collections import defaultdict
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from mooshak.checkpoints.base import MOMENTS
 from mooshak.checkpoints.init_from import resolve
 from mooshak.config.parse import config_parser, parse_config
 from mooshak.config.sections import Config
+from mooshak.data.packing import Batch
 from mooshak.errors import InputError, command
 from mooshak.hardware import DEVICES, Device
 from mooshak.plan import (
@@ -36,8 +36,7 @@ from mooshak.plan import (
 from mooshak_jax.distributed.mesh import Parallel, make_parallel
 from mooshak_jax.hlo import Collective, collectives
 from mooshak_jax.model import PARAM_DTYPE
-from mooshak_jax.objectives import objective
-from mooshak_jax.params import make_graphdef
+from mooshak_jax.objectives import make_objective
 from mooshak_jax.step import abstract_state, make_train_step, set_matmul_precision
 
 
@@ -138,11 +137,16 @@ def machine(topology: str) -> tuple[Device, list[Any]]:
 
 def lowered(config: Config, parallel: Parallel) -> Any:
     """The real train step for abstract arguments that lie on the mesh."""
-    shape = (config.train.batch_size, config.T + 1)
-    batch_BS = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=parallel.rows)
+    batch = abstract_batch(config, config.train.batch_size, parallel.rows)
     rate = jax.ShapeDtypeStruct((), PARAM_DTYPE[config.train.dtype], sharding=parallel.replicated)
     step: Any = make_train_step(config, parallel)
-    return step.lower(abstract_state(config, parallel), batch_BS, rate)
+    return step.lower(abstract_state(config, parallel), batch, rate)
+
+
+def abstract_batch(config: Config, n_rows: int, sharding: Any = None) -> Batch:
+    """Shapes and dtypes of a batch of `n_rows` rows."""
+    array_BT = jax.ShapeDtypeStruct((n_rows, config.T), jnp.int32, sharding=sharding)
+    return Batch(*[array_BT] * (4 if config.data.document_mask else 2))
 
 
 def held(tree: Any) -> int:
@@ -161,17 +165,14 @@ def activations(config: Config, parallel: Parallel) -> int:
     """
     train = config.train
     rows = train.batch_size // train.gradient_accumulation_steps
-    batch_BS = jax.ShapeDtypeStruct((rows, config.T + 1), jnp.int32)
     params = abstract_state(config, parallel)["params"]
-    compute = partial(
-        objective, make_graphdef(config.model, train.dtype, train.remat), train.loss_chunk
-    )
+    objective = make_objective(config.model, config)
 
-    def residuals(params: Any, batch_BS: Any) -> Any:
+    def residuals(params: Any, batch: Any) -> Any:
         with parallel.activate():
-            return jax.vjp(lambda p: compute(p, batch_BS), params)[1]
+            return jax.vjp(lambda p: objective(p, batch), params)[1]
 
-    kept = jax.tree.leaves(jax.eval_shape(residuals, params, batch_BS))
+    kept = jax.tree.leaves(jax.eval_shape(residuals, params, abstract_batch(config, rows)))
     weights = {leaf.shape for leaf in jax.tree.leaves(params)}
     total = sum(math.prod(a.shape) * a.dtype.itemsize for a in kept if a.shape not in weights)
     return total // parallel.mesh.size

@@ -1,9 +1,11 @@
 """Where the time of a training step goes (`--profile`): a trace, and a table by operation."""
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import jax
@@ -30,3 +32,12 @@ def profiled(directory: Path) -> Iterator[None]:
                     seconds[kind] = seconds.get(kind, 0.0) + event.duration_ns / 1e9
                     counts[kind] += 1
     print_times(seconds, counts)
+
+
+def prepare_profiler() -> None:
+    """Keep JAX off a libtpu without a TPU; call it before anything touches a device.
+
+    The profiler would call into libtpu, and crash where that is of another version.
+    """
+    if "TPU_SKIP_MDS_QUERY" in os.environ and not find_spec("jax_plugins"):
+        jax.config.update("jax_platforms", "cpu")

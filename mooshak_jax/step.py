@@ -1,7 +1,9 @@
 """The training step of the JAX model: state, one compiled optimizer step, evaluation."""
 
+import contextlib
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,16 +13,77 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from mooshak.checkpoints.base import MOMENTS
+from mooshak.checkpoints.base import MOMENTS, Checkpoint
 from mooshak.config.sections import Config
-from mooshak_jax.distributed.mesh import Parallel
+from mooshak.data.packing import Batch, pad_rows
+from mooshak.errors import InputError
+from mooshak.tokenizer.base import Tokenizer
+from mooshak_jax.checkpoint import load_init_weights, open_checkpoint, restore, start_saving
+from mooshak_jax.distributed.mesh import Parallel, make_parallel
 from mooshak_jax.model import PARAM_DTYPE
-from mooshak_jax.objectives import objective
+from mooshak_jax.objectives import make_objective
 from mooshak_jax.optimizer import adamw, clip_gradients
-from mooshak_jax.params import abstract_params, make_graphdef
+from mooshak_jax.params import abstract_params, initialize
+from mooshak_jax.profile import profiled
 
 State = dict[str, Any]
 """`params`, `exp_avg` and `exp_avg_sq`, trees alike, and `step`, the optimizer steps done."""
+
+
+class Trainer:
+    """The training state in JAX, for `mooshak.training.loop`."""
+
+    framework = "jax"
+
+    def __init__(self, config: Config):
+        if config.train.dtype == "float16":
+            raise InputError(
+                "train.dtype float16 needs its gradients scaled, which only mooshak_torch.train "
+                "does; use bfloat16"
+            )
+        self.config, self.processes = config, make_parallel(config)
+        set_matmul_precision(config)
+        parallel = self.processes
+        self.world_size, self.n_devices = jax.process_count(), parallel.mesh.size
+        self.layout, self.rows = parallel.layout, parallel.rows_here(config.train.batch_size)
+        self.device: str = jax.devices()[0].device_kind
+        self.open_checkpoint, self.profiled = open_checkpoint, profiled
+        self.explain_timeouts, self.close = contextlib.nullcontext, parallel.close
+        self.peak_memory = peak_memory
+        self.update, self.measure = (
+            make_train_step(config, parallel),
+            make_evaluate(config, parallel),
+        )
+
+    def initialize(self, tokenizer: Tokenizer) -> None:
+        config, parallel = self.config, self.processes
+        if config.init.from_:
+            params = load_init_weights(config, tokenizer, parallel)
+        else:
+            params = initialize(
+                config.model, config.train.dtype, config.run.seed, parallel=parallel
+            )
+        self.state = initial_state(params)
+
+    def restore(self, source: Checkpoint) -> None:
+        assert source.trainer_state is not None
+        self.state = restore(self.config.model, self.config.train.dtype, source, self.processes)
+        self.state["step"] = np.int32(source.trainer_state["step"])
+
+    def step(self, batch: Batch, rate: float, stop: bool) -> tuple[dict[str, float], bool]:
+        mine = self.processes.shard_local_batch(batch)
+        self.state, loss, norm = self.update(self.state, mine, rate)
+        stopping = self.processes.any_process(stop)
+        return {"loss": float(loss), "grad_norm": float(norm)}, stopping
+
+    def evaluate(self, batch: Batch) -> float:
+        return evaluate(self.measure, self.state["params"], batch, self.config, self.processes)
+
+    def start_saving(self, path: Path) -> Callable[[], None]:
+        return start_saving({key: self.state[key] for key in ("params", *MOMENTS)}, path)
+
+    def trainer_state(self) -> dict[str, Any]:
+        return {}
 
 
 def initial_state(params: Any) -> State:
@@ -40,31 +103,30 @@ def abstract_state(config: Config, parallel: Parallel) -> State:
 
 def make_train_step(
     config: Config, parallel: Parallel
-) -> Callable[[State, Array, float], tuple[State, Array, Array]]:
-    """The function of one optimizer step: (state, batch [B, T + 1], rate) -> (state, loss, norm).
+) -> Callable[[State, Batch[Array], float], tuple[State, Array, Array]]:
+    """The function of one optimizer step: (state, global batch, rate) -> (state, loss, norm).
 
     It is compiled once and takes over the memory of the state that it is given.
     """
-    graphdef = make_graphdef(config.model, config.train.dtype, config.train.remat)
-    compute = partial(objective, graphdef, config.train.loss_chunk)
+    objective = make_objective(config.model, config)
     n_parts = config.train.gradient_accumulation_steps
 
-    def train_step(state: State, batch_BS: Array, rate: Array) -> tuple[State, Array, Array]:
-        n_tokens = batch_BS[:, 1:].size
-        mean = jax.value_and_grad(lambda params, part: compute(params, part) / n_tokens)
+    def train_step(state: State, batch: Batch[Array], rate: Array) -> tuple[State, Array, Array]:
+        denominator = objective.prepare(batch)
+        mean = jax.value_and_grad(lambda params, part: objective(params, part) / denominator)
 
-        def add_part(total: Any, part_BS: Array) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, mean(state["params"], part_BS)), None
+        def add_part(total: Any, part: Batch[Array]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, mean(state["params"], part)), None
 
         with parallel.activate():
             if n_parts == 1:
-                loss, grads = mean(state["params"], batch_BS)
+                loss, grads = mean(state["params"], batch)
             else:
                 # Row r goes to part r % n_parts: every device keeps the rows that it has.
-                parts_nBS = batch_BS.reshape(-1, n_parts, batch_BS.shape[1]).swapaxes(0, 1)
+                parts = batch.map(lambda x: x.reshape(-1, n_parts, x.shape[1]).swapaxes(0, 1))
                 zero = jnp.zeros((), PARAM_DTYPE[config.train.dtype])
                 nothing = (zero, jax.tree.map(jnp.zeros_like, state["params"]))
-                (loss, grads), _ = jax.lax.scan(add_part, nothing, parts_nBS)
+                (loss, grads), _ = jax.lax.scan(add_part, nothing, parts)
         grads, norm = clip_gradients(grads, config.optimizer.max_grad_norm)
         return adamw(state, grads, rate, config.optimizer), loss, norm
 
@@ -79,15 +141,14 @@ def make_train_step(
     )
 
 
-def make_evaluate(config: Config, parallel: Parallel) -> Callable[[Any, Array], Array]:
-    """The compiled function (params, batch [B, T + 1]) -> summed cross entropy in nats."""
-    compute = partial(
-        objective, make_graphdef(config.model, config.train.dtype), config.train.loss_chunk
-    )
+def make_evaluate(config: Config, parallel: Parallel) -> Callable[[Any, Batch[Array]], Array]:
+    """The compiled function (params, batch) -> summed cross entropy in nats."""
+    forward_only = replace(config.train, remat="none")
+    objective = make_objective(config.model, replace(config, train=forward_only))
 
-    def measure(params: Any, batch_BS: Array) -> Array:
+    def measure(params: Any, batch: Batch[Array]) -> Array:
         with parallel.activate():
-            return compute(params, batch_BS)
+            return objective(params, batch)
 
     abstract = abstract_params(config.model, config.train.dtype, parallel)
     cut = jax.tree.map(lambda array: array.sharding, abstract)
@@ -100,28 +161,20 @@ def make_evaluate(config: Config, parallel: Parallel) -> Callable[[Any, Array], 
 
 
 def evaluate(
-    measure: Callable[[Any, Array], Array],
+    measure: Callable[[Any, Batch[Array]], Array],
     params: Any,
-    sequences_NS: np.ndarray,
+    batch: Batch,
     config: Config,
     parallel: Parallel,
 ) -> float:
-    """Summed cross entropy, in nats, of all tokens but the first of each sequence."""
+    """Summed cross entropy, in nats, of the labels of a batch [N, T] that are not ignored."""
     n_shards = parallel.row_shards
     rows = -(-config.evaluate.batch_size // n_shards) * n_shards
     total = 0.0
-    for start in range(0, len(sequences_NS), rows):
-        batch_BS = sequences_NS[start : start + rows].astype(np.int32)
-        # Rows are added to make a whole batch: a first token alone, then labels that do not count.
-        missing = rows - len(batch_BS)
-        filler_BS = np.full((missing, batch_BS.shape[1]), IGNORED_ROW, np.int32)
-        batch_BS = np.concatenate([batch_BS, filler_BS])
-        total += float(measure(params, parallel.shard_global_batch(batch_BS)))
+    for start in range(0, len(batch.tokens), rows):
+        part = pad_rows(batch.rows(slice(start, start + rows)), rows)
+        total += float(measure(params, parallel.shard_global_batch(part)))
     return total
-
-
-IGNORED_ROW = -100
-"""As a label it counts nothing; as an input it reads some row of the embedding, to no effect."""
 
 
 def set_matmul_precision(config: Config) -> None:

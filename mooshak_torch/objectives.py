@@ -1,42 +1,67 @@
-"""Training objectives of the PyTorch model."""
+"""Training objectives: what a step minimises, as an unreduced sum and its denominator."""
 
 import torch
 from torch import Tensor, nn
 
 from mooshak.config.model import ModelConfig
 from mooshak.config.sections import Config
+from mooshak.data.packing import IGNORE_INDEX, Batch
 from mooshak_torch.distributed.activation_checkpoint import apply_ac
 from mooshak_torch.distributed.compile import apply_compile
+from mooshak_torch.distributed.mesh import Parallel
 from mooshak_torch.model import Model
 from mooshak_torch.ops.cross_entropy import FusedLinearCrossEntropy
 
 
-class Objective(nn.Module):
-    """The model and its loss in one module, as DDP and FSDP want them."""
+class CausalLM(nn.Module):
+    """Next-token prediction: the cross entropy of the labels that are not ignored.
+
+    The model and its loss in one module, as DDP and FSDP need them.
+    """
 
     def __init__(self, model: Model, chunk: int):
         super().__init__()
         self.model = model
         self.loss = FusedLinearCrossEntropy(model.lm_head or model.embeddings, chunk)
 
-    def forward(self, batch_BS: Tensor) -> Tensor:
-        """Summed cross entropy in nats of tokens 1 .. S - 1, each given those before it."""
-        loss: Tensor = self.loss(self.model.hidden_states(batch_BS[:, :-1]), batch_BS[:, 1:])
+    def prepare(self, batch: Batch[Tensor], parallel: Parallel) -> int:
+        """Return the denominator: the labels of the global batch that count, at least 1.
+
+        `batch` is this process's rows. Without document masks their number is known beforehand;
+        otherwise the processes add up theirs.
+        """
+        if batch.segments is None:
+            return batch.labels.numel() * parallel.dp_size
+        count = (batch.labels != IGNORE_INDEX).sum(dtype=torch.float64)  # Exact below 2^53.
+        return max(1, int(parallel.sum(count).item()))
+
+    def forward(self, batch: Batch[Tensor]) -> Tensor:
+        """Return the summed cross entropy in nats of a part of the global batch."""
+        hidden_BTD = self.model.hidden_states(batch.tokens, **batch.context)
+        loss: Tensor = self.loss(hidden_BTD, batch.labels)
         return loss
 
 
-def make_objective(model: ModelConfig, config: Config) -> Objective:
-    """The objective on the meta device: shapes without memory, for `parallelize`."""
+def make_objective(model: ModelConfig, config: Config) -> CausalLM:
+    """Return the objective of a configuration on the meta device, for `parallelize`.
+
+    Activation checkpointing and compilation of the layers are applied.
+    """
     with torch.device("meta"):
-        objective = Objective(Model(model, config.train.dtype), config.train.loss_chunk)
+        objective = CausalLM(Model(model, config.train.dtype), config.train.loss_chunk)
     apply_ac(objective.model, config.train.remat)
     if config.train.compile:
         apply_compile(objective.model, config)
     return objective
 
 
+def unwrapped(objective: nn.Module) -> CausalLM:
+    """Return the objective inside of DDP's or DeepSpeed's wrapper."""
+    inner = getattr(objective, "module", objective)
+    assert isinstance(inner, CausalLM)
+    return inner
+
+
 def model_of(objective: nn.Module) -> Model:
-    """The model in an objective, wrapped or not."""
-    model = getattr(objective, "module", objective).model
-    assert isinstance(model, Model)
-    return model
+    """Return the model of an objective, wrapped or not."""
+    return unwrapped(objective).model

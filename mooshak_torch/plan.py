@@ -27,6 +27,7 @@ from mooshak import hardware
 from mooshak.checkpoints.init_from import resolve
 from mooshak.config.parse import config_parser, parse_config
 from mooshak.config.sections import Config, check_mesh
+from mooshak.data.packing import Batch
 from mooshak.errors import InputError, command
 from mooshak.hardware import Device
 from mooshak.mesh import AXES, mesh_sizes
@@ -307,12 +308,14 @@ def passing(config: Config, rows: int, sharded: bool) -> tuple[int, int]:
         for parameter in made.values():
             # Gradients are counted by themselves; one at a time comes and goes here.
             parameter.register_post_accumulate_grad_hook(_drop)
-        batch_BS = torch.zeros((rows, config.T + 1), dtype=torch.long)
+        zeros_BT = torch.zeros((rows, config.T), dtype=torch.long)
+        documents = (zeros_BT, zeros_BT) if config.data.document_mask else ()
+        batch = Batch(zeros_BT, zeros_BT, *documents)
         tracker = MemTracker()
         tracker.track_external(objective)
         with tracker, warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
-            loss = objective(batch_BS)
+            loss = objective(batch)
             kept = _total(tracker, "current")
             loss.backward()
             peak = _total(tracker, "peak")

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from mooshak.checkpoints.base import Checkpoint
 from mooshak.config.sections import Config
-from mooshak.data.packing import IGNORE_INDEX, Batch
+from mooshak.data.packing import Batch
 from mooshak.numerics.init_weights import initial_weight
 from mooshak.tokenizer.base import Tokenizer
 from mooshak_torch.checkpoint import load_init_weights, open_checkpoint, restore, start_saving
 from mooshak_torch.distributed.deepspeed import ZeroOptimizer, make_engine
 from mooshak_torch.distributed.mesh import Parallel, make_parallel
 from mooshak_torch.distributed.parallelize import parallelize
-from mooshak_torch.objectives import make_objective, model_of
+from mooshak_torch.objectives import make_objective, model_of, unwrapped
 from mooshak_torch.optimizer import LossScale, Optimizer
 from mooshak_torch.params import initialize
 from mooshak_torch.profile import profiled
@@ -132,11 +132,11 @@ def train_step(
     optimizer.zero_grad()
     scale = 1.0 if loss_scale is None else loss_scale.scale
     micro_batches = batch.chunk(config.train.gradient_accumulation_steps)
-    n_labels = count_labels(batch, parallel)
+    denominator = unwrapped(objective).prepare(batch, parallel)
     loss = torch.zeros((), dtype=next(objective.parameters()).dtype, device=batch.labels.device)
     for i, micro_batch in enumerate(micro_batches):
         with optimizer.no_sync(i < len(micro_batches) - 1):
-            part = objective(micro_batch) / n_labels
+            part = objective(micro_batch) / denominator
             # DDP, FSDP and DeepSpeed average over the processes; the parts are to be added.
             optimizer.backward(part * (parallel.dp_size * scale))
         loss += part.detach()
@@ -147,18 +147,6 @@ def train_step(
             return loss, norm
     optimizer.step(rate)
     return loss, norm
-
-
-def count_labels(batch: Batch[Tensor], parallel: Parallel) -> int:
-    """Return the number of labels of the global batch that are not ignored, at least 1.
-
-    `batch` is this process's rows. Without document masks the number is known beforehand;
-    otherwise the processes add up theirs.
-    """
-    if batch.segments is None:
-        return batch.labels.numel() * parallel.dp_size
-    count = (batch.labels != IGNORE_INDEX).sum(dtype=torch.float64)  # Exact below 2^53.
-    return max(1, int(parallel.sum(count).item()))
 
 
 @torch.no_grad()

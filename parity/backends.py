@@ -36,6 +36,7 @@ import mooshak_torch.step
 from mooshak.checkpoints.base import MOMENTS, Checkpoint
 from mooshak.config.model import Dtype
 from mooshak.config.sections import Config
+from mooshak.data.packing import Batch, make_batch
 from mooshak.numerics.schedule import learning_rate
 
 Arrays = dict[str, np.ndarray]
@@ -121,10 +122,10 @@ class TorchBackend:
 
     @torch.no_grad()
     def losses(self, config: Config, tokens_nBS: np.ndarray) -> np.ndarray:
-        objective = mooshak_torch.objectives.Objective(
+        objective = mooshak_torch.objectives.CausalLM(
             self.model(config.train.dtype), config.train.loss_chunk
         )
-        sums = [objective(torch.from_numpy(batch_BS).long()).item() for batch_BS in tokens_nBS]
+        sums = [objective(_torch_batch(batch_BS)).item() for batch_BS in tokens_nBS]
         return np.array(sums) / tokens_nBS[0, :, 1:].size
 
     @torch.no_grad()
@@ -139,8 +140,8 @@ class TorchBackend:
 
     def gradients(self, config: Config, tokens_BS: np.ndarray) -> Arrays:
         model = self.model(config.train.dtype)
-        objective = mooshak_torch.objectives.Objective(model, config.train.loss_chunk)
-        objective(torch.from_numpy(tokens_BS).long()).backward()
+        objective = mooshak_torch.objectives.CausalLM(model, config.train.loss_chunk)
+        objective(_torch_batch(tokens_BS)).backward()
         return {n: p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None}
 
     def steps(self, config: Config, tokens_nBS: np.ndarray) -> Iterator[Step]:
@@ -151,16 +152,15 @@ class TorchBackend:
         objective = mooshak_torch.distributed.parallelize.parallelize(bare, parallel, config)
         model = mooshak_torch.objectives.model_of(objective)
         mooshak_torch.params.load_params(dict(model.named_parameters()), self.source)
-        optimizer = mooshak_torch.optimizer.make_optimizer(model, config.optimizer)
+        optimizer = mooshak_torch.optimizer.Optimizer(objective, model, config.optimizer)
         for step, batch_BS in enumerate(tokens_nBS):
-            mine_BS = torch.from_numpy(batch_BS).long().chunk(parallel.dp_size)[parallel.dp_rank]
+            mine = _torch_batch(batch_BS).chunk(parallel.dp_size)[parallel.dp_rank]
             loss, norm = mooshak_torch.step.train_step(
-                objective, optimizer, mine_BS, learning_rate(config, step), config, parallel
+                objective, optimizer, mine, learning_rate(config, step), config, parallel
             )
             loss = parallel.sum(loss)
-            moments = mooshak_torch.optimizer.moments(model, optimizer)
-            trees: list[dict[str, torch.Tensor]] = [dict(model.named_parameters())]
-            trees += [moments[moment] for moment in MOMENTS]
+            state = optimizer.state()
+            trees = [state[part] for part in ("params", *MOMENTS)]
             arrays = [{name: _whole(tensor) for name, tensor in tree.items()} for tree in trees]
             yield Step(loss.item(), norm.item(), *arrays)
         parallel.close()
@@ -216,7 +216,7 @@ class JaxBackend:
     def losses(self, config: Config, tokens_nBS: np.ndarray) -> np.ndarray:
         function = jax.jit(self._objective(config))
         params = self.params(config.train.dtype)
-        sums = [float(function(params, batch_BS)) for batch_BS in tokens_nBS]
+        sums = [float(function(params, make_batch(batch_BS))) for batch_BS in tokens_nBS]
         return np.array(sums) / tokens_nBS[0, :, 1:].size
 
     def padded_loss(self, dtype: Dtype, tokens_BS: np.ndarray, padding_BT: np.ndarray) -> float:
@@ -232,12 +232,11 @@ class JaxBackend:
 
     def gradients(self, config: Config, tokens_BS: np.ndarray) -> Arrays:
         function = jax.jit(jax.grad(self._objective(config)))
-        return canonical(function(self.params(config.train.dtype), tokens_BS))
+        return canonical(function(self.params(config.train.dtype), make_batch(tokens_BS)))
 
     def _objective(self, config: Config) -> Any:
-        graphdef = self.graph(config.train.dtype)
-        return lambda params, batch_BS: mooshak_jax.objectives.objective(
-            graphdef, config.train.loss_chunk, params, batch_BS
+        return mooshak_jax.objectives.CausalLM(
+            self.graph(config.train.dtype), config.train.loss_chunk
         )
 
     def steps(self, config: Config, tokens_nBS: np.ndarray) -> Iterator[Step]:
@@ -248,7 +247,9 @@ class JaxBackend:
         state = mooshak_jax.step.initial_state(params)
         for step, batch_BS in enumerate(tokens_nBS):
             rate = learning_rate(config, step)
-            state, loss, norm = update(state, parallel.shard_local_batch(batch_BS), rate)
+            state, loss, norm = update(
+                state, parallel.shard_local_batch(make_batch(batch_BS)), rate
+            )
             trees = (state[part] for part in ("params", *MOMENTS))
             yield Step(float(loss), float(norm), *map(canonical, trees))
 
@@ -361,6 +362,10 @@ def _halves_then_one_by_one(length: int) -> list[slice]:
 def _whole(tensor: torch.Tensor) -> np.ndarray:
     tensor = tensor.detach()
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).numpy().copy()
+
+
+def _torch_batch(tokens_BS: np.ndarray) -> Batch[torch.Tensor]:
+    return make_batch(tokens_BS).map(lambda array: torch.from_numpy(array).long())
 
 
 def _numpy(tensor: torch.Tensor) -> np.ndarray:

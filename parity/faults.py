@@ -28,6 +28,7 @@ import mooshak_torch.ops.cross_entropy
 import mooshak_torch.optimizer
 import mooshak_torch.step
 from mooshak.checkpoints.base import FULL_SLICE, Checkpoint
+from mooshak.data.packing import Batch
 from mooshak.numerics import rope
 from mooshak.numerics.schedule import learning_rate
 
@@ -245,20 +246,20 @@ def _embedding(kind: Any, call: str) -> list[Patch]:
 
 
 def _unshifted_torch() -> list[Patch]:
-    def forward(self: Any, batch: torch.Tensor) -> torch.Tensor:
-        loss: torch.Tensor = self.loss(self.model.hidden_states(batch[:, :-1]), batch[:, :-1])
+    def forward(self: Any, batch: Batch) -> torch.Tensor:
+        loss: torch.Tensor = self.loss(self.model.hidden_states(batch.tokens), batch.tokens)
         return loss
 
-    return [(to.Objective, "forward", forward)]
+    return [(to.CausalLM, "forward", forward)]
 
 
 def _unshifted_jax() -> list[Patch]:
-    def objective(graphdef: Any, chunk: int, params: Any, batch: jax.Array) -> jax.Array:
-        model = mooshak_jax.params.merge(graphdef, params)
-        hidden = model.hidden_states(batch[:, :-1])
-        return jo.cross_entropy(hidden, model.head_DV, batch[:, :-1], chunk)
+    def call(self: Any, params: Any, batch: Batch) -> jax.Array:
+        model = mooshak_jax.params.merge(self.graphdef, params)
+        hidden = model.hidden_states(batch.tokens)
+        return jo.cross_entropy(hidden, model.head_DV, batch.tokens, self.chunk)
 
-    return [(jo, "objective", objective), (js, "objective", objective)]
+    return [(jo.CausalLM, "__call__", call)]
 
 
 def _padding(module: Any) -> list[Patch]:
@@ -281,14 +282,17 @@ def _clipped(change: Callable[[Any, Any, float], Any]) -> list[Patch]:
 
 
 def _clip_afterwards_torch() -> list[Patch]:
-    def clip(parameters: Any, max_norm: float) -> torch.Tensor:
+    def clip(parameters: Any, max_norm: float, scale: float) -> torch.Tensor:
         return torch.nn.utils.get_total_norm([p.grad for p in parameters])
 
-    return [(ts, "clip_gradients", clip)]
+    return [(mooshak_torch.optimizer, "clip_gradients", clip)]
 
 
 def _clip_epsilon_torch() -> list[Patch]:
-    return [(ts, "clip_gradients", torch.nn.utils.clip_grad_norm_)]
+    def clip(parameters: Any, max_norm: float, scale: float) -> torch.Tensor:
+        return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+
+    return [(mooshak_torch.optimizer, "clip_gradients", clip)]
 
 
 def _optimizer_torch(change: Callable[[Any, Any, Any], Any]) -> list[Patch]:
@@ -357,22 +361,22 @@ def _next_rate(step: int, seen: list, config: Any) -> tuple[Any, float]:
 
 
 def _summed_torch() -> list[Patch]:
-    original = to.Objective.forward
+    original = to.CausalLM.forward
 
-    def forward(self: Any, batch: torch.Tensor) -> torch.Tensor:
+    def forward(self: Any, batch: Batch) -> torch.Tensor:
         # The parts of an accumulated batch are told by their number of rows.
-        return original(self, batch) * (2 if len(batch) == SUMMED_ROWS else 1)
+        return original(self, batch) * (2 if len(batch.tokens) == SUMMED_ROWS else 1)
 
-    return [(to.Objective, "forward", forward)]
+    return [(to.CausalLM, "forward", forward)]
 
 
 def _summed_jax() -> list[Patch]:
-    original = jo.objective
+    original = jo.CausalLM.__call__
 
-    def objective(graphdef: Any, chunk: int, params: Any, batch: jax.Array) -> jax.Array:
-        return original(graphdef, chunk, params, batch) * (2 if len(batch) == SUMMED_ROWS else 1)
+    def call(self: Any, params: Any, batch: Batch) -> jax.Array:
+        return original(self, params, batch) * (2 if len(batch.tokens) == SUMMED_ROWS else 1)
 
-    return [(jo, "objective", objective), (js, "objective", objective)]
+    return [(jo.CausalLM, "__call__", call)]
 
 
 SUMMED_ROWS = 2

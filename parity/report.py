@@ -21,7 +21,8 @@ from typing import Any
 
 from mooshak.config.parse import load_config
 from mooshak.config.sections import Config
-from mooshak.data.shards import SPLITS, read_manifest, totals
+from mooshak.data.manifest import read_manifest, totals
+from mooshak.data.shards import SPLITS
 from mooshak.errors import InputError, command
 from mooshak.files import write_atomically
 from mooshak.report.html import COLORS, TEMPLATES, power, svg, themed

@@ -27,9 +27,9 @@ def unigram(config: Config) -> dict[str, float]:
     """Bits per byte of the validation sequences under their language's training frequencies."""
     token_bytes_V = Tokenizer(config.tokenizer.path).token_bytes()
     result = {}
-    for language, sequences_NS in validation_sequences(config).items():
-        nats = unigram_nats(token_counts(config, language), sequences_NS)
-        result[language] = bits_per_byte(nats, sequences_NS, token_bytes_V)
+    for language, batch in validation_sequences(config).items():
+        nats = unigram_nats(token_counts(config, language), batch.labels)
+        result[language] = bits_per_byte(nats, batch.labels, token_bytes_V)
     return result
 
 

@@ -30,8 +30,7 @@ from mooshak.errors import InputError, PeerError
 from mooshak_torch.checkpoint import open_checkpoint, restore
 from mooshak_torch.distributed.deepspeed import ZeroOptimizer
 from mooshak_torch.distributed.mesh import make_parallel
-from mooshak_torch.objectives import model_of
-from mooshak_torch.optimizer import LossScale, moments
+from mooshak_torch.optimizer import LossScale, Optimizer
 from mooshak_torch.params import local_part
 from mooshak_torch.step import make_state, train_step
 from mooshak_torch.train import train
@@ -82,19 +81,19 @@ def trained(config: Config) -> dict[str, int]:
         objective, optimizer = make_state(*args)
         step = optimizer.step
 
-        def measured_step() -> None:
+        def measured_step(rate: float) -> None:
             held.update(holds(objective, optimizer))
-            step()
+            step(rate)
 
         optimizer.step = measured_step
         return objective, optimizer
 
-    with mock.patch.object(mooshak_torch.train, "make_state", make):
+    with mock.patch.object(mooshak_torch.step, "make_state", make):
         train(config)
     return held
 
 
-def holds(objective: nn.Module, optimizer: torch.optim.Optimizer | ZeroOptimizer) -> dict[str, int]:
+def holds(objective: nn.Module, optimizer: Optimizer | ZeroOptimizer) -> dict[str, int]:
     """Bytes of the storages of parameters, gradients and optimizer state."""
     parameters = list(objective.parameters())
     tensors = {
@@ -108,7 +107,7 @@ def holds(objective: nn.Module, optimizer: torch.optim.Optimizer | ZeroOptimizer
         tensors["gradients"] += averaged
         state = [*optimizer.flats, *_values(engine.optimizer)]
     else:
-        state = _values(optimizer)
+        state = _values(optimizer.inner)
     tensors["optimizer"] = [local_part(tensor)[0] for tensor in state if tensor.ndim]
     seen: set[int] = set()
     return {what: sum(_new_bytes(t, seen) for t in those) for what, those in tensors.items()}
@@ -141,14 +140,11 @@ def restored(config: Config, *written: Path) -> int:
             with torch.no_grad():
                 for parameter in objective.parameters():
                     local_part(parameter)[0].zero_()
-            optimizer.state.clear()
-            restore(model_of(objective), optimizer, source)
-        model = model_of(objective)
-        if isinstance(optimizer, ZeroOptimizer):
-            state, inner = optimizer.state(), optimizer.engine.optimizer.optimizer
-        else:
-            state = {"params": dict(model.named_parameters()), **moments(model, optimizer)}
-            inner = optimizer
+            optimizer.inner.state.clear()
+            restore(optimizer, source)
+        is_zero = isinstance(optimizer, ZeroOptimizer)
+        inner = optimizer.engine.optimizer.optimizer if is_zero else optimizer.inner
+        state = optimizer.state()
         assert {int(s["step"]) for s in inner.state.values()} == {step}
         for kind, tensors in state.items():
             for name, tensor in tensors.items():
@@ -187,7 +183,7 @@ def absent(config: Config, given_up: Path) -> str:
         return train_step(*args)
 
     away = os.environ["RANK"] == "1"
-    with mock.patch.object(mooshak_torch.train, "train_step", stay_away if away else train_step):
+    with mock.patch.object(mooshak_torch.step, "train_step", stay_away if away else train_step):
         try:
             train(config)
         except PeerError as error:
@@ -209,7 +205,7 @@ def signalled(config: Config) -> None:
 
     argv = ["train", "--config", f"{config.run.dir}.yaml"]
     Path(argv[-1]).write_text(dump_config(config))
-    with mock.patch.object(mooshak_torch.train, "train_step", step), mock.patch("sys.argv", argv):
+    with mock.patch.object(mooshak_torch.step, "train_step", step), mock.patch("sys.argv", argv):
         mooshak_torch.train.main()  # Anything but exit code 0 is an exception.
 
 

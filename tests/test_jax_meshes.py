@@ -23,6 +23,7 @@ from mooshak.config.sections import (
     ScheduleConfig,
     TrainConfig,
 )
+from mooshak.data.packing import make_batch
 from mooshak.errors import InputError
 from mooshak.numerics.init_weights import initial_weight
 from mooshak.numerics.schedule import learning_rate
@@ -66,7 +67,7 @@ def run(config: Config, state: Any = None, first: int = 0) -> tuple[list[float],
     step = make_train_step(config, parallel)
     losses = []
     for k in range(first, STEPS):
-        batch = np.random.default_rng(k % 2).integers(0, 192, (8, 25), dtype=np.int32)
+        batch = make_batch(np.random.default_rng(k % 2).integers(0, 192, (8, 25), dtype=np.int32))
         state, loss, _ = step(state, parallel.shard_global_batch(batch), learning_rate(config, k))
         losses.append(float(loss))
     return losses, state

@@ -16,6 +16,7 @@ import mooshak_jax.plan as jax_plan
 from mooshak.config.model import Dtype, ModelConfig
 from mooshak.config.parse import dump_config
 from mooshak.config.sections import Config, ParallelConfig, TrainConfig
+from mooshak.data.packing import Batch
 from mooshak.hardware import DEVICES, peak_flops
 from mooshak.plan import Plan
 from mooshak_jax.hlo import collectives
@@ -365,7 +366,7 @@ def test_activations_are_what_autograd_saves(dtype: Dtype, remat: str) -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = objective(tokens_BS)
+        loss = objective(Batch(tokens_BS[:, :-1], tokens_BS[:, 1:]))
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in [*saved, *alive()]}
     measured = sum(s.nbytes() for place, s in storages.items() if place not in before)
     assert loss.requires_grad

@@ -72,8 +72,9 @@ def check_resume(
     check_model(path, source.model, config)
     if state is None or not source.has_optimizer:
         raise InputError(f"{path} has only weights; a run continues from a training state")
-    present = {"seed": config.run.seed, **_data(config, tokenizer)}
-    past = {"seed": state.get("seed"), **(state.get("data") or {})}
+    unless_said = {"document_mask": False}
+    present = {"seed": config.run.seed, **unless_said, **_data(config, tokenizer)}
+    past = {"seed": state.get("seed"), **unless_said, **(state.get("data") or {})}
     for key, value in present.items():
         if past.get(key) != value:
             raise InputError(
@@ -99,10 +100,13 @@ def check_model(path: Path, model: ModelConfig, config: Config) -> None:
 
 
 def _data(config: Config, tokenizer: str) -> dict[str, Any]:
+    # Only where it is true: states written before the key existed stay equal.
+    mask = {"document_mask": True} if config.data.document_mask else {}
     return {
         "sources": [asdict(source) for source in config.data.sources],
         "batch_size": config.train.batch_size,
         "sequence_length": config.T,
         "validation_fraction": config.data.validation_fraction,
         "tokenizer": tokenizer,
+        **mask,
     }

@@ -95,6 +95,9 @@ class DataConfig:
     """JSONL: broken lines to skip and count before giving up."""
     shard_tokens: int = 2**24
     """Tokens per shard."""
+    document_mask: bool = False
+    """Tokens of packed documents do not see each other; positions restart with each document, and
+    labels across a border are ignored."""
     workers: int = 0
     """Grain worker processes that read ahead (0: a thread in the training process)."""
 

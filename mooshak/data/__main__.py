@@ -12,7 +12,8 @@ from rich.table import Table
 from mooshak.checkpoints.init_from import resolve
 from mooshak.config.parse import config_parser, parse_config
 from mooshak.config.sections import Config
-from mooshak.data.shards import load_or_prepare_shards, read_manifest, totals
+from mooshak.data.manifest import has_offsets, read_manifest, totals
+from mooshak.data.shards import load_or_prepare_shards
 from mooshak.errors import command
 from mooshak.tables import print_table
 
@@ -34,18 +35,22 @@ def _description(config: Config) -> Table:
     table = Table(title=f"{config.data.dir}, sequences of {config.T} tokens")
     table.add_column("source")
     table.add_column("language")
-    for title in ("documents", "tokens", "bytes", "sequences", "share", "validation"):
+    for title in "documents tokens bytes tokens/document sequences share validation".split():
         table.add_column(title, justify="right", overflow="fold")
     weights = sum(source.weight for source in config.data.sources)
     for source in config.data.sources:
         manifest = read_manifest(Path(config.data.dir) / source.name)
         train, validation = totals(manifest, "train"), totals(manifest, "validation")
+        mean_length = ""
+        if has_offsets(manifest):
+            mean_length = f"{train['tokens'] / max(1, train['documents']):,.1f}"
         table.add_row(
             source.name,
             source.language,
             f"{train['documents']:,}",
             f"{train['tokens']:,}",
             f"{train['bytes']:,}",
+            mean_length,
             f"{max(0, (train['tokens'] - 1) // config.T):,}",
             f"{source.weight / weights:.1%}",
             f"{validation['tokens']:,}",

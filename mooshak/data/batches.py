@@ -19,14 +19,15 @@ from absl import flags
 from grain.experimental import index_shuffle
 
 from mooshak.config.sections import Config, SourceConfig
+from mooshak.data.packing import Batch, make_batch
 from mooshak.data.shards import TokenShards
 from mooshak.errors import InputError
 
 
 def train_batches(
     config: Config, start_step: int = 0, process: int = 0, processes: int = 1
-) -> Iterator[np.ndarray]:
-    """The batches from `start_step` on, int32 [B / processes, T + 1]: inputs and shifted targets.
+) -> Iterator[Batch[np.ndarray]]:
+    """Return the batches from `start_step` on, arrays int32 [B / processes, T].
 
     Of the global batch, process p reads rows p b .. p b + b - 1, where b = B / processes.
     """
@@ -43,8 +44,8 @@ def train_batches(
 
 def batches_of_rows(
     config: Config, rows: Sequence[int], start_step: int = 0
-) -> Iterator[np.ndarray]:
-    """These rows of the global batches from `start_step` on, int32 [rows, T + 1] each."""
+) -> Iterator[Batch[np.ndarray]]:
+    """Return these rows of the global batches from `start_step` on, arrays int32 [rows, T]."""
     batches = _RowsOfBatches(Mixture(config), rows, config.train.batch_size)
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
     dataset = grain.MapDataset.source(batches)[start_step:].to_iter_dataset(options)
@@ -53,17 +54,17 @@ def batches_of_rows(
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(config.data.workers))
-    return iter(dataset)
+    return map(_as_batch, dataset)
 
 
-def global_batch(config: Config, step: int) -> np.ndarray:
-    """The whole batch of a step, int32 [B, T + 1]."""
+def global_batch(config: Config, step: int) -> Batch[np.ndarray]:
+    """Return the global batch of a step, arrays int32 [B, T]."""
     B = config.train.batch_size
-    return _RowsOfBatches(Mixture(config), range(B), B)[step]
+    return _as_batch(_RowsOfBatches(Mixture(config), range(B), B)[step])
 
 
-def validation_sequences(config: Config) -> dict[str, np.ndarray]:
-    """For each language the same validation sequences every time, int32 [n, T + 1].
+def validation_sequences(config: Config) -> dict[str, Batch[np.ndarray]]:
+    """Return for each language the same validation sequences every time, arrays int32 [N, T].
 
     They are spread evenly over the validation splits of the language's sources, and are at most
     `evaluate.sequences` (0: all). Without a validation fraction there are none.
@@ -81,22 +82,24 @@ def validation_sequences(config: Config) -> dict[str, np.ndarray]:
                 f"a sequence needs {config.T + 1}; raise data.validation_fraction, add text, "
                 "or set it to 0 to train without validation"
             )
-        parts = [PackedSequences(shards, config.T) for shards in long_enough]
+        mask = config.data.document_mask
+        parts = [PackedSequences(shards, config.T, mask) for shards in long_enough]
         every = [(part, row) for part in parts for row in range(len(part))]
         n = min(config.evaluate.sequences or len(every), len(every))
         chosen = [every[i * len(every) // n] for i in range(n)]
-        result[language] = np.stack([part[row] for part, row in chosen])
+        result[language] = _as_batch(np.stack([part[row] for part, row in chosen]))
     return result
 
 
 class Mixture:
-    """The endless list of training rows, int32 [T + 1] each."""
+    """The endless list of training rows, as those of `PackedSequences`."""
 
     def __init__(self, config: Config) -> None:
         self.by_weight = WeightedInterleave([source.weight for source in config.data.sources])
         self.sources = []
         for source in config.data.sources:
-            sequences = PackedSequences(_shards(config, source, "train"), config.T)
+            shards = _shards(config, source, "train")
+            sequences = PackedSequences(shards, config.T, config.data.document_mask)
             seed = hashlib.sha256(f"{config.run.seed}/{source.name}".encode()).digest()[:4]
             self.sources.append(EpochShuffle(sequences, int.from_bytes(seed)))
 
@@ -122,21 +125,32 @@ class EpochShuffle:
 
 class PackedSequences:
     """Tokens as a list of sequences: item i is tokens i T .. i T + T, the last one shared with the
-    next item, where it is the first input after having been the last target."""
+    next item, where it is the first input after having been the last target.
 
-    def __init__(self, shards: TokenShards, T: int) -> None:
-        self.shards, self.T = shards, T
+    An item is int32 [T + 1], or with `document_mask` [2, T + 1]: tokens, and their documents.
+    """
+
+    def __init__(self, shards: TokenShards, T: int, document_mask: bool = False) -> None:
+        self.shards, self.T, self.document_mask = shards, T, document_mask
         if len(shards) <= T:
             raise InputError(
                 f"the {shards.split} split in {shards.directory} has {len(shards)} tokens, a "
                 f"sequence needs {T + 1}; add text or lower train.sequence_length"
+            )
+        if document_mask and not shards.has_offsets:
+            raise InputError(
+                f"the shards in {shards.directory} have no document offsets; add them with "
+                "`python -m mooshak.data prepare --config FILE --data.document_mask true`"
             )
 
     def __len__(self) -> int:
         return (len(self.shards) - 1) // self.T
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return self.shards.window(index * self.T, self.T + 1)
+        tokens_S = self.shards.window(index * self.T, self.T + 1)
+        if not self.document_mask:
+            return tokens_S
+        return np.stack([tokens_S, self.shards.segments(index * self.T, self.T + 1)])
 
     def __repr__(self) -> str:
         return f"PackedSequences({self.shards.directory}, {self.shards.split}, T={self.T})"
@@ -179,6 +193,11 @@ class _RowsOfBatches:
 
     def __getitem__(self, step: int) -> np.ndarray:
         return np.stack([self.mixture[step * self.B + row] for row in self.rows])
+
+
+def _as_batch(rows: np.ndarray) -> Batch[np.ndarray]:
+    """Return the batch of stacked rows, [B, T + 1] or [B, 2, T + 1]."""
+    return make_batch(rows) if rows.ndim == 2 else make_batch(rows[:, 0], rows[:, 1])
 
 
 def _shards(config: Config, source: SourceConfig, split: str) -> TokenShards:

@@ -1,6 +1,7 @@
 """Token shards: every document is tokenised once and kept as flat arrays of token ids on disk.
 
     DIR/{source}/train-00000.npy, train-00001.npy, ..., validation-00000.npy, ..., manifest.json
+    DIR/{source}/train-00000.offsets.npy, ...    the positions at which documents start
 
 A document is <s> tokens </s>; documents stand one after the other. The shards are plain .npy files,
 read through memory maps: any window of tokens is reachable at once, no library is needed to read
@@ -14,9 +15,6 @@ progress.json, and goes on from there after an interruption.
 """
 
 import contextlib
-import hashlib
-import io
-import json
 import os
 import shutil
 import sys
@@ -34,12 +32,25 @@ import numpy as np
 from mooshak.config.sections import Config, SourceConfig
 from mooshak.corpus.filters import in_validation
 from mooshak.corpus.readers import documents, input_state
+from mooshak.data.manifest import (
+    add_offsets,
+    damage,
+    has_offsets,
+    is_manifest_of,
+    read_json,
+    read_manifest,
+    write_array,
+    write_json,
+    write_offsets,
+)
 from mooshak.errors import InputError
-from mooshak.files import locked, write_atomically
+from mooshak.files import locked
 from mooshak.tokenizer import train
 from mooshak.tokenizer.base import Tokenizer
 
 SPLITS = ("train", "validation")
+
+NO_OFFSETS = "the shards have no document offsets, which data.document_mask needs"
 
 # Characters that are tokenised in one call, while the next are read: more would leave the caches.
 _BATCH = 250_000
@@ -66,7 +77,11 @@ def prepare(
     if any(_stale(source, config, tokenizer) for source in sources):
         with locked(Path(config.data.dir) / ".lock"):
             for source in sources:
-                if reason := _stale(source, config, tokenizer):
+                reason = _stale(source, config, tokenizer)
+                directory = Path(config.data.dir) / source.name
+                if reason == NO_OFFSETS and add_offsets(directory, tokenizer.bos_id):
+                    continue
+                if reason:
                     if progress:
                         print(f"source {source.name}: {reason}; tokenising", file=sys.stderr)
                     _prepare_source(source, config, tokenizer, progress)
@@ -79,14 +94,18 @@ class TokenShards:
     def __init__(self, directory: str | Path, split: str) -> None:
         self.directory, self.split = Path(directory), split
         self._shards = []
+        self._offsets = []
         for shard in read_manifest(self.directory)["shards"]:
             if shard["split"] == split:
-                if reason := _damage(self.directory, shard):
+                if reason := damage(self.directory, shard):
                     raise InputError(
                         f"{reason}; run `python -m mooshak.data prepare --config FILE` to mend it"
                     )
                 tokens = np.load(self.directory / shard["file"], mmap_mode="r")
                 self._shards.append(tokens.view(np.ndarray))  # Slices of it are quicker made.
+                if "offsets" in shard:
+                    offsets = np.load(self.directory / shard["offsets"]["file"], mmap_mode="r")
+                    self._offsets.append(offsets.view(np.ndarray))
         self._starts = list(accumulate(map(len, self._shards), initial=0))
 
     def __reduce__(self) -> tuple:
@@ -97,37 +116,37 @@ class TokenShards:
         """Number of tokens."""
         return self._starts[-1]
 
+    @property
+    def has_offsets(self) -> bool:
+        """True if it is known where the documents start: `segments` needs it."""
+        return len(self._offsets) == len(self._shards)
+
     def window(self, start: int, length: int) -> np.ndarray:
         """Tokens start .. start + length - 1, int32 [length], across shards where needed."""
-        if not 0 <= start <= start + length <= len(self):
-            raise IndexError(f"window {start} + {length} of {len(self)} tokens")
         result = np.empty(length, np.int32)
-        done, index = 0, bisect_right(self._starts, start) - 1
-        while done < length:
-            offset = start + done - self._starts[index]
-            part = self._shards[index][offset : offset + length - done]
-            result[done : done + len(part)] = part
-            done, index = done + len(part), index + 1
+        for index, offset, here in self._overlaps(start, length):
+            result[here] = self._shards[index][offset : offset + here.stop - here.start]
         return result
 
+    def segments(self, start: int, length: int) -> np.ndarray:
+        """Return the document of each token of a window, numbered from 1, int32 [length]."""
+        is_first = np.zeros(length, np.int32)
+        for index, offset, here in self._overlaps(start, length):
+            offsets = self._offsets[index]
+            first, last = np.searchsorted(offsets, (offset, offset + here.stop - here.start))
+            is_first[offsets[first:last] + (here.start - offset)] = 1
+        is_first[:1] = 1  # The window may start within a document.
+        return np.cumsum(is_first, dtype=np.int32)
 
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of a source. Raises `InputError` when the source is not prepared."""
-    path = directory / "manifest.json"
-    try:
-        return _read_json(path)
-    except FileNotFoundError:
-        raise InputError(
-            f"{path} is missing; make it with `python -m mooshak.data prepare --config FILE`"
-        ) from None
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error}); delete it and prepare again") from error
-
-
-def totals(manifest: dict[str, Any], *splits: str) -> dict[str, int]:
-    """Tokens, documents and bytes of text of one or more splits."""
-    shards = [shard for shard in manifest["shards"] if shard["split"] in splits]
-    return {key: sum(shard[key] for shard in shards) for key in ("tokens", "documents", "bytes")}
+    def _overlaps(self, start: int, length: int) -> Iterator[tuple[int, int, slice]]:
+        """Yield shard, offset in the shard and slice of the window, for each shard in a window."""
+        if not 0 <= start <= start + length <= len(self):
+            raise IndexError(f"window {start} + {length} of {len(self)} tokens")
+        done, index = 0, bisect_right(self._starts, start) - 1
+        while done < length:
+            end = min(length, self._starts[index + 1] - start)
+            yield index, start + done - self._starts[index], slice(done, end)
+            done, index = end, index + 1
 
 
 def _identity(source: SourceConfig, config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -151,7 +170,7 @@ def _stale(source: SourceConfig, config: Config, tokenizer: Tokenizer) -> str | 
     """Why a source has to be tokenised (again), or None."""
     directory = Path(config.data.dir) / source.name
     try:
-        manifest = _read_json(directory / "manifest.json")
+        manifest = read_json(directory / "manifest.json")
     except FileNotFoundError:
         return "not prepared yet"
     except ValueError:
@@ -162,25 +181,10 @@ def _stale(source: SourceConfig, config: Config, tokenizer: Tokenizer) -> str | 
             continue  # The files need not be there any more.
         if manifest.get(key) != value:
             return f"the shards in {directory} were made with another {key}"
-    return next(filter(None, (_damage(directory, shard) for shard in manifest["shards"])), None)
-
-
-def _damage(directory: Path, shard: dict[str, Any], checksum: bool = False) -> str | None:
-    """What is wrong with a shard's file, or None. The checksum needs all of it to be read."""
-    path = directory / shard["file"]
-    try:
-        tokens = np.load(path, mmap_mode="r")
-    except FileNotFoundError:
-        return f"shard {path} is missing"
-    except (ValueError, EOFError, OSError):
-        return f"shard {path} is cut short or not an .npy file"
-    if tokens.shape != (shard["tokens"],) or tokens.dtype != shard["dtype"]:
-        return f"shard {path} is not the one in the manifest"
-    if path.stat().st_size != shard["file_bytes"]:
-        return f"shard {path} has another size than in the manifest"
-    if checksum and hashlib.sha256(path.read_bytes()).hexdigest() != shard["sha256"]:
-        return f"shard {path} has another checksum than in the manifest"
-    return None
+    for shard in manifest["shards"]:
+        if reason := damage(directory, shard):
+            return reason
+    return NO_OFFSETS if config.data.document_mask and not has_offsets(manifest) else None
 
 
 def _prepare_source(
@@ -190,12 +194,12 @@ def _prepare_source(
     directory = Path(config.data.dir) / source.name
     partial, old = (directory.with_name(f"{source.name}~{state}") for state in ("partial", "old"))
     identity = _identity(source, config, tokenizer)
-    if _made_of(directory / "manifest.json", identity):
+    if is_manifest_of(directory / "manifest.json", identity):
         # The right shards, some of them damaged: go on from those that are good.
         shutil.rmtree(partial, ignore_errors=True)
         os.replace(directory / "manifest.json", directory / "progress.json")
         os.replace(directory, partial)
-    done = _finished_shards(partial, identity)
+    done = _finished_shards(partial, identity, config.data.document_mask)
     if not done:
         shutil.rmtree(partial, ignore_errors=True)
     elif progress:
@@ -203,12 +207,13 @@ def _prepare_source(
     partial.mkdir(parents=True, exist_ok=True)
     for shard in _write_shards(source, config, tokenizer, partial, done, progress):
         done.append(shard)
-        _write_json(partial / "progress.json", {**identity, "shards": done})
+        write_json(partial / "progress.json", {**identity, "shards": done})
     if not done:
         raise InputError(f"source {source.name} gave no documents; check its path and column")
     done.sort(key=lambda shard: shard["file"])
-    _write_json(partial / "manifest.json", {**identity, "shards": done})
+    write_json(partial / "manifest.json", {**identity, "shards": done})
     known = {"manifest.json", *(shard["file"] for shard in done)}
+    known |= {shard["offsets"]["file"] for shard in done if "offsets" in shard}
     for path in partial.iterdir():
         if path.name not in known:  # The progress, and what an interrupted write left.
             path.unlink()
@@ -219,14 +224,17 @@ def _prepare_source(
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _finished_shards(partial: Path, identity: dict[str, Any]) -> list[dict[str, Any]]:
+def _finished_shards(
+    partial: Path, identity: dict[str, Any], need_offsets: bool
+) -> list[dict[str, Any]]:
     """Shards that an interrupted run finished: of each split, those before the first bad one."""
     name = "progress.json" if (partial / "progress.json").exists() else "manifest.json"
-    if not _made_of(partial / name, identity):
+    if not is_manifest_of(partial / name, identity):
         return []
     good, bad = [], set()
-    for shard in _read_json(partial / name)["shards"]:
-        if shard["split"] not in bad and _damage(partial, shard, checksum=True) is None:
+    for shard in read_json(partial / name)["shards"]:
+        complete = "offsets" in shard or not need_offsets
+        if complete and shard["split"] not in bad and damage(partial, shard, checksum=True) is None:
             good.append(shard)
         else:
             bad.add(shard["split"])
@@ -262,21 +270,17 @@ def _write_shards(
         splits[name] = _Split(name, len(mine), mine[-1]["documents_read"] if mine else 0)
 
     def write(split: _Split, read: int) -> dict[str, Any]:
-        buffer = io.BytesIO()
-        np.save(buffer, np.concatenate(split.arrays))
-        content = buffer.getvalue()
+        path = directory / f"{split.name}-{split.index:05d}.npy"
         shard: dict[str, Any] = {
-            "file": f"{split.name}-{split.index:05d}.npy",
             "split": split.name,
             "tokens": split.tokens,
             "documents": len(split.arrays),
             "bytes": split.bytes,
-            "dtype": dtype.name,
-            "file_bytes": len(content),
-            "sha256": hashlib.sha256(content).hexdigest(),
+            **write_array(path, np.concatenate(split.arrays)),
             "documents_read": read,
         }
-        write_atomically(directory / shard["file"], content)
+        lengths = [len(array) for array in split.arrays]
+        shard["offsets"] = write_offsets(path, np.cumsum([0, *lengths[:-1]]))
         splits[split.name] = _Split(split.name, split.index + 1)
         return shard
 
@@ -363,23 +367,3 @@ def _progress_bar(source: SourceConfig, show: bool) -> Iterator[Any]:
             bar.update(task, advance=documents, tokens=tokens)
 
         yield advance
-
-
-def _made_of(path: Path, identity: dict[str, Any]) -> bool:
-    """Whether a manifest (or progress) file is there, readable, and of this identity."""
-    try:
-        found = _read_json(path)
-    except (FileNotFoundError, ValueError):
-        return False
-    return {key: found.get(key) for key in identity} == identity
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    content = json.loads(path.read_text())
-    if not isinstance(content, dict) or "shards" not in content:
-        raise ValueError("not a manifest")
-    return content
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -14,6 +14,7 @@ from mooshak.checkpoints.init_from import resolve
 from mooshak.config.model import ModelConfig
 from mooshak.config.parse import config_parser, parse_config
 from mooshak.config.sections import Config
+from mooshak.data.packing import IGNORE_INDEX, Batch
 from mooshak.errors import InputError
 from mooshak.tables import print_table
 
@@ -46,12 +47,12 @@ def _config_of_run(arguments: jsonargparse.Namespace) -> Path:
 
 
 def compare(
-    evaluate: Callable[[np.ndarray], float], model: ModelConfig, config: Config, checkpoint: Path
+    evaluate: Callable[[Batch], float], model: ModelConfig, config: Config, checkpoint: Path
 ) -> Scores:
     """The model's code length of the held-out text beside that of a unigram coder of its tokens.
 
-    `evaluate` gives the summed cross entropy in nats of sequences [N, T + 1]; `model` is what the
-    checkpoint says it is. Raises `InputError` if it is not the configuration's.
+    `evaluate` gives the summed cross entropy in nats of the labels of a batch that are not ignored;
+    `model` is what the checkpoint says it is. Raises `InputError` if it is not the configuration's.
     """
     from mooshak.data.batches import validation_sequences
     from mooshak.data.shards import load_or_prepare_shards
@@ -60,17 +61,17 @@ def compare(
     tokenizer, _ = load_or_prepare_shards(config)
     token_bytes_V = tokenizer.token_bytes()
     scores: Scores = {}
-    for language, sequences_NT in validation_sequences(config).items():
-        nats = evaluate(sequences_NT)
-        unigram = unigram_nats(token_counts(config, language), sequences_NT)
-        n_tokens = sequences_NT[:, 1:].size
+    for language, batch in validation_sequences(config).items():
+        nats = evaluate(batch)
+        unigram = unigram_nats(token_counts(config, language), batch.labels)
+        n_tokens = len(counted(batch.labels))
         scores[language] = {
-            "bits_per_byte": bits_per_byte(nats, sequences_NT, token_bytes_V),
-            "unigram_bits_per_byte": bits_per_byte(unigram, sequences_NT, token_bytes_V),
+            "bits_per_byte": bits_per_byte(nats, batch.labels, token_bytes_V),
+            "unigram_bits_per_byte": bits_per_byte(unigram, batch.labels, token_bytes_V),
             "ratio": unigram / nats,
             "loss": nats / n_tokens,
             "tokens": n_tokens,
-            "bytes": text_bytes(sequences_NT, token_bytes_V),
+            "bytes": text_bytes(batch.labels, token_bytes_V),
         }
     return scores
 
@@ -111,42 +112,47 @@ def token_counts(config: Config, language: str) -> np.ndarray:
 
 
 def validation_metrics(
-    evaluate: Callable[[np.ndarray], float],
-    validation: Mapping[str, np.ndarray],
+    evaluate: Callable[[Batch], float],
+    validation: Mapping[str, Batch],
     token_bytes_V: np.ndarray,
 ) -> dict[str, float]:
     """`validation_loss` per token over all languages, and `bits_per_byte_{language}` of each.
 
-    `evaluate` gives the summed cross entropy in nats of sequences [N, T + 1].
+    `evaluate` gives the summed cross entropy in nats of the labels of a batch that are not ignored.
     """
-    nats = {language: evaluate(sequences) for language, sequences in validation.items()}
-    n_tokens = sum(sequences[:, 1:].size for sequences in validation.values())
+    nats = {language: evaluate(batch) for language, batch in validation.items()}
+    n_tokens = sum(len(counted(batch.labels)) for batch in validation.values())
     return {
         "validation_loss": sum(nats.values()) / n_tokens,
         **{
-            f"bits_per_byte_{language}": bits_per_byte(nats[language], sequences, token_bytes_V)
-            for language, sequences in validation.items()
+            f"bits_per_byte_{language}": bits_per_byte(nats[language], batch.labels, token_bytes_V)
+            for language, batch in validation.items()
         },
     }
 
 
-def bits_per_byte(nats: float, sequences_NT: np.ndarray, token_bytes_V: np.ndarray) -> float:
-    """Code length of all tokens but the first of each sequence, in bits per byte of their text.
+def counted(labels_NT: np.ndarray) -> np.ndarray:
+    """Return the labels that are not ignored, one after the other."""
+    return labels_NT[labels_NT != IGNORE_INDEX]
+
+
+def bits_per_byte(nats: float, labels_NT: np.ndarray, token_bytes_V: np.ndarray) -> float:
+    """Code length of the labels that are not ignored, in bits per byte of their text.
 
     `nats` is their summed cross entropy. Comparable between tokenizers, as loss per token is not.
     """
-    return nats / math.log(2) / text_bytes(sequences_NT, token_bytes_V)
+    return nats / math.log(2) / text_bytes(labels_NT, token_bytes_V)
 
 
-def text_bytes(sequences_NT: np.ndarray, token_bytes_V: np.ndarray) -> int:
-    """Bytes of text of all tokens but the first of each sequence."""
-    return int(token_bytes_V[sequences_NT[:, 1:]].sum(dtype=np.int64))
+def text_bytes(labels_NT: np.ndarray, token_bytes_V: np.ndarray) -> int:
+    """Bytes of text of the labels that are not ignored."""
+    return int(token_bytes_V[counted(labels_NT)].sum(dtype=np.int64))
 
 
-def unigram_nats(counts_V: np.ndarray, sequences_NT: np.ndarray) -> float:
-    """Cross entropy in nats of the same tokens under the training text's token frequencies.
+def unigram_nats(counts_V: np.ndarray, labels_NT: np.ndarray) -> float:
+    """Cross entropy in nats of the same labels under the training text's token frequencies.
 
     `counts_V` are the counts of the tokens in training; one is added to each (Laplace).
     """
     log_p_V = np.log(counts_V + 1.0) - math.log(counts_V.sum() + len(counts_V))
-    return float(-log_p_V[sequences_NT[:, 1:]].sum())
+    return float(-log_p_V[counted(labels_NT)].sum())

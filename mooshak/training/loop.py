@@ -1,4 +1,4 @@
-"""The training loop of both frameworks: schedule, metrics, validation, checkpoints, signals, resume.
+"""The training loop of both frameworks: schedule, metrics, validation, saves, signals, resume.
 
 A framework supplies a `Trainer`; an objective decides what a step minimises.
 """
@@ -133,9 +133,7 @@ def train(config: Config, trainer: Trainer, resume: str = "auto", profile: bool 
     with (
         stop_request() as stop,
         contextlib.closing(trainer),
-        contextlib.closing(
-            RunLog(config, step, is_main, trainer.device, trainer.n_devices)
-        ) as log,
+        contextlib.closing(RunLog(config, step, is_main, trainer.device, trainer.n_devices)) as log,
         trainer.explain_timeouts(),
     ):
         manager = CheckpointManager(config, trainer.processes)

@@ -18,6 +18,7 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mooshak.config.sections import Config, check_mesh
+from mooshak.data.packing import Batch
 from mooshak.errors import InputError
 from mooshak.mesh import AXES, mesh_sizes, parse_mesh
 from mooshak_jax.distributed.sharding import LOGICAL_AXIS_RULES, partition_spec
@@ -32,6 +33,11 @@ class Parallel:
     @property
     def is_main(self) -> bool:
         return jax.process_index() == 0
+
+    @property
+    def layout(self) -> str:
+        """The mesh in the notation of `--mesh`."""
+        return ",".join(f"{axis}={size}" for axis, size in self.mesh.shape.items())
 
     @property
     def replicated(self) -> NamedSharding:
@@ -71,13 +77,13 @@ class Parallel:
         indices: Mapping[Any, Any] = self.rows.addressable_devices_indices_map((n_rows,))
         return sorted({row for (rows,) in indices.values() for row in range(n_rows)[rows]})
 
-    def shard_local_batch(self, batch_BS: np.ndarray) -> Array:
+    def shard_local_batch(self, batch: Batch) -> Batch[Array]:
         """A batch of which every process has at least its `rows_here`, in their order."""
-        return jax.make_array_from_process_local_data(self.rows, batch_BS)
+        return batch.map(lambda x: jax.make_array_from_process_local_data(self.rows, x))
 
-    def shard_global_batch(self, batch_BS: np.ndarray) -> Array:
+    def shard_global_batch(self, batch: Batch) -> Batch[Array]:
         """A batch that every process has in full."""
-        return jax.make_array_from_callback(batch_BS.shape, self.rows, batch_BS.__getitem__)
+        return batch.map(lambda x: jax.make_array_from_callback(x.shape, self.rows, x.__getitem__))
 
     def any_process(self, flag: bool) -> bool:
         """Whether the flag is set in any process; all of them ask at the same step."""

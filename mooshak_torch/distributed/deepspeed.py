@@ -60,8 +60,8 @@ class ZeroOptimizer:
     def clip(self, max_norm: float, scale: float = 1.0) -> Tensor:
         """Have the next step scale the gradients by max_norm / max(norm, max_norm).
 
-        Returns the global norm. `scale`, the loss's, is 1: `check` refuses float16. DeepSpeed's own factor is clip_grad / (norm + 1e-6), where
-        that is less than one.
+        Returns the global norm. `scale`, the loss's, is 1: `check` refuses float16. DeepSpeed's
+        own factor is clip_grad / (norm + 1e-6), where that is less than one.
         """
         zero = self.engine.optimizer
         if self.cut:
@@ -94,12 +94,16 @@ class ZeroOptimizer:
                     state[part][name] = tensor.detach().to("cpu", copy=True)
         return state
 
+    def set_step(self, step: int) -> None:
+        """Set the number of steps done, which the moments' bias correction depends on."""
+        for flat in self.flats:
+            self.engine.optimizer.optimizer.state[flat]["step"].fill_(step)
+
     def restore(self, values: Values, step: int) -> None:
         """Set the moments (`values("exp_avg.NAME")`) and the number of steps done."""
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
-        for flat in self.flats:
-            self.engine.optimizer.optimizer.state[flat]["step"].fill_(step)
+        self.set_step(step)
         for moment in MOMENTS:
             for name, parameter in self.named.items():
                 value = torch.from_numpy(np.ascontiguousarray(values(f"{moment}.{name}")))

@@ -12,16 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule
-from torch.nn.parallel import DistributedDataParallel
 
 from mooshak.config.sections import Config, check_mesh
+from mooshak.data.packing import Batch
 from mooshak.errors import InputError, PeerError
 from mooshak.mesh import AXES, mesh_sizes, mesh_text, parse_mesh
 from mooshak_torch.distributed import deepspeed
@@ -78,6 +76,11 @@ class Parallel:
         """Which of them is this process's."""
         return self.rank // self.sizes["tensor"]
 
+    def rows(self, batch_size: int) -> range:
+        """Return the rows of the global batch that this process reads."""
+        size = batch_size // self.dp_size
+        return range(self.dp_rank * size, (self.dp_rank + 1) * size)
+
     @contextmanager
     def explain_timeouts(self) -> Iterator[None]:
         """Inside the block, a wait for other processes that fails is a `PeerError`.
@@ -98,6 +101,10 @@ class Parallel:
                 f"rank {self.rank} of {self.world_size} waited in {where} for a process that did "
                 f"not come (parallel.timeout, or it ended): {reason}"
             ) from error
+
+    def shard_local_batch(self, batch: Batch) -> Batch[Tensor]:
+        """Copy this process's rows of a batch, NumPy arrays, to its device as int64."""
+        return batch.map(lambda array: torch.from_numpy(array).to(self.device).long())
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over the parts of the batch, in place."""

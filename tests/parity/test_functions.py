@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from mooshak.config.model import ModelConfig
+from mooshak.data.packing import make_batch
 from mooshak_jax import param_names as jax_param_names
 from mooshak_jax import params as jax_params
 from mooshak_jax import step as jax_step
@@ -165,7 +166,7 @@ def test_full_model_has_the_canonical_names_and_shapes_on_both_sides() -> None:
 
 def test_evaluation_is_the_same_with_a_rest_that_fills_no_batch() -> None:
     from mooshak_torch.distributed.mesh import make_parallel
-    from mooshak_torch.objectives import Objective
+    from mooshak_torch.objectives import CausalLM
     from mooshak_torch.step import evaluate
 
     source = check.random_checkpoint(MODEL)
@@ -173,15 +174,14 @@ def test_evaluation_is_the_same_with_a_rest_that_fills_no_batch() -> None:
     case = comparisons.ParityCase(TorchBackend(source), JaxBackend(source), sequences[None, :4], 0)
     config = case.config("float64")
     config = replace(config, evaluate=replace(config.evaluate, batch_size=3))
-    objective = Objective(TorchBackend(source).model("float64"), config.train.loss_chunk)
-    truth = evaluate(objective, sequences, config, make_parallel(config))
+    objective = CausalLM(TorchBackend(source).model("float64"), config.train.loss_chunk)
+    batch = make_batch(sequences)
+    truth = evaluate(objective, batch, config, make_parallel(config))
     config = replace(config, parallel=replace(config.parallel, mesh="data=2"))
     mesh = jax_mesh.make_parallel(config)
     measure = jax_step.make_evaluate(config, mesh)
     params = jax_params.load_params(jax_params.abstract_params(MODEL, "float64", mesh), source.read)
-    assert np.isclose(
-        jax_step.evaluate(measure, params, sequences, config, mesh), truth, rtol=1e-13
-    )
+    assert np.isclose(jax_step.evaluate(measure, params, batch, config, mesh), truth, rtol=1e-13)
 
 
 def test_greedy_decoding_of_prompts_of_different_lengths_equals_one_by_one() -> None:

@@ -1,0 +1,80 @@
+"""Batches as a structure, and how rows of packed documents become one.
+
+Imports neither Grain nor a framework: the arrays of a `Batch` are NumPy's, torch's or JAX's.
+
+Shapes: B rows, T positions, S = T + 1 tokens.
+"""
+
+from collections.abc import Callable
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import numpy as np
+
+IGNORE_INDEX = -100
+"""The label of a position that does not count in the loss."""
+
+Array = TypeVar("Array")
+
+
+class Batch(NamedTuple, Generic[Array]):
+    """Rows of tokens and their labels, each array [B, T]; a pytree for JAX and for torch.
+
+    Without document masks `segments` and `positions` are None and no label is ignored.
+    """
+
+    tokens: Array
+    """Token ids."""
+    labels: Array
+    """The next token of each position, or `IGNORE_INDEX`."""
+    segments: Array | None = None
+    """The document of each token, numbered from 1 in each row; 0 is padding."""
+    positions: Array | None = None
+    """Position of each token in its document, from 0."""
+
+    def map(self, function: Callable[[Any], Any]) -> "Batch[Any]":
+        """Return a batch with `function` applied to each array."""
+        return Batch(*(None if array is None else function(array) for array in self))
+
+    def rows(self, which: Any) -> "Batch[Array]":
+        """Return the rows at an index, such as a slice or a list."""
+        return self.map(lambda array: array[which])
+
+    def chunk(self, n: int) -> "list[Batch[Array]]":
+        """Split into at most `n` batches of equally many rows, the last with the rest."""
+        B = len(self.tokens)  # type: ignore[arg-type]  # an array has a length
+        size = -(-B // n)
+        return [self.rows(slice(start, start + size)) for start in range(0, B, size)]
+
+    @property
+    def context(self) -> dict[str, Any]:
+        """Keyword arguments of `Model.hidden` for positions and segments, where there are any."""
+        given = {"positions_BT": self.positions, "segments_BT": self.segments}
+        return {name: array for name, array in given.items() if array is not None}
+
+
+def make_batch(tokens_BS: np.ndarray, segments_BS: np.ndarray | None = None) -> Batch[np.ndarray]:
+    """Return inputs and next-token labels of rows of T + 1 tokens, int32.
+
+    `segments_BS` tells the documents in a row apart: neighbouring tokens of one number belong to
+    one document. Positions restart with each document, and the first token of a document is no
+    label: nothing in the document before it predicts it.
+    """
+    batch = Batch(tokens_BS[:, :-1], tokens_BS[:, 1:])
+    if segments_BS is None:
+        return batch
+    is_first_BS = np.ones(segments_BS.shape, bool)
+    np.not_equal(segments_BS[:, 1:], segments_BS[:, :-1], out=is_first_BS[:, 1:])
+    index_T = np.arange(batch.tokens.shape[1], dtype=np.int32)
+    starts_BT = np.maximum.accumulate(np.where(is_first_BS[:, :-1], index_T, 0), axis=1)
+    return batch._replace(
+        labels=np.where(is_first_BS[:, 1:], np.int32(IGNORE_INDEX), batch.labels),
+        segments=segments_BS[:, :-1],
+        positions=index_T - starts_BT,
+    )
+
+
+def pad_rows(batch: Batch[np.ndarray], n_rows: int) -> Batch[np.ndarray]:
+    """Append rows of padding, whose labels are all ignored, up to `n_rows` rows."""
+    missing = ((0, n_rows - len(batch.tokens)), (0, 0))
+    labels_BT = np.pad(batch.labels, missing, constant_values=IGNORE_INDEX)
+    return batch.map(lambda array: np.pad(array, missing))._replace(labels=labels_BT)
