@@ -20,10 +20,10 @@ import mooshak_jax.distributed.mesh
 import mooshak_jax.generate
 import mooshak_jax.model
 import mooshak_jax.objectives
+import mooshak_jax.ops.cross_entropy
 import mooshak_jax.param_names
 import mooshak_jax.params
 import mooshak_jax.step
-import mooshak_jax.train
 import mooshak_torch.distributed.mesh
 import mooshak_torch.distributed.parallelize
 import mooshak_torch.generate
@@ -36,7 +36,7 @@ import mooshak_torch.step
 from mooshak.checkpoints.base import MOMENTS, Checkpoint
 from mooshak.config.model import Dtype
 from mooshak.config.sections import Config
-from mooshak.data.packing import Batch, make_batch
+from mooshak.data.packing import IGNORE_INDEX, Batch, make_batch
 from mooshak.numerics.schedule import learning_rate
 
 Arrays = dict[str, np.ndarray]
@@ -73,6 +73,14 @@ class Backend(Protocol):
 
     def padded_loss(self, dtype: Dtype, tokens_BS: np.ndarray, padding_BT: np.ndarray) -> float:
         """Mean cross entropy of the labels that are not padding."""
+
+    def log_probs(
+        self, dtype: Dtype, tokens_BS: np.ndarray, padding_BT: np.ndarray, weights_BT: np.ndarray
+    ) -> tuple[np.ndarray, Arrays]:
+        """Log-probability of every label [B, T] in nats, 0 where the label is padding.
+
+        The gradients are those of the sum with these weights.
+        """
 
     def gradients(self, config: Config, tokens_BS: np.ndarray) -> Arrays:
         """Of the summed cross entropy of one batch."""
@@ -132,17 +140,29 @@ class TorchBackend:
     def padded_loss(self, dtype: Dtype, tokens_BS: np.ndarray, padding_BT: np.ndarray) -> float:
         model = self.model(dtype)
         tokens = torch.from_numpy(tokens_BS).long()
-        labels = tokens[:, 1:].masked_fill(torch.from_numpy(padding_BT), -100)
+        labels = tokens[:, 1:].masked_fill(torch.from_numpy(padding_BT), IGNORE_INDEX)
         total = mooshak_torch.ops.cross_entropy.cross_entropy(
             model.hidden_states(tokens[:, :-1]), model.head_VD, labels, tokens.numel() // 3
         )
         return total.item() / int((~padding_BT).sum())
 
+    def log_probs(
+        self, dtype: Dtype, tokens_BS: np.ndarray, padding_BT: np.ndarray, weights_BT: np.ndarray
+    ) -> tuple[np.ndarray, Arrays]:
+        model = self.model(dtype)
+        tokens = torch.from_numpy(tokens_BS).long()
+        labels = tokens[:, 1:].masked_fill(torch.from_numpy(padding_BT), IGNORE_INDEX)
+        log_probs_BT = mooshak_torch.ops.cross_entropy.token_log_probs(
+            model.hidden_states(tokens[:, :-1]), model.head_VD, labels, tokens.numel() // 3
+        )
+        log_probs_BT.backward(torch.from_numpy(weights_BT).to(log_probs_BT.dtype))
+        return log_probs_BT.detach().numpy(), _gradients(model)
+
     def gradients(self, config: Config, tokens_BS: np.ndarray) -> Arrays:
         model = self.model(config.train.dtype)
         objective = mooshak_torch.objectives.CausalLM(model, config.train.loss_chunk)
         objective(_torch_batch(tokens_BS)).backward()
-        return {n: p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None}
+        return _gradients(model)
 
     def steps(self, config: Config, tokens_nBS: np.ndarray) -> Iterator[Step]:
         """As `Side.steps`; under torchrun every process takes its rows and has the whole result."""
@@ -221,14 +241,34 @@ class JaxBackend:
 
     def padded_loss(self, dtype: Dtype, tokens_BS: np.ndarray, padding_BT: np.ndarray) -> float:
         model = mooshak_jax.params.merge(self.graph(dtype), self.params(dtype))
-        labels = jnp.where(padding_BT, -100, tokens_BS[:, 1:])
-        total = mooshak_jax.objectives.cross_entropy(
+        labels = jnp.where(padding_BT, IGNORE_INDEX, tokens_BS[:, 1:])
+        total = mooshak_jax.ops.cross_entropy.cross_entropy(
             model.hidden_states(jnp.asarray(tokens_BS[:, :-1])),
             model.head_DV,
             labels,
             tokens_BS.size // 3,
         )
         return float(total) / int((~padding_BT).sum())
+
+    def log_probs(
+        self, dtype: Dtype, tokens_BS: np.ndarray, padding_BT: np.ndarray, weights_BT: np.ndarray
+    ) -> tuple[np.ndarray, Arrays]:
+        graphdef = self.graph(dtype)
+        labels = jnp.where(padding_BT, IGNORE_INDEX, tokens_BS[:, 1:])
+
+        def weighted_sum(params: Any) -> tuple[jax.Array, jax.Array]:
+            model = mooshak_jax.params.merge(graphdef, params)
+            log_probs_BT = mooshak_jax.ops.cross_entropy.token_log_probs(
+                model.hidden_states(jnp.asarray(tokens_BS[:, :-1])),
+                model.head_DV,
+                labels,
+                tokens_BS.size // 3,
+            )
+            return (log_probs_BT * weights_BT.astype(log_probs_BT.dtype)).sum(), log_probs_BT
+
+        function = jax.jit(jax.grad(weighted_sum, has_aux=True))
+        grads, log_probs_BT = function(self.params(dtype))
+        return np.asarray(log_probs_BT), canonical(grads)
 
     def gradients(self, config: Config, tokens_BS: np.ndarray) -> Arrays:
         function = jax.jit(jax.grad(self._objective(config)))
@@ -296,6 +336,11 @@ class FixedDtype:
     def padded_loss(self, dtype: Dtype, tokens_BS: np.ndarray, padding_BT: np.ndarray) -> float:
         return self._side.padded_loss(self._dtype, tokens_BS, padding_BT)
 
+    def log_probs(
+        self, dtype: Dtype, tokens_BS: np.ndarray, padding_BT: np.ndarray, weights_BT: np.ndarray
+    ) -> tuple[np.ndarray, Arrays]:
+        return self._side.log_probs(self._dtype, tokens_BS, padding_BT, weights_BT)
+
     def gradients(self, config: Config, tokens_BS: np.ndarray) -> Arrays:
         return self._side.gradients(self._config(config), tokens_BS)
 
@@ -318,6 +363,10 @@ def canonical(tree: Any) -> Arrays:
         for part in mooshak_jax.param_names.canonical_tensors(path, leaf.shape):
             arrays[part.name] = part.canonical(np.asarray(leaf))
     return arrays
+
+
+def _gradients(model: torch.nn.Module) -> Arrays:
+    return {n: p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None}
 
 
 class _Recorder:

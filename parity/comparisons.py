@@ -218,6 +218,26 @@ def padding(q: ParityCase) -> Iterator[Line]:
     yield Line("loss of a padded batch", "float64", measured, FLOAT64, where=where)
 
 
+def log_probs(q: ParityCase) -> Iterator[Line]:
+    """Log-probabilities per token, three labels in ten padding, and their gradients in float64.
+
+    The upstream gradient differs from token to token: normal, and zero for every fifth.
+    """
+    random = np.random.default_rng(1)
+    padding_BT = random.random(q.inputs_BT.shape) < 0.3
+    weights_BT = random.normal(size=padding_BT.shape) * (random.random(padding_BT.shape) < 0.8)
+    (ours, our_gradients), (theirs, their_gradients) = (
+        side.log_probs("float64", q.tokens_nBS[0], padding_BT, weights_BT)
+        for side in (q.torch, q.jax)
+    )
+    measured = distance(theirs, ours)
+    where = "" if measured <= FLOAT64 else "log-probabilities"
+    yield Line("log-probabilities per token", "float64", measured, FLOAT64, where=where)
+    where, measured = worst_tensor(their_gradients, our_gradients)
+    name = "gradients of weighted log-probabilities, the worst"
+    yield Line(name, "float64", measured, FLOAT64, where=where)
+
+
 def gradients(q: ParityCase) -> Iterator[Line]:
     """Every gradient of the first batch in float64."""
     config = q.config("float64")
@@ -338,6 +358,7 @@ COMPARISONS: dict[str, Callable[[ParityCase], Iterator[Line]]] = {
     "forward": forward,
     "loss": loss,
     "padding": padding,
+    "log_probs": log_probs,
     "gradients": gradients,
     "training": training,
     "cache": cache,
@@ -345,7 +366,7 @@ COMPARISONS: dict[str, Callable[[ParityCase], Iterator[Line]]] = {
 }
 
 
-WITH_NOISE_FLOOR = ("forward", "loss", "padding", "gradients", "training", "cache")
+WITH_NOISE_FLOOR = ("forward", "loss", "padding", "log_probs", "gradients", "training", "cache")
 """Parts whose lines have a floor; tokens either differ or do not."""
 
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 import mooshak_jax.model
 import mooshak_jax.objectives
+import mooshak_jax.ops.cross_entropy
 import mooshak_jax.optimizer
 import mooshak_jax.params
 import mooshak_jax.step
@@ -28,7 +29,7 @@ import mooshak_torch.ops.cross_entropy
 import mooshak_torch.optimizer
 import mooshak_torch.step
 from mooshak.checkpoints.base import FULL_SLICE, Checkpoint
-from mooshak.data.packing import Batch
+from mooshak.data.packing import IGNORE_INDEX, Batch
 from mooshak.numerics import rope
 from mooshak.numerics.schedule import learning_rate
 
@@ -263,12 +264,11 @@ def _unshifted_jax() -> list[Patch]:
 
 
 def _padding(module: Any) -> list[Patch]:
-    original = module.cross_entropy
+    def counting(original: Any) -> Any:
+        return lambda x, w, labels, chunk: original(x, w, labels * (labels != IGNORE_INDEX), chunk)
 
-    def cross_entropy(x: Any, w: Any, labels: Any, chunk: int) -> Any:
-        return original(x, w, labels * (labels != -100), chunk)
-
-    return [(module, "cross_entropy", cross_entropy)]
+    names = ("cross_entropy", "token_log_probs")
+    return [(module, name, counting(getattr(module, name))) for name in names]
 
 
 def _clipped(change: Callable[[Any, Any, float], Any]) -> list[Patch]:
@@ -533,7 +533,7 @@ FAULTS = {
         "padding",
         "^loss of labels that are padding",
         lambda: _padding(mooshak_torch.ops.cross_entropy),
-        lambda: _padding(jo),
+        lambda: _padding(mooshak_jax.ops.cross_entropy),
     ),
     "clipping after the step": Fault(
         "training",

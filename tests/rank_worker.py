@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+import mooshak_torch.objectives
 import mooshak_torch.step
 import mooshak_torch.train
 from mooshak.checkpoints import formats
@@ -223,9 +224,24 @@ def overflowing(config: Config) -> None:
         train(config)
 
 
+class WeightedLogProbs(mooshak_torch.objectives.Objective):
+    """An objective that weighs the log-probability of every token, some by zero."""
+
+    def forward(self, batch_BS: Tensor) -> Tensor:
+        x_BTD, labels_BT = self.model.hidden_states(batch_BS[:, :-1]), batch_BS[:, 1:]
+        log_probs_BT = self.loss(x_BTD, labels_BT, per_token=True)
+        return -(log_probs_BT * (labels_BT % 3)).sum()
+
+
+def weighted(config: Config) -> None:
+    """A run with that objective."""
+    with mock.patch.object(mooshak_torch.train, "Objective", WeightedLogProbs):
+        train(config)
+
+
 DO: dict[str, Callable[..., Any]] = {
     do.__name__: do
-    for do in (trained, restored, refused, absent, signalled, converted, overflowing)
+    for do in (trained, restored, refused, absent, signalled, converted, overflowing, weighted)
 }
 
 if __name__ == "__main__":

@@ -193,6 +193,27 @@ def test_a_layout_trains_as_one_process(
 
 
 @pytest.fixture(scope="module")
+def weighted_alone(config: Path, ranks: Ranks) -> Path:
+    """The run of one process with weighted log-probabilities per token."""
+    directory = config.parent / "weighted"
+    ranks.run(1, "weighted", [config, "--run.dir", directory])
+    return directory
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "tensor", "sequence", "zero3"])
+def test_weighted_log_probs_train_as_one_process(
+    name: str, config: Path, ranks: Ranks, alone: Path, weighted_alone: Path, tmp_path: Path
+) -> None:
+    options = (LAYOUTS | ZERO)[name]
+    if name in ZERO:
+        options = (*options, "--train.dtype", "float32")
+    ranks.run(2, "weighted", [config, *options, "--run.dir", tmp_path])
+    assert_same(tmp_path, weighted_alone, tolerance=5e-6 if name in ZERO else 1e-12)
+    assert metrics(tmp_path) != pytest.approx(metrics(alone), rel=1e-3)
+
+
+@pytest.fixture(scope="module")
 def ddp32(config: Path, ranks: Ranks) -> Path:
     """DDP in float32, on two processes."""
     directory = config.parent / "ddp32"

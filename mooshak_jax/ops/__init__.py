@@ -1,1 +1,1 @@
-"""Operations of the model with their own gradients."""
+"""Operations of the model, without parameters of their own."""

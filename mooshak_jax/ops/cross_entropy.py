@@ -1,9 +1,12 @@
-"""Cross entropy that never holds more logits than those of a chunk of tokens.
+"""Cross entropy and log-probabilities per token, with the logits of one chunk in memory.
 
-The gradients are made in the forward pass, so no logits are kept. Chunks cut the vocabulary, not
-the tokens as in torch: a piece of the output head that is cut over `fsdp` is gathered when its turn
-comes (twice: for the softmax's sum, and for the gradients), and its gradient, final at once, goes
-back into its shards; neither is ever whole on a device.
+`cross_entropy` computes its gradients in the forward pass. The gradients of `token_log_probs` wait
+for those of its result. Both compute a chunk's logits twice: for the softmax's sum, and for the
+gradients.
+
+Chunks split the vocabulary, not the tokens as in torch: a chunk of an output head that is sharded
+over `fsdp` is gathered each time that it is used, and its gradient, complete at once, goes back to
+its shards; no device ever holds all of either.
 
 Shapes: B batch, T time, D model width, V vocabulary, which is S shards (`tensor`) of n chunks of C
 tokens.
@@ -15,92 +18,139 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from mooshak.data.packing import IGNORE_INDEX
 from mooshak_jax.distributed.sharding import constrain, gather, shards
 from mooshak_jax.ops.matmul import einsum
-
-IGNORE_INDEX = -100
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def cross_entropy(x_BTD: Array, w_DV: Array, labels_BT: Array, chunk: int) -> Array:
-    """Sum of -log p(label) over the tokens, in nats; labels of `IGNORE` count nothing.
+    """Return the sum of -log p(label) over the tokens, in nats; `IGNORE_INDEX` does not count.
 
     `x_BTD` are hidden states in the compute dtype and `w_DV` the output head, whose dtype (at least
     float32) is that of the softmax and of the sum. As many logits are in memory at once as `chunk`
     tokens have over the vocabulary. The caller divides by the number of labels.
     """
-    return _chunked(x_BTD, w_DV, labels_BT, chunk, differentiate=False)[0]
+    return _sum_losses(_Chunks(x_BTD, w_DV, labels_BT, chunk))[0]
 
 
-def _chunked(
-    x_BTD: Array, w_DV: Array, labels_BT: Array, chunk: int, differentiate: bool
-) -> tuple[Array, Array | None, Array | None]:
-    D, V = w_DV.shape
-    S = shards("vocab", V)
-    n = _chunks(V // S, -(-labels_BT.size // chunk))
-    w_nDSC = jnp.moveaxis(w_DV.reshape(D, S, n, -1), 2, 0)
-    ids_nSC = jnp.arange(V).reshape(S, n, -1).swapaxes(0, 1)
-    x_BTD = constrain(x_BTD, "batch", None, None)
-    counts_BT = labels_BT != IGNORE_INDEX
-
-    def logits(w_DSC: Array, ids_SC: Array) -> tuple[Array, Array, Array]:
-        """The piece of the head, its logits, and where the labels are among them."""
-        narrow_DSC = gather(w_DSC, x_BTD.dtype, ("embed", "vocab", None))
-        logits_BTSC = einsum("BTD,DSC->BTSC", x_BTD, narrow_DSC)
-        return narrow_DSC, logits_BTSC, labels_BT[..., None, None] == ids_SC
-
-    def add(carry: tuple, piece: tuple[Array, Array]) -> tuple[tuple, None]:
-        """Sums of exponentials relative to the largest logit so far (arXiv:1805.02867)."""
-        largest_BTS, sum_BTS, own_BTS = carry
-        _, logits_BTSC, is_label_BTSC = logits(*piece)
-        new_BTS = jnp.maximum(largest_BTS, logits_BTSC.max(-1))
-        sum_BTS *= jnp.exp(largest_BTS - new_BTS)
-        sum_BTS += jnp.exp(logits_BTSC - new_BTS[..., None]).sum(-1)
-        # A sum of one number and zeros: a vocabulary that is cut cannot be indexed into.
-        own_BTS += jnp.where(is_label_BTSC, logits_BTSC, 0).sum(-1)
-        return (new_BTS, sum_BTS, own_BTS), None
-
-    zeros_BTS = jnp.zeros((*labels_BT.shape, S), w_DV.dtype)
-    start = (zeros_BTS - jnp.inf, zeros_BTS, zeros_BTS)
-    (largest_BTS, sum_BTS, own_BTS), _ = jax.lax.scan(add, start, (w_nDSC, ids_nSC))
-    log_z_BT = jax.nn.logsumexp(largest_BTS + jnp.log(sum_BTS), axis=-1)
+def _sum_losses(chunks: "_Chunks") -> tuple[Array, Array]:
+    """Return the sum, and the log-sum-exp of every token's logits [B, T]."""
+    log_z_BT, own_BT = chunks.log_z()
     # Row by row: XLA would add up all tokens in one chain, at four times the rounding error.
-    losses_B = jnp.sum((log_z_BT - own_BTS.sum(-1)) * counts_BT, axis=1)
-    total = jnp.sum(jax.lax.optimization_barrier(losses_B))
-    if not differentiate:
-        return total, None, None
-
-    def grads(dx_SBTD: Array, piece: tuple[Array, Array]) -> tuple[Array, Array]:
-        narrow_DSC, logits_BTSC, is_label_BTSC = logits(*piece)
-        # d loss / d logits = softmax - one_hot(label).
-        d_BTSC = jnp.exp(logits_BTSC - log_z_BT[..., None, None]) - is_label_BTSC
-        d_BTSC = (d_BTSC * counts_BT[..., None, None]).astype(x_BTD.dtype)
-        dw_DSC = constrain(einsum("BTD,BTSC->DSC", x_BTD, d_BTSC), "embed", "vocab", None)
-        dx_SBTD += einsum("BTSC,DSC->SBTD", d_BTSC, narrow_DSC)
-        return constrain(dx_SBTD, "vocab", "batch", None, None), dw_DSC
-
-    start_SBTD = constrain(jnp.zeros((S, *x_BTD.shape), w_DV.dtype), "vocab", "batch", None, None)
-    dx_SBTD, dw_nDSC = jax.lax.scan(grads, start_SBTD, (w_nDSC, ids_nSC))
-    dx_BTD = constrain(dx_SBTD.sum(0), "batch", "sequence", None).astype(x_BTD.dtype)
-    dw_DV = jnp.moveaxis(dw_nDSC, 0, 2).reshape(D, V)
-    return total, dx_BTD, constrain(dw_DV, "embed", "vocab")
+    losses_B = jnp.sum((log_z_BT - own_BT) * chunks.is_label_BT, axis=1)
+    return jnp.sum(jax.lax.optimization_barrier(losses_B)), log_z_BT
 
 
-def _chunks(width: int, wanted: int) -> int:
-    """The fewest chunks of equal size, at least those wanted."""
-    return next(n for n in range(min(wanted, width), width + 1) if width % n == 0)
-
-
-def _forward(
+def _cross_entropy_forward(
     x_BTD: Array, w_DV: Array, labels_BT: Array, chunk: int
-) -> tuple[Array, tuple[Array | None, Array | None]]:
-    total, dx_BTD, dw_DV = _chunked(x_BTD, w_DV, labels_BT, chunk, differentiate=True)
-    return total, (dx_BTD, dw_DV)
+) -> tuple[Array, tuple[Array, Array]]:
+    chunks = _Chunks(x_BTD, w_DV, labels_BT, chunk)
+    total, log_z_BT = _sum_losses(chunks)
+    return total, chunks.gradients(log_z_BT, chunks.is_label_BT)
 
 
-def _backward(chunk: int, residuals: tuple[Array, Array], grad: Array) -> tuple[Array, Array, None]:
+def _cross_entropy_backward(
+    chunk: int, residuals: tuple[Array, Array], grad: Array
+) -> tuple[Array, Array, None]:
     dx_BTD, dw_DV = residuals
     return (dx_BTD * grad).astype(dx_BTD.dtype), dw_DV * grad, None
 
 
-cross_entropy.defvjp(_forward, _backward)
+cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def token_log_probs(x_BTD: Array, w_DV: Array, labels_BT: Array, chunk: int) -> Array:
+    """Return log p(label) [B, T] of every token in nats; 0 where the label is `IGNORE_INDEX`.
+
+    The arguments are those of `cross_entropy`, whose value is the sum with its sign changed; so is
+    the result's dtype. Differentiable once, for any gradient [B, T] of the result.
+    """
+    return _log_probs_forward(x_BTD, w_DV, labels_BT, chunk)[0]
+
+
+def _log_probs_forward(
+    x_BTD: Array, w_DV: Array, labels_BT: Array, chunk: int
+) -> tuple[Array, tuple[Array, ...]]:
+    chunks = _Chunks(x_BTD, w_DV, labels_BT, chunk)
+    log_z_BT, own_BT = chunks.log_z()
+    log_probs_BT = jnp.where(chunks.is_label_BT, own_BT - log_z_BT, 0)
+    return constrain(log_probs_BT, "batch", None), (x_BTD, w_DV, labels_BT, log_z_BT)
+
+
+def _log_probs_backward(
+    chunk: int, residuals: tuple[Array, ...], grad_BT: Array
+) -> tuple[Array, Array, None]:
+    x_BTD, w_DV, labels_BT, log_z_BT = residuals
+    chunks = _Chunks(x_BTD, w_DV, labels_BT, chunk)
+    weights_BT = jnp.where(chunks.is_label_BT, -constrain(grad_BT, "batch", None), 0)
+    return *chunks.gradients(log_z_BT, weights_BT), None
+
+
+token_log_probs.defvjp(_log_probs_forward, _log_probs_backward)
+
+
+class _Chunks:
+    """The logits in n chunks of the vocabulary, never more than one at a time."""
+
+    def __init__(self, x_BTD: Array, w_DV: Array, labels_BT: Array, chunk: int):
+        D, V = w_DV.shape
+        S = shards("vocab", V)
+        n = _count_chunks(V // S, -(-labels_BT.size // chunk))
+        w_nDSC = jnp.moveaxis(w_DV.reshape(D, S, n, -1), 2, 0)
+        self.scanned = w_nDSC, jnp.arange(V).reshape(S, n, -1).swapaxes(0, 1)
+        self.x_BTD = constrain(x_BTD, "batch", None, None)
+        self.labels_BT, self.is_label_BT = labels_BT, labels_BT != IGNORE_INDEX
+        self.S, self.dtype = S, w_DV.dtype
+
+    def logits(self, w_DSC: Array, ids_SC: Array) -> tuple[Array, Array, Array]:
+        """Return the chunk of the head, its logits, and where the labels are among them."""
+        narrow_DSC = gather(w_DSC, self.x_BTD.dtype, ("embed", "vocab", None))
+        logits_BTSC = einsum("BTD,DSC->BTSC", self.x_BTD, narrow_DSC)
+        return narrow_DSC, logits_BTSC, self.labels_BT[..., None, None] == ids_SC
+
+    def log_z(self) -> tuple[Array, Array]:
+        """Return log-sum-exp of every token's logits, and its label's logit, [B, T] each."""
+
+        def add(carry: tuple, scanned: tuple[Array, Array]) -> tuple[tuple, None]:
+            """Sums of exponentials relative to the largest logit so far (arXiv:1805.02867)."""
+            largest_BTS, sum_BTS, own_BTS = carry
+            _, logits_BTSC, is_label_BTSC = self.logits(*scanned)
+            new_BTS = jnp.maximum(largest_BTS, logits_BTSC.max(-1))
+            sum_BTS *= jnp.exp(largest_BTS - new_BTS)
+            sum_BTS += jnp.exp(logits_BTSC - new_BTS[..., None]).sum(-1)
+            # A sum of one number and zeros: a sharded vocabulary cannot be indexed into.
+            own_BTS += jnp.where(is_label_BTSC, logits_BTSC, 0).sum(-1)
+            return (new_BTS, sum_BTS, own_BTS), None
+
+        zeros_BTS = jnp.zeros((*self.labels_BT.shape, self.S), self.dtype)
+        start = (zeros_BTS - jnp.inf, zeros_BTS, zeros_BTS)
+        (largest_BTS, sum_BTS, own_BTS), _ = jax.lax.scan(add, start, self.scanned)
+        log_z_BT = jax.nn.logsumexp(largest_BTS + jnp.log(sum_BTS), axis=-1)
+        return log_z_BT, own_BTS.sum(-1)
+
+    def gradients(self, log_z_BT: Array, weights_BT: Array) -> tuple[Array, Array]:
+        """Return the gradients of x [B, T, D] and w [D, V] of sum(-log p(label) weights)."""
+        x_BTD, D = self.x_BTD, self.x_BTD.shape[-1]
+
+        def add(dx_SBTD: Array, scanned: tuple[Array, Array]) -> tuple[Array, Array]:
+            narrow_DSC, logits_BTSC, is_label_BTSC = self.logits(*scanned)
+            # d -log p(label) / d logits = softmax - one_hot(label).
+            d_BTSC = jnp.exp(logits_BTSC - log_z_BT[..., None, None]) - is_label_BTSC
+            d_BTSC = (d_BTSC * weights_BT[..., None, None]).astype(x_BTD.dtype)
+            dw_DSC = constrain(einsum("BTD,BTSC->DSC", x_BTD, d_BTSC), "embed", "vocab", None)
+            dx_SBTD += einsum("BTSC,DSC->SBTD", d_BTSC, narrow_DSC)
+            return constrain(dx_SBTD, "vocab", "batch", None, None), dw_DSC
+
+        zeros_SBTD = jnp.zeros((self.S, *x_BTD.shape), self.dtype)
+        start_SBTD = constrain(zeros_SBTD, "vocab", "batch", None, None)
+        dx_SBTD, dw_nDSC = jax.lax.scan(add, start_SBTD, self.scanned)
+        dx_BTD = constrain(dx_SBTD.sum(0), "batch", "sequence", None).astype(x_BTD.dtype)
+        dw_DV = jnp.moveaxis(dw_nDSC, 0, 2).reshape(D, -1)
+        return dx_BTD, constrain(dw_DV, "embed", "vocab")
+
+
+def _count_chunks(width: int, wanted: int) -> int:
+    """Return the smallest number of chunks of equal size that is at least `wanted`."""
+    return next(n for n in range(min(wanted, width), width + 1) if width % n == 0)

@@ -44,7 +44,8 @@ def apply_fsdp(objective: nn.Module, mesh: DeviceMesh, config: Config) -> None:
         )
     tied = model.lm_head is None  # What is read at both ends stays from one to the other.
     for module in () if tied else (model.embeddings, loss):
-        # The loss makes the head's gradient in the forward pass: it is not read in the backward.
+        # `cross_entropy` computes the head's gradient in the forward pass; `token_log_probs` reads
+        # the head in the backward pass too, and FSDP gathers it again.
         fully_shard(module, reshard_after_forward=True, mp_policy=policy(wide), **common)
     # The head is met again on the way through the model.
     head = set() if tied else set(loss.parameters())

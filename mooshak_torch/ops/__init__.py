@@ -1,1 +1,1 @@
-"""Operations of the model with their own kernels or gradients."""
+"""Operations of the model, without parameters of their own."""

@@ -8,7 +8,6 @@ from itertools import product
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -19,9 +18,7 @@ from mooshak_jax import param_names as jax_param_names
 from mooshak_jax import params as jax_params
 from mooshak_jax import step as jax_step
 from mooshak_jax.distributed import mesh as jax_mesh
-from mooshak_jax.ops import cross_entropy as jax_cross_entropy
 from mooshak_torch.model import Model
-from mooshak_torch.ops import cross_entropy as torch_cross_entropy
 from parity import check, comparisons, distance, tolerances
 from parity.backends import JaxBackend, TorchBackend, canonical
 from parity.convert import convert
@@ -101,39 +98,6 @@ def test_training_steps_agree_on_meshes(devices: int, accumulation: int) -> None
     assert (
         max(distance.distance(steps[-1].params[n], params[n]) for n in params) < tolerances.FLOAT64
     )
-
-
-def full_torch(x: torch.Tensor, w: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    logits = (x @ w.T).flatten(0, 1)
-    return torch.nn.functional.cross_entropy(logits, labels.flatten(), reduction="sum")
-
-
-@pytest.mark.parametrize("chunk", [1, 6, 14, 1000])
-def test_chunked_loss_and_its_gradients_equal_the_plain_loss(chunk: int) -> None:
-    random = np.random.default_rng(0)
-    x, w = random.normal(size=(2, 7, 5)), random.normal(size=(11, 5))
-    labels = random.integers(0, 11, (2, 7))
-    labels[0, 3] = torch_cross_entropy.IGNORE_INDEX
-    tx, tw = (torch.tensor(a, requires_grad=True) for a in (x, w))
-    truth = full_torch(tx, tw, torch.tensor(labels))
-    truth_grads = torch.autograd.grad(truth * 3, (tx, tw))
-    ours = torch_cross_entropy.cross_entropy(tx, tw, torch.tensor(labels), chunk)
-    grads = torch.autograd.grad(ours * 3, (tx, tw))
-    assert torch.allclose(ours, truth, rtol=1e-14)
-    for a, b in zip(grads, truth_grads, strict=True):
-        assert torch.allclose(a, b, rtol=1e-12, atol=1e-14)
-
-    def scaled(x: jax.Array, w: jax.Array) -> jax.Array:
-        return 3 * jax_cross_entropy.cross_entropy(x, w, jnp.asarray(labels), chunk)
-
-    mirror, (gx, gw) = jax.value_and_grad(scaled, (0, 1))(jnp.asarray(x), jnp.asarray(w.T))
-    assert np.isclose(mirror, 3 * truth.item(), rtol=1e-14)
-    assert np.allclose(gx, truth_grads[0], rtol=1e-12, atol=1e-14)
-    assert np.allclose(gw.T, truth_grads[1], rtol=1e-12, atol=1e-14)
-    plain = jax_cross_entropy.cross_entropy(
-        jnp.asarray(x), jnp.asarray(w.T), jnp.asarray(labels), chunk
-    )
-    assert np.isclose(plain, truth.item(), rtol=1e-14)
 
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
