@@ -24,7 +24,7 @@ from mooshak.config.model import Dtype, ModelConfig
 from mooshak.numerics.rope import rope_tables
 from mooshak_jax.distributed.sharding import Axes, constrain
 from mooshak_jax.ops.activations import rms_norm, rotate, swiglu
-from mooshak_jax.ops.attention import attention
+from mooshak_jax.ops.attention import attention, document_attention
 from mooshak_jax.ops.matmul import einsum, linear
 
 COMPUTE_DTYPE = {
@@ -98,6 +98,8 @@ class Positions(NamedTuple):
     index_BT: Array
     cos_BT1k: Array
     sin_BT1k: Array
+    segments_BT: Array | None = None
+    """Documents of packed rows: runs of equal integers, which do not see each other."""
 
 
 class Rope(nnx.Module):
@@ -199,8 +201,13 @@ class Attention(nnx.Module):
             cache = cache.update(k_BSGK, v_BSGK, positions.index_BT)
             if later:
                 k_BSGK, v_BSGK, queries_BT = cache.k_BSGK, cache.v_BSGK, positions.index_BT
-        mask_BTS = self.mask(queries_BT, k_BSGK.shape[1])
-        out_BTE = self.attend(q_BTHK, k_BSGK, v_BSGK, mask_BTS).reshape(B, T, -1)
+        segments_BT = positions.segments_BT if cache is None else None
+        if segments_BT is None:
+            mask_BTS = self.mask(queries_BT, k_BSGK.shape[1])
+            out_BTHK = self.attend(q_BTHK, k_BSGK, v_BSGK, mask_BTS)
+        else:
+            out_BTHK = document_attention(q_BTHK, k_BSGK, v_BSGK, segments_BT, self.window)
+        out_BTE = out_BTHK.reshape(B, T, -1)
         out_BTD = out_BTE if self.wo is None else self.wo(out_BTE)
         return constrain(out_BTD, "batch", "sequence", None), cache
 
@@ -323,9 +330,12 @@ class Model(nnx.Module):
         positions_BT: Array | None = None,
         caches: list[KVCache] | None = None,
         trace: list[Array] | None = None,
+        segments_BT: Array | None = None,
     ) -> Array:
         """What the output head reads, [B, T, D]; `trace` collects the embedding and every layer.
 
+        `segments_BT` separates the documents of packed rows (see `Positions`), for training: a
+        cache ignores it. `positions_BT` is then the place of each token in its document.
         Arrays do not change in place: new keys and values replace those in the list `caches`.
         """
         if positions_BT is None:
@@ -335,7 +345,7 @@ class Model(nnx.Module):
         if trace is not None:
             trace.append(x_BTD)
 
-        positions = self.rope.lookup(positions_BT)
+        positions = self.rope.lookup(positions_BT)._replace(segments_BT=segments_BT)
 
         def through(
             layer: nnx.Module, x_BTD: Array, cache: KVCache | None
@@ -379,9 +389,10 @@ class Model(nnx.Module):
         positions_BT: Array | None = None,
         caches: list[KVCache] | None = None,
         trace: list[Array] | None = None,
+        segments_BT: Array | None = None,
     ) -> Array:
-        """Logits [B, T, V], in at least float32."""
-        return self.logits(self.hidden_states(tokens_BT, positions_BT, caches, trace))
+        """Logits [B, T, V], in at least float32; the arguments are those of `hidden_states`."""
+        return self.logits(self.hidden_states(tokens_BT, positions_BT, caches, trace, segments_BT))
 
     def logits(self, x_BTD: Array) -> Array:
         """The output head on what `hidden_states` gives, [B, T, V], in at least float32."""

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from mooshak.config.model import Dtype, ModelConfig
 from mooshak.numerics.rope import rope_tables
 from mooshak_torch.ops.activations import recompute_in_backward, rms_norm, rotate, swiglu
+from mooshak_torch.ops.attention import attention, document_attention
 from mooshak_torch.ops.matmul import linear
 
 COMPUTE_DTYPE = {
@@ -84,6 +85,8 @@ class Positions(NamedTuple):
     cos_BT1K: Tensor
     sin_BT1K: Tensor
     """Negative in the first half."""
+    segments_BT: Tensor | None = None
+    """Documents of packed rows: runs of equal integers, which do not see each other."""
 
 
 class Rope(nn.Module):
@@ -161,13 +164,19 @@ class Attention(nn.Module):
         if cache is not None:
             written = cache.update(k_BSGK, v_BSGK, positions.index_BT)
             k_BSGK, v_BSGK = written if later else (k_BSGK, v_BSGK)
+        segments_BT = positions.segments_BT if cache is None else None
         mask_B1TS = None
         # The last token of a single sequence sees all that is written.
-        if (later and x_BTD.shape[:2] != (1, 1)) or self.window is not None:
+        windowed = self.window is not None and segments_BT is None
+        if (later and x_BTD.shape[:2] != (1, 1)) or windowed:
             own_T = torch.arange(x_BTD.shape[1], device=x_BTD.device)
             queries_BT = positions.index_BT if later else own_T.unsqueeze(0)
             mask_B1TS = self.mask(queries_BT, k_BSGK.shape[1]).unsqueeze(1)
-        out_BTE = self.attend(q_BTHK, k_BSGK, v_BSGK, mask_B1TS).flatten(-2)
+        if segments_BT is None:
+            out_BTHK = self.attend(q_BTHK, k_BSGK, v_BSGK, mask_B1TS)
+        else:
+            out_BTHK = document_attention(q_BTHK, k_BSGK, v_BSGK, segments_BT, self.window)
+        out_BTE = out_BTHK.flatten(-2)
         return out_BTE if self.wo is None else self.wo(out_BTE)
 
     def heads(self, x_BTD: Tensor, linear: Linear, norm: RMSNorm | None = None) -> Tensor:
@@ -191,12 +200,7 @@ class Attention(nn.Module):
 
         Without a mask a single query sees all keys.
         """
-        q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BSGK, v_BSGK))
-        grouped, causal = q.shape[1] != k.shape[1], mask_B1TS is None and q.shape[2] > 1
-        out_BHTK = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask_B1TS, is_causal=causal, enable_gqa=grouped
-        )
-        return out_BHTK.transpose(1, 2)
+        return attention(q_BTHK, k_BSGK, v_BSGK, mask_B1TS)
 
 
 class MLP(nn.Module):
@@ -299,15 +303,20 @@ class Model(nn.Module):
         positions_BT: Tensor | None = None,
         caches: list[KVCache] | None = None,
         trace: list[Tensor] | None = None,
+        segments_BT: Tensor | None = None,
     ) -> Tensor:
-        """What the output head reads, [B, T, D]; `trace` collects the embedding and every layer."""
+        """What the output head reads, [B, T, D]; `trace` collects the embedding and every layer.
+
+        `segments_BT` separates the documents of packed rows (see `Positions`), for training: a
+        cache ignores it. `positions_BT` is then the place of each token in its document.
+        """
         if positions_BT is None:
             positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
             positions_BT = positions_T.expand(tokens_BT.shape)
         x_BTD = self.embeddings(tokens_BT).to(COMPUTE_DTYPE[self.dtype])
         if trace is not None:
             trace.append(x_BTD)
-        positions = self.rope.lookup(positions_BT)
+        positions = self.rope.lookup(positions_BT)._replace(segments_BT=segments_BT)
         for i, layer in enumerate(self.layers):
             x_BTD = layer(x_BTD, self.rope, positions, None if caches is None else caches[i])
             if trace is not None:
@@ -320,9 +329,10 @@ class Model(nn.Module):
         positions_BT: Tensor | None = None,
         caches: list[KVCache] | None = None,
         trace: list[Tensor] | None = None,
+        segments_BT: Tensor | None = None,
     ) -> Tensor:
-        """Logits [B, T, V], in at least float32."""
-        return self.logits(self.hidden_states(tokens_BT, positions_BT, caches, trace))
+        """Logits [B, T, V], in at least float32; the arguments are those of `hidden_states`."""
+        return self.logits(self.hidden_states(tokens_BT, positions_BT, caches, trace, segments_BT))
 
     def logits(self, x_BTD: Tensor) -> Tensor:
         """The output head on what `hidden_states` gives, [B, T, V], in at least float32."""

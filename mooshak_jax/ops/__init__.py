@@ -1,1 +1,1 @@
-"""Operations of the model, without parameters of their own."""
+"""Operations of the model, as functions of arrays; mirrors mooshak_torch/ops."""

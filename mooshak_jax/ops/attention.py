@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from mooshak_jax.distributed.sharding import constrain
 from mooshak_jax.ops.matmul import einsum
 
 QUERIES = (128, 512)
@@ -25,25 +26,63 @@ hides, are then never made.
 
 
 @jax.custom_vjp
-def attention(q_BTHK: Array, k_BSGK: Array, v_BSGK: Array, mask_BTS: Array) -> Array:
+def attention(
+    q_BTHK: Array,
+    k_BSGK: Array,
+    v_BSGK: Array,
+    mask_BTS: Array,
+    first_BT: Array | None = None,
+) -> Array:
     """softmax(q k^T / sqrt(K)) v under a mask, [B, T, H, K].
 
-    As many keys as queries are those of the same tokens: each sees itself and what is before.
+    As many keys as queries are those of the same tokens: each sees itself and what is before, from
+    the key `first_BT` on where that is given.
     Scores are made for a piece of the queries at a time, and again for the gradients (as in
     arXiv:2205.14135), transposed there: nothing of their size is copied into another layout.
     """
-    return _attention_forward(q_BTHK, k_BSGK, v_BSGK, mask_BTS)[0]
+    return _attention_forward(q_BTHK, k_BSGK, v_BSGK, mask_BTS, first_BT)[0]
+
+
+def document_attention(
+    q_BTHK: Array, k_BTGK: Array, v_BTGK: Array, segments_BT: Array, window: int | None = None
+) -> Array:
+    """Return causal attention within each document of packed rows, [B, T, H, K].
+
+    A document is a run of equal integers in a row of `segments_BT`. A token sees itself and the
+    tokens before it in its document, at most `window` tokens altogether.
+    """
+    # Not as a mask [B, T, T]: that would be in memory for every layer.
+    index_T = jnp.arange(segments_BT.shape[1])
+    causal_BTT = (index_T <= index_T[:, None])[None]
+    first_BT = constrain(_first_keys(segments_BT, window), "batch", None)
+    return attention(q_BTHK, k_BTGK, v_BTGK, causal_BTT, first_BT)
+
+
+def document_mask(segments_BT: Array, window: int | None = None) -> Array:
+    """Return which keys each token sees, [B, T, T] booleans; see `document_attention`."""
+    index_T = jnp.arange(segments_BT.shape[1])
+    first_BT = _first_keys(segments_BT, window)
+    return (index_T <= index_T[:, None]) & (index_T >= first_BT[..., None])
+
+
+def _first_keys(segments_BT: Array, window: int | None) -> Array:
+    """[B, T]: the first key that a token sees."""
+    index_T = jnp.arange(segments_BT.shape[1])
+    starts_Bt = segments_BT[:, 1:] != segments_BT[:, :-1]
+    firsts_Bt = jnp.where(starts_Bt, index_T[1:], 0)
+    first_BT = jax.lax.cummax(jnp.pad(firsts_Bt, ((0, 0), (1, 0))), axis=1)
+    return first_BT if window is None else jnp.maximum(first_BT, index_T - window + 1)
 
 
 def _attention_forward(
-    q_BTHK: Array, k_BSGK: Array, v_BSGK: Array, mask_BTS: Array
+    q_BTHK: Array, k_BSGK: Array, v_BSGK: Array, mask_BTS: Array, first_BT: Array | None
 ) -> tuple[Array, Any]:
     scale, G = 1 / math.sqrt(q_BTHK.shape[-1]), k_BSGK.shape[2]
     outs_BtHK, logs_BGQ = [], []
     for some, seen in _pieces(*mask_BTS.shape[1:]):
         q_BGQK = _heads_first(q_BTHK[:, some], G)
         k_BGsK, v_BGsK = (_heads_first(a_BSGK[:, seen], G) for a_BSGK in (k_BSGK, v_BSGK))
-        mask_BQs = _of_all_heads(mask_BTS[:, some, seen], q_BGQK)
+        mask_BQs = _of_all_heads(_mask_of(mask_BTS, first_BT, some, seen), q_BGQK)
         scores_BGQs = einsum("BGQK,BGSK->BGQS", q_BGQK, k_BGsK) * scale
         scores_BGQs = jnp.where(mask_BQs[:, None], scores_BGQs, -jnp.inf)
         most_BGQ1 = scores_BGQs.max(-1, keepdims=True)
@@ -53,11 +92,11 @@ def _attention_forward(
         outs_BtHK.append(_heads_last(out_BGQK.astype(v_BSGK.dtype), q_BTHK[:, some]))
         logs_BGQ.append((most_BGQ1 + jnp.log(sum_BGQ1)).squeeze(-1))
     out_BTHK = jnp.concatenate(outs_BtHK, 1)
-    return out_BTHK, (q_BTHK, k_BSGK, v_BSGK, mask_BTS, out_BTHK, logs_BGQ)
+    return out_BTHK, (q_BTHK, k_BSGK, v_BSGK, mask_BTS, first_BT, out_BTHK, logs_BGQ)
 
 
-def _attention_backward(kept: Any, dout_BTHK: Array) -> tuple[Array, Array, Array, None]:
-    q_BTHK, k_BSGK, v_BSGK, mask_BTS, out_BTHK, logs_BGQ = kept
+def _attention_backward(kept: Any, dout_BTHK: Array) -> tuple[Array | None, ...]:
+    q_BTHK, k_BSGK, v_BSGK, mask_BTS, first_BT, out_BTHK, logs_BGQ = kept
     scale, (_, S, G, _), dtype = 1 / math.sqrt(q_BTHK.shape[-1]), k_BSGK.shape, q_BTHK.dtype
     dqs_BtHK, dk_BSGK, dv_BSGK = [], jnp.zeros((), dtype), jnp.zeros((), dtype)
     for (some, seen), log_BGQ in zip(_pieces(*mask_BTS.shape[1:]), logs_BGQ, strict=True):
@@ -69,7 +108,8 @@ def _attention_backward(kept: Any, dout_BTHK: Array) -> tuple[Array, Array, Arra
             _heads_first(a_BTHK[:, some], G) for a_BTHK in (q_BTHK, out_BTHK, dout_BTHK)
         )
         k_BGsK, v_BGsK = (_heads_first(a_BSGK[:, seen], G) for a_BSGK in (k_BSGK, v_BSGK))
-        mask_BsQ = _of_all_heads(mask_BTS[:, some, seen], q_BGQK).swapaxes(1, 2)
+        mask_Bts = _mask_of(mask_BTS, first_BT, some, seen)
+        mask_BsQ = _of_all_heads(mask_Bts, q_BGQK).swapaxes(1, 2)
         scores_BGsQ = einsum("BGSK,BGQK->BGSQ", k_BGsK, q_BGQK) * scale
         weights_BGsQ = jnp.where(mask_BsQ[:, None], jnp.exp(scores_BGsQ - log_BGQ[:, :, None]), 0)
         # Softmax: every weight's gradient less their mean, which the weights give.
@@ -83,7 +123,7 @@ def _attention_backward(kept: Any, dout_BTHK: Array) -> tuple[Array, Array, Arra
         later = ((0, 0), (0, S - dk_BGsK.shape[2]), (0, 0), (0, 0))
         dk_BSGK += jnp.pad(dk_BGsK.swapaxes(1, 2), later)
         dv_BSGK += jnp.pad(dv_BGsK.swapaxes(1, 2), later)
-    return jnp.concatenate(dqs_BtHK, 1), dk_BSGK.astype(dtype), dv_BSGK.astype(dtype), None
+    return jnp.concatenate(dqs_BtHK, 1), dk_BSGK.astype(dtype), dv_BSGK.astype(dtype), None, None
 
 
 attention.defvjp(_attention_forward, _attention_backward)
@@ -95,6 +135,14 @@ def _pieces(n_queries: int, n_keys: int) -> Iterator[tuple[slice, slice]]:
     for start in range(0, n_queries, width):
         end = min(start + width, n_queries)
         yield slice(start, end), slice(end if n_queries == n_keys else n_keys)
+
+
+def _mask_of(mask_BTS: Array, first_BT: Array | None, some: slice, seen: slice) -> Array:
+    """[B, t, s]: the mask of a piece of the queries and of the keys."""
+    mask_Bts = mask_BTS[:, some, seen]
+    if first_BT is None:
+        return mask_Bts
+    return mask_Bts & (jnp.arange(mask_BTS.shape[2])[seen] >= first_BT[:, some, None])
 
 
 def _heads_first(a_BTHK: Array, G: int) -> Array:

@@ -1,1 +1,1 @@
-"""Operations of the model, without parameters of their own."""
+"""Operations of the model, as functions of tensors; mirrored by mooshak_jax/ops."""

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import Array
+from mooshak_jax.attention import attention
 
 from mooshak_jax.ops import attention as module
-from mooshak_jax.ops.attention import attention
 
 
 def plain(q_BTHK: Array, k_BSGK: Array, v_BSGK: Array, mask_BTS: Array) -> Array:
