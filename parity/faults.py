@@ -81,7 +81,7 @@ def _rotate_pairs_torch(self: tm.Rope, x: torch.Tensor, positions: tm.Positions)
 
 
 def _rotate_pairs_jax(self: jm.Rope, x: jax.Array, positions: jm.Positions) -> jax.Array:
-    _, cos, sin = positions
+    cos, sin = positions.cos_BT1k, positions.sin_BT1k
     a, b = x.astype(cos.dtype)[..., 0::2], x.astype(cos.dtype)[..., 1::2]
     return jnp.stack((a * cos - b * sin, b * cos + a * sin), -1).reshape(x.shape).astype(x.dtype)
 
