@@ -8,8 +8,8 @@ A model of float64 computes in float64 throughout. In bfloat16 the parameters st
 are multiplied in bfloat16, and norms, rotary angles, softmax and loss are computed in float32.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -100,6 +100,8 @@ class Positions(NamedTuple):
     sin_BT1k: Array
     segments_BT: Array | None = None
     """Documents of packed rows: runs of equal integers, which do not see each other."""
+    mask_BTS: Array | None = None
+    """Which slots 0 .. S - 1 of the caches each query sees. None: they are empty."""
 
 
 class Rope(nnx.Module):
@@ -133,26 +135,54 @@ class _Tables:
 
 
 @partial(
-    jax.tree_util.register_dataclass, data_fields=["k_BSGK", "v_BSGK"], meta_fields=["written"]
+    jax.tree_util.register_dataclass,
+    data_fields=["k_BSGK", "v_BSGK", "lengths"],
+    meta_fields=["written"],
 )
 @dataclass
 class KVCache:
-    """Keys and values of one layer at every position, [B, S, G, K] each, zeros where none was.
+    """Keys and values of one layer, [B, S, G, K] each; slot s has those of position s.
 
-    It is filled in order: the first call brings the positions from 0 on, the next ones go on; rows
-    that are shorter than others may be behind.
+    The positions of a call rise by one from token to token, in each row from its length or below
+    on: a call at earlier positions overwrites what was there. A query at position p sees the slots
+    0 .. p only (within the window), so what later ones still hold is never seen.
     """
 
     k_BSGK: Array
     v_BSGK: Array
+    lengths: Array
+    """Tokens of each row, [B]: one more than the last position of the latest call."""
     written: bool = False
-    """Whether anything was: known when a step is compiled, which a number would be for each."""
+    """Whether a row may have any: static, and no number, which would compile a step for each."""
 
-    def update(self, k_BTGK: Array, v_BTGK: Array, index_BT: Array) -> "KVCache":
-        """The cache with new keys and values at their positions."""
-        rows_B1 = jnp.arange(len(index_BT))[:, None]
-        k_BSGK = self.k_BSGK.at[rows_B1, index_BT].set(k_BTGK)
-        return KVCache(k_BSGK, self.v_BSGK.at[rows_B1, index_BT].set(v_BTGK), written=True)
+    def update(self, k_BTGK: Array, v_BTGK: Array, positions_BT: Array) -> "KVCache":
+        """Write keys and values at their positions. Returns the new cache."""
+        rows_B1 = jnp.arange(len(positions_BT))[:, None]
+        k_BSGK = self.k_BSGK.at[rows_B1, positions_BT].set(k_BTGK)
+        v_BSGK = self.v_BSGK.at[rows_B1, positions_BT].set(v_BTGK)
+        lengths = (positions_BT[:, -1] + 1).astype(self.lengths.dtype)
+        return KVCache(k_BSGK, v_BSGK, lengths, written=True)
+
+    def select(self, rows: Sequence[int] | Array) -> "KVCache":
+        """Reorder, repeat or drop rows: row i becomes the old row rows[i].
+
+        Returns the new cache.
+        """
+        rows_B = jnp.asarray(rows)
+        k_BSGK, v_BSGK = self.k_BSGK[rows_B], self.v_BSGK[rows_B]
+        return KVCache(k_BSGK, v_BSGK, self.lengths[rows_B], self.written)
+
+    def truncate(self, lengths: Sequence[int] | Array) -> "KVCache":
+        """Drop the tokens of each row beyond its new length, [B]; shorter rows stay as they are.
+
+        Returns the new cache.
+        """
+        lengths_B = jnp.asarray(lengths, self.lengths.dtype)
+        # Inside a compiled function the lengths are unknown; `written` may then stay true for an
+        # empty cache, whose slots the masks hide.
+        known = not isinstance(lengths_B, jax.core.Tracer)
+        written = self.written and not (known and not lengths_B.any())
+        return replace(self, lengths=jnp.minimum(self.lengths, lengths_B), written=written)
 
 
 class Attention(nnx.Module):
@@ -194,19 +224,19 @@ class Attention(nnx.Module):
             q_BTHK = rope(self.heads(self.wq(x_BTD), self.q_norm), positions)
             k_BSGK = rope(self.heads(self.wk(x_BTD), self.k_norm), positions)
             v_BSGK = self.heads(self.wv(x_BTD))
-        queries_BT = jnp.arange(T)[None]
-        # What comes first, or without a cache, sees itself only.
-        later = cache is not None and cache.written
+        mask_BTS = positions.mask_BTS
         if cache is not None:
             cache = cache.update(k_BSGK, v_BSGK, positions.index_BT)
-            if later:
-                k_BSGK, v_BSGK, queries_BT = cache.k_BSGK, cache.v_BSGK, positions.index_BT
+            # Prefill: queries attend to this call's tokens only.
+            if mask_BTS is not None:
+                k_BSGK, v_BSGK = cache.k_BSGK, cache.v_BSGK
         segments_BT = positions.segments_BT if cache is None else None
-        if segments_BT is None:
-            mask_BTS = self.mask(queries_BT, k_BSGK.shape[1])
-            out_BTHK = self.attend(q_BTHK, k_BSGK, v_BSGK, mask_BTS)
-        else:
+        if segments_BT is not None:
             out_BTHK = document_attention(q_BTHK, k_BSGK, v_BSGK, segments_BT, self.window)
+        else:
+            if mask_BTS is None:
+                mask_BTS = self.mask(jnp.arange(T)[None], T)
+            out_BTHK = self.attend(q_BTHK, k_BSGK, v_BSGK, mask_BTS)
         out_BTE = out_BTHK.reshape(B, T, -1)
         out_BTD = out_BTE if self.wo is None else self.wo(out_BTE)
         return constrain(out_BTD, "batch", "sequence", None), cache
@@ -217,18 +247,20 @@ class Attention(nnx.Module):
         return x_BTHK if norm is None else norm(x_BTHK)
 
     def mask(self, queries_BT: Array, n_keys: int) -> Array:
-        """[B, T, S]: a query sees the keys at its own position and before, as far as the window.
-
-        What lies after it in a cache is not written yet.
-        """
-        back_BTS = queries_BT[..., None] - jnp.arange(n_keys)
-        seen_BTS = back_BTS >= 0
-        return seen_BTS if self.window is None else seen_BTS & (back_BTS < self.window)
+        """[B, T, S]: a query sees the keys at its own position and before, as far as the window."""
+        return causal_mask(queries_BT, n_keys, self.window)
 
     @staticmethod
     def attend(q_BTHK: Array, k_BSGK: Array, v_BSGK: Array, mask_BTS: Array) -> Array:
         """softmax(q k^T / sqrt(K)) v under a mask, [B, T, H, K]; among themselves a causal one."""
         return attention(q_BTHK, k_BSGK, v_BSGK, mask_BTS)
+
+
+def causal_mask(queries_BT: Array, n_keys: int, window: int | None) -> Array:
+    """[B, T, S]: whether a query at a position p sees key s: s <= p, and p - s < window."""
+    back_BTS = queries_BT[..., None] - jnp.arange(n_keys)
+    seen_BTS = back_BTS >= 0
+    return seen_BTS if window is None else seen_BTS & (back_BTS < window)
 
 
 class MLP(nnx.Module):
@@ -329,10 +361,9 @@ class Model(nnx.Module):
         tokens_BT: Array,
         positions_BT: Array | None = None,
         caches: list[KVCache] | None = None,
-        trace: list[Array] | None = None,
         segments_BT: Array | None = None,
     ) -> Array:
-        """What the output head reads, [B, T, D]; `trace` collects the embedding and every layer.
+        """Return the final hidden states, [B, T, D].
 
         `segments_BT` separates the documents of packed rows (see `Positions`), for training: a
         cache ignores it. `positions_BT` is then the place of each token in its document.
@@ -342,17 +373,18 @@ class Model(nnx.Module):
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
         x_BTD = self.embeddings(tokens_BT).astype(COMPUTE_DTYPE[self.dtype])
         x_BTD = constrain(x_BTD, "batch", "sequence", None)
-        if trace is not None:
-            trace.append(x_BTD)
-
         positions = self.rope.lookup(positions_BT)._replace(segments_BT=segments_BT)
+        if caches is not None and caches[0].written:
+            n_slots = caches[0].k_BSGK.shape[1]
+            mask_BTS = causal_mask(positions_BT, n_slots, self.config.sliding_window)
+            positions = positions._replace(mask_BTS=mask_BTS)
 
         def through(
             layer: nnx.Module, x_BTD: Array, cache: KVCache | None
         ) -> tuple[Array, KVCache | None]:
             return layer(x_BTD, self.rope, positions, cache)
 
-        if self.config.scan_layers and caches is None and trace is None:
+        if self.config.scan_layers and caches is None:
             graph, stacked = nnx.split(self.layers)
             one = self._rematerialized(lambda x, layer: through(nnx.merge(graph, layer), x, None))
             x_BTD, _ = jax.lax.scan(one, x_BTD, stacked)
@@ -362,8 +394,6 @@ class Model(nnx.Module):
             x_BTD, cache = self._rematerialized(partial(through, self._layer(i)))(x_BTD, cache)
             if caches is not None and cache is not None:
                 caches[i] = cache
-            if trace is not None:
-                trace.append(x_BTD)
         return self._final(x_BTD)
 
     def _final(self, x_BTD: Array) -> Array:
@@ -388,11 +418,10 @@ class Model(nnx.Module):
         tokens_BT: Array,
         positions_BT: Array | None = None,
         caches: list[KVCache] | None = None,
-        trace: list[Array] | None = None,
         segments_BT: Array | None = None,
     ) -> Array:
-        """Logits [B, T, V], in at least float32; the arguments are those of `hidden_states`."""
-        return self.logits(self.hidden_states(tokens_BT, positions_BT, caches, trace, segments_BT))
+        """Return logits [B, T, V], in at least float32; arguments as of `hidden_states`."""
+        return self.logits(self.hidden_states(tokens_BT, positions_BT, caches, segments_BT))
 
     def logits(self, x_BTD: Array) -> Array:
         """The output head on what `hidden_states` gives, [B, T, V], in at least float32."""
@@ -409,4 +438,7 @@ def make_caches(model: Model, batch: int, length: int) -> list[KVCache]:
     """Empty key/value caches of all layers, for positions 0 .. length - 1."""
     shape = (batch, length, model.config.G, model.config.K)
     dtype = COMPUTE_DTYPE[model.dtype]
-    return [KVCache(*jnp.zeros((2, *shape), dtype)) for _ in range(model.config.n_layers)]
+    return [
+        KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
+        for _ in range(model.config.n_layers)
+    ]

@@ -42,13 +42,14 @@ def generate(
     tokens_BT, lengths_B = pad_prompts(prompts, new_tokens, model.config)
     uniform_BT = np.stack([noise(seed, b, new_tokens) for b in range(len(prompts))])
     device = model.embeddings.weight.device
-    pack_weights_for_decode(m.weight for m in model.modules() if isinstance(m, Linear))
     caches = make_caches(model, len(prompts), tokens_BT.shape[1] + new_tokens)
     positions_B = torch.from_numpy(lengths_B).to(device) - 1
     rows_B = torch.arange(len(prompts), device=device)
     # Of the prompts only the last positions go through the output head.
     hidden_BTD = model.hidden_states(torch.from_numpy(tokens_BT).to(device).long(), caches=caches)
     logits_BV = model.logits(hidden_BTD[rows_B, positions_B].unsqueeze(1))[:, 0]
+    matrices = (m.weight for m in model.modules() if isinstance(m, Linear))
+    decoder = pack_weights_for_decode(model, matrices, len(prompts), new_tokens)
     out = []
     for t in range(new_tokens):
         uniform_B = torch.from_numpy(uniform_BT[:, t]).to(device)
@@ -57,7 +58,7 @@ def generate(
         if t + 1 == new_tokens:
             break
         positions_B = positions_B + 1
-        logits_BV = step(model, token_B, positions_B, caches)
+        logits_BV = step(decoder, token_B, positions_B, caches)
     return torch.stack(out, dim=1).cpu().numpy().astype(np.int32)
 
 

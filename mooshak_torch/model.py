@@ -7,6 +7,7 @@ A model of float64 computes in float64 throughout. In bfloat16 the parameters st
 are multiplied in bfloat16, and norms, rotary angles, softmax and loss are computed in float32.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -87,6 +88,8 @@ class Positions(NamedTuple):
     """Negative in the first half."""
     segments_BT: Tensor | None = None
     """Documents of packed rows: runs of equal integers, which do not see each other."""
+    mask_B1TS: Tensor | None = None
+    """Added to the scores of slots 0 .. S - 1 of the caches: 0 or -inf. None: they are empty."""
 
 
 class Rope(nn.Module):
@@ -112,10 +115,11 @@ class Rope(nn.Module):
 
 
 class KVCache:
-    """Keys and values of one layer at every position, [B, S, G, K] each, zeros where none was.
+    """Keys and values of one layer, [B, S, G, K] each; slot s has those of position s.
 
-    It is filled in order: the first call brings the positions from 0 on, the next ones go on; rows
-    that are shorter than others may be behind.
+    The positions of a call rise by one from token to token, in each row from its length or below
+    on: a call at earlier positions overwrites what was there. A query at position p sees the slots
+    0 .. p only (within the window), so what later ones still hold is never seen.
     """
 
     def __init__(self, model: ModelConfig, batch: int, length: int, like: Tensor):
@@ -123,15 +127,51 @@ class KVCache:
         self.k_BSGK = like.new_zeros(shape)
         self.v_BSGK = like.new_zeros(shape)
         self.rows_B1 = torch.arange(batch, device=like.device).unsqueeze(1)
+        self.lengths = torch.zeros(batch, dtype=torch.long, device=like.device)
         self.written = 0
-        """How many positions may have been written."""
+        """No row is longer. Known without reading `lengths`, which would wait for a GPU."""
 
-    def update(self, k_BTGK: Tensor, v_BTGK: Tensor, index_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Put new keys and values at their positions; returns all that are written."""
-        self.k_BSGK[self.rows_B1, index_BT] = k_BTGK
-        self.v_BSGK[self.rows_B1, index_BT] = v_BTGK
-        self.written += k_BTGK.shape[1]
-        return self.k_BSGK[:, : self.written], self.v_BSGK[:, : self.written]
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each row, [B]: one more than the last position of the latest call."""
+        return self._last_BT[:, -1] + 1
+
+    @lengths.setter
+    def lengths(self, lengths_B: Tensor) -> None:
+        self._last_BT = lengths_B.unsqueeze(1) - 1
+
+    def update(self, k_BTGK: Tensor, v_BTGK: Tensor, positions_BT: Tensor) -> "KVCache":
+        """Write keys and values at their positions, in place. Returns this cache."""
+        self.k_BSGK[self.rows_B1, positions_BT] = k_BTGK
+        self.v_BSGK[self.rows_B1, positions_BT] = v_BTGK
+        self._last_BT = positions_BT
+        self.written = self.bound(positions_BT.shape[1])
+        return self
+
+    def bound(self, n_tokens: int) -> int:
+        """Return how many slots may be in use after a call with so many tokens a row."""
+        return min(self.written + n_tokens, self.k_BSGK.shape[1])
+
+    def select(self, rows: Sequence[int] | Tensor) -> "KVCache":
+        """Reorder, repeat or drop rows, in place: row i becomes the old row rows[i].
+
+        Returns this cache.
+        """
+        rows_B = torch.as_tensor(rows, device=self.k_BSGK.device)
+        self.k_BSGK, self.v_BSGK = self.k_BSGK[rows_B], self.v_BSGK[rows_B]
+        self.lengths = self.lengths[rows_B]
+        self.rows_B1 = torch.arange(len(rows_B), device=rows_B.device).unsqueeze(1)
+        return self
+
+    def truncate(self, lengths: Sequence[int] | Tensor) -> "KVCache":
+        """Drop the tokens of each row beyond its new length, [B]; shorter rows stay as they are.
+
+        Returns this cache.
+        """
+        lengths_B = torch.as_tensor(lengths)
+        self.written = min(self.written, int(lengths_B.max()))
+        self.lengths = torch.minimum(self.lengths, lengths_B.to(self.k_BSGK.device))
+        return self
 
 
 class Attention(nn.Module):
@@ -159,23 +199,21 @@ class Attention(nn.Module):
         q_BTHK = rope(self.heads(x_BTD, self.wq, self.q_norm), positions)
         k_BSGK = rope(self.heads(x_BTD, self.wk, self.k_norm), positions)
         v_BSGK = self.heads(x_BTD, self.wv)
-        # What comes first, or without a cache, sees itself only.
-        later = cache is not None and cache.written > 0
+        mask_B1TS = positions.mask_B1TS
         if cache is not None:
-            written = cache.update(k_BSGK, v_BSGK, positions.index_BT)
-            k_BSGK, v_BSGK = written if later else (k_BSGK, v_BSGK)
+            cache.update(k_BSGK, v_BSGK, positions.index_BT)
+            # Prefill: queries attend to this call's tokens only.
+            if mask_B1TS is not None:
+                S = mask_B1TS.shape[-1]
+                k_BSGK, v_BSGK = cache.k_BSGK[:, :S], cache.v_BSGK[:, :S]
         segments_BT = positions.segments_BT if cache is None else None
-        mask_B1TS = None
-        # The last token of a single sequence sees all that is written.
-        windowed = self.window is not None and segments_BT is None
-        if (later and x_BTD.shape[:2] != (1, 1)) or windowed:
-            own_T = torch.arange(x_BTD.shape[1], device=x_BTD.device)
-            queries_BT = positions.index_BT if later else own_T.unsqueeze(0)
-            mask_B1TS = self.mask(queries_BT, k_BSGK.shape[1]).unsqueeze(1)
-        if segments_BT is None:
-            out_BTHK = self.attend(q_BTHK, k_BSGK, v_BSGK, mask_B1TS)
-        else:
+        if segments_BT is not None:
             out_BTHK = document_attention(q_BTHK, k_BSGK, v_BSGK, segments_BT, self.window)
+        else:
+            if mask_B1TS is None and self.window is not None:
+                own_T = torch.arange(x_BTD.shape[1], device=x_BTD.device)
+                mask_B1TS = self.mask(own_T.unsqueeze(0), len(own_T)).unsqueeze(1)
+            out_BTHK = self.attend(q_BTHK, k_BSGK, v_BSGK, mask_B1TS)
         out_BTE = out_BTHK.flatten(-2)
         return out_BTE if self.wo is None else self.wo(out_BTE)
 
@@ -185,14 +223,8 @@ class Attention(nn.Module):
         return x_BTHK if norm is None else norm(x_BTHK)
 
     def mask(self, queries_BT: Tensor, n_keys: int) -> Tensor:
-        """[B, T, S]: a query sees the keys at its own position and before, as far as the window.
-
-        What lies after it in a cache is not written yet.
-        """
-        keys_S = torch.arange(n_keys, device=queries_BT.device)
-        back_BTS = queries_BT.unsqueeze(-1) - keys_S
-        seen_BTS = back_BTS >= 0
-        return seen_BTS if self.window is None else seen_BTS & (back_BTS < self.window)
+        """[B, T, S]: a query sees the keys at its own position and before, as far as the window."""
+        return causal_mask(queries_BT, n_keys, self.window)
 
     @staticmethod
     def attend(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask_B1TS: Tensor | None) -> Tensor:
@@ -201,6 +233,14 @@ class Attention(nn.Module):
         Without a mask a single query sees all keys.
         """
         return attention(q_BTHK, k_BSGK, v_BSGK, mask_B1TS)
+
+
+def causal_mask(queries_BT: Tensor, n_keys: int, window: int | None) -> Tensor:
+    """[B, T, S]: whether a query at a position p sees key s: s <= p, and p - s < window."""
+    keys_S = torch.arange(n_keys, device=queries_BT.device)
+    back_BTS = queries_BT.unsqueeze(-1) - keys_S
+    seen_BTS = back_BTS >= 0
+    return seen_BTS if window is None else seen_BTS & (back_BTS < window)
 
 
 class MLP(nn.Module):
@@ -302,10 +342,9 @@ class Model(nn.Module):
         tokens_BT: Tensor,
         positions_BT: Tensor | None = None,
         caches: list[KVCache] | None = None,
-        trace: list[Tensor] | None = None,
         segments_BT: Tensor | None = None,
     ) -> Tensor:
-        """What the output head reads, [B, T, D]; `trace` collects the embedding and every layer.
+        """Return the final hidden states, [B, T, D].
 
         `segments_BT` separates the documents of packed rows (see `Positions`), for training: a
         cache ignores it. `positions_BT` is then the place of each token in its document.
@@ -314,13 +353,14 @@ class Model(nn.Module):
             positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
             positions_BT = positions_T.expand(tokens_BT.shape)
         x_BTD = self.embeddings(tokens_BT).to(COMPUTE_DTYPE[self.dtype])
-        if trace is not None:
-            trace.append(x_BTD)
         positions = self.rope.lookup(positions_BT)._replace(segments_BT=segments_BT)
+        if caches is not None and caches[0].written > 0:
+            n_slots = caches[0].bound(tokens_BT.shape[1])
+            seen_BTS = causal_mask(positions_BT, n_slots, self.config.sliding_window)
+            mask_BTS = torch.where(seen_BTS, 0.0, -torch.inf).to(x_BTD.dtype)
+            positions = positions._replace(mask_B1TS=mask_BTS.unsqueeze(1))
         for i, layer in enumerate(self.layers):
             x_BTD = layer(x_BTD, self.rope, positions, None if caches is None else caches[i])
-            if trace is not None:
-                trace.append(x_BTD)
         return x_BTD if self.norm is None else self.norm(x_BTD)
 
     def forward(
@@ -328,11 +368,10 @@ class Model(nn.Module):
         tokens_BT: Tensor,
         positions_BT: Tensor | None = None,
         caches: list[KVCache] | None = None,
-        trace: list[Tensor] | None = None,
         segments_BT: Tensor | None = None,
     ) -> Tensor:
-        """Logits [B, T, V], in at least float32; the arguments are those of `hidden_states`."""
-        return self.logits(self.hidden_states(tokens_BT, positions_BT, caches, trace, segments_BT))
+        """Return logits [B, T, V], in at least float32; arguments as of `hidden_states`."""
+        return self.logits(self.hidden_states(tokens_BT, positions_BT, caches, segments_BT))
 
     def logits(self, x_BTD: Tensor) -> Tensor:
         """The output head on what `hidden_states` gives, [B, T, V], in at least float32."""

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 import mooshak_torch.objectives
 import mooshak_torch.step
@@ -31,6 +32,9 @@ from mooshak.errors import InputError, PeerError
 from mooshak_torch.checkpoint import open_checkpoint, restore
 from mooshak_torch.distributed.deepspeed import ZeroOptimizer
 from mooshak_torch.distributed.mesh import make_parallel
+from mooshak_torch.generate import generate
+from mooshak_torch.objectives import model_of
+from mooshak_torch.ops import matmul
 from mooshak_torch.optimizer import LossScale, Optimizer
 from mooshak_torch.params import local_part
 from mooshak_torch.step import make_state, train_step
@@ -124,6 +128,46 @@ def _new_bytes(tensor: Tensor, seen: set[int]) -> int:
         return 0
     seen.add(storage.data_ptr())
     return storage.nbytes()
+
+
+def generating(config: Config) -> list[bool]:
+    """Train, and generate after the second step; says of each generation if weights were packed."""
+    packed: list[bool] = []
+    steps = 0
+
+    def pack(model: nn.Module, *args: Any) -> nn.Module:
+        decoder = matmul.pack_weights_for_decode(model, *args)
+        packed.append(decoder is not model)
+        return decoder
+
+    def step(objective: nn.Module, *args: Any) -> Any:
+        nonlocal steps
+        result = train_step(objective, *args)
+        steps += 1
+        if steps == 2:
+            before = layouts(objective)
+            for module in (shards := [m for m in objective.modules() if isinstance(m, FSDPModule)]):
+                module.unshard()
+            generate(model_of(objective), [[1, 2, 3], [4]], 20)
+            for module in shards:
+                module.reshard()
+            assert layouts(objective) == before
+        return result
+
+    with (
+        mock.patch.object(matmul, "MIN_PACKED_TOKENS", 8),
+        mock.patch.object(matmul, "ONEDNN", torch.backends.mkldnn.is_available()),
+        mock.patch.object(mooshak_torch.generate, "pack_weights_for_decode", pack),
+        mock.patch.object(mooshak_torch.step, "train_step", step),
+    ):
+        train(config)
+    return packed
+
+
+def layouts(objective: nn.Module) -> list[Any]:
+    """Where the parameters of this process are, and how they lie there."""
+    local = ((name, local_part(p)[0]) for name, p in objective.named_parameters())
+    return [(name, p.data_ptr(), p.shape, p.stride(), p._version) for name, p in local]
 
 
 def restored(config: Config, *written: Path) -> int:
@@ -241,7 +285,17 @@ def weighted(config: Config) -> None:
 
 DO: dict[str, Callable[..., Any]] = {
     do.__name__: do
-    for do in (trained, restored, refused, absent, signalled, converted, overflowing, weighted)
+    for do in (
+        trained,
+        generating,
+        restored,
+        refused,
+        absent,
+        signalled,
+        converted,
+        overflowing,
+        weighted,
+    )
 }
 
 if __name__ == "__main__":

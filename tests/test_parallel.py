@@ -15,6 +15,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 import pytest
+import torch
 
 import mooshak_jax.train
 from mooshak.checkpoints.manager import complete_steps
@@ -376,6 +377,24 @@ def test_a_resume_on_shards_of_unequal_size_is_exact(
         ranks.run(4, "trained", [*options, tmp_path / directory, "--train.stop_after_step", stop])
     for key in ("loss", "grad_norm"):
         assert metrics(tmp_path / "parts", key) == metrics(tmp_path / "whole", key)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_generating_does_not_change_training(
+    name: str, config: Path, tmp_path: Path, ranks: Ranks
+) -> None:
+    options = [config, *LAYOUTS[name], "--train.dtype", "float32", "--train.stop_after_step", 5]
+    ranks.run(2, "trained", [*options, "--run.dir", tmp_path / "trained"])
+    packed = ranks.run(2, "generating", [*options, "--run.dir", tmp_path / "generating"])
+    assert packed == [[name == "ddp" and torch.backends.mkldnn.is_available()]] * 2
+    for figure in FIGURES:
+        assert metrics(tmp_path / "generating", figure) == metrics(tmp_path / "trained", figure)
+    there, here = (
+        open_checkpoint(tmp_path / do / "checkpoints/5") for do in ("generating", "trained")
+    )
+    assert here.has_optimizer
+    for key in here.tensors:
+        assert np.array_equal(there.read(key), here.read(key)), key
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")

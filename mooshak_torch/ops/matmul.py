@@ -6,13 +6,17 @@ the faster one (docs/performance.md). Both sum in float32.
 Shapes: N rows, I width that is summed over, O width that comes out.
 """
 
+import copy
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def linear(x: Tensor, w_OI: Tensor) -> Tensor:
@@ -29,15 +33,35 @@ def matmul(a_NI: Tensor, b_IO: Tensor) -> Tensor:
     return a_NI @ b_IO
 
 
-def pack_weights_for_decode(weights: Iterable[Tensor]) -> None:
-    """Keep float32 matrices [O, I] on a CPU column by column, in place; their values stay.
+MIN_PACKED_ROWS, MIN_PACKED_TOKENS = 2, 32
+"""Sequences and new tokens from which packing pays (docs/performance.md)."""
 
-    A product of few rows, as in decoding, then reads them faster: by a tenth with one row, by a
-    third with 16 (docs/performance.md).
+
+def pack_weights_for_decode(model: M, weights: Iterable[Tensor], n_rows: int, n_tokens: int) -> M:
+    """Return a model that decodes `n_tokens` of `n_rows` sequences: a packed copy, or `model`.
+
+    The copy has the matrices `weights` [O, I] in oneDNN's blocked layout and shares everything
+    else. It takes the memory of these matrices once more, computes no gradients, and does not see
+    later changes of `model`: use it for one decoding and drop it. `model` is not changed.
+
+    `model` itself is returned where packing does not pay: one sequence, few tokens, a GPU, another
+    dtype than float32, an Intel CPU, a sharded model.
     """
-    for w_OI in weights:
-        if _by_onednn(w_OI) and w_OI.is_contiguous():
-            w_OI.data = w_OI.data.T.contiguous().T
+    weights = list(weights)
+    few = n_rows < MIN_PACKED_ROWS or n_tokens < MIN_PACKED_TOKENS
+    if few or not _by_onednn(*weights) or any(isinstance(m, FSDPModule) for m in model.modules()):
+        return model
+    reorder = torch.ops.mkldnn._reorder_linear_weight
+    return _replace_parameters(model, {id(w): reorder(w.detach(), n_rows) for w in weights})
+
+
+def _replace_parameters(module: M, new: dict[int, Tensor]) -> M:
+    """Return a copy of a module that has the tensors `new` instead of parameters of these ids."""
+    result = copy.copy(module)
+    parameters: dict[str, Any] = {n: new.get(id(p), p) for n, p in module._parameters.items()}
+    children = {n: m and _replace_parameters(m, new) for n, m in module._modules.items()}
+    result.__dict__ |= {"_parameters": parameters, "_modules": children}
+    return result
 
 
 class _Linear(torch.autograd.Function):
