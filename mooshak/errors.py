@@ -3,6 +3,7 @@
 import difflib
 import errno
 import functools
+import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -32,9 +33,11 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
             main(*args, **kwargs)
         except PeerError as error:
             code = _fail(str(error), error.exit_code)
+            # A normal exit would join the threads that wait for the lost process.
+            for child in multiprocessing.active_children():
+                child.kill()
             sys.stdout.flush()
             sys.stderr.flush()
-            # A normal exit would join the threads that wait for the lost process.
             os._exit(code)
         except InputError as error:
             sys.exit(_fail(str(error), error.exit_code))

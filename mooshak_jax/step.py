@@ -48,7 +48,7 @@ class Trainer:
         self.layout, self.rows = parallel.layout, parallel.rows_here(config.train.batch_size)
         self.device: str = jax.devices()[0].device_kind
         self.open_checkpoint, self.profiled = open_checkpoint, profiled
-        self.explain_timeouts, self.close = contextlib.nullcontext, parallel.close
+        self.explain_timeouts = contextlib.nullcontext
         self.peak_memory = peak_memory
         self.update, self.measure = (
             make_train_step(config, parallel),
@@ -84,6 +84,9 @@ class Trainer:
 
     def trainer_state(self) -> dict[str, Any]:
         return {}
+
+    def close(self) -> None:
+        """Do nothing: JAX leaves the other processes when this one exits."""
 
 
 def initial_state(params: Any) -> State:

@@ -37,6 +37,9 @@ class Processes(Protocol):
     def gather(self, text: str) -> list[str]:
         """What every process says, by rank."""
 
+    def close(self) -> None:
+        """Leave the others; all of them do so at the same point of the run."""
+
 
 def detect_format(path: Path) -> str:
     """torch, jax, safetensors or hf. Raises `InputError` for a directory that is no checkpoint."""

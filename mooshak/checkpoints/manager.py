@@ -33,7 +33,7 @@ class CheckpointManager:
         self.config, self.processes = config, processes
         self.files = files_of_tokenizer(Path(config.tokenizer.path))
         self._thread: threading.Thread | None = None
-        self._failure: Exception | None = None
+        self._failure: BaseException | None = None
         with self.defer_failure(f"{self.directory} could not be prepared"):
             if processes.is_main:
                 self.directory.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ class CheckpointManager:
         except OSError as error:
             self._failure = InputError(f"{what}: {os_error_text(error)}")
             self._failure.__cause__ = error
-        except Exception as error:
+        except BaseException as error:
             self._failure = error
 
     def raise_failure(self) -> None:
@@ -107,6 +107,7 @@ class CheckpointManager:
         known = failure is not None and not isinstance(failure, PeerError)
         texts = self.processes.gather(_summary(failure) if known else "")
         causes = [f"rank {rank} failed: {text}" for rank, text in enumerate(texts) if text]
+        self.processes.close()
         if failure is not None and (known or not causes):
             raise failure
         raise PeerError("; ".join(causes)) from failure
@@ -140,7 +141,7 @@ class CheckpointManager:
             shutil.rmtree(unwanted)
 
 
-def _summary(error: Exception | None) -> str:
+def _summary(error: BaseException | None) -> str:
     lines = str(error).strip().splitlines()
     text = lines[0] if lines else ""
     return text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"

@@ -114,7 +114,7 @@ class Parallel:
         multihost_utils.sync_global_devices("mooshak")
 
     def close(self) -> None:
-        """Leave the other processes when all of them have come here."""
+        """Leave the others when all have come here; a process that exits would wait for them."""
         if jax.process_count() > 1:
             jax.distributed.shutdown()
 

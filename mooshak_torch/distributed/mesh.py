@@ -138,8 +138,8 @@ class Parallel:
                 dist.barrier(self.checkpoint_group)
 
     def close(self) -> None:
-        """Leave the process group."""
-        if self.mesh is not None:
+        """Leave the others, if that is still to be done."""
+        if self.mesh is not None and dist.is_initialized():
             dist.destroy_process_group()
 
 

@@ -20,7 +20,7 @@ from mooshak.config.sections import CheckpointConfig, Config
 from mooshak.data.shards import load_or_prepare_shards
 from mooshak.errors import InputError, PeerError
 
-DEADLINE = 150
+DEADLINE = 300
 """Seconds; most of them are for the start of processes on a busy machine."""
 
 FAILURES = {
@@ -66,6 +66,9 @@ class Peer:
 
     def gather(self, text: str) -> list[str]:
         return self.peers.exchange(self.rank, text)
+
+    def close(self) -> None:
+        self.wait()
 
 
 def train(checkpoints: CheckpointManager, peer: Peer, last: int, start: Callable[..., Any]) -> None:
@@ -153,6 +156,27 @@ def test_unknown_error_keeps_its_type(tiny_config: Config, tmp_path: Path) -> No
     with pytest.raises(KeyError, match="a bug"):
         checkpoints.finish()
     checkpoints.finish()
+
+
+STUCK = """
+import multiprocessing, threading, time
+from mooshak.errors import PeerError, command
+
+@command
+def main():
+    threading.Thread(target=threading.Event().wait).start()
+    multiprocessing.get_context("fork").Process(target=time.sleep, args=(10_000,)).start()
+    raise PeerError("rank 0 failed")
+
+main()
+"""
+
+
+def test_peer_error_ends_threads_and_children() -> None:
+    # The output of a child that is left behind stays open.
+    command = [sys.executable, "-c", STUCK]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
+    assert (done.returncode, done.stderr) == (3, "error: rank 0 failed\n")
 
 
 def free_port() -> int:
