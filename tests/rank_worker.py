@@ -22,12 +22,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-import mooshak_torch.objectives
 import mooshak_torch.step
 import mooshak_torch.train
 from mooshak.checkpoints import formats
 from mooshak.config.parse import dump_config, load_config
 from mooshak.config.sections import Config
+from mooshak.data.packing import Batch
 from mooshak.errors import InputError, PeerError
 from mooshak_torch.checkpoint import open_checkpoint, restore
 from mooshak_torch.distributed.deepspeed import ZeroOptimizer
@@ -283,6 +283,20 @@ def weighted(config: Config) -> None:
         train(config)
 
 
+def stepped(config: Config, batches: Path) -> list[list[float]]:
+    """Train on global batches from a file, [steps, 4, B, T]; returns losses and gradient norms."""
+    result = []
+    parallel = make_parallel(config)
+    objective, optimizer = make_state(config, parallel, None, None)
+    for arrays in np.load(batches):
+        batch = Batch(*arrays).chunk(parallel.dp_size)[parallel.dp_rank]
+        batch = parallel.shard_local_batch(batch)
+        loss, norm = train_step(objective, optimizer, batch, 1e-2, config, parallel)
+        result.append([parallel.sum(loss).item(), norm.item()])
+    parallel.close()
+    return result
+
+
 DO: dict[str, Callable[..., Any]] = {
     do.__name__: do
     for do in (
@@ -295,6 +309,7 @@ DO: dict[str, Callable[..., Any]] = {
         converted,
         overflowing,
         weighted,
+        stepped,
     )
 }
 

@@ -16,6 +16,7 @@ from typing import Any, TypedDict
 import numpy as np
 import pytest
 import torch
+from document_masks import packed_batch
 
 import mooshak_jax.train
 from mooshak.checkpoints.manager import complete_steps
@@ -191,6 +192,17 @@ def test_a_layout_trains_as_one_process(
     assert len(metrics(alone)) == STEPS and len(metrics(alone, "validation_loss")) == 1
     figures = (*FIGURES, "validation_loss")
     assert_same(runs[f"{name}-{processes}"]["directory"], alone, figures=figures)
+
+
+def test_ranks_divide_by_the_labels_of_all_rows(config: Path, tmp_path: Path, ranks: Ranks) -> None:
+    """Rows with unequal numbers of ignored labels, on processes and in accumulation parts."""
+    path = tmp_path / "batches.npy"
+    np.save(path, [packed_batch(seed, 8, 32, 512) for seed in range(3)])
+    (truth,) = ranks.run(1, "stepped", [config], path)
+    assert truth[-1][0] != truth[0][0]
+    for processes, name in ((2, "ddp"), (2, "fsdp"), (4, "hsdp"), (4, "tensor")):
+        for found in ranks.run(processes, "stepped", [config, *LAYOUTS[name]], path):
+            assert np.array(found) == pytest.approx(np.array(truth), rel=1e-12, abs=0), name
 
 
 @pytest.fixture(scope="module")

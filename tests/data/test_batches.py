@@ -21,6 +21,7 @@ from mooshak.data.batches import (
     train_batches,
     validation_sequences,
 )
+from mooshak.data.packing import Batch
 from mooshak.data.shards import TokenShards, load_or_prepare_shards
 from mooshak.errors import InputError
 
@@ -32,7 +33,18 @@ def config(tiny_config: Config) -> Config:
 
 
 def take(config: Config, steps: int, **options: int) -> list[np.ndarray]:
-    return list(islice(train_batches(config, **options), steps))
+    """The rows [B, T + 1] of batches: inputs, and the last label."""
+    return list(map(rows_of, islice(train_batches(config, **options), steps)))
+
+
+def rows_of(batch: Batch) -> np.ndarray:
+    assert batch.segments is None and batch.positions is None
+    assert (batch.tokens[:, 1:] == batch.labels[:, :-1]).all()
+    return np.concatenate([batch.tokens, batch.labels[:, -1:]], 1)
+
+
+def global_rows(config: Config, step: int) -> np.ndarray:
+    return rows_of(global_batch(config, step))
 
 
 def sequences(config: Config, source: str = "hi", split: str = "train") -> PackedSequences:
@@ -122,9 +134,9 @@ def test_a_batch_is_a_pure_function_of_the_step(config: Config):
     stream = take(config, 40)
     assert stream[0].shape == (8, 33) and stream[0].dtype == np.int32
     for step in (39, 0, 17):
-        assert (stream[step] == global_batch(config, step)).all()
+        assert (stream[step] == global_rows(config, step)).all()
     other_seed = replace(config, run=replace(config.run, seed=1))
-    assert (global_batch(config, 0) != global_batch(other_seed, 0)).any()
+    assert (global_rows(config, 0) != global_rows(other_seed, 0)).any()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -132,12 +144,12 @@ def test_a_process_may_read_any_rows_of_the_batch(config: Config, workers: int):
     rows = [1, 2, 6]
     divided = replace(config, data=replace(config.data, workers=workers))
     for step, batch in enumerate(islice(batches_of_rows(divided, rows, 3), 4), 3):
-        assert (batch == global_batch(config, step)[rows]).all()
+        assert (rows_of(batch) == global_rows(config, step)[rows]).all()
 
 
 def test_inputs_and_targets_are_shifted_by_one(config: Config):
     """The rows are windows of the text: what is predicted is what follows."""
-    batch = global_batch(config, 3)
+    batch = global_rows(config, 3)
     text = [sequences(config, name).shards for name in ("hi", "en")]
     tokens = [shards.window(0, len(shards)).tobytes() for shards in text]
     assert all(any(row.tobytes() in t for t in tokens) for row in batch)
@@ -152,7 +164,7 @@ def test_processes_only_divide_the_batch(config: Config, processes: int, start_s
     ]
     for i in range(6):
         together = np.concatenate([part[i] for part in parts])
-        assert (together == global_batch(config, start_step + i)).all()
+        assert (together == global_rows(config, start_step + i)).all()
 
 
 @pytest.mark.parametrize(("process", "processes"), [(0, 1), (1, 2)])
@@ -165,12 +177,12 @@ def test_workers_change_nothing(config: Config, process: int, processes: int):
 
 def test_a_late_step_is_reached_at_once(config: Config):
     (batch,) = take(config, 1, start_step=10**9, process=1, processes=2)
-    assert (batch == global_batch(config, 10**9)[4:]).all()
+    assert (batch == global_rows(config, 10**9)[4:]).all()
 
 
 def test_a_change_of_one_source_leaves_the_order_of_the_others(config: Config):
     only = [replace(config, data=replace(config.data, sources=[s])) for s in config.data.sources]
-    first_hi = [row.tobytes() for row in global_batch(only[0], 0)]
+    first_hi = [row.tobytes() for row in global_rows(only[0], 0)]
     mixed = [row.tobytes() for row in np.concatenate(take(config, 3))]
     assert [row for row in mixed if row in first_hi] == first_hi
 
@@ -192,21 +204,21 @@ def test_too_little_text(config: Config):
 def test_validation_is_fixed_and_spread_out(config: Config):
     found = validation_sequences(config)
     assert list(found) == ["hi", "en"]
-    for language, rows in found.items():
-        packed = sequences(config, language, "validation")
+    for language, batch in found.items():
+        packed, rows = sequences(config, language, "validation"), rows_of(batch)
         assert rows.shape == (8, 33) and rows.dtype == np.int32
         chosen = [i * len(packed) // 8 for i in range(8)]
         assert (rows == np.stack([packed[i] for i in chosen])).all()
     for most in (0, 10**6):
         every = replace(config, evaluate=replace(config.evaluate, sequences=most))
-        rows = validation_sequences(every)["hi"]
+        rows = rows_of(validation_sequences(every)["hi"])
         assert len(rows) == len(sequences(config, "hi", "validation"))
 
 
 def test_validation_of_a_language_with_two_sources(config: Config):
     sources = [replace(source, language="hi") for source in config.data.sources]
     both = replace(config, data=replace(config.data, sources=sources))
-    rows = validation_sequences(both)["hi"]
+    rows = rows_of(validation_sequences(both)["hi"])
     known = {row.tobytes() for row in sequences(config, "en", "validation")}
     assert 0 < sum(row.tobytes() in known for row in rows) < len(rows)
 
@@ -214,7 +226,8 @@ def test_validation_of_a_language_with_two_sources(config: Config):
 def test_validation_is_not_trained_on(config: Config):
     steps = 2 * len(sequences(config)) // 8
     trained = {row.tobytes() for batch in take(config, steps) for row in batch}
-    held_out = [row.tobytes() for rows in validation_sequences(config).values() for row in rows]
+    found = map(rows_of, validation_sequences(config).values())
+    held_out = [row.tobytes() for rows in found for row in rows]
     assert not trained & set(held_out)
 
 

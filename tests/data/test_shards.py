@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import pickle
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +15,10 @@ from mooshak.config.parse import dump_config
 from mooshak.config.sections import Config
 from mooshak.corpus.filters import in_validation
 from mooshak.corpus.readers import documents
-from mooshak.data import shards
+from mooshak.data import manifest, shards
 from mooshak.data.__main__ import main
-from mooshak.data.shards import TokenShards, load_or_prepare_shards, prepare, totals
+from mooshak.data.manifest import read_manifest, totals
+from mooshak.data.shards import TokenShards, load_or_prepare_shards, prepare
 from mooshak.errors import InputError
 from mooshak.tokenizer.base import Tokenizer
 
@@ -56,9 +58,9 @@ def test_shards_hold_the_documents(config: Config, tiny_tokenizer: Tokenizer):
 
 def test_files_are_plain_arrays(config: Config, tiny_tokenizer: Tokenizer):
     manifests = prepare(config, tiny_tokenizer, progress=False)
-    for name, manifest in manifests.items():
-        assert manifest["tokenizer"] == tiny_tokenizer.fingerprint
-        for shard in manifest["shards"]:
+    for name, found in manifests.items():
+        assert found["tokenizer"] == tiny_tokenizer.fingerprint
+        for shard in found["shards"]:
             tokens = np.load(Path(config.data.dir) / name / shard["file"])
             assert tokens.dtype == np.uint16 and tokens.shape == (shard["tokens"],)
             assert tokens[0] == tiny_tokenizer.bos_id and tokens[-1] == tiny_tokenizer.eos_id
@@ -106,22 +108,29 @@ def test_validation_is_disjoint_from_training(config: Config, tiny_tokenizer: To
 
 @pytest.mark.parametrize("batch", [shards._BATCH, 1000])
 @pytest.mark.parametrize("stop_after", [0, 1, 3, 6])
+@pytest.mark.parametrize("stopped_file", [r"\d\.npy", r"\.offsets\.npy"])
 def test_resumes_to_the_same_bytes(
-    config: Config, tiny_tokenizer: Tokenizer, tmp_path: Path, monkeypatch, stop_after, batch
+    config: Config,
+    tiny_tokenizer: Tokenizer,
+    tmp_path: Path,
+    monkeypatch,
+    stop_after,
+    batch,
+    stopped_file,
 ):
     uninterrupted = with_data(config, dir=str(tmp_path / "whole"))
     prepare(uninterrupted, tiny_tokenizer, progress=False)
     monkeypatch.setattr(shards, "_BATCH", batch)
-    write, written = shards.write_atomically, []
+    write, written = manifest.write_atomically, []
 
     def interrupted(path: Path, content: bytes) -> None:
-        if path.suffix == ".npy":
+        if re.search(stopped_file, path.name):
             if len(written) == stop_after:
                 raise KeyboardInterrupt
             written.append(path.name)
         write(path, content)
 
-    monkeypatch.setattr(shards, "write_atomically", interrupted)
+    monkeypatch.setattr(manifest, "write_atomically", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare(config, tiny_tokenizer, progress=False)
     with pytest.raises(InputError, match=r"manifest\.json is missing; make it with"):
@@ -131,7 +140,8 @@ def test_resumes_to_the_same_bytes(
     stop_after = 10**9
     prepare(config, tiny_tokenizer, progress=False)
     assert contents(config) == contents(uninterrupted)
-    assert len(reused) + len(written) == len([n for n in contents(config) if n.endswith(".npy")])
+    files = [name for name in contents(config) if re.search(stopped_file, name)]
+    assert len(reused) + len(written) == len(files)
 
 
 def test_a_damaged_finished_shard_is_not_reused(
@@ -205,7 +215,7 @@ def test_nothing_is_half_replaced(config: Config, tiny_tokenizer: Tokenizer, mon
     prepare(config, tiny_tokenizer, progress=False)
     before = contents(config)
     other = with_data(config, validation_fraction=0.1)
-    write = shards.write_atomically
+    write = manifest.write_atomically
 
     def interrupted(path: Path, content: bytes) -> None:
         if path.name == "train-00002.npy":
@@ -213,7 +223,7 @@ def test_nothing_is_half_replaced(config: Config, tiny_tokenizer: Tokenizer, mon
         write(path, content)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(shards, "write_atomically", interrupted)
+        patch.setattr(manifest, "write_atomically", interrupted)
         prepare(other, tiny_tokenizer, progress=False)
     assert {n: c for n, c in contents(config).items() if "~partial" not in n} == before
     prepare(config, tiny_tokenizer, progress=False)
@@ -224,7 +234,7 @@ def damage_missing(path: Path) -> None:
 
 
 def damage_cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-100])
+    path.write_bytes(path.read_bytes()[:-30])
 
 
 def damage_header(path: Path) -> None:
@@ -249,13 +259,14 @@ def damage_longer(path: Path) -> None:
         (damage_longer, "has another size"),
     ],
 )
+@pytest.mark.parametrize("file", ["train-00001.npy", "train-00001.offsets.npy"])
 def test_damaged_shards_are_named_and_mended(
-    config: Config, tiny_tokenizer: Tokenizer, capsys, damage, reason
+    config: Config, tiny_tokenizer: Tokenizer, capsys, file, damage, reason
 ):
     prepare(config, tiny_tokenizer, progress=False)
     expected = contents(config)
-    damage(Path(config.data.dir) / "en" / "train-00001.npy")
-    with pytest.raises(InputError, match=rf"train-00001\.npy .*{reason}.*; run `python"):
+    damage(Path(config.data.dir) / "en" / file)
+    with pytest.raises(InputError, match=rf"{re.escape(file)} .*{reason}.*; run `python"):
         TokenShards(Path(config.data.dir) / "en", "train")
     prepare(config, tiny_tokenizer)
     assert reason in capsys.readouterr().err
@@ -270,6 +281,85 @@ def test_damaged_manifest(config: Config, tiny_tokenizer: Tokenizer):
         TokenShards(Path(config.data.dir) / "en", "train")
     prepare(config, tiny_tokenizer, progress=False)
     assert contents(config) == expected
+
+
+def make_old(config: Config) -> dict[str, bytes]:
+    """Take the document offsets away, as if an older version had prepared; return the rest."""
+    for source in config.data.sources:
+        directory = Path(config.data.dir) / source.name
+        found = read_manifest(directory)
+        for shard in found["shards"]:
+            (directory / shard.pop("offsets")["file"]).unlink()
+        manifest.write_json(directory / "manifest.json", found)
+    return contents(config)
+
+
+def test_old_shards_stay_valid_without_document_mask(
+    config: Config, tiny_tokenizer: Tokenizer, monkeypatch
+):
+    prepare(config, tiny_tokenizer, progress=False)
+    before = contents(config)
+    old = make_old(config)
+    assert {name for name in before if name not in old} == {
+        name for name in before if name.endswith(".offsets.npy")
+    }
+    monkeypatch.setattr(shards, "_prepare_source", None)
+    prepare(config, tiny_tokenizer, progress=False)
+    assert contents(config) == old
+    assert not TokenShards(Path(config.data.dir) / "hi", "train").has_offsets
+
+
+def test_old_shards_get_offsets_from_their_tokens(
+    config: Config, tiny_tokenizer: Tokenizer, monkeypatch
+):
+    prepare(config, tiny_tokenizer, progress=False)
+    expected = contents(config)
+    make_old(config)
+    monkeypatch.setattr(shards, "_prepare_source", None)  # No text is read or tokenized.
+    prepare(with_data(config, document_mask=True), tiny_tokenizer, progress=False)
+    assert contents(config) == expected
+
+
+def test_ambiguous_old_shards_are_tokenized_again(
+    config: Config, tiny_tokenizer: Tokenizer, tmp_path: Path, monkeypatch, capsys
+):
+    """Where a text contains BOS, the tokens do not tell where the documents start."""
+    original, bos = tiny_tokenizer.encode_batch, tiny_tokenizer.bos_id
+    monkeypatch.setattr(
+        tiny_tokenizer,
+        "encode_batch",
+        lambda texts, threads: [[*ids[:2], bos, *ids[2:]] for ids in original(texts, threads)],
+    )
+    prepare(config, tiny_tokenizer, progress=False)
+    expected = contents(config)
+    make_old(config)
+    prepare(with_data(config, document_mask=True), tiny_tokenizer)
+    assert "no document offsets, which data.document_mask needs; tok" in capsys.readouterr().err
+    assert contents(config) == expected
+
+
+def test_old_shard_with_a_flipped_bit_gets_no_offsets(config: Config, tiny_tokenizer: Tokenizer):
+    prepare(config, tiny_tokenizer, progress=False)
+    expected = contents(config)
+    make_old(config)
+    path = Path(config.data.dir) / "hi" / "train-00001.npy"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert not manifest.add_offsets(path.parent, tiny_tokenizer.bos_id)
+    prepare(with_data(config, document_mask=True), tiny_tokenizer, progress=False)
+    assert contents(config) == expected
+
+
+def test_offsets_are_the_document_starts(config: Config, tiny_tokenizer: Tokenizer):
+    for name, found in prepare(config, tiny_tokenizer, progress=False).items():
+        directory = Path(config.data.dir) / name
+        for shard in found["shards"]:
+            offsets = np.load(directory / shard["offsets"]["file"])
+            tokens = np.load(directory / shard["file"])
+            assert offsets.dtype == np.int64 and len(offsets) == shard["documents"]
+            assert offsets[0] == 0 and (tokens[offsets] == tiny_tokenizer.bos_id).all()
+            assert (tokens[offsets[1:] - 1] == tiny_tokenizer.eos_id).all()
 
 
 def test_a_source_without_documents(config: Config, tiny_tokenizer: Tokenizer, tmp_path: Path):
@@ -307,4 +397,10 @@ def test_command_line(config: Config, tmp_path: Path, capsys):
     main(["prepare", "--config", str(path)])
     assert "tokenising" in capsys.readouterr().err
     main(["describe", "--config", str(path)])
-    assert "60.0%" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    found = totals(read_manifest(Path(config.data.dir) / "hi"), "train")
+    assert "60.0%" in shown
+    assert f"{found['tokens'] / found['documents']:,.1f}" in shown
+    make_old(config)
+    main(["describe", "--config", str(path)])
+    assert f"{found['tokens'] / found['documents']:,.1f}" not in capsys.readouterr().out
