@@ -19,8 +19,8 @@ from mooshak.checkpoints.base import MOMENTS
 from mooshak.data.packing import Batch, make_batch
 from mooshak.training.malloc import WARMUP_STEPS, retain_freed_memory, use_single_arena
 from mooshak_jax.checkpoint import start_saving
+from mooshak_jax.decode import generate as our_generate
 from mooshak_jax.distributed.mesh import make_parallel
-from mooshak_jax.generate import generate as our_generate
 from mooshak_jax.objectives import make_objective
 from mooshak_jax.params import initialize, make_graphdef, merge
 from mooshak_jax.step import initial_state, make_train_step, set_matmul_precision

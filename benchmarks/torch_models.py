@@ -14,9 +14,9 @@ from benchmarks.worker import Repeat, by_turns, timed
 from mooshak.data.packing import Batch
 from mooshak.training.malloc import WARMUP_STEPS, retain_freed_memory, use_single_arena
 from mooshak_torch.checkpoint import start_saving
+from mooshak_torch.decode import generate as our_generate
 from mooshak_torch.distributed.mesh import make_parallel
 from mooshak_torch.distributed.parallelize import parallelize
-from mooshak_torch.generate import generate as our_generate
 from mooshak_torch.model import Model
 from mooshak_torch.objectives import make_objective, model_of
 from mooshak_torch.optimizer import Optimizer

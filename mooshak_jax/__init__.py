@@ -1,13 +1,21 @@
-"""Mooshak's mirror in Flax NNX; imports neither mooshak_torch nor torch."""
+"""Mooshak's mirror in Flax NNX; imports neither mooshak_torch nor torch.
 
-import os
+lm = mooshak_jax.load("runs/demo/jax/checkpoints/1200")
+print(lm.generate("एक समय", max_new_tokens=32))
+"""
 
-import jax  # noqa: F401
+from typing import TYPE_CHECKING, Any
 
-# Where libtpu (extra `tpu`) is installed to plan for TPUs, every start of JAX loads it. JAX has set
-# this variable where it found no TPU: then libtpu need not look for its host, which it reports as
-# an error, nor may only one process at a time have it.
-if "TPU_SKIP_MDS_QUERY" in os.environ:
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+if TYPE_CHECKING:
+    from mooshak_jax.lm import LM, load
+
+__all__ = ["LM", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    # On first use: a command parses its arguments before the framework is imported.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from mooshak_jax import lm
+
+    return getattr(lm, name)

@@ -16,17 +16,17 @@ import torch
 from flax import nnx
 from torch.distributed.tensor import DTensor
 
+import mooshak_jax.decode
 import mooshak_jax.distributed.mesh
-import mooshak_jax.generate
 import mooshak_jax.model
 import mooshak_jax.objectives
 import mooshak_jax.ops.cross_entropy
 import mooshak_jax.param_names
 import mooshak_jax.params
 import mooshak_jax.step
+import mooshak_torch.decode
 import mooshak_torch.distributed.mesh
 import mooshak_torch.distributed.parallelize
-import mooshak_torch.generate
 import mooshak_torch.model
 import mooshak_torch.objectives
 import mooshak_torch.ops.cross_entropy
@@ -198,7 +198,7 @@ class TorchBackend:
     def generate(
         self, dtype: Dtype, prompts: Sequence[Sequence[int]], new_tokens: int, temperature: float
     ) -> np.ndarray:
-        return mooshak_torch.generate.generate(self.model(dtype), prompts, new_tokens, temperature)
+        return mooshak_torch.decode.generate(self.model(dtype), prompts, new_tokens, temperature)
 
 
 class JaxBackend:
@@ -312,7 +312,7 @@ class JaxBackend:
     def generate(
         self, dtype: Dtype, prompts: Sequence[Sequence[int]], new_tokens: int, temperature: float
     ) -> np.ndarray:
-        return mooshak_jax.generate.generate(
+        return mooshak_jax.decode.generate(
             self.graph(dtype), self.params(dtype), prompts, new_tokens, temperature
         )
 

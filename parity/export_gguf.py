@@ -18,8 +18,9 @@ from mooshak.config.model import ModelConfig
 from mooshak.errors import InputError
 from mooshak.files import locked
 from mooshak.numerics.rope import rescaled
+from mooshak.tokenizer.chat_template import CHAT_TEMPLATE
 from mooshak.tokenizer.files import HF_CONFIG
-from parity.export_hf import CHAT_TEMPLATE, exported_tokenizer_files
+from parity.export_hf import exported_tokenizer_files
 
 ARCHITECTURES = {
     "llama": gguf.MODEL_ARCH.LLAMA,

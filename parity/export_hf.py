@@ -24,6 +24,7 @@ from mooshak.checkpoints.hf_config import model_to_hf
 from mooshak.config.model import ModelConfig
 from mooshak.errors import InputError
 from mooshak.files import atomic_directory
+from mooshak.tokenizer.chat_template import CHAT_TEMPLATE
 from mooshak.tokenizer.files import HF_CONFIG, find_tokenizer, tokenizer_files
 
 REMOTE_CODE = Path(__file__).parent / "remote_code"
@@ -33,10 +34,6 @@ AUTO_MAP = {
 }
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
-    "<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
 _SPACE_MARK = "\u2581"
 
 

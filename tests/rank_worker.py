@@ -30,9 +30,9 @@ from mooshak.config.sections import Config
 from mooshak.data.packing import Batch
 from mooshak.errors import InputError, PeerError
 from mooshak_torch.checkpoint import open_checkpoint, restore
+from mooshak_torch.decode import generate
 from mooshak_torch.distributed.deepspeed import ZeroOptimizer
 from mooshak_torch.distributed.mesh import make_parallel
-from mooshak_torch.generate import generate
 from mooshak_torch.objectives import model_of
 from mooshak_torch.ops import matmul
 from mooshak_torch.optimizer import LossScale, Optimizer
@@ -157,7 +157,7 @@ def generating(config: Config) -> list[bool]:
     with (
         mock.patch.object(matmul, "MIN_PACKED_TOKENS", 8),
         mock.patch.object(matmul, "ONEDNN", torch.backends.mkldnn.is_available()),
-        mock.patch.object(mooshak_torch.generate, "pack_weights_for_decode", pack),
+        mock.patch.object(mooshak_torch.decode, "pack_weights_for_decode", pack),
         mock.patch.object(mooshak_torch.step, "train_step", step),
     ):
         train(config)

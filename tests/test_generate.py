@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-import mooshak_jax.generate
+import mooshak_jax.decode
 import mooshak_jax.model
 import mooshak_jax.params
-import mooshak_torch.generate
+import mooshak_torch.decode
 from mooshak.config.model import ModelConfig
 from mooshak.errors import InputError
 from mooshak_torch.model import Model, make_caches
@@ -35,7 +35,7 @@ NEW = 10
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 def test_prompts_of_several_lengths_continue_as_each_does_alone(model: ModelConfig) -> None:
     torch_model = initialize(Model(model, "float64"), 0, gain_std=0.1)
-    found = mooshak_torch.generate.generate(torch_model, PROMPTS, NEW)
+    found = mooshak_torch.decode.generate(torch_model, PROMPTS, NEW)
     for prompt, row in zip(PROMPTS, found, strict=True):
         ids = list(prompt)
         for _ in range(NEW):
@@ -45,7 +45,7 @@ def test_prompts_of_several_lengths_continue_as_each_does_alone(model: ModelConf
     with jax.enable_x64(True):
         graphdef = mooshak_jax.params.make_graphdef(model, "float64")
         params = mooshak_jax.params.initialize(model, "float64", 0, gain_std=0.1)
-        theirs = mooshak_jax.generate.generate(graphdef, params, PROMPTS, NEW)
+        theirs = mooshak_jax.decode.generate(graphdef, params, PROMPTS, NEW)
     assert np.array_equal(found, theirs)
 
 
@@ -54,10 +54,10 @@ def test_one_sequence_is_decoded_in_bfloat16(tied: bool) -> None:
     model = replace(MODELS["llama"], tie_embeddings=tied)
     prompt = [PROMPTS[1]]  # One token: products of a single row.
     torch_model = initialize(Model(model, "bfloat16"), 0, gain_std=0.1)
-    found = mooshak_torch.generate.generate(torch_model, prompt, NEW)
+    found = mooshak_torch.decode.generate(torch_model, prompt, NEW)
     graphdef = mooshak_jax.params.make_graphdef(model, "bfloat16")
     params = mooshak_jax.params.initialize(model, "bfloat16", 0, gain_std=0.1)
-    theirs = mooshak_jax.generate.generate(graphdef, params, prompt, NEW)
+    theirs = mooshak_jax.decode.generate(graphdef, params, prompt, NEW)
     # Rounding may decide between two tokens at some time; the first is far from that.
     assert found.shape == theirs.shape == (1, NEW) and found[0, 0] == theirs[0, 0]
 
@@ -71,17 +71,17 @@ def test_compiled_decoding_gives_the_same_tokens(name: str, onednn: bool) -> Non
     with mock.patch.object(matmul, "ONEDNN", onednn):
         torch_model = initialize(Model(MODELS[name]), 0, gain_std=0.1)
         for prompts in (PROMPTS, PROMPTS[:1]):
-            plain = mooshak_torch.generate.generate(torch_model, prompts, NEW)
-            found = mooshak_torch.generate.generate(torch_model, prompts, NEW, compiled=True)
+            plain = mooshak_torch.decode.generate(torch_model, prompts, NEW)
+            found = mooshak_torch.decode.generate(torch_model, prompts, NEW, compiled=True)
             assert np.array_equal(found, plain)
 
 
 def test_compiled_decoding_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    mooshak_torch.generate._compiled_step.cache_clear()
+    mooshak_torch.decode._compiled_step.cache_clear()
     model = initialize(Model(MODELS["mooshak"]), 0)
     with pytest.raises(InputError, match="--compile needs a C\\+\\+ compiler"):
-        mooshak_torch.generate.generate(model, PROMPTS, NEW, compiled=True)
+        mooshak_torch.decode.generate(model, PROMPTS, NEW, compiled=True)
 
 
 def test_a_cache_gives_out_what_is_written() -> None:
@@ -117,8 +117,8 @@ def test_decoding_changes_the_layout_of_matrices_and_no_value() -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     tokens_BT = torch.tensor(PROMPTS[2:])
     logits_BTV = model(tokens_BT)
-    first = mooshak_torch.generate.generate(model, PROMPTS, NEW)
-    assert np.array_equal(mooshak_torch.generate.generate(model, PROMPTS, NEW), first)
+    first = mooshak_torch.decode.generate(model, PROMPTS, NEW)
+    assert np.array_equal(mooshak_torch.decode.generate(model, PROMPTS, NEW), first)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name])
     torch.testing.assert_close(model(tokens_BT), logits_BTV, rtol=1e-5, atol=1e-5)

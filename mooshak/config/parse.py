@@ -59,18 +59,20 @@ def parse_config(
     arguments: jsonargparse.ArgumentParser,
     argv: Sequence[str] | None = None,
     find_config: Callable[[jsonargparse.Namespace], Path] | None = None,
+    is_record: bool = False,
 ) -> tuple[Draft, jsonargparse.Namespace]:
     """Return the draft of the configuration and the command's own options.
 
-    `find_config` returns the file to read where there is no `--config`. Raises `InputError` for a
+    `find_config` returns the record of a run to read where there is no `--config`; `is_record`
+    says that the file is one: it may have keys of older versions. Raises `InputError` for a
     file that is missing, an unknown key or a value of another type.
     """
     words = _config_first([_long(word) for word in (sys.argv[1:] if argv is None else argv)])
     try:
-        namespace = arguments.parse_args(words)
-        if find_config is not None and namespace.config is None:
-            words = ["--config", str(find_config(namespace)), *words]
-        words = _translated(words)
+        if find_config is not None and _config_file(words) is None:
+            words = ["--config", str(find_config(arguments.parse_args(words))), *words]
+            is_record = True
+        words = _translated(words, is_record)
         given = arguments.parse_args(words, defaults=False)
         namespace = arguments.parse_args(words)
         model = namespace.pop("model").as_dict()
@@ -95,10 +97,10 @@ def _config_first(words: list[str]) -> list[str]:
     return words
 
 
-def _translated(words: list[str]) -> list[str]:
+def _translated(words: list[str], is_record: bool) -> list[str]:
     """The words, with the text of an older run's record in place of its path."""
     path = Path(_config_file(words) or "")
-    if not (is_run_record(path) and words[0] == "--config"):
+    if words[:1] != ["--config"] or not path.is_file() or not (is_record or is_run_record(path)):
         return words
     values = yaml.safe_load(path.read_text())
     new = renamed.translate(values) if isinstance(values, dict) else values
@@ -115,9 +117,10 @@ def _long(word: str) -> str:
     return re.sub(r"^--mesh(?==|$)", "--parallel.mesh", word)
 
 
-def load_draft(path: str | Path, overrides: Sequence[str] = ()) -> Draft:
+def load_draft(path: str | Path, overrides: Sequence[str] = (), is_record: bool = False) -> Draft:
     """Return the draft in a YAML file, with `--section.key value` overrides."""
-    return parse_config(config_parser(""), ["--config", str(path), *overrides])[0]
+    words = ["--config", str(path), *overrides]
+    return parse_config(config_parser(""), words, is_record=is_record)[0]
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -125,7 +128,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     It opens no checkpoint: where `init.from` is to supply keys, use `init_from.resolve`.
     """
-    return load_draft(path, overrides).config()
+    return load_draft(path, overrides, is_record=True).config()
 
 
 def dump_config(config: Config) -> str:

@@ -4,6 +4,7 @@ Every command builds its parser with `parser()` and reads its arguments with `pa
 nobody knows are errors that name the nearest known key, wherever they stand.
 """
 
+import math
 import re
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -246,6 +247,41 @@ class EvaluateConfig:
         require(self.every >= 0, "evaluate.every must not be negative")
         require(self.sequences >= 0, "evaluate.sequences must not be negative")
         require(self.batch_size > 0, "evaluate.batch_size must be positive")
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """How text is generated."""
+
+    max_new_tokens: int = 128
+    """Tokens to generate at most."""
+    temperature: float = 0.0
+    """Divisor of the logits before sampling; 0 is greedy decoding."""
+    top_p: float = 1.0
+    """Nucleus sampling (arXiv:1904.09751): the smallest set of tokens of this total probability."""
+    seed: int = 0
+    """Seed of the sampling noise."""
+    n: int = 1
+    """Samples of each prompt."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the generation; they are not part of the result."""
+    ignore_eos: bool = False
+    """Go on after an end-of-text token."""
+    logprobs: bool = False
+    """Return the log-probability of each token under the model, before temperature and top_p."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        for key in ("max_new_tokens", "n"):
+            value = getattr(self, key)
+            require(value >= 1, f"generate.{key} {value} must be at least 1")
+        require(
+            0 <= self.temperature < math.inf,
+            f"generate.temperature {self.temperature} must be 0 (greedy) or positive",
+        )
+        require(0 < self.top_p <= 1, f"generate.top_p {self.top_p} must be in (0, 1]")
+        require(all(self.stop), "generate.stop has an empty text")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import overload
 
 from mooshak.errors import InputError
 
@@ -54,8 +55,15 @@ def is_hf(path: Path) -> bool:
     return isinstance(values, dict) and "model_type" in values
 
 
-def find_tokenizer(checkpoint: Path, given: str | None) -> Path:
-    """The tokenizer of a checkpoint: the one given, the one inside, or that of its run."""
+@overload
+def find_tokenizer(checkpoint: Path, given: str | None) -> Path: ...
+@overload
+def find_tokenizer(checkpoint: Path, given: str | None, required: bool) -> Path | None: ...
+def find_tokenizer(checkpoint: Path, given: str | None, required: bool = True) -> Path | None:
+    """Return the tokenizer of a checkpoint: the one given, the one inside, or that of its run.
+
+    Without any, returns None, or raises `InputError` if it is `required`.
+    """
     if given:
         return Path(given)
     for inside in (checkpoint / "tokenizer.model", checkpoint / "tokenizer.json"):
@@ -66,4 +74,6 @@ def find_tokenizer(checkpoint: Path, given: str | None) -> Path:
         from mooshak.config.parse import load_config
 
         return Path(load_config(config).tokenizer.path)
+    if not required:
+        return None
     raise InputError(f"{checkpoint} has no tokenizer.model or .json; name one with --tokenizer")

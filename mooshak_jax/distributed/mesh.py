@@ -148,13 +148,25 @@ def make_parallel(config: Config, devices: Sequence[Any] | None = None) -> Paral
     check_mesh(config, sizes)
     if config.model.dim % sizes["fsdp"]:
         raise InputError(f"model.dim {config.model.dim} is not divisible by fsdp={sizes['fsdp']}")
+    return _lay_out(sizes, devices, parallel.num_slices)
+
+
+def make_mesh(text: str, devices: Sequence[Any]) -> Parallel:
+    """Return the mesh of one process without a training, such as `fsdp=2,tensor=2`.
+
+    Raises `InputError` where it is no mesh, or does not divide the devices.
+    """
+    return _lay_out(mesh_sizes(text, len(devices)), devices)
+
+
+def _lay_out(sizes: Mapping[str, int], devices: Sequence[Any], num_slices: int = 1) -> Parallel:
     shape = tuple(sizes[axis] for axis in AXES)
     chosen = list(devices)[: math.prod(shape)]
     if chosen[0].platform != "tpu":
         grid = np.array(chosen).reshape(shape)
-    elif parallel.num_slices > 1:
-        within = (shape[0] // parallel.num_slices, *shape[1:])
-        across = (parallel.num_slices, 1, 1)
+    elif num_slices > 1:
+        within = (shape[0] // num_slices, *shape[1:])
+        across = (num_slices, 1, 1)
         grid = mesh_utils.create_hybrid_device_mesh(
             within, across, chosen, allow_split_physical_axes=True
         )

@@ -1,5 +1,6 @@
 """The mooshak architecture in transformers: what is written for it loads, computes and learns."""
 
+import itertools
 import json
 import os
 import shutil
@@ -25,7 +26,7 @@ from mooshak.config.model import ModelConfig
 from mooshak.config.parse import dump_config
 from mooshak.config.sections import Config
 from mooshak.errors import InputError
-from mooshak.generation.text import decode_until_eos
+from mooshak.generation.text import TextStream, end_ids
 from mooshak.numerics.init_weights import initial_weight
 from mooshak.tokenizer.base import Tokenizer
 from mooshak.tokenizer.load import open_tokenizer
@@ -291,6 +292,14 @@ def test_a_byte_level_tokenizer_as_llama_3_has_one(tmp_path: Path) -> None:
         assert ours.token_bytes()[ids].sum() == len(text.encode())
 
 
+def text_of(tokenizer: Any, prompt: list[int], ids: list[int]) -> str:
+    """The prompt and its continuation up to an end token, as generation decodes them."""
+    ends, stream = end_ids(tokenizer), TextStream(tokenizer, prompt)
+    for id in itertools.takewhile(lambda id: id not in ends, ids):
+        stream.push(id)
+    return tokenizer.decode(prompt) + stream.text
+
+
 def test_a_text_ends_where_the_generation_settings_say(
     exported: Path, tiny_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
@@ -299,11 +308,11 @@ def test_a_text_ends_where_the_generation_settings_say(
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 506, 510]}')
     ours = open_tokenizer(tmp_path / "tokenizer.model")
     lion, mouse = ours.encode("a lion"), ours.encode(" a mouse")
-    assert decode_until_eos(ours, [1, *lion], [507, *mouse, 506, *lion]) == "a lion a mouse"
-    assert decode_until_eos(ours, [1, *lion, 2], [*mouse, 2, *lion]) == "a lion a mouse"
+    assert text_of(ours, [1, *lion], [507, *mouse, 506, *lion]) == "a lion a mouse"
+    assert text_of(ours, [1, *lion, 2], [*mouse, 2, *lion]) == "a lion a mouse"
     (tmp_path / "generation_config.json").write_text("{")
     with pytest.raises(InputError, match=r"generation_config\.json is not JSON"):
-        decode_until_eos(ours, lion, mouse)
+        text_of(ours, lion, mouse)
     # Where a tokenizer.json has such a token, a prompt may hold it.
     fast = json.loads((exported / "tokenizer.json").read_text())
     fast["added_tokens"].append({**fast["added_tokens"][-1], "id": 505, "content": "<|far|>"})
@@ -312,7 +321,7 @@ def test_a_text_ends_where_the_generation_settings_say(
     (tmp_path / "tokenizer.json").write_text(json.dumps(fast))
     theirs = open_tokenizer(tmp_path / "tokenizer.json")
     assert theirs.encode("<|far|>") == [505] and theirs.vocab_size == 506
-    assert decode_until_eos(theirs, [1, *lion, 505], [511, *mouse, 2]) == "a lion a mouse"
+    assert text_of(theirs, [1, *lion, 505], [511, *mouse, 2]) == "a lion a mouse"
 
 
 def test_what_stands_beside_a_runs_tokenizer_comes_along(

@@ -149,7 +149,7 @@ def test_evaluation_is_the_same_with_a_rest_that_fills_no_batch() -> None:
 
 
 def test_greedy_decoding_of_prompts_of_different_lengths_equals_one_by_one() -> None:
-    from mooshak_torch.generate import generate
+    from mooshak_torch.decode import generate
 
     model = TorchBackend(check.random_checkpoint(MODEL)).model("float64")
     prompts = [[1, 5, 9], [7], [1, 2, 3, 4, 5, 6]]

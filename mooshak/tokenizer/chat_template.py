@@ -1,0 +1,99 @@
+"""Chat templates: conversations as token ids, by a checkpoint's Jinja template or our own."""
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from mooshak.errors import InputError
+from mooshak.files import read_object
+from mooshak.tokenizer.base import Tokenizer
+from mooshak.tokenizer.sentencepiece import CHAT_MARKERS
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
+    "<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+"""The template of tokenizers that are trained here."""
+
+Messages = Sequence[Mapping[str, str]]
+"""Turns of a conversation: `role` (system, user, assistant) and `content`."""
+
+
+def encode_chat(
+    tokenizer: Tokenizer, messages: Messages, add_generation_prompt: bool = True
+) -> list[int]:
+    """Return the token ids of a conversation, ready for the assistant's next turn.
+
+    Raises `InputError` where the tokenizer has no chat template, or the template refuses the
+    messages.
+    """
+    pieces = tokenizer.pieces()
+    bos = pieces[tokenizer.bos_id] if 0 <= tokenizer.bos_id < len(pieces) else ""
+    eos = pieces[tokenizer.eos_id] if 0 <= tokenizer.eos_id < len(pieces) else ""
+    try:
+        text = _compiled(find_template(tokenizer)).render(
+            messages=[dict(message) for message in messages],
+            add_generation_prompt=add_generation_prompt,
+            bos_token=bos,
+            eos_token=eos,
+        )
+    except jinja2.TemplateError as error:
+        raise InputError(f"the chat template of {tokenizer.path} fails: {error}") from error
+    return encode_with_specials(tokenizer, text)
+
+
+def end_of_turn(tokenizer: Tokenizer) -> set[int]:
+    """Return the tokens that end a turn, besides those that end a text."""
+    return {tokenizer.id_of("<|end|>")} if _is_own(tokenizer) else set()
+
+
+def find_template(tokenizer: Tokenizer) -> str:
+    """Return the chat template that belongs to a tokenizer's file, as Jinja text."""
+    directory = tokenizer.path.parent
+    file = directory / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text()
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        template = read_object(directory / name).get("chat_template")
+        if isinstance(template, list):
+            named = {entry.get("name"): entry.get("template") for entry in template}
+            template = named.get("default")
+        if isinstance(template, str):
+            return template
+    if _is_own(tokenizer):
+        return CHAT_TEMPLATE
+    raise InputError(
+        f"tokenizer {tokenizer.path} has no chat template; put a chat_template.jinja next to it"
+    )
+
+
+def encode_with_specials(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Return the token ids of a text in which special tokens are spelled out."""
+    pieces = enumerate(zip(tokenizer.pieces(), tokenizer.texts(), strict=True))
+    specials = {piece: id for id, (piece, own) in pieces if piece and not own}
+    specials = {piece: id for piece, id in specials.items() if not re.fullmatch("<0x..>", piece)}
+    longest_first = sorted(specials, key=len, reverse=True)
+    parts = re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text)
+    ids: list[int] = []
+    for part in filter(None, parts):
+        ids += [specials[part]] if part in specials else tokenizer.encode(part)
+    return ids
+
+
+def _is_own(tokenizer: Tokenizer) -> bool:
+    return set(CHAT_MARKERS) <= set(tokenizer.pieces())
+
+
+@cache
+def _compiled(template: str) -> jinja2.Template:
+    # A checkpoint's template is a stranger's program.
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    environment.globals["raise_exception"] = refuse
+    return environment.from_string(template)

@@ -1,0 +1,131 @@
+"""The Python API in JAX: `mooshak_jax.load(path)` returns an `LM`.
+
+Mirror: mooshak_torch/lm.py. What the methods do is in mooshak/generation/lm.py, for both.
+"""
+
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from mooshak.checkpoints.base import FULL_SLICE, Checkpoint
+from mooshak.config.model import Dtype, ModelConfig
+from mooshak.config.sections import GenerateConfig
+from mooshak.errors import InputError
+from mooshak.generation import lm
+from mooshak.tokenizer.base import Tokenizer
+from mooshak.tokenizer.files import files_of_tokenizer
+from mooshak_jax.checkpoint import load_model
+from mooshak_jax.decode import generate_tokens
+from mooshak_jax.distributed.mesh import make_mesh
+from mooshak_jax.model import Model
+from mooshak_jax.ops.cross_entropy import token_log_probs
+from mooshak_jax.param_names import canonical_tensors
+from mooshak_jax.params import make_graphdef, merge
+
+SCORE_CHUNK = 2048
+"""Tokens whose logits are in memory at once while a text is scored."""
+
+
+class LM(lm.LM):
+    """A language model in JAX, on one device or a mesh."""
+
+    def __init__(self, config: ModelConfig, dtype: Dtype, params: Any, tokenizer: Tokenizer | None):
+        self.config, self.dtype, self.tokenizer = config, dtype, tokenizer
+        self.params, self.graphdef = params, make_graphdef(config, dtype)
+
+    @property
+    def model(self) -> Model:
+        return merge(self.graphdef, self.params)
+
+    def _steps(
+        self, prompts: list[list[int]], samples: list[int], settings: GenerateConfig
+    ) -> Iterator[lm.Step]:
+        steps = generate_tokens(
+            self.graphdef,
+            self.params,
+            prompts,
+            samples,
+            settings.max_new_tokens,
+            settings.temperature,
+            settings.top_p,
+            settings.seed,
+            settings.logprobs,
+        )
+        while True:
+            # Sampling is in float64; the caller's code between two tokens is not touched.
+            with jax.enable_x64():
+                step = next(steps, None)
+            if step is None:
+                return
+            yield step
+
+    def _token_log_probs(self, ids: list[int]) -> np.ndarray:
+        # Few lengths, few compilations: ignored labels and later tokens change nothing before them.
+        length = min(1 << (len(ids) - 1).bit_length(), self.config.max_seq_len + 1)
+        ids_1S = np.pad(np.array([ids], np.int32), ((0, 0), (0, max(length - len(ids), 0))))
+        found_1T = _score(self.graphdef, self.params, jnp.asarray(ids_1S))
+        return np.asarray(found_1T[0, : len(ids) - 1]).astype(np.float64)
+
+    def _checkpoint(self) -> Checkpoint:
+        places = {
+            tensor.name: (tensor, leaf)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(self.params)
+            for tensor in canonical_tensors(path, leaf.shape)
+        }
+        tensors = {
+            name: (np.dtype(leaf.dtype), tensor.shape) for name, (tensor, leaf) in places.items()
+        }
+
+        def read(key: str, rows: slice = FULL_SLICE) -> np.ndarray:
+            tensor, leaf = places[key]
+            return np.ascontiguousarray(tensor.canonical(np.asarray(leaf))[rows])
+
+        files = files_of_tokenizer(self.tokenizer.path) if self.tokenizer else {}
+        return Checkpoint(
+            Path("(memory)"), "jax", self.config, None, tensors, read, tokenizer_files=files
+        )
+
+
+def load(
+    path: str | Path,
+    dtype: Dtype = "float32",
+    mesh: str | None = None,
+    device: str | None = None,
+    tokenizer: str | Path | None = None,
+) -> LM:
+    """Load a checkpoint of any kind: a run's, the other framework's, a Hugging Face directory.
+
+    `dtype` is that of the computation; float64 turns JAX's x64 mode on for the process and says so.
+    `mesh` shards the parameters, such as fsdp=2,tensor=2; `device` is cpu, gpu or tpu, by default
+    the best that JAX finds. `tokenizer` is a file, if the checkpoint has none of its own. Raises
+    `InputError` for a path that is no checkpoint, a model that is not supported, or a mesh or
+    device that is not there.
+    """
+    jax.config.update("jax_default_matmul_precision", "highest")
+    if dtype == "float64" and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+        jax.config.update("jax_enable_x64", True)
+        warnings.warn(
+            "dtype float64: JAX's x64 mode is on now, for the whole process", stacklevel=2
+        )
+    try:
+        devices = jax.devices(device)
+    except RuntimeError as error:
+        raise InputError(f"device {device}: {str(error).splitlines()[0]}") from error
+    parallel = make_mesh(mesh or "data=1", devices)
+    config, params = load_model(path, dtype, parallel)
+    return LM(config, dtype, params, lm.load_tokenizer(Path(path), config, tokenizer))
+
+
+@partial(jax.jit, static_argnums=0)
+def _score(graphdef: nnx.GraphDef, params: Any, ids_1S: Array) -> Array:
+    model: Model = merge(graphdef, params)
+    hidden_1TD = model.hidden_states(ids_1S[:, :-1])
+    return token_log_probs(hidden_1TD, model.head_DV, ids_1S[:, 1:], SCORE_CHUNK)

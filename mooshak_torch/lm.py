@@ -1,0 +1,96 @@
+"""The Python API in PyTorch: `mooshak_torch.load(path)` returns an `LM`.
+
+Mirror: mooshak_jax/lm.py. What the methods do is in mooshak/generation/lm.py, for both.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mooshak.checkpoints.base import FULL_SLICE, Checkpoint
+from mooshak.config.model import Dtype
+from mooshak.config.sections import GenerateConfig
+from mooshak.errors import InputError
+from mooshak.generation import lm
+from mooshak.tokenizer.base import Tokenizer
+from mooshak.tokenizer.files import files_of_tokenizer
+from mooshak_torch.checkpoint import load_model
+from mooshak_torch.decode import generate_tokens
+from mooshak_torch.model import Model
+from mooshak_torch.ops.cross_entropy import token_log_probs
+from mooshak_torch.params import to_numpy
+from mooshak_torch.step import set_matmul_precision
+
+SCORE_CHUNK = 2048
+"""Tokens whose logits are in memory at once while a text is scored."""
+
+
+class LM(lm.LM):
+    """A language model in PyTorch, on one device."""
+
+    def __init__(self, model: Model, tokenizer: Tokenizer | None, compiled: bool = False):
+        self._model, self.tokenizer, self.compiled = model, tokenizer, compiled
+        self.config, self.dtype = model.config, model.dtype
+
+    @property
+    def model(self) -> Model:
+        return self._model
+
+    def _steps(
+        self, prompts: list[list[int]], samples: list[int], settings: GenerateConfig
+    ) -> Iterator[lm.Step]:
+        return generate_tokens(
+            self._model,
+            prompts,
+            samples,
+            settings.max_new_tokens,
+            settings.temperature,
+            settings.top_p,
+            settings.seed,
+            settings.logprobs,
+            self.compiled,
+        )
+
+    @torch.no_grad()
+    def _token_log_probs(self, ids: list[int]) -> np.ndarray:
+        ids_1S = torch.tensor([ids], device=self._model.head_VD.device)
+        hidden_1TD = self._model.hidden_states(ids_1S[:, :-1])
+        found_1T = token_log_probs(hidden_1TD, self._model.head_VD, ids_1S[:, 1:], SCORE_CHUNK)
+        return found_1T[0].double().cpu().numpy()
+
+    def _checkpoint(self) -> Checkpoint:
+        named = {name: p.detach().cpu() for name, p in self._model.named_parameters()}
+        tensors = {n: (to_numpy(p[:0]).dtype, tuple(p.shape)) for n, p in named.items()}
+
+        def read(key: str, rows: slice = FULL_SLICE) -> np.ndarray:
+            return to_numpy(named[key][rows])
+
+        files = files_of_tokenizer(self.tokenizer.path) if self.tokenizer else {}
+        return Checkpoint(
+            Path("(memory)"), "torch", self.config, None, tensors, read, tokenizer_files=files
+        )
+
+
+def load(
+    path: str | Path,
+    dtype: Dtype = "float32",
+    mesh: str | None = None,
+    device: str | None = None,
+    tokenizer: str | Path | None = None,
+    compiled: bool = False,
+) -> LM:
+    """Load a checkpoint of any kind: a run's, the other framework's, a Hugging Face directory.
+
+    `dtype` is that of the computation; `device` is cuda where there is a GPU, else cpu, by default.
+    `tokenizer` is a file, if the checkpoint has none of its own. `compiled` compiles the decode
+    step, which pays off for long outputs. Raises `InputError` for a path that is no checkpoint, a
+    model that is not supported, or a mesh: this API computes on one device.
+    """
+    if mesh:
+        raise InputError(f"mesh {mesh}: mooshak_torch.load computes on one device; use mooshak_jax")
+    set_matmul_precision()
+    model = load_model(path, dtype)
+    found = lm.load_tokenizer(Path(path), model.config, tokenizer)
+    return LM(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), found, compiled)
