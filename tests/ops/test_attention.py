@@ -1,15 +1,21 @@
-"""Attention in JAX, a piece of the queries at a time, beside all of it at once."""
+"""Attention: JAX in chunks of the queries against all at once; packed documents in both."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from jax import Array
-from mooshak_jax.attention import attention
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mooshak_jax.ops import attention as module
+from mooshak_jax.ops.attention import attention, document_attention, document_mask
+from mooshak_torch.ops import attention as torch_module
 
 
 def plain(q_BTHK: Array, k_BSGK: Array, v_BSGK: Array, mask_BTS: Array) -> Array:
@@ -67,3 +73,160 @@ def test_bfloat16_is_added_up_in_float32() -> None:
     for a, b in zip((ours, *ours_of(ours)), (expected, *plain_of(expected)), strict=True):
         assert a.dtype == jnp.bfloat16
         assert jnp.linalg.norm((a - b).ravel()) < 8e-3 * jnp.linalg.norm(b.ravel())
+
+
+SEGMENTS = [[7, 7, 7, 2, 2, 9], [0, 1, 1, 1, 1, 0]]
+MASKS = {
+    None: [
+        [
+            [1, 0, 0, 0, 0, 0],
+            [1, 1, 0, 0, 0, 0],
+            [1, 1, 1, 0, 0, 0],
+            [0, 0, 0, 1, 0, 0],
+            [0, 0, 0, 1, 1, 0],
+            [0, 0, 0, 0, 0, 1],
+        ],
+        [
+            [1, 0, 0, 0, 0, 0],
+            [0, 1, 0, 0, 0, 0],
+            [0, 1, 1, 0, 0, 0],
+            [0, 1, 1, 1, 0, 0],
+            [0, 1, 1, 1, 1, 0],
+            [0, 0, 0, 0, 0, 1],
+        ],
+    ],
+    2: [
+        [
+            [1, 0, 0, 0, 0, 0],
+            [1, 1, 0, 0, 0, 0],
+            [0, 1, 1, 0, 0, 0],
+            [0, 0, 0, 1, 0, 0],
+            [0, 0, 0, 1, 1, 0],
+            [0, 0, 0, 0, 0, 1],
+        ],
+        [
+            [1, 0, 0, 0, 0, 0],
+            [0, 1, 0, 0, 0, 0],
+            [0, 1, 1, 0, 0, 0],
+            [0, 0, 1, 1, 0, 0],
+            [0, 0, 0, 1, 1, 0],
+            [0, 0, 0, 0, 0, 1],
+        ],
+    ],
+}
+"""By window. A document's number may come again later in the row: it is another document."""
+
+
+@pytest.mark.parametrize("window", MASKS)
+def test_document_mask_is_causal_within_a_document(window: int | None) -> None:
+    ours = torch_module.document_mask(torch.tensor(SEGMENTS), window)
+    np.testing.assert_array_equal(ours, np.array(MASKS[window], bool))
+    np.testing.assert_array_equal(document_mask(jnp.array(SEGMENTS), window), ours)
+
+
+def documents(T: int, rng: np.random.Generator) -> np.ndarray:
+    """Segments [5, T]: a document of all, documents of one token, and random ones."""
+    random = np.sort(rng.integers(0, 4, (3, T)), axis=1)
+    return np.concatenate([np.zeros((1, T), int), np.arange(T)[None], random])
+
+
+def draw(T: int, heads: int, groups: int) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+    """Queries, keys and values, the gradient of their attention, and segments."""
+    rng = np.random.default_rng(0)
+    q, k, v, out = (rng.normal(size=(5, T, n, 4)) for n in (heads, groups, groups, heads))
+    return [q, k, v], out, documents(T, rng)
+
+
+def torch_grads(
+    function: Any, qkv: list[np.ndarray], out: np.ndarray, dtype: torch.dtype = torch.float64
+) -> list[Tensor]:
+    """Values of a function of queries, keys and values, and their gradients."""
+    leaves = [torch.tensor(a, dtype=dtype, requires_grad=True) for a in qkv]
+    value = function(*leaves)
+    value.backward(torch.tensor(out, dtype=dtype))
+    return [value.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(6, 2), (3, 1)])
+@pytest.mark.parametrize(
+    ("window", "queries"), [(None, (4, 9)), (5, (4, 9)), (1, (64, 64)), (17, (64, 64))]
+)
+def test_document_attention_is_attention_under_its_mask(
+    heads: int,
+    groups: int,
+    window: int | None,
+    queries: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "QUERIES", queries)
+    qkv, out, segments = draw(17, heads, groups)
+    mask = torch_module.document_mask(torch.tensor(segments), window).unsqueeze(1)
+    expected = torch_grads(lambda *a: torch_module.attention(*a, mask), qkv, out)
+    ours = torch_grads(
+        lambda *a: torch_module.document_attention(*a, torch.tensor(segments), window), qkv, out
+    )
+
+    @jax.jit
+    def jax_grads(qkv: list[Array], out: Array, segments: Array) -> list[Array]:
+        value, grads_of = jax.vjp(lambda *a: document_attention(*a, segments, window), *qkv)
+        return [value, *grads_of(out)]
+
+    with jax.enable_x64(True):
+        theirs = jax_grads(qkv, out, segments)
+    for a, b, c in zip(ours, theirs, expected, strict=True):
+        np.testing.assert_allclose(a, c, rtol=1e-12, atol=1e-13)
+        np.testing.assert_allclose(b, c, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1.2e-2)])
+def test_document_attention_in_low_precision(dtype: torch.dtype, tolerance: float) -> None:
+    qkv, out, segments = draw(40, 6, 2)
+
+    def function(*leaves: Tensor) -> Tensor:
+        return torch_module.document_attention(*leaves, torch.tensor(segments))
+
+    expected = torch_grads(function, qkv, out)
+    for a, b in zip(torch_grads(function, qkv, out, dtype), expected, strict=True):
+        assert a.dtype == dtype
+        assert (a - b).norm() < tolerance * b.norm()
+
+
+def test_one_document_is_bit_identical_to_causal() -> None:
+    qkv, out, _ = draw(40, 6, 2)
+    qkv, out = [a[:1] for a in qkv], out[:1]
+
+    def sdpa(*leaves: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in leaves)
+        out_BHTK = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return out_BHTK.transpose(1, 2)
+
+    def one_document(*leaves: Tensor) -> Tensor:
+        return torch_module.document_attention(*leaves, torch.zeros(1, 40, dtype=torch.long))
+
+    expected = torch_grads(sdpa, qkv, out, torch.float32)
+    for function in (torch_module.attention, one_document):
+        for a, b in zip(torch_grads(function, qkv, out, torch.float32), expected, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_document_attention_compiles_without_a_graph_break() -> None:
+    qkv, out, segments = draw(17, 6, 2)
+    compiled = torch.compile(torch_module.document_attention, backend="aot_eager", fullgraph=True)
+    # Other documents are no other program.
+    for rows in map(torch.tensor, (segments, segments[::-1].copy())):
+        ours, expected = (
+            torch_grads(lambda *a, f=f, rows=rows: f(*a, rows, 5), qkv, out)
+            for f in (compiled, torch_module.document_attention)
+        )
+        for a, b in zip(ours, expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_document_attention_plans_without_values(device: str) -> None:
+    with FakeTensorMode():
+        q, k = (torch.empty(2, 17, n, 4, device=device, requires_grad=True) for n in (6, 2))
+        segments = torch.empty(2, 17, dtype=torch.int32, device=device)
+        out = torch_module.document_attention(q, k, k, segments, 5)
+        out.sum().backward()
+        assert q.grad is not None and out.shape == q.grad.shape == (2, 17, 6, 4)
