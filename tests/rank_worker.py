@@ -148,7 +148,7 @@ def generating(config: Config) -> list[bool]:
             before = layouts(objective)
             for module in (shards := [m for m in objective.modules() if isinstance(m, FSDPModule)]):
                 module.unshard()
-            generate(model_of(objective), [[1, 2, 3], [4]], 20)
+            generate(model_of(objective), [[1, 2, 3], [4], [5], [6, 7]], 20)
             for module in shards:
                 module.reshard()
             assert layouts(objective) == before

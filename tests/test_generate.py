@@ -6,18 +6,16 @@ from dataclasses import replace
 from unittest import mock
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
 import mooshak_jax.decode
-import mooshak_jax.model
 import mooshak_jax.params
 import mooshak_torch.decode
 from mooshak.config.model import ModelConfig
 from mooshak.errors import InputError
-from mooshak_torch.model import Model, make_caches
+from mooshak_torch.model import Model
 from mooshak_torch.ops import matmul
 from mooshak_torch.params import initialize
 
@@ -82,45 +80,3 @@ def test_compiled_decoding_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -
     model = initialize(Model(MODELS["mooshak"]), 0)
     with pytest.raises(InputError, match="--compile needs a C\\+\\+ compiler"):
         mooshak_torch.decode.generate(model, PROMPTS, NEW, compiled=True)
-
-
-def test_a_cache_gives_out_what_is_written() -> None:
-    model = initialize(Model(MODELS["mooshak"], "float64"), 0)
-    (cache, *_) = caches = make_caches(model, 2, 9)
-    tokens_BT = torch.arange(12).view(2, 6)
-    expected = model(tokens_BT)
-    first = model(tokens_BT[:, :4], caches=caches)
-    assert cache.written == 4
-    rest = model(tokens_BT[:, 4:], torch.tensor([[4, 5], [4, 5]]), caches)
-    assert cache.written == 6 and not cache.k_BSGK[:, 6:].any()
-    torch.testing.assert_close(torch.cat((first, rest), 1), expected, rtol=1e-12, atol=1e-13)
-
-
-def test_a_cache_gives_out_what_is_written_in_jax() -> None:
-    with jax.enable_x64(True):
-        graphdef = mooshak_jax.params.make_graphdef(MODELS["llama"], "float64")
-        params = mooshak_jax.params.initialize(MODELS["llama"], "float64", 0, gain_std=0.1)
-        model = mooshak_jax.params.merge(graphdef, params)
-        caches = mooshak_jax.model.make_caches(model, 2, 9)
-        tokens_BT = jnp.arange(12).reshape(2, 6)
-        expected, parts = model(tokens_BT), []
-        for start, end in ((0, 4), (4, 6)):
-            assert caches[0].written == (start > 0)
-            positions_BT = jnp.tile(jnp.arange(start, end), (2, 1))
-            parts.append(model(tokens_BT[:, start:end], positions_BT, caches))
-        assert caches[0].k_BSGK[:, :6].all() and not caches[0].k_BSGK[:, 6:].any()
-        np.testing.assert_allclose(jnp.concatenate(parts, 1), expected, rtol=1e-12, atol=1e-13)
-
-
-def test_decoding_changes_the_layout_of_matrices_and_no_value() -> None:
-    model = initialize(Model(MODELS["llama"]), 0, gain_std=0.1)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    tokens_BT = torch.tensor(PROMPTS[2:])
-    logits_BTV = model(tokens_BT)
-    first = mooshak_torch.decode.generate(model, PROMPTS, NEW)
-    assert np.array_equal(mooshak_torch.decode.generate(model, PROMPTS, NEW), first)
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, before[name])
-    torch.testing.assert_close(model(tokens_BT), logits_BTV, rtol=1e-5, atol=1e-5)
-    model(tokens_BT).sum().backward()
-    assert all(p.grad is not None and p.grad.shape == p.shape for p in model.parameters())

@@ -28,6 +28,7 @@ from mooshak.errors import InputError
 from mooshak.numerics.init_weights import initial_weight
 from mooshak.numerics.schedule import learning_rate
 from mooshak_jax import checkpoint, param_names, params
+from mooshak_jax.decode import generate
 from mooshak_jax.distributed.mesh import make_parallel
 from mooshak_jax.step import initial_state, make_train_step
 
@@ -59,14 +60,16 @@ def configured(mesh: str, scan: bool = False, fuse: bool = False, **train: Any) 
     )
 
 
-def run(config: Config, state: Any = None, first: int = 0) -> tuple[list[float], Any]:
-    """The losses of the steps from `first` on, and the last state."""
+def run(
+    config: Config, state: Any = None, first: int = 0, end: int = STEPS
+) -> tuple[list[float], Any]:
+    """The losses of the steps from `first` up to `end`, and the last state."""
     parallel = make_parallel(config)
     if state is None:
         state = initial_state(params.initialize(config.model, "float64", 3, 0.2, parallel=parallel))
     step = make_train_step(config, parallel)
     losses = []
-    for k in range(first, STEPS):
+    for k in range(first, end):
         batch = make_batch(np.random.default_rng(k % 2).integers(0, 192, (8, 25), dtype=np.int32))
         state, loss, _ = step(state, parallel.shard_global_batch(batch), learning_rate(config, k))
         losses.append(float(loss))
@@ -97,6 +100,19 @@ def test_every_mesh_and_layout_trains_as_one_device(
 ) -> None:
     losses, _ = run(configured(mesh, **options))
     assert losses == pytest.approx(truth, rel=1e-10, abs=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["data=1", "data=2,fsdp=2,tensor=2"])
+def test_generating_does_not_change_training(mesh: str) -> None:
+    config = configured(mesh)
+    losses, state = run(config, end=5)
+    first, changed = run(config, end=2)
+    generate(params.make_graphdef(config.model, "float64"), changed["params"], [[1, 2, 3], [4]], 8)
+    rest, changed = run(config, changed, first=2, end=5)
+    assert [*first, *rest] == losses
+    for there, here in zip(jax.tree.leaves(changed), jax.tree.leaves(state), strict=True):
+        assert np.array_equal(there, here)
 
 
 def test_queries_in_blocks_see_what_they_see_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ Shapes: N rows, I width that is summed over, O width that comes out.
 """
 
 import copy
+import os
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
@@ -33,8 +34,10 @@ def matmul(a_NI: Tensor, b_IO: Tensor) -> Tensor:
     return a_NI @ b_IO
 
 
-MIN_PACKED_ROWS, MIN_PACKED_TOKENS = 2, 32
+MIN_PACKED_ROWS, MIN_PACKED_TOKENS = 4, 32
 """Sequences and new tokens from which packing pays (docs/performance.md)."""
+MAX_PACKED_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+"""Larger weights are not packed: a quarter of the machine's memory."""
 
 
 def pack_weights_for_decode(model: M, weights: Iterable[Tensor], n_rows: int, n_tokens: int) -> M:
@@ -44,12 +47,15 @@ def pack_weights_for_decode(model: M, weights: Iterable[Tensor], n_rows: int, n_
     else. It takes the memory of these matrices once more, computes no gradients, and does not see
     later changes of `model`: use it for one decoding and drop it. `model` is not changed.
 
-    `model` itself is returned where packing does not pay: one sequence, few tokens, a GPU, another
-    dtype than float32, an Intel CPU, a sharded model.
+    `model` itself is returned where packing does not pay or cannot be: few sequences or tokens, a
+    GPU, an Intel CPU, another dtype than float32, a sharded model, weights of more than a quarter
+    of the machine's memory.
     """
     weights = list(weights)
     few = n_rows < MIN_PACKED_ROWS or n_tokens < MIN_PACKED_TOKENS
-    if few or not _by_onednn(*weights) or any(isinstance(m, FSDPModule) for m in model.modules()):
+    large = sum(w.nbytes for w in weights) > MAX_PACKED_BYTES
+    sharded = any(isinstance(m, FSDPModule) for m in model.modules())
+    if few or large or sharded or not _by_onednn(*weights):
         return model
     reorder = torch.ops.mkldnn._reorder_linear_weight
     return _replace_parameters(model, {id(w): reorder(w.detach(), n_rows) for w in weights})
