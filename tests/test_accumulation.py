@@ -101,6 +101,7 @@ def test_jax_accumulation_changes_no_loss(parts: int, truth: Curve) -> None:
     assert distance(jax_curve(accumulated(parts)), truth) < 1e-13
 
 
+@pytest.mark.slow
 def test_jax_mesh_divides_by_the_labels_of_all_rows(truth: Curve) -> None:
     mesh = ParallelConfig(mesh="data=2,fsdp=2,tensor=2")
     assert distance(jax_curve(accumulated(2, parallel=mesh)), truth) < 1e-12

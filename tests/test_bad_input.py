@@ -165,6 +165,7 @@ def test_batch_or_devices_that_cannot_be_divided(
         (("--model.hidden_dim", 64), "another model: its hidden_dim is 48"),
         (("--run.seed", 5), "was made with seed 0, this run has 5"),
         (("--train.batch_size", 4), "was made with batch_size 8, this run has 4"),
+        (("--data.document_mask", "true"), "with document_mask False, this run has True"),
         (("--train.steps", 1), "after train.steps 1"),
         (("--resume", "never"), "continue them with --resume auto"),
         (("--resume", "/nowhere"), "no checkpoint directory /nowhere"),

@@ -194,6 +194,7 @@ def test_a_layout_trains_as_one_process(
     assert_same(runs[f"{name}-{processes}"]["directory"], alone, figures=figures)
 
 
+@pytest.mark.slow
 def test_ranks_divide_by_the_labels_of_all_rows(config: Path, tmp_path: Path, ranks: Ranks) -> None:
     """Rows with unequal numbers of ignored labels, on processes and in accumulation parts."""
     path = tmp_path / "batches.npy"
