@@ -18,6 +18,7 @@ import fcntl
 import hashlib
 import json
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -237,6 +238,8 @@ def main() -> int:
     base_out.mkdir(parents=True, exist_ok=True)
     turns = args.time or int("time" in parts)
     jobs = ["inputs", *(["data"] if "data" in parts else []), *jobs_of(parts)]
+    # The worktrees are removed on a signal, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with contextlib.ExitStack() as stack:
         lock = stack.enter_context((base_out / "lock").open("w"))
         fcntl.flock(lock, fcntl.LOCK_EX)
