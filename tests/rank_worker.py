@@ -268,7 +268,7 @@ def overflowing(config: Config) -> None:
         train(config)
 
 
-class WeightedLogProbs(mooshak_torch.objectives.Objective):
+class WeightedLogProbs(mooshak_torch.objectives.CausalLM):
     """An objective that weighs the log-probability of every token, some by zero."""
 
     def forward(self, batch_BS: Tensor) -> Tensor:

@@ -13,10 +13,11 @@ import torch
 
 from mooshak.config.model import ModelConfig
 from mooshak.config.sections import Config, ParallelConfig, TrainConfig
-from mooshak_jax import params
+from mooshak_jax import params as jax_params
 from mooshak_jax.distributed.mesh import make_parallel as make_jax_parallel
 from mooshak_jax.ops.cross_entropy import cross_entropy as jax_cross_entropy
 from mooshak_torch.distributed.mesh import make_parallel
+from mooshak_torch.distributed.parallelize import parallelize
 from mooshak_torch.model import Model, make_caches
 from mooshak_torch.objectives import make_objective, model_of
 from mooshak_torch.ops.cross_entropy import cross_entropy
@@ -97,11 +98,11 @@ def jax_side(
 ) -> tuple[np.ndarray, Arrays]:
     """Logits, and gradients of the summed loss by canonical name."""
     parallel = make_jax_parallel(Config(model=config, parallel=ParallelConfig(mesh=mesh)))
-    graphdef = params.make_graphdef(config, "float64", remat)
-    params = params.initialize(config, "float64", 3, 0.2, parallel=parallel)
+    graphdef = jax_params.make_graphdef(config, "float64", remat)
+    params = jax_params.initialize(config, "float64", 3, 0.2, parallel=parallel)
 
     def loss(params: Any, tokens: jax.Array, labels: jax.Array, at: Any) -> Any:
-        model = params.merge(graphdef, params)
+        model = jax_params.merge(graphdef, params)
         hidden = model.hidden_states(tokens, **at)
         total = jax_cross_entropy(hidden, model.head_DV, labels, 16)
         return total, model.logits(hidden)
@@ -233,7 +234,7 @@ def test_torch_packed_with_remat_and_compile(
         pytest.skip("torch.compile needs a C++ compiler")
     train = TrainConfig(dtype="float64", remat=remat, compile=compiled)
     run = Config(model=config, train=train)
-    model = model_of(make_parallel(run).wrap(make_objective(config, run), run))
+    model = model_of(parallelize(make_objective(config, run), make_parallel(run), run))
     initialize(model, 3, gain_std=0.2)
     at = {"positions_BT": POSITIONS, "segments_BT": SEGMENTS}
     assert_close(torch_side(model, TOKENS, LABELS, **at), packed[0])

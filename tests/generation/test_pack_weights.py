@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+import mooshak_torch.decode
 from mooshak.config.model import ModelConfig
 from mooshak.config.sections import OptimizerConfig
 from mooshak_torch.decode import generate
 from mooshak_torch.model import Linear, Model
-from mooshak_torch.objectives import Objective
+from mooshak_torch.objectives import CausalLM
 from mooshak_torch.ops import matmul as products
 from mooshak_torch.ops.matmul import pack_weights_for_decode
 from mooshak_torch.optimizer import make_optimizer
@@ -79,7 +80,7 @@ def trained(
 ) -> dict[str, Tensor]:
     """Parameters and moments after so many steps of the fused AdamW."""
     model = model_of(config)
-    objective = Objective(model, chunk=32)
+    objective = CausalLM(model, chunk=32)
     optimizer = make_optimizer(model, OptimizerConfig(learning_rate=1e-2))
     for step in range(1, steps + 1):
         batch_BS = torch.from_numpy(np.random.default_rng(step).integers(0, 128, (4, 21)))
@@ -120,7 +121,7 @@ def test_generate_sees_every_change_of_the_weights(config: ModelConfig, packed: 
             mine.data.copy_(theirs.data + 0.1)
 
     def step() -> None:
-        Objective(model, chunk=32)(torch.tensor(PROMPTS[2:3])).backward()
+        CausalLM(model, chunk=32)(torch.tensor(PROMPTS[2:3])).backward()
         make_optimizer(model, OptimizerConfig(learning_rate=1e-1)).step()
 
     changes = [lambda: None, step, lambda: model.load_state_dict(other.state_dict())]
