@@ -23,6 +23,9 @@ from mooshak.errors import InputError
 from mooshak.mesh import AXES, mesh_sizes, parse_mesh
 from mooshak_jax.distributed.sharding import LOGICAL_AXIS_RULES, partition_spec
 
+SHUTDOWN_SECONDS = 30
+"""How long a process that exits waits for the others to exit; then JAX ends all of them."""
+
 
 @dataclass(frozen=True)
 class Parallel:
@@ -183,10 +186,13 @@ def _join(config: Config) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         if parallel.coordinator_address == "auto":
-            jax.distributed.initialize()
+            jax.distributed.initialize(shutdown_timeout_seconds=SHUTDOWN_SECONDS)
         else:
             jax.distributed.initialize(
-                parallel.coordinator_address, parallel.num_processes, parallel.process_id
+                parallel.coordinator_address,
+                parallel.num_processes,
+                parallel.process_id,
+                shutdown_timeout_seconds=SHUTDOWN_SECONDS,
             )
     except (ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]

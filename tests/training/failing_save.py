@@ -13,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 from mooshak.checkpoints.manager import CheckpointManager
+from mooshak.errors import InputError
 
 
 def main() -> None:
@@ -60,7 +61,12 @@ def describe(framework: str, directory: Path) -> None:
     (directory / "config.json").mkdir(parents=True)
 
 
-FAULTS = {fault.__name__: fault for fault in (write, start, describe)}
+def alone(framework: str, directory: Path) -> None:
+    """The main thread fails where the processes do not exchange failures."""
+    raise InputError("one process failed alone")
+
+
+FAULTS = {fault.__name__: fault for fault in (write, start, describe, alone)}
 
 if __name__ == "__main__":
     main()

@@ -20,7 +20,7 @@ from mooshak.config.sections import CheckpointConfig, Config
 from mooshak.data.shards import load_or_prepare_shards
 from mooshak.errors import InputError, PeerError
 
-DEADLINE = 300
+DEADLINE = 240
 """Seconds; most of them are for the start of processes on a busy machine."""
 
 FAILURES = {
@@ -222,6 +222,22 @@ def arguments(tiny_config: Config, tmp_path: Path) -> list[str]:
     return ["--config", str(path)]
 
 
+def run_pair(layout: str, bad: int, fault: str, arguments: list[str]) -> list[tuple[int, str]]:
+    """Train in two processes, of which one fails at the checkpoint of step 4."""
+    if layout == "deepspeed":
+        pytest.importorskip("deepspeed")
+    framework, port = "jax" if layout == "jax" else "torch", str(free_port())
+    command = [WORKER, framework, str(bad), fault, "4", *arguments]
+    if layout == "jax":
+        command += ["--mesh", "fsdp=2", "--parallel.coordinator_address", f"127.0.0.1:{port}"]
+        command += ["--parallel.num_processes", "2", "--parallel.process_id"]
+        return run_all([[*command, rank] for rank in "01"], [{}, {}])
+    command += ["--parallel.strategy", layout]
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    variables = [place | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+    return run_all([command, command], variables)
+
+
 WORKER = str(Path(__file__).with_name("failing_save.py"))
 
 
@@ -242,21 +258,7 @@ WORKER = str(Path(__file__).with_name("failing_save.py"))
 def test_processes_end_after_failed_save(
     layout: str, bad: int, fault: str, last: bool, arguments: list[str], tmp_path: Path
 ) -> None:
-    if layout == "deepspeed":
-        pytest.importorskip("deepspeed")
-    framework, port = "jax" if layout == "jax" else "torch", str(free_port())
-    command = [WORKER, framework, str(bad), fault, "4", *arguments]
-    command += ["--train.steps", "4"] if last else []
-    if layout == "jax":
-        command += ["--mesh", "fsdp=2", "--parallel.coordinator_address", f"127.0.0.1:{port}"]
-        command += ["--parallel.num_processes", "2", "--parallel.process_id"]
-        commands, variables = [[*command, rank] for rank in "01"], [{}, {}]
-    else:
-        command += ["--parallel.strategy", layout]
-        place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        commands = [command, command]
-        variables = [place | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
-    done = run_all(commands, variables)
+    done = run_pair(layout, bad, fault, [*arguments, *(["--train.steps", "4"] if last else [])])
     reason = f"the checkpoint of step 4 could not be saved: {FAILURES[fault]}: "
     for rank, (code, printed) in enumerate(done):
         message = printed.strip().splitlines()[-1]
@@ -264,6 +266,14 @@ def test_processes_end_after_failed_save(
         expected = "error: " + ("" if rank == bad else f"rank {bad} failed: ") + reason
         assert message.startswith(expected), printed[-3000:]
     assert complete_steps(tmp_path / "run" / "checkpoints") == [2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["fsdp", "jax"])
+def test_processes_end_after_failure_of_one(layout: str, arguments: list[str]) -> None:
+    done = run_pair(layout, 1, "alone", arguments)
+    assert all(code != 0 for code, _ in done), done
+    assert "error: one process failed alone" in done[1][1].splitlines()
 
 
 @pytest.mark.slow
