@@ -58,13 +58,6 @@ def document_attention(
     return attention(q_BTHK, k_BTGK, v_BTGK, causal_BTT, first_BT)
 
 
-def document_mask(segments_BT: Array, window: int | None = None) -> Array:
-    """Return which keys each token sees, [B, T, T] booleans; see `document_attention`."""
-    index_T = jnp.arange(segments_BT.shape[1])
-    first_BT = _first_keys(segments_BT, window)
-    return (index_T <= index_T[:, None]) & (index_T >= first_BT[..., None])
-
-
 def _first_keys(segments_BT: Array, window: int | None) -> Array:
     """[B, T]: the first key that a token sees."""
     index_T = jnp.arange(segments_BT.shape[1])

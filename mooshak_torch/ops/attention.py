@@ -38,7 +38,7 @@ def document_attention(
     # documents. Reading the lengths would make the host wait for an accelerator and break a
     # compiled graph: those get a boolean mask.
     if segments_BT.device.type != "cpu" or torch.compiler.is_compiling():
-        mask_BTT = document_mask(segments_BT, window)
+        mask_BTT = _document_mask(segments_BT, window)
         return attention(q_BTHK, k_BTGK, v_BTGK, mask_BTT.unsqueeze(1))
     lengths = _document_lengths(segments_BT)
     # Not by slices: the gradient of each would be as large as the batch.
@@ -48,13 +48,13 @@ def document_attention(
         mask_11tt = None
         if window is not None and window < len(q_tHK):
             one_1t = segments_BT.new_zeros(1, len(q_tHK))
-            mask_11tt = document_mask(one_1t, window).unsqueeze(1)
+            mask_11tt = _document_mask(one_1t, window).unsqueeze(1)
         outs_1tHK.append(attention(q_tHK[None], k_tGK[None], v_tGK[None], mask_11tt))
     return torch.cat(outs_1tHK, 1).view_as(q_BTHK)
 
 
-def document_mask(segments_BT: Tensor, window: int | None = None) -> Tensor:
-    """Return which keys each token sees, [B, T, T] booleans; see `document_attention`."""
+def _document_mask(segments_BT: Tensor, window: int | None = None) -> Tensor:
+    """[B, T, T]: which keys each token sees."""
     index_T = torch.arange(segments_BT.shape[1], device=segments_BT.device)
     first_BT = index_T.where(_document_starts(segments_BT), 0).cummax(1).values
     if window is not None:

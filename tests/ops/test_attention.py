@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mooshak_jax.ops import attention as module
-from mooshak_jax.ops.attention import attention, document_attention, document_mask
+from mooshak_jax.ops.attention import attention, document_attention
 from mooshak_torch.ops import attention as torch_module
 
 
@@ -118,10 +118,19 @@ MASKS = {
 
 
 @pytest.mark.parametrize("window", MASKS)
-def test_document_mask_is_causal_within_a_document(window: int | None) -> None:
-    ours = torch_module.document_mask(torch.tensor(SEGMENTS), window)
-    np.testing.assert_array_equal(ours, np.array(MASKS[window], bool))
-    np.testing.assert_array_equal(document_mask(jnp.array(SEGMENTS), window), ours)
+def test_document_attention_sees_what_the_mask_shows(
+    window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Equal scores and one value for each key: an output is positive where its key is seen.
+    q = np.zeros((2, 6, 1, 6), np.float32)
+    v = np.broadcast_to(np.eye(6, dtype=np.float32)[:, None], q.shape).copy()
+    theirs = document_attention(q, q, v, jnp.array(SEGMENTS), window)
+    np.testing.assert_array_equal(theirs[:, :, 0] > 0, MASKS[window])
+    for compiling in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda c=compiling: c)
+        tensors = map(torch.from_numpy, (q, q, v))
+        ours = torch_module.document_attention(*tensors, torch.tensor(SEGMENTS), window)
+        np.testing.assert_array_equal(ours[:, :, 0] > 0, MASKS[window])
 
 
 def documents(T: int, rng: np.random.Generator) -> np.ndarray:
@@ -160,7 +169,9 @@ def test_document_attention_is_attention_under_its_mask(
 ) -> None:
     monkeypatch.setattr(module, "QUERIES", queries)
     qkv, out, segments = draw(17, heads, groups)
-    mask = torch_module.document_mask(torch.tensor(segments), window).unsqueeze(1)
+    back_TT = np.arange(17)[:, None] - np.arange(17)
+    same_BTT = segments[:, :, None] == segments[:, None]
+    mask = torch.tensor(same_BTT & (back_TT >= 0) & (back_TT < (window or 17))).unsqueeze(1)
     expected = torch_grads(lambda *a: torch_module.attention(*a, mask), qkv, out)
     ours = torch_grads(
         lambda *a: torch_module.document_attention(*a, torch.tensor(segments), window), qkv, out
