@@ -78,8 +78,16 @@ def compare_lines(base: Path, head: Path) -> str | None:
     lines, others = (file.read_text().split("\n") for file in (base, head))
     for number, (line, other) in enumerate(zip(lines, others, strict=False), 1):
         if line != other:
-            return f"line {number} of {len(lines)}: {line.strip()!r}, HEAD {other.strip()!r}"
+            a, b = _around_difference(line.strip(), other.strip())
+            return f"line {number} of {len(lines)}: {a!r}, HEAD {b!r}"
     return None if len(lines) == len(others) else f"{len(lines)} lines, HEAD {len(others)}"
+
+
+def _around_difference(a: str, b: str, width: int = 120) -> tuple[str, str]:
+    """Return both lines, long ones from shortly before the first difference."""
+    first = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), 0)
+    start = max(0, first - width // 2) if max(len(a), len(b)) > 2 * width else 0
+    return a[start : start + 2 * width], b[start : start + 2 * width]
 
 
 def compare_bytes(base: Path, head: Path) -> str | None:
