@@ -12,7 +12,8 @@ from jax import Array
 
 from mooshak.generation.text import pad_prompts
 from mooshak.numerics.sampling_noise import noise
-from mooshak_jax.model import KVCache, Model, make_caches
+from mooshak_jax.kv_cache import KVCache
+from mooshak_jax.model import Model, make_caches
 from mooshak_jax.params import merge
 
 

@@ -1,15 +1,15 @@
-"""The model in Flax NNX. Its mirror, class for class, is mooshak_torch/model.py.
+"""The model in Flax NNX. Mirror, class for class: mooshak_torch/model.py.
 
-Shapes stand in the names: B batch, T time, S time of the keys, D model width, H query heads,
-G key/value heads, R query heads per key/value head, K head width, F MLP width, V vocabulary,
-L layers. Parameters have logical axes; mooshak_jax/distributed/sharding.py maps them to the mesh.
+Names end in the axes of their shape: B batch, T time, S time of the keys, D model width, H query
+heads, G key/value heads, R = H / G + 2 heads of a fused projection, K head width, k half of K,
+F MLP width, V vocabulary, E = H x K. Parameters have logical axes, which
+mooshak_jax/distributed/sharding.py maps to the mesh.
 
-A model of float64 computes in float64 throughout. In bfloat16 the parameters stay float32, matrices
-are multiplied in bfloat16, and norms, rotary angles, softmax and loss are computed in float32.
+A float64 model computes in float64 throughout. In bfloat16 the parameters are float32, matrix
+products bfloat16, and norms, RoPE, softmax and loss float32.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from mooshak.config.model import Dtype, ModelConfig
 from mooshak.numerics.rope import rope_tables
 from mooshak_jax.distributed.sharding import Axes, constrain
+from mooshak_jax.kv_cache import KVCache
 from mooshak_jax.ops.activations import rms_norm, rotate, swiglu
 from mooshak_jax.ops.attention import attention, document_attention
 from mooshak_jax.ops.matmul import einsum, linear
@@ -40,16 +41,16 @@ PARAM_DTYPE = {
     "float16": jnp.float32,
 }
 PRODUCT = "product"
-"""Name of what a `Linear` makes, rounded: half the bytes of its sums in bfloat16."""
-# What the backward pass computes again.
+"""Checkpoint name of a `Linear`'s rounded output: in bfloat16 half the bytes of its sums."""
 REMAT = {
     "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+"""`train.remat` -> the policy of `jax.checkpoint`: what the backward pass does not recompute."""
 
 
 class Linear(nnx.Module):
-    """y = x W (+ b), in the dtype of x. Kernel [in, *out]: the canonical weight's transpose."""
+    """Linear layer y = x W (+ b), in the dtype of x. Kernel [in, *out], bias [*out]."""
 
     def __init__(
         self,
@@ -70,19 +71,19 @@ class Linear(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """The row of each token. Embedding [V, D]."""
+    """Embedding table: the row of each token id. Embedding [V, D]."""
 
     def __init__(self, n_tokens: int, dim: int, dtype: jnp.dtype):
         self.embedding = nnx.Param(jnp.zeros((n_tokens, dim), dtype), axes=("vocab", "embed"))
 
     def __call__(self, tokens_BT: Array) -> Array:
-        # Every device looks up its columns: the rows that come out are smaller than the table.
+        # Each device looks up its own columns: the rows found are smaller than the table.
         tokens_BT = constrain(tokens_BT, "replica", None)
         return constrain(self.embedding[...][tokens_BT], "replica", None, "embed")
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * gain (arXiv:1910.07467), in at least float32, cast once. Scale [D]."""
+    """Root-mean-square norm (arXiv:1910.07467) in at least float32, rounded once. Scale [D]."""
 
     def __init__(self, dim: int, eps: float, dtype: jnp.dtype):
         self.eps = eps
@@ -93,26 +94,27 @@ class RMSNorm(nnx.Module):
 
 
 class Positions(NamedTuple):
-    """Where the tokens of a call stand, and the rotations there: the same for all layers."""
+    """Position ids, their RoPE cos/sin, and masks; shared by all layers."""
 
     index_BT: Array
+    """Position id of each token."""
     cos_BT1k: Array
     sin_BT1k: Array
     segments_BT: Array | None = None
-    """Documents of packed rows: runs of equal integers, which do not see each other."""
+    """Documents of packed rows, as runs of equal integers; attention stays within a document."""
     mask_BTS: Array | None = None
-    """Which slots 0 .. S - 1 of the caches each query sees. None: they are empty."""
+    """True where a query sees a cache slot 0 .. S - 1. None: empty caches."""
 
 
 class Rope(nnx.Module):
-    """Rotary position embedding (arXiv:2104.09864), halves rotated, in at least float32."""
+    """Rotary position embedding (arXiv:2104.09864), rotate-half layout, in at least float32."""
 
     def __init__(self, model: ModelConfig, dtype: jnp.dtype):
-        # Static tables: constants of the compiled step, not state of the model.
+        # Static: constants of the compiled step, not state of the model.
         self.tables = _Tables(*(table.astype(dtype) for table in rope_tables(model)))
 
     def lookup(self, index_BT: Array) -> Positions:
-        """The rotations at these positions."""
+        """Return the position ids with their RoPE cos/sin."""
         cos, sin = (jnp.asarray(table)[index_BT] for table in (self.tables.cos, self.tables.sin))
         return Positions(index_BT, cos[:, :, None], sin[:, :, None])
 
@@ -121,7 +123,7 @@ class Rope(nnx.Module):
 
 
 class _Tables:
-    """Numpy arrays that a graph definition can hold: equal and hashable by identity of contents."""
+    """NumPy arrays as static data of a graph definition: compared and hashed by content."""
 
     def __init__(self, cos: np.ndarray, sin: np.ndarray):
         self.cos, self.sin = cos, sin
@@ -134,62 +136,11 @@ class _Tables:
         return hash(self._key)
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["k_BSGK", "v_BSGK", "lengths"],
-    meta_fields=["written"],
-)
-@dataclass
-class KVCache:
-    """Keys and values of one layer, [B, S, G, K] each; slot s has those of position s.
-
-    The positions of a call rise by one from token to token, in each row from its length or below
-    on: a call at earlier positions overwrites what was there. A query at position p sees the slots
-    0 .. p only (within the window), so what later ones still hold is never seen.
-    """
-
-    k_BSGK: Array
-    v_BSGK: Array
-    lengths: Array
-    """Tokens of each row, [B]: one more than the last position of the latest call."""
-    written: bool = False
-    """Whether a row may have any: static, and no number, which would compile a step for each."""
-
-    def update(self, k_BTGK: Array, v_BTGK: Array, positions_BT: Array) -> "KVCache":
-        """Write keys and values at their positions. Returns the new cache."""
-        rows_B1 = jnp.arange(len(positions_BT))[:, None]
-        k_BSGK = self.k_BSGK.at[rows_B1, positions_BT].set(k_BTGK)
-        v_BSGK = self.v_BSGK.at[rows_B1, positions_BT].set(v_BTGK)
-        lengths = (positions_BT[:, -1] + 1).astype(self.lengths.dtype)
-        return KVCache(k_BSGK, v_BSGK, lengths, written=True)
-
-    def select(self, rows: Sequence[int] | Array) -> "KVCache":
-        """Reorder, repeat or drop rows: row i becomes the old row rows[i].
-
-        Returns the new cache.
-        """
-        rows_B = jnp.asarray(rows)
-        k_BSGK, v_BSGK = self.k_BSGK[rows_B], self.v_BSGK[rows_B]
-        return KVCache(k_BSGK, v_BSGK, self.lengths[rows_B], self.written)
-
-    def truncate(self, lengths: Sequence[int] | Array) -> "KVCache":
-        """Drop the tokens of each row beyond its new length, [B]; shorter rows stay as they are.
-
-        Returns the new cache.
-        """
-        lengths_B = jnp.asarray(lengths, self.lengths.dtype)
-        # Inside a compiled function the lengths are unknown; `written` may then stay true for an
-        # empty cache, whose slots the masks hide.
-        known = not isinstance(lengths_B, jax.core.Tracer)
-        written = self.written and not (known and not lengths_B.any())
-        return replace(self, lengths=jnp.minimum(self.lengths, lengths_B), written=written)
-
-
 class Attention(nnx.Module):
-    """Causal self-attention with rotary positions, heads concatenated.
+    """Causal self-attention with RoPE; the heads are concatenated.
 
-    llama: an output projection, and where the model has them biases, normed queries and keys
-    (arXiv:2302.05442), and a window of positions that a query sees (arXiv:2310.06825).
+    Llama adds an output projection and, by configuration, biases, normed queries and keys
+    (arXiv:2302.05442) and a sliding window (arXiv:2310.06825).
     """
 
     def __init__(self, model: ModelConfig, dtype: jnp.dtype):
@@ -197,7 +148,7 @@ class Attention(nnx.Module):
         D, H, G, K = model.dim, model.n_heads, model.G, model.K
         bias, eps = model.qkv_bias, model.norm_eps
         if self.fused:
-            # Beside each key head and its value head the R query heads that read them.
+            # For each key head: the query heads that share it, the key, the value.
             width, axes = (G, H // G + 2, K), ("embed", "kv_heads", None, None)
             self.wqkv = Linear(D, width, dtype, axes, bias)
         else:
@@ -227,7 +178,7 @@ class Attention(nnx.Module):
         mask_BTS = positions.mask_BTS
         if cache is not None:
             cache = cache.update(k_BSGK, v_BSGK, positions.index_BT)
-            # Prefill: queries attend to this call's tokens only.
+            # Without a mask this is the prefill: queries attend to this call's tokens only.
             if mask_BTS is not None:
                 k_BSGK, v_BSGK = cache.k_BSGK, cache.v_BSGK
         segments_BT = positions.segments_BT if cache is None else None
@@ -242,29 +193,29 @@ class Attention(nnx.Module):
         return constrain(out_BTD, "batch", "sequence", None), cache
 
     def heads(self, x: Array, norm: RMSNorm | None = None) -> Array:
-        """A projection cut into heads, [B, T, heads, K], normed where there is a norm."""
+        """Return a projection split into heads, [B, T, heads, K], normed if there is a norm."""
         x_BTHK = x.reshape(*x.shape[:2], -1, self.head_dim)
         return x_BTHK if norm is None else norm(x_BTHK)
 
     def mask(self, queries_BT: Array, n_keys: int) -> Array:
-        """[B, T, S]: a query sees the keys at its own position and before, as far as the window."""
+        """Return `causal_mask` for this layer's window, [B, T, S]."""
         return causal_mask(queries_BT, n_keys, self.window)
 
     @staticmethod
     def attend(q_BTHK: Array, k_BSGK: Array, v_BSGK: Array, mask_BTS: Array) -> Array:
-        """softmax(q k^T / sqrt(K)) v under a mask, [B, T, H, K]; among themselves a causal one."""
+        """Return `attention` under a mask, [B, T, H, K]."""
         return attention(q_BTHK, k_BSGK, v_BSGK, mask_BTS)
 
 
 def causal_mask(queries_BT: Array, n_keys: int, window: int | None) -> Array:
-    """[B, T, S]: whether a query at a position p sees key s: s <= p, and p - s < window."""
-    back_BTS = queries_BT[..., None] - jnp.arange(n_keys)
-    seen_BTS = back_BTS >= 0
-    return seen_BTS if window is None else seen_BTS & (back_BTS < window)
+    """Return a mask [B, T, S]: a query at position p sees key s if s <= p and p - s < window."""
+    distance_BTS = queries_BT[..., None] - jnp.arange(n_keys)
+    visible_BTS = distance_BTS >= 0
+    return visible_BTS if window is None else visible_BTS & (distance_BTS < window)
 
 
 class MLP(nnx.Module):
-    """SwiGLU (arXiv:2002.05202): W2 (silu(W1 x) * W3 x)."""
+    """SwiGLU feed-forward network (arXiv:2002.05202): W2 (silu(W1 x) * W3 x)."""
 
     def __init__(self, model: ModelConfig, dtype: jnp.dtype):
         self.fused = model.fuse_kernels
@@ -287,7 +238,7 @@ class MLP(nnx.Module):
 
 
 class MooshakBlock(nnx.Module):
-    """One layer: h = x + Attention(x); y = RMSNorm_out(h + MLP(RMSNorm_mlp(h)))."""
+    """Mooshak layer: h = x + Attention(x); y = RMSNorm_output(h + MLP(RMSNorm_mlp(h)))."""
 
     def __init__(self, model: ModelConfig, dtype: jnp.dtype):
         self.attention = Attention(model, dtype)
@@ -304,7 +255,7 @@ class MooshakBlock(nnx.Module):
 
 
 class LlamaBlock(nnx.Module):
-    """One layer: h = x + Attention(RMSNorm_attention(x)); y = h + MLP(RMSNorm_mlp(h))."""
+    """Llama layer: h = x + Attention(RMSNorm_attention(x)); y = h + MLP(RMSNorm_mlp(h))."""
 
     def __init__(self, model: ModelConfig, dtype: jnp.dtype):
         self.attention_norm = RMSNorm(model.dim, model.norm_eps, dtype)
@@ -325,9 +276,9 @@ BLOCKS = {"mooshak": MooshakBlock, "llama": LlamaBlock}
 
 
 class Model(nnx.Module):
-    """The language model. checkpoint.py has the table from its paths to the canonical names.
+    """Decoder-only language model. mooshak_jax/param_names.py maps its paths to canonical names.
 
-    `remat` is what the backward pass computes again (`train.remat`). With `scan_layers` the
+    `remat` selects what the backward pass recomputes (`train.remat`). With `scan_layers` the
     parameters of all layers are stacked in one block.
     """
 
@@ -343,7 +294,7 @@ class Model(nnx.Module):
             self.layers = stacked(jnp.arange(model.n_layers))
         else:
             self.layers = nnx.List([block(model, parameters) for _ in range(model.n_layers)])
-        # A mooshak layer ends in a norm of its own.
+        # Mooshak's last layer ends in a norm; Llama needs a final one.
         llama, tied = model.architecture == "llama", model.tie_embeddings
         self.norm = RMSNorm(model.dim, model.norm_eps, parameters) if llama else None
         axes = ("embed", "vocab")
@@ -351,7 +302,7 @@ class Model(nnx.Module):
 
     @property
     def head_DV(self) -> Array:
-        """The output head: the embedding's transpose where both are tied."""
+        """Kernel of the output head; the transposed embedding table if both are tied."""
         if self.lm_head is None:
             return self.embeddings.embedding[...].T
         return self.lm_head.kernel[...]
@@ -365,9 +316,10 @@ class Model(nnx.Module):
     ) -> Array:
         """Return the final hidden states, [B, T, D].
 
-        `segments_BT` separates the documents of packed rows (see `Positions`), for training: a
-        cache ignores it. `positions_BT` is then the place of each token in its document.
-        Arrays do not change in place: new keys and values replace those in the list `caches`.
+        Positions default to 0 .. T - 1. `segments_BT` separates the documents of packed rows in
+        training (see `Positions`); `positions_BT` are then positions within the document. With
+        caches segments are ignored. Caches with the new keys and values replace those in the list
+        `caches`.
         """
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
@@ -375,23 +327,23 @@ class Model(nnx.Module):
         x_BTD = constrain(x_BTD, "batch", "sequence", None)
         positions = self.rope.lookup(positions_BT)._replace(segments_BT=segments_BT)
         if caches is not None and caches[0].written:
-            n_slots = caches[0].k_BSGK.shape[1]
+            n_slots = caches[0].visible_slots(tokens_BT.shape[1])
             mask_BTS = causal_mask(positions_BT, n_slots, self.config.sliding_window)
             positions = positions._replace(mask_BTS=mask_BTS)
 
-        def through(
+        def apply(
             layer: nnx.Module, x_BTD: Array, cache: KVCache | None
         ) -> tuple[Array, KVCache | None]:
             return layer(x_BTD, self.rope, positions, cache)
 
         if self.config.scan_layers and caches is None:
             graph, stacked = nnx.split(self.layers)
-            one = self._rematerialized(lambda x, layer: through(nnx.merge(graph, layer), x, None))
-            x_BTD, _ = jax.lax.scan(one, x_BTD, stacked)
+            body = self._checkpointed(lambda x, layer: apply(nnx.merge(graph, layer), x, None))
+            x_BTD, _ = jax.lax.scan(body, x_BTD, stacked)
             return self._final(x_BTD)
         for i in range(self.config.n_layers):
             cache = None if caches is None else caches[i]
-            x_BTD, cache = self._rematerialized(partial(through, self._layer(i)))(x_BTD, cache)
+            x_BTD, cache = self._checkpointed(partial(apply, self._layer(i)))(x_BTD, cache)
             if caches is not None and cache is not None:
                 caches[i] = cache
         return self._final(x_BTD)
@@ -405,13 +357,13 @@ class Model(nnx.Module):
         graph, stacked = nnx.split(self.layers)
         return nnx.merge(graph, jax.tree.map(lambda array: array[i], stacked))
 
-    def _rematerialized(self, function: Callable) -> Callable:
-        """A function of one layer, under the policy."""
+    def _checkpointed(self, function: Callable) -> Callable:
+        """Return a function of one layer with activation checkpointing (`train.remat`)."""
         if self.remat == "none":
             return function
-        # A loop keeps the second computation apart from the first by itself.
-        apart = not self.config.scan_layers
-        return jax.checkpoint(function, policy=REMAT[self.remat], prevent_cse=apart)
+        # In a loop XLA cannot merge the recomputation with the first computation.
+        prevent_cse = not self.config.scan_layers
+        return jax.checkpoint(function, policy=REMAT[self.remat], prevent_cse=prevent_cse)
 
     def __call__(
         self,
@@ -420,13 +372,13 @@ class Model(nnx.Module):
         caches: list[KVCache] | None = None,
         segments_BT: Array | None = None,
     ) -> Array:
-        """Return logits [B, T, V], in at least float32; arguments as of `hidden_states`."""
+        """Return logits [B, T, V] in at least float32; arguments as for `hidden_states`."""
         return self.logits(self.hidden_states(tokens_BT, positions_BT, caches, segments_BT))
 
     def logits(self, x_BTD: Array) -> Array:
-        """The output head on what `hidden_states` gives, [B, T, V], in at least float32."""
+        """Apply the output head to final hidden states; return [B, T, V] in at least float32."""
         if self.lm_head is None:
-            # Not by `head_DV`: XLA has no bfloat16 product of one row and a transpose on a CPU.
+            # Not `head_DV`: XLA for CPUs has no bfloat16 product of one row and a transpose.
             head_VD = self.embeddings.embedding[...].astype(x_BTD.dtype)
             logits_BTV = einsum("BTD,VD->BTV", x_BTD, head_VD)
         else:
@@ -435,7 +387,7 @@ class Model(nnx.Module):
 
 
 def make_caches(model: Model, batch: int, length: int) -> list[KVCache]:
-    """Empty key/value caches of all layers, for positions 0 .. length - 1."""
+    """Return empty caches of all layers, for `batch` rows and positions 0 .. length - 1."""
     shape = (batch, length, model.config.G, model.config.K)
     dtype = COMPUTE_DTYPE[model.dtype]
     return [

@@ -11,7 +11,8 @@ from torch import Tensor
 from mooshak.generation.text import pad_prompts
 from mooshak.numerics.sampling_noise import noise
 from mooshak_torch.distributed.compile import require_compiler
-from mooshak_torch.model import KVCache, Linear, Model, make_caches
+from mooshak_torch.kv_cache import KVCache
+from mooshak_torch.model import Linear, Model, make_caches
 from mooshak_torch.ops.matmul import pack_weights_for_decode
 
 

@@ -1,13 +1,12 @@
-"""The model in PyTorch. Its mirror, class for class, is mooshak_jax/model.py.
+"""The model in PyTorch. Mirror, class for class: mooshak_jax/model.py.
 
-Shapes stand in the names: B batch, T time, S time of the keys, D model width, H query heads,
-G key/value heads, K head width, F MLP width, V vocabulary.
+Names end in the axes of their shape: B batch, T time, S time of the keys, D model width, H query
+heads, G key/value heads, K head width, F MLP width, V vocabulary, E = H x K.
 
-A model of float64 computes in float64 throughout. In bfloat16 the parameters stay float32, matrices
-are multiplied in bfloat16, and norms, rotary angles, softmax and loss are computed in float32.
+A float64 model computes in float64 throughout. In bfloat16 the parameters are float32, matrix
+products bfloat16, and norms, RoPE, softmax and loss float32.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from mooshak.config.model import Dtype, ModelConfig
 from mooshak.numerics.rope import rope_tables
+from mooshak_torch.kv_cache import KVCache
 from mooshak_torch.ops.activations import recompute_in_backward, rms_norm, rotate, swiglu
 from mooshak_torch.ops.attention import attention, document_attention
 from mooshak_torch.ops.matmul import linear
@@ -36,7 +36,7 @@ PARAM_DTYPE = {
 
 
 class Linear(nn.Module):
-    """y = x W^T (+ b), in the dtype of x. Weight [out, in], bias [out]."""
+    """Linear layer y = x W^T (+ b), in the dtype of x. Weight [out, in], bias [out]."""
 
     bias: nn.Parameter | None
 
@@ -51,7 +51,7 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    """The row of each token. Weight [V, D]."""
+    """Embedding table: the row of each token id. Weight [V, D]."""
 
     def __init__(self, n_tokens: int, dim: int, dtype: torch.dtype):
         super().__init__()
@@ -62,7 +62,7 @@ class Embedding(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * gain (arXiv:1910.07467), in at least float32, cast once. Weight [D]."""
+    """Root-mean-square norm (arXiv:1910.07467) in at least float32, rounded once. Weight [D]."""
 
     def __init__(self, dim: int, eps: float, dtype: torch.dtype):
         super().__init__()
@@ -73,27 +73,31 @@ class RMSNorm(nn.Module):
         return rms_norm(x_BTD, self.weight, self.eps)
 
     def recompute(self, x_BTD: Tensor) -> Tensor:
-        """The same for the backward pass: no hooks, and under tensor parallelism of local parts."""
+        """Return `forward(x_BTD)` for a backward pass: without hooks, and on local tensors.
+
+        Under tensor parallelism the hooks convert local tensors to DTensors and back.
+        """
         gain_D: Tensor = self.weight
         gain_D = gain_D.to_local() if isinstance(gain_D, DTensor) else gain_D
         return rms_norm(x_BTD, gain_D, self.eps)
 
 
 class Positions(NamedTuple):
-    """Where the tokens of a call stand, and the rotations there: the same for all layers."""
+    """Position ids, their RoPE cos/sin, and masks; shared by all layers."""
 
     index_BT: Tensor
+    """Position id of each token."""
     cos_BT1K: Tensor
     sin_BT1K: Tensor
-    """Negative in the first half."""
+    """Negated in the first half."""
     segments_BT: Tensor | None = None
-    """Documents of packed rows: runs of equal integers, which do not see each other."""
-    mask_B1TS: Tensor | None = None
-    """Added to the scores of slots 0 .. S - 1 of the caches: 0 or -inf. None: they are empty."""
+    """Documents of packed rows, as runs of equal integers; attention stays within a document."""
+    mask_BTS: Tensor | None = None
+    """Added to the attention scores of cache slots 0 .. S - 1: 0 or -inf. None: empty caches."""
 
 
 class Rope(nn.Module):
-    """Rotary position embedding (arXiv:2104.09864), halves rotated, in at least float32."""
+    """Rotary position embedding (arXiv:2104.09864), rotate-half layout, in at least float32."""
 
     cos: Tensor
     sin: Tensor
@@ -105,7 +109,7 @@ class Rope(nn.Module):
         self.register_buffer("sin", torch.tensor(sin, dtype=dtype), persistent=False)
 
     def lookup(self, index_BT: Tensor) -> Positions:
-        """The rotations at these positions."""
+        """Return the position ids with their RoPE cos/sin."""
         cos_BT1k, sin_BT1k = (table[index_BT].unsqueeze(2) for table in (self.cos, self.sin))
         cos_BT1K = torch.cat((cos_BT1k, cos_BT1k), dim=-1)
         return Positions(index_BT, cos_BT1K, torch.cat((-sin_BT1k, sin_BT1k), dim=-1))
@@ -114,71 +118,11 @@ class Rope(nn.Module):
         return rotate(x_BTHK, positions.cos_BT1K, positions.sin_BT1K)
 
 
-class KVCache:
-    """Keys and values of one layer, [B, S, G, K] each; slot s has those of position s.
-
-    The positions of a call rise by one from token to token, in each row from its length or below
-    on: a call at earlier positions overwrites what was there. A query at position p sees the slots
-    0 .. p only (within the window), so what later ones still hold is never seen.
-    """
-
-    def __init__(self, model: ModelConfig, batch: int, length: int, like: Tensor):
-        shape = (batch, length, model.G, model.K)
-        self.k_BSGK = like.new_zeros(shape)
-        self.v_BSGK = like.new_zeros(shape)
-        self.rows_B1 = torch.arange(batch, device=like.device).unsqueeze(1)
-        self.lengths = torch.zeros(batch, dtype=torch.long, device=like.device)
-        self.written = 0
-        """No row is longer. Known without reading `lengths`, which would wait for a GPU."""
-
-    @property
-    def lengths(self) -> Tensor:
-        """Tokens of each row, [B]: one more than the last position of the latest call."""
-        return self._last_BT[:, -1] + 1
-
-    @lengths.setter
-    def lengths(self, lengths_B: Tensor) -> None:
-        self._last_BT = lengths_B.unsqueeze(1) - 1
-
-    def update(self, k_BTGK: Tensor, v_BTGK: Tensor, positions_BT: Tensor) -> "KVCache":
-        """Write keys and values at their positions, in place. Returns this cache."""
-        self.k_BSGK[self.rows_B1, positions_BT] = k_BTGK
-        self.v_BSGK[self.rows_B1, positions_BT] = v_BTGK
-        self._last_BT = positions_BT
-        self.written = self.bound(positions_BT.shape[1])
-        return self
-
-    def bound(self, n_tokens: int) -> int:
-        """Return how many slots may be in use after a call with so many tokens a row."""
-        return min(self.written + n_tokens, self.k_BSGK.shape[1])
-
-    def select(self, rows: Sequence[int] | Tensor) -> "KVCache":
-        """Reorder, repeat or drop rows, in place: row i becomes the old row rows[i].
-
-        Returns this cache.
-        """
-        rows_B = torch.as_tensor(rows, device=self.k_BSGK.device)
-        self.k_BSGK, self.v_BSGK = self.k_BSGK[rows_B], self.v_BSGK[rows_B]
-        self.lengths = self.lengths[rows_B]
-        self.rows_B1 = torch.arange(len(rows_B), device=rows_B.device).unsqueeze(1)
-        return self
-
-    def truncate(self, lengths: Sequence[int] | Tensor) -> "KVCache":
-        """Drop the tokens of each row beyond its new length, [B]; shorter rows stay as they are.
-
-        Returns this cache.
-        """
-        lengths_B = torch.as_tensor(lengths)
-        self.written = min(self.written, int(lengths_B.max()))
-        self.lengths = torch.minimum(self.lengths, lengths_B.to(self.k_BSGK.device))
-        return self
-
-
 class Attention(nn.Module):
-    """Causal self-attention with rotary positions, heads concatenated.
+    """Causal self-attention with RoPE; the heads are concatenated.
 
-    llama: an output projection, and where the model has them biases, normed queries and keys
-    (arXiv:2302.05442), and a window of positions that a query sees (arXiv:2310.06825).
+    Llama adds an output projection and, by configuration, biases, normed queries and keys
+    (arXiv:2302.05442) and a sliding window (arXiv:2310.06825).
     """
 
     def __init__(self, model: ModelConfig, dtype: torch.dtype):
@@ -196,55 +140,51 @@ class Attention(nn.Module):
     def forward(
         self, x_BTD: Tensor, rope: Rope, positions: Positions, cache: KVCache | None = None
     ) -> Tensor:
-        q_BTHK = rope(self.heads(x_BTD, self.wq, self.q_norm), positions)
-        k_BSGK = rope(self.heads(x_BTD, self.wk, self.k_norm), positions)
-        v_BSGK = self.heads(x_BTD, self.wv)
-        mask_B1TS = positions.mask_B1TS
+        q_BTHK = rope(self.heads(self.wq(x_BTD), self.q_norm), positions)
+        k_BSGK = rope(self.heads(self.wk(x_BTD), self.k_norm), positions)
+        v_BSGK = self.heads(self.wv(x_BTD))
+        mask_BTS = positions.mask_BTS
         if cache is not None:
             cache.update(k_BSGK, v_BSGK, positions.index_BT)
-            # Prefill: queries attend to this call's tokens only.
-            if mask_B1TS is not None:
-                S = mask_B1TS.shape[-1]
+            # Without a mask this is the prefill: queries attend to this call's tokens only.
+            if mask_BTS is not None:
+                S = mask_BTS.shape[-1]
                 k_BSGK, v_BSGK = cache.k_BSGK[:, :S], cache.v_BSGK[:, :S]
         segments_BT = positions.segments_BT if cache is None else None
         if segments_BT is not None:
             out_BTHK = document_attention(q_BTHK, k_BSGK, v_BSGK, segments_BT, self.window)
         else:
-            if mask_B1TS is None and self.window is not None:
+            if mask_BTS is None and self.window is not None:
                 own_T = torch.arange(x_BTD.shape[1], device=x_BTD.device)
-                mask_B1TS = self.mask(own_T.unsqueeze(0), len(own_T)).unsqueeze(1)
-            out_BTHK = self.attend(q_BTHK, k_BSGK, v_BSGK, mask_B1TS)
+                mask_BTS = self.mask(own_T.unsqueeze(0), len(own_T))
+            out_BTHK = self.attend(q_BTHK, k_BSGK, v_BSGK, mask_BTS)
         out_BTE = out_BTHK.flatten(-2)
         return out_BTE if self.wo is None else self.wo(out_BTE)
 
-    def heads(self, x_BTD: Tensor, linear: Linear, norm: RMSNorm | None = None) -> Tensor:
-        """A projection cut into heads, [B, T, heads, K], normed where there is a norm."""
-        x_BTHK = linear(x_BTD).unflatten(-1, (-1, self.head_dim))
+    def heads(self, x: Tensor, norm: RMSNorm | None = None) -> Tensor:
+        """Return a projection split into heads, [B, T, heads, K], normed if there is a norm."""
+        x_BTHK = x.unflatten(-1, (-1, self.head_dim))
         return x_BTHK if norm is None else norm(x_BTHK)
 
     def mask(self, queries_BT: Tensor, n_keys: int) -> Tensor:
-        """[B, T, S]: a query sees the keys at its own position and before, as far as the window."""
+        """Return `causal_mask` for this layer's window, [B, T, S]."""
         return causal_mask(queries_BT, n_keys, self.window)
 
     @staticmethod
-    def attend(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask_B1TS: Tensor | None) -> Tensor:
-        """softmax(q k^T / sqrt(K)) v; the causal mask unless one is given. Returns [B, T, H, K].
-
-        Without a mask a single query sees all keys.
-        """
-        return attention(q_BTHK, k_BSGK, v_BSGK, mask_B1TS)
+    def attend(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask_BTS: Tensor | None) -> Tensor:
+        """Return `attention`, [B, T, H, K]; causal unless a mask is given."""
+        return attention(q_BTHK, k_BSGK, v_BSGK, mask_BTS)
 
 
 def causal_mask(queries_BT: Tensor, n_keys: int, window: int | None) -> Tensor:
-    """[B, T, S]: whether a query at a position p sees key s: s <= p, and p - s < window."""
-    keys_S = torch.arange(n_keys, device=queries_BT.device)
-    back_BTS = queries_BT.unsqueeze(-1) - keys_S
-    seen_BTS = back_BTS >= 0
-    return seen_BTS if window is None else seen_BTS & (back_BTS < window)
+    """Return a mask [B, T, S]: a query at position p sees key s if s <= p and p - s < window."""
+    distance_BTS = queries_BT.unsqueeze(-1) - torch.arange(n_keys, device=queries_BT.device)
+    visible_BTS = distance_BTS >= 0
+    return visible_BTS if window is None else visible_BTS & (distance_BTS < window)
 
 
 class MLP(nn.Module):
-    """SwiGLU (arXiv:2002.05202): W2 (silu(W1 x) * W3 x)."""
+    """SwiGLU feed-forward network (arXiv:2002.05202): W2 (silu(W1 x) * W3 x)."""
 
     def __init__(self, model: ModelConfig, dtype: torch.dtype):
         super().__init__()
@@ -252,7 +192,7 @@ class MLP(nn.Module):
         self.w2 = Linear(model.hidden_dim, model.dim, dtype, model.mlp_bias)
         self.w3 = Linear(model.dim, model.hidden_dim, dtype, model.mlp_bias)
         self.recompute_activations = True
-        """Whether the backward pass makes the input of `w2` again."""
+        """True: the backward pass recomputes the input of `w2` instead of saving it."""
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         gate_BTF, up_BTF = self.w1(x_BTD), self.w3(x_BTD)
@@ -264,7 +204,7 @@ class MLP(nn.Module):
 
 
 class MooshakBlock(nn.Module):
-    """One layer: h = x + Attention(x); y = RMSNorm_out(h + MLP(RMSNorm_mlp(h)))."""
+    """Mooshak layer: h = x + Attention(x); y = RMSNorm_output(h + MLP(RMSNorm_mlp(h)))."""
 
     def __init__(self, model: ModelConfig, dtype: torch.dtype):
         super().__init__()
@@ -273,7 +213,7 @@ class MooshakBlock(nn.Module):
         self.mlp = MLP(model, dtype)
         self.output_norm = RMSNorm(model.dim, model.norm_eps, dtype)
         self.recompute_activations = True
-        """Whether the backward pass makes the MLP's normed input again."""
+        """True: the backward pass recomputes the MLP's normed input instead of saving it."""
 
     def forward(
         self, x_BTD: Tensor, rope: Rope, positions: Positions, cache: KVCache | None = None
@@ -287,7 +227,7 @@ class MooshakBlock(nn.Module):
 
 
 class LlamaBlock(nn.Module):
-    """One layer: h = x + Attention(RMSNorm_attention(x)); y = h + MLP(RMSNorm_mlp(h))."""
+    """Llama layer: h = x + Attention(RMSNorm_attention(x)); y = h + MLP(RMSNorm_mlp(h))."""
 
     def __init__(self, model: ModelConfig, dtype: torch.dtype):
         super().__init__()
@@ -296,7 +236,7 @@ class LlamaBlock(nn.Module):
         self.mlp_norm = RMSNorm(model.dim, model.norm_eps, dtype)
         self.mlp = MLP(model, dtype)
         self.recompute_activations = True
-        """Whether the backward pass makes the normed inputs again."""
+        """True: the backward pass recomputes the normed inputs instead of saving them."""
 
     def forward(
         self, x_BTD: Tensor, rope: Rope, positions: Positions, cache: KVCache | None = None
@@ -317,7 +257,7 @@ BLOCKS = {"mooshak": MooshakBlock, "llama": LlamaBlock}
 
 
 class Model(nn.Module):
-    """The language model. Parameters have the canonical names."""
+    """Decoder-only language model. Its parameters have the canonical names."""
 
     def __init__(self, model: ModelConfig, dtype: Dtype = "float32"):
         super().__init__()
@@ -327,14 +267,14 @@ class Model(nn.Module):
         self.rope = Rope(model, parameters)
         block = BLOCKS[model.architecture]
         self.layers = nn.ModuleList(block(model, parameters) for _ in range(model.n_layers))
-        # A mooshak layer ends in a norm of its own.
+        # Mooshak's last layer ends in a norm; Llama needs a final one.
         llama, tied = model.architecture == "llama", model.tie_embeddings
         self.norm = RMSNorm(model.dim, model.norm_eps, parameters) if llama else None
         self.lm_head = None if tied else Linear(model.dim, model.vocab_size, parameters)
 
     @property
     def head_VD(self) -> Tensor:
-        """The output head: the embedding where both are tied."""
+        """Weight of the output head; the embedding table if both are tied."""
         return self.embeddings.weight if self.lm_head is None else self.lm_head.weight
 
     def hidden_states(
@@ -346,8 +286,9 @@ class Model(nn.Module):
     ) -> Tensor:
         """Return the final hidden states, [B, T, D].
 
-        `segments_BT` separates the documents of packed rows (see `Positions`), for training: a
-        cache ignores it. `positions_BT` is then the place of each token in its document.
+        Positions default to 0 .. T - 1. `segments_BT` separates the documents of packed rows in
+        training (see `Positions`); `positions_BT` are then positions within the document. With
+        caches segments are ignored. New keys and values are written into `caches` in place.
         """
         if positions_BT is None:
             positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
@@ -355,10 +296,10 @@ class Model(nn.Module):
         x_BTD = self.embeddings(tokens_BT).to(COMPUTE_DTYPE[self.dtype])
         positions = self.rope.lookup(positions_BT)._replace(segments_BT=segments_BT)
         if caches is not None and caches[0].written > 0:
-            n_slots = caches[0].bound(tokens_BT.shape[1])
-            seen_BTS = causal_mask(positions_BT, n_slots, self.config.sliding_window)
-            mask_BTS = torch.where(seen_BTS, 0.0, -torch.inf).to(x_BTD.dtype)
-            positions = positions._replace(mask_B1TS=mask_BTS.unsqueeze(1))
+            n_slots = caches[0].visible_slots(tokens_BT.shape[1])
+            visible_BTS = causal_mask(positions_BT, n_slots, self.config.sliding_window)
+            mask_BTS = torch.where(visible_BTS, 0.0, -torch.inf).to(x_BTD.dtype)
+            positions = positions._replace(mask_BTS=mask_BTS)
         for i, layer in enumerate(self.layers):
             x_BTD = layer(x_BTD, self.rope, positions, None if caches is None else caches[i])
         return x_BTD if self.norm is None else self.norm(x_BTD)
@@ -370,11 +311,11 @@ class Model(nn.Module):
         caches: list[KVCache] | None = None,
         segments_BT: Tensor | None = None,
     ) -> Tensor:
-        """Return logits [B, T, V], in at least float32; arguments as of `hidden_states`."""
+        """Return logits [B, T, V] in at least float32; arguments as for `hidden_states`."""
         return self.logits(self.hidden_states(tokens_BT, positions_BT, caches, segments_BT))
 
     def logits(self, x_BTD: Tensor) -> Tensor:
-        """The output head on what `hidden_states` gives, [B, T, V], in at least float32."""
+        """Apply the output head to final hidden states; return [B, T, V] in at least float32."""
         if self.lm_head is None:
             logits_BTV = linear(x_BTD, self.head_VD.to(x_BTD.dtype))
         else:
@@ -383,6 +324,14 @@ class Model(nn.Module):
 
 
 def make_caches(model: Model, batch: int, length: int) -> list[KVCache]:
-    """Empty key/value caches of all layers, for positions 0 .. length - 1."""
-    like = model.embeddings.weight.to(COMPUTE_DTYPE[model.dtype])[:0]
-    return [KVCache(model.config, batch, length, like) for _ in range(model.config.n_layers)]
+    """Return empty caches of all layers, for `batch` rows and positions 0 .. length - 1."""
+    shape = (batch, length, model.config.G, model.config.K)
+    dtype, device = COMPUTE_DTYPE[model.dtype], model.embeddings.weight.device
+    return [
+        KVCache(
+            torch.zeros(shape, dtype=dtype, device=device),
+            torch.zeros(shape, dtype=dtype, device=device),
+            torch.zeros(batch, dtype=torch.long, device=device),
+        )
+        for _ in range(model.config.n_layers)
+    ]

@@ -187,7 +187,7 @@ def _attend(module: Any, change: Callable[..., Any]) -> list[Patch]:
 def _mask_torch(attend: Any) -> Any:
     def changed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any) -> torch.Tensor:
         if mask is None:
-            mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril(1)
+            mask = torch.ones(1, q.shape[1], k.shape[1], dtype=torch.bool).tril(1)
         return attend(q, k, v, mask)
 
     return changed

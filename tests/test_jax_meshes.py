@@ -117,7 +117,7 @@ def test_generating_does_not_change_training(mesh: str) -> None:
 
 def test_queries_in_blocks_see_what_they_see_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     truth, _ = run(llama("data=1"), first=8)
-    monkeypatch.setattr("mooshak_jax.ops.attention.QUERIES", (7, 7))
+    monkeypatch.setattr("mooshak_jax.ops.attention.QUERY_CHUNK", (7, 7))
     assert run(llama("data=1"), first=8)[0] == pytest.approx(truth, rel=1e-13, abs=0)
 
 

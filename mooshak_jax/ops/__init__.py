@@ -1,1 +1,1 @@
-"""Operations of the model, as functions of arrays; mirrors mooshak_torch/ops."""
+"""Operations of the model, as functions of arrays. Mirror: mooshak_torch/ops."""

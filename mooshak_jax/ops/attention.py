@@ -1,9 +1,10 @@
-"""Attention a piece of the queries at a time, with gradients of its own.
+"""Scaled dot-product attention: under a given mask, or within packed documents.
 
-PyTorch has it as `scaled_dot_product_attention`; `jax.nn.dot_product_attention` is no match of it:
-its softmax is float32, in float64 runs too.
+Mirror: mooshak_torch/ops/attention.py. Computed for one chunk of queries at a time, with custom
+gradients: `jax.nn.dot_product_attention` is no equal of torch's `scaled_dot_product_attention`, its
+softmax is float32 in float64 runs too.
 Shapes: B batch, T time, S time of the keys, H query heads, G key/value heads, K head width; t and s
-those of a piece; Q the queries of a piece in all heads that share a key head.
+the times of a chunk; Q the queries of a chunk in all heads that share a key head.
 """
 
 import math
@@ -17,11 +18,11 @@ from jax import Array
 from mooshak_jax.distributed.sharding import constrain
 from mooshak_jax.ops.matmul import einsum
 
-QUERIES = (128, 512)
-"""The fewest and the most positions whose attention scores are in memory at once.
+QUERY_CHUNK = (128, 512)
+"""Minimum and maximum number of positions whose attention scores are in memory at once.
 
-A long sequence is cut into four pieces or more: three eighths of all scores, which the causal mask
-hides, are then never made.
+A long sequence is split into four chunks or more: then three eighths of all scores, which the
+causal mask hides, are never computed.
 """
 
 
@@ -33,12 +34,11 @@ def attention(
     mask_BTS: Array,
     first_BT: Array | None = None,
 ) -> Array:
-    """softmax(q k^T / sqrt(K)) v under a mask, [B, T, H, K].
+    """Return softmax(q k^T / sqrt(K)) v, [B, T, H, K], under a boolean mask.
 
-    As many keys as queries are those of the same tokens: each sees itself and what is before, from
-    the key `first_BT` on where that is given.
-    Scores are made for a piece of the queries at a time, and again for the gradients (as in
-    arXiv:2205.14135), transposed there: nothing of their size is copied into another layout.
+    With as many keys as queries (S = T) the mask must be causal; `first_BT` then restricts each
+    query to the keys from that index on. The backward pass recomputes the scores
+    (arXiv:2205.14135), transposed: nothing of their size is copied into another layout.
     """
     return _attention_forward(q_BTHK, k_BSGK, v_BSGK, mask_BTS, first_BT)[0]
 
@@ -51,7 +51,7 @@ def document_attention(
     A document is a run of equal integers in a row of `segments_BT`. A token sees itself and the
     tokens before it in its document, at most `window` tokens altogether.
     """
-    # Not as a mask [B, T, T]: that would be in memory for every layer.
+    # First keys, not a mask [B, T, T], which would be in memory for every layer.
     index_T = jnp.arange(segments_BT.shape[1])
     causal_BTT = (index_T <= index_T[:, None])[None]
     first_BT = constrain(_first_keys(segments_BT, window), "batch", None)
@@ -59,7 +59,7 @@ def document_attention(
 
 
 def _first_keys(segments_BT: Array, window: int | None) -> Array:
-    """[B, T]: the first key that a token sees."""
+    """Return the index of the first key that each token sees, [B, T]."""
     index_T = jnp.arange(segments_BT.shape[1])
     starts_Bt = segments_BT[:, 1:] != segments_BT[:, :-1]
     firsts_Bt = jnp.where(starts_Bt, index_T[1:], 0)
@@ -72,84 +72,87 @@ def _attention_forward(
 ) -> tuple[Array, Any]:
     scale, G = 1 / math.sqrt(q_BTHK.shape[-1]), k_BSGK.shape[2]
     outs_BtHK, logs_BGQ = [], []
-    for some, seen in _pieces(*mask_BTS.shape[1:]):
-        q_BGQK = _heads_first(q_BTHK[:, some], G)
-        k_BGsK, v_BGsK = (_heads_first(a_BSGK[:, seen], G) for a_BSGK in (k_BSGK, v_BSGK))
-        mask_BQs = _of_all_heads(_mask_of(mask_BTS, first_BT, some, seen), q_BGQK)
+    for queries, keys in _query_chunks(*mask_BTS.shape[1:]):
+        q_BGQK = _heads_first(q_BTHK[:, queries], G)
+        k_BGsK, v_BGsK = (_heads_first(a_BSGK[:, keys], G) for a_BSGK in (k_BSGK, v_BSGK))
+        mask_BQs = _repeat_for_heads(_chunk_mask(mask_BTS, first_BT, queries, keys), q_BGQK)
         scores_BGQs = einsum("BGQK,BGSK->BGQS", q_BGQK, k_BGsK) * scale
         scores_BGQs = jnp.where(mask_BQs[:, None], scores_BGQs, -jnp.inf)
-        most_BGQ1 = scores_BGQs.max(-1, keepdims=True)
-        weights_BGQs = jnp.exp(scores_BGQs - most_BGQ1)
+        max_BGQ1 = scores_BGQs.max(-1, keepdims=True)
+        weights_BGQs = jnp.exp(scores_BGQs - max_BGQ1)
         sum_BGQ1 = weights_BGQs.sum(-1, keepdims=True)
         out_BGQK = einsum("BGQS,BGSK->BGQK", weights_BGQs.astype(v_BSGK.dtype), v_BGsK) / sum_BGQ1
-        outs_BtHK.append(_heads_last(out_BGQK.astype(v_BSGK.dtype), q_BTHK[:, some]))
-        logs_BGQ.append((most_BGQ1 + jnp.log(sum_BGQ1)).squeeze(-1))
+        outs_BtHK.append(_heads_last(out_BGQK.astype(v_BSGK.dtype), q_BTHK[:, queries]))
+        logs_BGQ.append((max_BGQ1 + jnp.log(sum_BGQ1)).squeeze(-1))
     out_BTHK = jnp.concatenate(outs_BtHK, 1)
     return out_BTHK, (q_BTHK, k_BSGK, v_BSGK, mask_BTS, first_BT, out_BTHK, logs_BGQ)
 
 
-def _attention_backward(kept: Any, dout_BTHK: Array) -> tuple[Array | None, ...]:
-    q_BTHK, k_BSGK, v_BSGK, mask_BTS, first_BT, out_BTHK, logs_BGQ = kept
+def _attention_backward(residuals: Any, dout_BTHK: Array) -> tuple[Array | None, ...]:
+    q_BTHK, k_BSGK, v_BSGK, mask_BTS, first_BT, out_BTHK, logs_BGQ = residuals
     scale, (_, S, G, _), dtype = 1 / math.sqrt(q_BTHK.shape[-1]), k_BSGK.shape, q_BTHK.dtype
     dqs_BtHK, dk_BSGK, dv_BSGK = [], jnp.zeros((), dtype), jnp.zeros((), dtype)
-    for (some, seen), log_BGQ in zip(_pieces(*mask_BTS.shape[1:]), logs_BGQ, strict=True):
-        # One piece after the other, and nothing kept of the forward pass that is made again here.
+    chunks = _query_chunks(*mask_BTS.shape[1:])
+    for (queries, keys), log_BGQ in zip(chunks, logs_BGQ, strict=True):
+        # One chunk after the other; without the barrier XLA would save the forward pass's scores.
         q_BTHK, k_BSGK, v_BSGK, dk_BSGK, dv_BSGK = jax.lax.optimization_barrier(
             (q_BTHK, k_BSGK, v_BSGK, dk_BSGK, dv_BSGK)
         )
         q_BGQK, out_BGQK, dout_BGQK = (
-            _heads_first(a_BTHK[:, some], G) for a_BTHK in (q_BTHK, out_BTHK, dout_BTHK)
+            _heads_first(a_BTHK[:, queries], G) for a_BTHK in (q_BTHK, out_BTHK, dout_BTHK)
         )
-        k_BGsK, v_BGsK = (_heads_first(a_BSGK[:, seen], G) for a_BSGK in (k_BSGK, v_BSGK))
-        mask_Bts = _mask_of(mask_BTS, first_BT, some, seen)
-        mask_BsQ = _of_all_heads(mask_Bts, q_BGQK).swapaxes(1, 2)
+        k_BGsK, v_BGsK = (_heads_first(a_BSGK[:, keys], G) for a_BSGK in (k_BSGK, v_BSGK))
+        mask_Bts = _chunk_mask(mask_BTS, first_BT, queries, keys)
+        mask_BsQ = _repeat_for_heads(mask_Bts, q_BGQK).swapaxes(1, 2)
         scores_BGsQ = einsum("BGSK,BGQK->BGSQ", k_BGsK, q_BGQK) * scale
         weights_BGsQ = jnp.where(mask_BsQ[:, None], jnp.exp(scores_BGsQ - log_BGQ[:, :, None]), 0)
-        # Softmax: every weight's gradient less their mean, which the weights give.
+        # Gradient of the softmax: each weight's gradient less the weighted mean of all.
         mean_BGQ = jnp.sum(out_BGQK.astype(log_BGQ.dtype) * dout_BGQK, -1)
         dweights_BGsQ = einsum("BGSK,BGQK->BGSQ", v_BGsK, dout_BGQK) - mean_BGQ[:, :, None]
         dscores_BGsQ = (weights_BGsQ * dweights_BGsQ).astype(dtype)
         dq_BGQK = einsum("BGSQ,BGSK->BGQK", dscores_BGsQ, k_BGsK) * scale
         dk_BGsK = einsum("BGSQ,BGQK->BGSK", dscores_BGsQ, q_BGQK) * scale
         dv_BGsK = einsum("BGSQ,BGQK->BGSK", weights_BGsQ.astype(dtype), dout_BGQK)
-        dqs_BtHK.append(_heads_last(dq_BGQK, q_BTHK[:, some]).astype(dtype))
-        later = ((0, 0), (0, S - dk_BGsK.shape[2]), (0, 0), (0, 0))
-        dk_BSGK += jnp.pad(dk_BGsK.swapaxes(1, 2), later)
-        dv_BSGK += jnp.pad(dv_BGsK.swapaxes(1, 2), later)
+        dqs_BtHK.append(_heads_last(dq_BGQK, q_BTHK[:, queries]).astype(dtype))
+        padding = ((0, 0), (0, S - dk_BGsK.shape[2]), (0, 0), (0, 0))
+        dk_BSGK += jnp.pad(dk_BGsK.swapaxes(1, 2), padding)
+        dv_BSGK += jnp.pad(dv_BGsK.swapaxes(1, 2), padding)
     return jnp.concatenate(dqs_BtHK, 1), dk_BSGK.astype(dtype), dv_BSGK.astype(dtype), None, None
 
 
 attention.defvjp(_attention_forward, _attention_backward)
 
 
-def _pieces(n_queries: int, n_keys: int) -> Iterator[tuple[slice, slice]]:
-    """Pieces of the queries, and of the keys that they may see."""
-    width = min(max(n_queries // 4, QUERIES[0]), QUERIES[1]) if n_queries == n_keys else n_queries
+def _query_chunks(n_queries: int, n_keys: int) -> Iterator[tuple[slice, slice]]:
+    """Yield chunks of the queries, each with the keys that it may see."""
+    least, most = QUERY_CHUNK
+    width = min(max(n_queries // 4, least), most) if n_queries == n_keys else n_queries
     for start in range(0, n_queries, width):
         end = min(start + width, n_queries)
         yield slice(start, end), slice(end if n_queries == n_keys else n_keys)
 
 
-def _mask_of(mask_BTS: Array, first_BT: Array | None, some: slice, seen: slice) -> Array:
-    """[B, t, s]: the mask of a piece of the queries and of the keys."""
-    mask_Bts = mask_BTS[:, some, seen]
+def _chunk_mask(mask_BTS: Array, first_BT: Array | None, queries: slice, keys: slice) -> Array:
+    """Return the mask [B, t, s] of a chunk of the queries and of the keys."""
+    mask_Bts = mask_BTS[:, queries, keys]
     if first_BT is None:
         return mask_Bts
-    return mask_Bts & (jnp.arange(mask_BTS.shape[2])[seen] >= first_BT[:, some, None])
+    return mask_Bts & (jnp.arange(mask_BTS.shape[2])[keys] >= first_BT[:, queries, None])
 
 
 def _heads_first(a_BTHK: Array, G: int) -> Array:
-    """[B, G, Q, K], Q: all tokens, head by head of those that share a key head."""
+    """Return [B, G, Q, K]; Q has, for each head that shares a key head, all tokens."""
     B, T, H, K = a_BTHK.shape
     return a_BTHK.reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4).reshape(B, G, -1, K)
 
 
 def _heads_last(a_BGQK: Array, like_BTHK: Array) -> Array:
+    """Return [B, T, H, K]; undo `_heads_first`."""
     B, T, H, K = like_BTHK.shape
     G = a_BGQK.shape[1]
     return a_BGQK.reshape(B, G, H // G, T, K).transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
 
 
-def _of_all_heads(mask_BTS: Array, q_BGQK: Array) -> Array:
-    """[B, Q, S]: the mask of the tokens for each of the heads that share a key head."""
+def _repeat_for_heads(mask_BTS: Array, q_BGQK: Array) -> Array:
+    """Return [B, Q, S]: the tokens' mask, repeated for the heads that share a key head."""
     return jnp.tile(mask_BTS, (1, q_BGQK.shape[2] // mask_BTS.shape[1], 1))

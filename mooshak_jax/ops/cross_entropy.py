@@ -1,15 +1,13 @@
 """Cross entropy and log-probabilities per token, with the logits of one chunk in memory.
 
-`cross_entropy` computes its gradients in the forward pass. The gradients of `token_log_probs` wait
-for those of its result. Both compute a chunk's logits twice: for the softmax's sum, and for the
-gradients.
+Mirror: mooshak_torch/ops/cross_entropy.py. `cross_entropy` computes its gradients in the forward
+pass. The gradients of `token_log_probs` depend on those of its result. Both compute a chunk's
+logits twice: for the normalizer of the softmax, and for the gradients.
 
 Chunks split the vocabulary, not the tokens as in torch: a chunk of an output head that is sharded
-over `fsdp` is gathered each time that it is used, and its gradient, complete at once, goes back to
-its shards; no device ever holds all of either.
-
-Shapes: B batch, T time, D model width, V vocabulary, which is S shards (`tensor`) of n chunks of C
-tokens.
+over `fsdp` is gathered for each use, and its gradient is complete at once and goes back to its
+shards, so that no device ever holds the full head or its full gradient.
+Shapes: B batch, T time, D model width, V vocabulary = S shards (`tensor`) x n chunks x C tokens.
 """
 
 from functools import partial
@@ -28,17 +26,17 @@ def cross_entropy(x_BTD: Array, w_DV: Array, labels_BT: Array, chunk: int) -> Ar
     """Return the sum of -log p(label) over the tokens, in nats; `IGNORE_INDEX` does not count.
 
     `x_BTD` are hidden states in the compute dtype and `w_DV` the output head, whose dtype (at least
-    float32) is that of the softmax and of the sum. As many logits are in memory at once as `chunk`
-    tokens have over the vocabulary. The caller divides by the number of labels.
+    float32) is that of the softmax and of the sum. At most `chunk` x V logits are in memory at
+    once. The caller divides by the number of labels.
     """
     return _sum_losses(_Chunks(x_BTD, w_DV, labels_BT, chunk))[0]
 
 
 def _sum_losses(chunks: "_Chunks") -> tuple[Array, Array]:
     """Return the sum, and the log-sum-exp of every token's logits [B, T]."""
-    log_z_BT, own_BT = chunks.log_z()
-    # Row by row: XLA would add up all tokens in one chain, at four times the rounding error.
-    losses_B = jnp.sum((log_z_BT - own_BT) * chunks.is_label_BT, axis=1)
+    log_z_BT, label_BT = chunks.log_z()
+    # Row by row: XLA would sum all tokens in one chain, with four times the rounding error.
+    losses_B = jnp.sum((log_z_BT - label_BT) * chunks.is_label_BT, axis=1)
     return jnp.sum(jax.lax.optimization_barrier(losses_B)), log_z_BT
 
 
@@ -64,8 +62,8 @@ cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 def token_log_probs(x_BTD: Array, w_DV: Array, labels_BT: Array, chunk: int) -> Array:
     """Return log p(label) [B, T] of every token in nats; 0 where the label is `IGNORE_INDEX`.
 
-    The arguments are those of `cross_entropy`, whose value is the sum with its sign changed; so is
-    the result's dtype. Differentiable once, for any gradient [B, T] of the result.
+    Arguments and dtype of the result are as in `cross_entropy`, whose value is the negated sum.
+    Differentiable once, for any gradient [B, T] of the result.
     """
     return _log_probs_forward(x_BTD, w_DV, labels_BT, chunk)[0]
 
@@ -74,8 +72,8 @@ def _log_probs_forward(
     x_BTD: Array, w_DV: Array, labels_BT: Array, chunk: int
 ) -> tuple[Array, tuple[Array, ...]]:
     chunks = _Chunks(x_BTD, w_DV, labels_BT, chunk)
-    log_z_BT, own_BT = chunks.log_z()
-    log_probs_BT = jnp.where(chunks.is_label_BT, own_BT - log_z_BT, 0)
+    log_z_BT, label_BT = chunks.log_z()
+    log_probs_BT = jnp.where(chunks.is_label_BT, label_BT - log_z_BT, 0)
     return constrain(log_probs_BT, "batch", None), (x_BTD, w_DV, labels_BT, log_z_BT)
 
 
@@ -92,7 +90,7 @@ token_log_probs.defvjp(_log_probs_forward, _log_probs_backward)
 
 
 class _Chunks:
-    """The logits in n chunks of the vocabulary, never more than one at a time."""
+    """Logits in n chunks of the vocabulary, one chunk in memory at a time."""
 
     def __init__(self, x_BTD: Array, w_DV: Array, labels_BT: Array, chunk: int):
         D, V = w_DV.shape
@@ -105,30 +103,33 @@ class _Chunks:
         self.S, self.dtype = S, w_DV.dtype
 
     def logits(self, w_DSC: Array, ids_SC: Array) -> tuple[Array, Array, Array]:
-        """Return the chunk of the head, its logits, and where the labels are among them."""
+        """Return the chunk of the head, its logits, and a mask of the labels among them."""
         narrow_DSC = gather(w_DSC, self.x_BTD.dtype, ("embed", "vocab", None))
         logits_BTSC = einsum("BTD,DSC->BTSC", self.x_BTD, narrow_DSC)
         return narrow_DSC, logits_BTSC, self.labels_BT[..., None, None] == ids_SC
 
     def log_z(self) -> tuple[Array, Array]:
-        """Return log-sum-exp of every token's logits, and its label's logit, [B, T] each."""
+        """Return log-sum-exp of every token's logits, and the label's logit, [B, T] each."""
 
         def add(carry: tuple, scanned: tuple[Array, Array]) -> tuple[tuple, None]:
-            """Sums of exponentials relative to the largest logit so far (arXiv:1805.02867)."""
-            largest_BTS, sum_BTS, own_BTS = carry
+            """Add a chunk to the sums of exponentials, relative to the maximum so far.
+
+            Online softmax (arXiv:1805.02867).
+            """
+            max_BTS, sum_BTS, label_BTS = carry
             _, logits_BTSC, is_label_BTSC = self.logits(*scanned)
-            new_BTS = jnp.maximum(largest_BTS, logits_BTSC.max(-1))
-            sum_BTS *= jnp.exp(largest_BTS - new_BTS)
+            new_BTS = jnp.maximum(max_BTS, logits_BTSC.max(-1))
+            sum_BTS *= jnp.exp(max_BTS - new_BTS)
             sum_BTS += jnp.exp(logits_BTSC - new_BTS[..., None]).sum(-1)
-            # A sum of one number and zeros: a sharded vocabulary cannot be indexed into.
-            own_BTS += jnp.where(is_label_BTSC, logits_BTSC, 0).sum(-1)
-            return (new_BTS, sum_BTS, own_BTS), None
+            # A sum of one logit and zeros: a sharded vocabulary cannot be indexed.
+            label_BTS += jnp.where(is_label_BTSC, logits_BTSC, 0).sum(-1)
+            return (new_BTS, sum_BTS, label_BTS), None
 
         zeros_BTS = jnp.zeros((*self.labels_BT.shape, self.S), self.dtype)
         start = (zeros_BTS - jnp.inf, zeros_BTS, zeros_BTS)
-        (largest_BTS, sum_BTS, own_BTS), _ = jax.lax.scan(add, start, self.scanned)
-        log_z_BT = jax.nn.logsumexp(largest_BTS + jnp.log(sum_BTS), axis=-1)
-        return log_z_BT, own_BTS.sum(-1)
+        (max_BTS, sum_BTS, label_BTS), _ = jax.lax.scan(add, start, self.scanned)
+        log_z_BT = jax.nn.logsumexp(max_BTS + jnp.log(sum_BTS), axis=-1)
+        return log_z_BT, label_BTS.sum(-1)
 
     def gradients(self, log_z_BT: Array, weights_BT: Array) -> tuple[Array, Array]:
         """Return the gradients of x [B, T, D] and w [D, V] of sum(-log p(label) weights)."""

@@ -1,8 +1,8 @@
-"""Matrix products of the model.
+"""Matrix products of the model, accumulated in at least float32.
 
-The gradients of `linear` are products in the same order of operands. Those that JAX derives swap
-them, and on a CPU XLA then makes a transposed copy of the wider one.
-Shapes stand in the names: B batch, T time, D width that is summed over.
+Mirror: mooshak_torch/ops/matmul.py. `linear` has custom gradients: in those that JAX derives the
+operands are swapped, and XLA for CPUs then copies the wider operand to transpose it.
+Shapes: B batch, T time, D contracted width; `...` the output axes, one or several.
 """
 
 from functools import partial
@@ -14,7 +14,7 @@ from jax import Array
 
 from mooshak_jax.distributed.sharding import Axes, constrain, gather
 
-# float32 means float32: a GPU would multiply in TF32 and a TPU in bfloat16 otherwise.
+# By default a GPU multiplies float32 matrices in TF32, a TPU in bfloat16.
 PRECISION = {
     "float64": jax.lax.Precision.HIGHEST,
     "float32": jax.lax.Precision.HIGHEST,
@@ -25,10 +25,11 @@ PRECISION = {
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def linear(x_BTD: Array, w: Array, b: Array | None, axes: Axes) -> Array:
-    """x W (+ b) in the dtype of x; W [D, *out] and b [*out] have these logical axes.
+    """Return x w (+ b), [B, T, *out], in the dtype of x, for w [D, *out] and b [*out].
 
-    What `fsdp` has cut is gathered here, and again for the gradients. Those of W and b are added
-    up, over tokens and devices, in the dtype of W: at least float32.
+    `axes` are the logical axes of w. Weights that are sharded over `fsdp` are gathered here, and
+    again for the gradients. The gradients of w and b are summed over tokens and devices in the
+    dtype of w, at least float32.
     """
     y = einsum("BTD,D...->BT...", x_BTD, gather(w, x_BTD.dtype, axes)).astype(x_BTD.dtype)
     return y if b is None else y + gather(b, x_BTD.dtype, axes[1:])
@@ -38,8 +39,8 @@ def _linear_forward(x_BTD: Array, w: Array, b: Array | None, axes: Axes) -> tupl
     return linear(x_BTD, w, b, axes), (x_BTD, w, b)
 
 
-def _linear_backward(axes: Axes, kept: Any, dy: Array) -> tuple[Array, Array, Array | None]:
-    x_BTD, w, b = kept
+def _linear_backward(axes: Axes, residuals: Any, dy: Array) -> tuple[Array, Array, Array | None]:
+    x_BTD, w, b = residuals
     out = "EFGH"[: w.ndim - 1]
     dx_BTD = einsum(f"BT{out},D{out}->BTD", dy, gather(w, dy.dtype, axes)).astype(dy.dtype)
     dw = constrain(einsum(f"BTD,BT{out}->D{out}", x_BTD, dy), *axes)
@@ -51,7 +52,7 @@ linear.defvjp(_linear_forward, _linear_backward)
 
 
 def einsum(equation: str, a: Array, b: Array) -> Array:
-    """einsum of two arrays of one dtype: bfloat16 is added up in float32, and rounded once."""
+    """Return the einsum of two arrays of one dtype, accumulated and returned in >= float32."""
     wide = jnp.promote_types(a.dtype, jnp.float32)
-    how: Any = {"precision": PRECISION[a.dtype.name], "preferred_element_type": wide}
-    return jnp.einsum(equation, a, b, **how)
+    options: Any = {"precision": PRECISION[a.dtype.name], "preferred_element_type": wide}
+    return jnp.einsum(equation, a, b, **options)

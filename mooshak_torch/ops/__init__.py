@@ -1,1 +1,1 @@
-"""Operations of the model, as functions of tensors; mirrored by mooshak_jax/ops."""
+"""Operations of the model, as functions of tensors. Mirror: mooshak_jax/ops."""

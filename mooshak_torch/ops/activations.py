@@ -1,9 +1,9 @@
-"""The elementwise parts of a layer, with no more kept for the backward pass than it needs.
+"""Elementwise operations of a layer that save little for the backward pass.
 
-Autograd by itself would keep a norm's input twice, silu of the gate, and the inputs of matrices
-that a norm or a gate gives again (docs/performance.md has what that saves).
-Shapes: B batch, T time, H heads, K head width; D the last of any, which is normed; gate and up have
-the same shape.
+Mirror: mooshak_jax/ops/activations.py. Plain autograd would save a norm's input twice, silu(gate),
+and matrix inputs that a norm or a gate can recompute (docs/performance.md has the memory saved).
+Shapes: B batch, T time, H heads, K head width; D the last axis, over which `rms_norm` normalizes;
+gate and up have the same shape.
 """
 
 from collections.abc import Callable
@@ -17,51 +17,56 @@ from torch.distributed.tensor import DTensor
 
 
 def rms_norm(x: Tensor, gain_D: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * gain (arXiv:1910.07467), in the dtype of the gain, cast once to that of x."""
+    """Return x / rms(x) * gain (arXiv:1910.07467), shape and dtype of x.
+
+    Computed in the dtype of the gain and rounded once.
+    """
     if torch.is_grad_enabled():
         return _RMSNorm.apply(x, gain_D, eps)
     return F.rms_norm(x.to(gain_D.dtype), gain_D.shape, gain_D, eps).to(x.dtype)
 
 
 def rotate(x_BTHK: Tensor, cos_BT1K: Tensor, sin_BT1K: Tensor) -> Tensor:
-    """x cos + (x with its halves exchanged) sin, in the dtype of the tables (arXiv:2104.09864).
+    """Return x rotated by its position's angles (arXiv:2104.09864), shape and dtype of x.
 
-    The first half of `sin_BT1K` is negative.
+    x cos + swap(x) sin, where swap exchanges the halves of the last axis and the first half of
+    `sin_BT1K` is negated. Computed in the dtype of the tables.
     """
     if torch.is_grad_enabled():
-        return _Rotation.apply(x_BTHK, cos_BT1K, sin_BT1K)
-    return _rotated(x_BTHK, cos_BT1K, sin_BT1K)
+        return _Rotate.apply(x_BTHK, cos_BT1K, sin_BT1K)
+    return _rotate(x_BTHK, cos_BT1K, sin_BT1K)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up (arXiv:2002.05202)."""
+    """Return silu(gate) * up (arXiv:2002.05202), shape and dtype of gate."""
     return _SwiGLU.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate).mul_(up)
 
 
 def recompute_in_backward(
     result: Tensor, make: Callable[[], Tensor], when: bool = True
 ) -> AbstractContextManager:
-    """Inside the block autograd keeps `make` instead of `result`, which it gives again.
+    """Recompute `result` in the backward pass of the operations inside the block.
 
-    Not for a block that something else decides about: `torch.utils.checkpoint`, `torch.compile`.
+    Autograd saves `make` and calls it instead of saving `result`. Not for a block under
+    `torch.utils.checkpoint` or `torch.compile`, which decide themselves what to recompute.
     """
     if not (when and torch.is_grad_enabled()):
         return nullcontext()
     storage = result.untyped_storage()._cdata
 
-    def pack(kept: Tensor) -> Any:
-        local = kept.to_local() if isinstance(kept, DTensor) else kept
+    def pack(saved: Tensor) -> Any:
+        local = saved.to_local() if isinstance(saved, DTensor) else saved
         if local.untyped_storage()._cdata != storage:
-            # What an operation keeps of its own result must not keep the operation.
-            return kept if kept.is_leaf else kept.detach()
+            # Detached: a result that its own operation saves would form a reference cycle.
+            return saved if saved.is_leaf else saved.detach()
         shape = local.shape
-        if not isinstance(kept, DTensor):
+        if not isinstance(saved, DTensor):
             return lambda: make().view(shape)
-        mesh, placements = kept.device_mesh, kept.placements
+        mesh, placements = saved.device_mesh, saved.placements
         return lambda: DTensor.from_local(make().view(shape), mesh, placements)
 
-    def unpack(kept: Any) -> Tensor:
-        return kept if isinstance(kept, Tensor) else kept()
+    def unpack(packed: Any) -> Tensor:
+        return packed if isinstance(packed, Tensor) else packed()
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
@@ -80,27 +85,27 @@ class _RMSNorm(torch.autograd.Function):
         dy, normed = grads[0].to(gain_D.dtype), x.to(gain_D.dtype) * scale
         product = dy * normed
         dgain_D = product.flatten(0, -2).sum(0)
-        along = product.mul_(gain_D).mean(-1, keepdim=True)
-        dx = (dy * gain_D).sub_(normed.mul_(along)).mul_(scale)
+        mean = product.mul_(gain_D).mean(-1, keepdim=True)
+        dx = (dy * gain_D).sub_(normed.mul_(mean)).mul_(scale)
         return dx.to(x.dtype), dgain_D, None
 
 
-class _Rotation(torch.autograd.Function):
+class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BTHK: Tensor, cos_BT1K: Tensor, sin_BT1K: Tensor) -> Tensor:
         ctx.save_for_backward(cos_BT1K, sin_BT1K)
-        return _rotated(x_BTHK, cos_BT1K, sin_BT1K)
+        return _rotate(x_BTHK, cos_BT1K, sin_BT1K)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         cos_BT1K, sin_BT1K = ctx.saved_tensors
-        return _rotated(grads[0], cos_BT1K, -sin_BT1K), None, None
+        return _rotate(grads[0], cos_BT1K, -sin_BT1K), None, None
 
 
-def _rotated(x_BTHK: Tensor, cos_BT1K: Tensor, sin_BT1K: Tensor) -> Tensor:
+def _rotate(x_BTHK: Tensor, cos_BT1K: Tensor, sin_BT1K: Tensor) -> Tensor:
     wide_BTHK = x_BTHK.to(cos_BT1K.dtype)
-    exchanged_BTHK = wide_BTHK.roll(wide_BTHK.shape[-1] // 2, -1)
-    return exchanged_BTHK.mul_(sin_BT1K).addcmul_(wide_BTHK, cos_BT1K).to(x_BTHK.dtype)
+    swapped_BTHK = wide_BTHK.roll(wide_BTHK.shape[-1] // 2, -1)
+    return swapped_BTHK.mul_(sin_BT1K).addcmul_(wide_BTHK, cos_BT1K).to(x_BTHK.dtype)
 
 
 class _SwiGLU(torch.autograd.Function):

@@ -2,7 +2,7 @@
 
 Mirror: mooshak_jax/ops/attention.py.
 Shapes: B batch, T time, S time of the keys, H query heads, G key/value heads, K head width; t the
-time of one document, N = B x T tokens.
+time of one document; n documents.
 """
 
 import torch
@@ -12,14 +12,16 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 
 def attention(
-    q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask_B1TS: Tensor | None = None
+    q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask_BTS: Tensor | None = None
 ) -> Tensor:
-    """Return softmax(q k^T / sqrt(K)) v, [B, T, H, K]; the mask is causal unless one is given.
+    """Return softmax(q k^T / sqrt(K)) v, [B, T, H, K], causal unless a mask is given.
 
-    Without a mask a single query sees all keys.
+    The mask is boolean (True: the query sees the key), or is added to the scores. Without a mask a
+    single query sees all keys.
     """
     q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BSGK, v_BSGK))
-    grouped, causal = q.shape[1] != k.shape[1], mask_B1TS is None and q.shape[2] > 1
+    grouped, causal = q.shape[1] != k.shape[1], mask_BTS is None and q.shape[2] > 1
+    mask_B1TS = None if mask_BTS is None else mask_BTS.unsqueeze(1)
     out_BHTK = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask_B1TS, is_causal=causal, enable_gqa=grouped
     )
@@ -34,27 +36,25 @@ def document_attention(
     A document is a run of equal integers in a row of `segments_BT`. A token sees itself and the
     tokens before it in its document, at most `window` tokens altogether.
     """
-    # On a CPU a call per document is faster than even the causal mask: no score is computed across
-    # documents. Reading the lengths would make the host wait for an accelerator and break a
-    # compiled graph: those get a boolean mask.
+    # On a CPU one call per document is faster than one causal call for the row: scores across
+    # documents are never computed. On an accelerator, reading the lengths would make the host wait,
+    # and in a compiled graph it would break the graph: both use a boolean mask.
     if segments_BT.device.type != "cpu" or torch.compiler.is_compiling():
-        mask_BTT = _document_mask(segments_BT, window)
-        return attention(q_BTHK, k_BTGK, v_BTGK, mask_BTT.unsqueeze(1))
+        return attention(q_BTHK, k_BTGK, v_BTGK, _document_mask(segments_BT, window))
     lengths = _document_lengths(segments_BT)
-    # Not by slices: the gradient of each would be as large as the batch.
-    parts = (x.flatten(0, 1).split(lengths) for x in (q_BTHK, k_BTGK, v_BTGK))
+    # `split`, not slices: the gradient of each slice would be as large as the batch.
+    documents = (x.flatten(0, 1).split(lengths) for x in (q_BTHK, k_BTGK, v_BTGK))
     outs_1tHK = []
-    for q_tHK, k_tGK, v_tGK in zip(*parts, strict=True):
-        mask_11tt = None
+    for q_tHK, k_tGK, v_tGK in zip(*documents, strict=True):
+        mask_1tt = None
         if window is not None and window < len(q_tHK):
-            one_1t = segments_BT.new_zeros(1, len(q_tHK))
-            mask_11tt = _document_mask(one_1t, window).unsqueeze(1)
-        outs_1tHK.append(attention(q_tHK[None], k_tGK[None], v_tGK[None], mask_11tt))
+            mask_1tt = _document_mask(segments_BT.new_zeros(1, len(q_tHK)), window)
+        outs_1tHK.append(attention(q_tHK[None], k_tGK[None], v_tGK[None], mask_1tt))
     return torch.cat(outs_1tHK, 1).view_as(q_BTHK)
 
 
 def _document_mask(segments_BT: Tensor, window: int | None = None) -> Tensor:
-    """[B, T, T]: which keys each token sees."""
+    """Return a mask [B, T, T], True where a query sees a key; see `document_attention`."""
     index_T = torch.arange(segments_BT.shape[1], device=segments_BT.device)
     first_BT = index_T.where(_document_starts(segments_BT), 0).cummax(1).values
     if window is not None:
@@ -63,15 +63,15 @@ def _document_mask(segments_BT: Tensor, window: int | None = None) -> Tensor:
 
 
 def _document_starts(segments_BT: Tensor) -> Tensor:
-    """[B, T]: whether a token is the first of its document."""
+    """Return a mask [B, T], True for the first token of each document."""
     first_B1 = torch.ones_like(segments_BT[:, :1], dtype=torch.bool)
     return torch.cat((first_B1, segments_BT[:, 1:] != segments_BT[:, :-1]), 1)
 
 
 def _document_lengths(segments_BT: Tensor) -> list[int]:
-    """Lengths of all documents, row by row."""
+    """Return the length of every document, row by row."""
     if isinstance(segments_BT, FakeTensor):
-        # Without values (mooshak_torch.plan): one document a row, which costs the most.
+        # mooshak_torch.plan has no values: assume one document per row, the largest memory.
         return [segments_BT.shape[1]] * len(segments_BT)
     starts_n = _document_starts(segments_BT).flatten().nonzero().flatten()
     lengths: list[int] = starts_n.diff(append=starts_n.new_tensor([segments_BT.numel()])).tolist()

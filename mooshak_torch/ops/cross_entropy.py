@@ -1,9 +1,10 @@
 """Cross entropy and log-probabilities per token, with the logits of one chunk of tokens in memory.
 
-`cross_entropy` computes its gradients in the forward pass, from the same logits. The gradients of
-`token_log_probs` wait for those of its result: the backward pass recomputes the logits.
-Shapes: B batch, T time, C positions of a chunk, N = B x C tokens, D model width, V vocabulary, or
-this process's rows of a head that is sharded by vocabulary.
+Mirror: mooshak_jax/ops/cross_entropy.py. `cross_entropy` computes its gradients in the forward
+pass, from the same logits. The gradients of `token_log_probs` depend on those of its result: its
+backward pass recomputes the logits.
+Shapes: B batch, T time, C positions of a chunk, N = B x C tokens, D model width, V vocabulary (with
+a head sharded by vocabulary, this process's rows).
 """
 
 from collections.abc import Iterator
@@ -19,18 +20,18 @@ from mooshak.data.packing import IGNORE_INDEX
 from mooshak_torch.ops.matmul import matmul
 
 HEAD_ROWS = 2048
-"""Rows of the head whose gradient from a chunk is computed at once."""
+"""Rows of the head whose gradient from a chunk is computed in one matrix product."""
 
 
 class FusedLinearCrossEntropy(nn.Module):
-    """The output head and the loss in one module: FSDP gathers the head for its forward pass."""
+    """Output head and loss in one module, so that FSDP gathers the head for the forward pass."""
 
     def __init__(self, head: nn.Module, chunk: int):
         super().__init__()
         self.head, self.chunk = head, chunk
 
     def forward(self, x_BTD: Tensor, labels_BT: Tensor, per_token: bool = False) -> Tensor:
-        """Return the `cross_entropy`, or the `token_log_probs` [B, T], of the labels in nats."""
+        """Return `cross_entropy` (a scalar), or `token_log_probs` [B, T], of the labels."""
         weight_VD = self.head.weight
         assert isinstance(weight_VD, Tensor)
         compute = token_log_probs if per_token else cross_entropy
@@ -44,8 +45,8 @@ def cross_entropy(x_BTD: Tensor, w_VD: Tensor, labels_BT: Tensor, chunk: int) ->
     float32) is that of the softmax and of the sum. `chunk` is the number of tokens whose logits are
     in memory at once. The caller divides by the number of labels.
 
-    Where the head is a DTensor, every process has the logits of its part of the vocabulary, and the
-    gradient of `x_BTD` that they give: the processes' gradients are to be added.
+    With a DTensor head each process has the logits of its rows of the vocabulary and the gradient
+    of `x_BTD` from these logits: the caller sums the gradients over the processes.
     """
     w_VD, group, first = _local_head(w_VD)
     step = max(1, chunk // len(x_BTD))
@@ -55,9 +56,8 @@ def cross_entropy(x_BTD: Tensor, w_VD: Tensor, labels_BT: Tensor, chunk: int) ->
 def token_log_probs(x_BTD: Tensor, w_VD: Tensor, labels_BT: Tensor, chunk: int) -> Tensor:
     """Return log p(label) [B, T] of every token in nats; 0 where the label is `IGNORE_INDEX`.
 
-    The arguments are those of `cross_entropy`, whose value is the sum with its sign changed; so are
-    the result's dtype and the gradients of a head that is a DTensor. Differentiable once, for any
-    gradient [B, T] of the result.
+    Arguments, dtype of the result and the gradients with a DTensor head are as in `cross_entropy`,
+    whose value is the negated sum. Differentiable once, for any gradient [B, T] of the result.
     """
     w_VD, group, first = _local_head(w_VD)
     step = max(1, chunk // len(x_BTD))
@@ -65,7 +65,7 @@ def token_log_probs(x_BTD: Tensor, w_VD: Tensor, labels_BT: Tensor, chunk: int) 
 
 
 def _local_head(w_VD: Tensor) -> tuple[Tensor, dist.ProcessGroup | None, int]:
-    """Return this process's rows, the processes that have all rows, and the first row's number."""
+    """Return this process's rows, the group that holds all rows, and the index of the first row."""
     if not isinstance(w_VD, DTensor):
         return w_VD, None, 0
     group, w_VD = w_VD.device_mesh.get_group(), w_VD.to_local()
@@ -96,7 +96,7 @@ class _CrossEntropy(torch.autograd.Function):
                 d_NV = _logit_gradients(logits_NV, log_z_N1, chunk).mul_(chunk.is_label_N1)
                 _add_gradients(d_NV, narrow_VD, chunk, dx_BTD, dw_VD)
                 del d_NV
-            del logits_NV  # Before the next chunk's are computed.
+            del logits_NV  # Free it before the next chunk's logits.
         if differentiate:
             ctx.save_for_backward(dx_BTD, dw_VD)
         return total
@@ -104,7 +104,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dx_BTD, dw_VD = ctx.saved_tensors
-        # In place: PyTorch refuses to go backward through it a second time.
+        # In place: PyTorch raises an error on a second backward pass through this node.
         return dx_BTD.mul_(grads[0]), dw_VD.mul_(grads[0]), None, None, None, None
 
 
@@ -124,9 +124,9 @@ class _TokenLogProbs(torch.autograd.Function):
         for chunk in _chunks(x_BTD, w_VD, labels_BT, step, first):
             logits_NV = matmul(chunk.x_ND, narrow_VD.T).to(w_VD.dtype)
             log_probs_N1, log_z_N1 = _log_probs(logits_NV, chunk, group)
-            log_probs_BT[:, chunk.where] = log_probs_N1.view(len(x_BTD), -1)
-            log_z_BT[:, chunk.where] = log_z_N1.view(len(x_BTD), -1)
-            del logits_NV  # Before the next chunk's are computed.
+            log_probs_BT[:, chunk.positions] = log_probs_N1.view(len(x_BTD), -1)
+            log_z_BT[:, chunk.positions] = log_z_N1.view(len(x_BTD), -1)
+            del logits_NV  # Free it before the next chunk's logits.
         ctx.save_for_backward(x_BTD, w_VD, labels_BT, log_z_BT)
         ctx.step, ctx.first = step, first
         return log_probs_BT
@@ -138,65 +138,66 @@ class _TokenLogProbs(torch.autograd.Function):
         dx_BTD, dw_VD = torch.empty_like(x_BTD), torch.zeros_like(w_VD)
         narrow_VD = w_VD.to(x_BTD.dtype)
         for chunk in _chunks(x_BTD, w_VD, labels_BT, ctx.step, ctx.first):
-            log_z_N1, grad_N1 = (a[:, chunk.where].reshape(-1, 1) for a in (log_z_BT, grads[0]))
+            log_z_N1, grad_N1 = (a[:, chunk.positions].reshape(-1, 1) for a in (log_z_BT, grads[0]))
             logits_NV = matmul(chunk.x_ND, narrow_VD.T).to(w_VD.dtype)
             d_NV = _logit_gradients(logits_NV, log_z_N1, chunk)
             d_NV.mul_(-grad_N1.where(chunk.is_label_N1, 0))
             _add_gradients(d_NV, narrow_VD, chunk, dx_BTD, dw_VD)
-            del logits_NV, d_NV  # Before the next chunk's are computed.
+            del logits_NV, d_NV  # Free it before the next chunk's logits.
         return dx_BTD, dw_VD, None, None, None, None
 
 
 class _Chunk(NamedTuple):
     """Tokens whose logits are computed at once."""
 
-    where: slice
-    """Their positions."""
+    positions: slice
+    """Slice of the time axis."""
     x_ND: Tensor
     is_label_N1: Tensor
     """False for `IGNORE_INDEX`."""
     rows_N1: Tensor
-    """The labels as rows of this process's part of the head, 0 where `is_here_N1` is False."""
+    """The labels as row indices of this process's part of the head, 0 unless `is_here_N1`."""
     is_here_N1: Tensor
 
 
 def _chunks(
     x_BTD: Tensor, w_VD: Tensor, labels_BT: Tensor, step: int, first: int
 ) -> Iterator[_Chunk]:
-    """Yield chunks of `step` positions; `w_VD` are the rows of the head from `first` on."""
+    """Yield chunks of `step` positions; `first` is the index of the first row of `w_VD`."""
     for start in range(0, x_BTD.shape[1], step):
-        where = slice(start, start + step)
-        labels_N1 = labels_BT[:, where].reshape(-1, 1)
+        positions = slice(start, start + step)
+        labels_N1 = labels_BT[:, positions].reshape(-1, 1)
         is_label_N1 = labels_N1 != IGNORE_INDEX
         rows_N1 = labels_N1.where(is_label_N1, 0) - first
         is_here_N1 = (rows_N1 >= 0) & (rows_N1 < len(w_VD))
         rows_N1 = rows_N1.where(is_here_N1, 0)
-        yield _Chunk(where, x_BTD[:, where].flatten(0, 1), is_label_N1, rows_N1, is_here_N1)
+        x_ND = x_BTD[:, positions].flatten(0, 1)
+        yield _Chunk(positions, x_ND, is_label_N1, rows_N1, is_here_N1)
 
 
 def _log_probs(
     logits_NV: Tensor, chunk: _Chunk, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor]:
-    """Return the labels' log-probabilities, and log-sum-exp of the logits, [N, 1] each."""
-    # Few rows at a time: PyTorch makes a copy of what it sums up.
+    """Return the labels' log-probabilities and the log-sum-exp of the logits, [N, 1] each."""
+    # 64 rows at a time: `logsumexp` makes a copy of its input.
     log_z_N1 = torch.cat([rows.logsumexp(1, keepdim=True) for rows in logits_NV.split(64)])
-    chosen_N1 = logits_NV.gather(1, chunk.rows_N1).where(chunk.is_here_N1, 0)
+    label_N1 = logits_NV.gather(1, chunk.rows_N1).where(chunk.is_here_N1, 0)
     if group is not None:
-        log_z_N1, chosen_N1 = _over_vocabulary(log_z_N1, chosen_N1, group)
-    return (chosen_N1 - log_z_N1).where(chunk.is_label_N1, 0), log_z_N1
+        log_z_N1, label_N1 = _over_vocabulary(log_z_N1, label_N1, group)
+    return (label_N1 - log_z_N1).where(chunk.is_label_N1, 0), log_z_N1
 
 
 def _over_vocabulary(
-    log_z_N1: Tensor, chosen_N1: Tensor, group: dist.ProcessGroup
+    log_z_N1: Tensor, label_N1: Tensor, group: dist.ProcessGroup
 ) -> tuple[Tensor, Tensor]:
-    """Return log-sum-exp and chosen logit of the full vocabulary from those of its parts."""
+    """Return log-sum-exp and label's logit over the full vocabulary, from those of its shards."""
     parts_n2N1 = log_z_N1.new_empty(group.size(), 2, *log_z_N1.shape)
-    dist.all_gather_single(parts_n2N1.flatten(0, 1), torch.stack((log_z_N1, chosen_N1)), group)
+    dist.all_gather_single(parts_n2N1.flatten(0, 1), torch.stack((log_z_N1, label_N1)), group)
     return parts_n2N1[:, 0].logsumexp(0), parts_n2N1[:, 1].sum(0)
 
 
 def _logit_gradients(logits_NV: Tensor, log_z_N1: Tensor, chunk: _Chunk) -> Tensor:
-    """Return d -log p(label) / d logits = softmax - one_hot(label), in the logits' memory."""
+    """Return d -log p(label) / d logits = softmax - one_hot(label), overwriting the logits."""
     d_NV = logits_NV.sub_(log_z_N1).exp_()
     return d_NV.scatter_add_(1, chunk.rows_N1, -chunk.is_here_N1.to(d_NV.dtype))
 
@@ -204,9 +205,9 @@ def _logit_gradients(logits_NV: Tensor, log_z_N1: Tensor, chunk: _Chunk) -> Tens
 def _add_gradients(
     d_NV: Tensor, narrow_VD: Tensor, chunk: _Chunk, dx_BTD: Tensor, dw_VD: Tensor
 ) -> None:
-    """Set the chunk's positions of `dx_BTD`, and add to `dw_VD`, from gradients of the logits."""
+    """Set the chunk's part of `dx_BTD` and add to `dw_VD`, from the gradients of the logits."""
     d_NV = d_NV.to(narrow_VD.dtype)
-    dx_BTD[:, chunk.where] = matmul(d_NV, narrow_VD).unflatten(0, (len(dx_BTD), -1))
+    dx_BTD[:, chunk.positions] = matmul(d_NV, narrow_VD).unflatten(0, (len(dx_BTD), -1))
     for start in range(0, len(dw_VD), HEAD_ROWS):
         rows = slice(start, start + HEAD_ROWS)
         dw_VD[rows] += matmul(d_NV[:, rows].T, chunk.x_ND).to(dw_VD.dtype)

@@ -1,9 +1,9 @@
-"""Matrix products of the model. In float32 on AMD's processors they are oneDNN's.
+"""Matrix products of the model; float32 products on AMD CPUs use oneDNN.
 
-PyTorch comes with two libraries for them and takes MKL, which leaves the AVX-512 units of
-processors unused that are not Intel's: oneDNN is twice as fast there. On Intel's processors MKL is
-the faster one (docs/performance.md). Both sum in float32.
-Shapes: N rows, I width that is summed over, O width that comes out.
+Mirror: mooshak_jax/ops/matmul.py. PyTorch ships MKL and oneDNN and calls MKL, which does not use
+the AVX-512 units of CPUs that are not Intel's: oneDNN is twice as fast there. On Intel CPUs MKL is
+faster (docs/performance.md). Both accumulate in float32.
+Shapes: N rows, I contracted width, O output width.
 """
 
 import copy
@@ -21,35 +21,35 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def linear(x: Tensor, w_OI: Tensor) -> Tensor:
-    """x w^T, [..., O], of x [..., I] in the same dtype."""
+    """Return x w^T, [..., O], for x [..., I] and w of one dtype. Differentiable."""
     if not _by_onednn(x, w_OI):
         return F.linear(x, w_OI)
     return _Linear.apply(x, w_OI) if torch.is_grad_enabled() else _onednn(x, w_OI)
 
 
 def matmul(a_NI: Tensor, b_IO: Tensor) -> Tensor:
-    """a b. Either may be a transposed view. Not differentiable."""
+    """Return a b, [N, O]; either may be a transposed view. Not differentiable with oneDNN."""
     if _by_onednn(a_NI, b_IO):
         return _onednn(a_NI, b_IO.T)
     return a_NI @ b_IO
 
 
 MIN_PACKED_ROWS, MIN_PACKED_TOKENS = 4, 32
-"""Sequences and new tokens from which packing pays (docs/performance.md)."""
+"""Fewest sequences and new tokens for which packing pays off (docs/performance.md)."""
 MAX_PACKED_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
-"""Larger weights are not packed: a quarter of the machine's memory."""
+"""Largest weights that are packed: a quarter of the machine's memory."""
 
 
 def pack_weights_for_decode(model: M, weights: Iterable[Tensor], n_rows: int, n_tokens: int) -> M:
     """Return a model that decodes `n_tokens` of `n_rows` sequences: a packed copy, or `model`.
 
-    The copy has the matrices `weights` [O, I] in oneDNN's blocked layout and shares everything
-    else. It takes the memory of these matrices once more, computes no gradients, and does not see
-    later changes of `model`: use it for one decoding and drop it. `model` is not changed.
+    The copy has the matrices `weights` [O, I] in oneDNN's blocked layout and shares all other
+    tensors. It needs memory for a second copy of these matrices, computes no gradients, and does
+    not follow later changes of `model`: use it for one decoding. `model` is not changed.
 
-    `model` itself is returned where packing does not pay or cannot be: few sequences or tokens, a
-    GPU, an Intel CPU, another dtype than float32, a sharded model, weights of more than a quarter
-    of the machine's memory.
+    `model` itself is returned where packing does not pay off or is not possible: few sequences or
+    tokens, a GPU, an Intel CPU, another dtype than float32, a sharded model, or weights of more
+    than a quarter of the machine's memory.
     """
     weights = list(weights)
     few = n_rows < MIN_PACKED_ROWS or n_tokens < MIN_PACKED_TOKENS
@@ -62,7 +62,7 @@ def pack_weights_for_decode(model: M, weights: Iterable[Tensor], n_rows: int, n_
 
 
 def _replace_parameters(module: M, new: dict[int, Tensor]) -> M:
-    """Return a copy of a module that has the tensors `new` instead of parameters of these ids."""
+    """Return a copy of a module with the parameters of these ids replaced by the tensors `new`."""
     result = copy.copy(module)
     parameters: dict[str, Any] = {n: new.get(id(p), p) for n, p in module._parameters.items()}
     children = {n: m and _replace_parameters(m, new) for n, m in module._modules.items()}
@@ -83,14 +83,14 @@ class _Linear(torch.autograd.Function):
         dx_NI = matmul(dy_NO, w_OI) if ctx.needs_input_grad[0] else None
         dw_OI = None
         if ctx.needs_input_grad[1]:
-            # oneDNN copies a first operand that is transposed: the narrower one.
+            # oneDNN copies a transposed first operand: make that the narrower one.
             wide = len(w_OI) > w_OI.shape[1]
             dw_OI = matmul(x_NI.T, dy_NO).T if wide else matmul(dy_NO.T, x_NI)
         return dx_NI if dx_NI is None else dx_NI.view_as(x), dw_OI
 
 
 def onednn_is_faster() -> bool:
-    """Whether PyTorch has oneDNN beside MKL, on a processor that is not Intel's."""
+    """Return whether PyTorch has both oneDNN and MKL on a CPU that is not Intel's."""
     intel = "Intel" in torch.cpu.get_capabilities().get("cpu_name", "")
     return torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available() and not intel
 
@@ -99,7 +99,7 @@ ONEDNN = onednn_is_faster()
 
 
 def _by_onednn(*tensors: Tensor) -> bool:
-    for t in tensors:  # It is asked for every product of a token: no generator.
+    for t in tensors:  # Not `any(...)`: called for every product of a token, a generator is slower.
         if not t.is_cpu or t.dtype is not torch.float32 or isinstance(t, DTensor):
             return False
     return ONEDNN
@@ -112,8 +112,8 @@ def _onednn(x: Tensor, w_OI: Tensor) -> Tensor:
     return result
 
 
-# Inductor knows oneDNN's operator and refuses it where weights are no constants; it calls one that
-# it does not know as it stands.
+# Inductor has a lowering of oneDNN's operator that requires constant weights. An operator that it
+# does not know is called as it is.
 @torch.library.custom_op("mooshak::linear", mutates_args=())
 def _opaque(x: Tensor, w_OI: Tensor) -> Tensor:
     result: Tensor = torch.ops.mkldnn._linear_pointwise(x, w_OI, None, "none", [], "")

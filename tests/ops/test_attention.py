@@ -43,7 +43,7 @@ def test_values_and_gradients_are_those_of_all_at_once(
     window: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "QUERIES", queries)
+    monkeypatch.setattr(module, "QUERY_CHUNK", queries)
     draw = np.random.default_rng(0).normal
     with jax.enable_x64(True):
         q, k, v, out = (
@@ -167,11 +167,11 @@ def test_document_attention_is_attention_under_its_mask(
     queries: tuple[int, int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "QUERIES", queries)
+    monkeypatch.setattr(module, "QUERY_CHUNK", queries)
     qkv, out, segments = draw(17, heads, groups)
     back_TT = np.arange(17)[:, None] - np.arange(17)
     same_BTT = segments[:, :, None] == segments[:, None]
-    mask = torch.tensor(same_BTT & (back_TT >= 0) & (back_TT < (window or 17))).unsqueeze(1)
+    mask = torch.tensor(same_BTT & (back_TT >= 0) & (back_TT < (window or 17)))
     expected = torch_grads(lambda *a: torch_module.attention(*a, mask), qkv, out)
     ours = torch_grads(
         lambda *a: torch_module.document_attention(*a, torch.tensor(segments), window), qkv, out

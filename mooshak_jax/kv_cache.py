@@ -1,0 +1,70 @@
+"""Key/value cache of one layer. Mirror: mooshak_torch/kv_cache.py.
+
+Shapes: B rows, S slots, T time of a call, G key/value heads, K head width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["k_BSGK", "v_BSGK", "lengths"],
+    meta_fields=["written"],
+)
+@dataclass
+class KVCache:
+    """Keys and values of one layer, [B, S, G, K] each; slot s holds those of position s.
+
+    The positions of a call are consecutive. In each row they start at its length, or below: then
+    they overwrite the slots of earlier calls. Masks come from positions: a query at position p sees
+    slots 0 .. p (within the window), never the older contents of later slots.
+    """
+
+    k_BSGK: Array
+    v_BSGK: Array
+    lengths: Array
+    """Number of tokens in each row, [B]: the last position of the latest call, plus one."""
+    written: bool = False
+    """False while all rows are empty. Static: a count would compile one step for each value."""
+
+    def update(self, k_BTGK: Array, v_BTGK: Array, positions_BT: Array) -> "KVCache":
+        """Write keys and values at their positions. Returns the new cache."""
+        rows_B1 = jnp.arange(len(positions_BT))[:, None]
+        k_BSGK = self.k_BSGK.at[rows_B1, positions_BT].set(k_BTGK)
+        v_BSGK = self.v_BSGK.at[rows_B1, positions_BT].set(v_BTGK)
+        lengths = (positions_BT[:, -1] + 1).astype(self.lengths.dtype)
+        return KVCache(k_BSGK, v_BSGK, lengths, written=True)
+
+    def visible_slots(self, n_tokens: int) -> int:
+        """Return how many slots a call with `n_tokens` tokens per row attends to: all of them.
+
+        A number that depends on the tokens so far would compile one step for each value.
+        """
+        return self.k_BSGK.shape[1]
+
+    def select(self, rows: Sequence[int] | Array) -> "KVCache":
+        """Reorder, repeat or drop rows: row i becomes the old row rows[i].
+
+        Returns the new cache.
+        """
+        rows_B = jnp.asarray(rows)
+        k_BSGK, v_BSGK = self.k_BSGK[rows_B], self.v_BSGK[rows_B]
+        return KVCache(k_BSGK, v_BSGK, self.lengths[rows_B], self.written)
+
+    def truncate(self, lengths: Sequence[int] | Array) -> "KVCache":
+        """Drop the tokens of each row beyond its new length, [B]; shorter rows are unchanged.
+
+        Returns the new cache.
+        """
+        lengths_B = jnp.asarray(lengths, self.lengths.dtype)
+        # Inside a compiled function the lengths are unknown: `written` may then stay true for an
+        # empty cache, whose slots the masks hide.
+        known = not isinstance(lengths_B, jax.core.Tracer)
+        written = self.written and not (known and not lengths_B.any())
+        return replace(self, lengths=jnp.minimum(self.lengths, lengths_B), written=written)

@@ -1,0 +1,71 @@
+"""Key/value cache of one layer. Mirror: mooshak_jax/kv_cache.py.
+
+Shapes: B rows, S slots, T time of a call, G key/value heads, K head width.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """Keys and values of one layer, [B, S, G, K] each; slot s holds those of position s.
+
+    The positions of a call are consecutive. In each row they start at its length, or below: then
+    they overwrite the slots of earlier calls. Masks come from positions: a query at position p sees
+    slots 0 .. p (within the window), never the older contents of later slots.
+    """
+
+    k_BSGK: Tensor
+    v_BSGK: Tensor
+    written: int
+    """No row has more tokens. On the host: reading `lengths` would wait for a GPU."""
+
+    def __init__(self, k_BSGK: Tensor, v_BSGK: Tensor, lengths: Tensor, written: int = 0):
+        self.k_BSGK, self.v_BSGK = k_BSGK, v_BSGK
+        self.lengths, self.written = lengths, written
+        self._rows_B1 = torch.arange(len(lengths), device=lengths.device).unsqueeze(1)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Number of tokens in each row, [B]: the last position of the latest call, plus one."""
+        return self._last_BT[:, -1] + 1
+
+    @lengths.setter
+    def lengths(self, lengths_B: Tensor) -> None:
+        self._last_BT = lengths_B.unsqueeze(1) - 1
+
+    def update(self, k_BTGK: Tensor, v_BTGK: Tensor, positions_BT: Tensor) -> "KVCache":
+        """Write keys and values at their positions, in place. Returns this cache."""
+        self.k_BSGK[self._rows_B1, positions_BT] = k_BTGK
+        self.v_BSGK[self._rows_B1, positions_BT] = v_BTGK
+        # `lengths` is computed when it is read: decoding does not need it.
+        self._last_BT = positions_BT
+        self.written = self.visible_slots(positions_BT.shape[1])
+        return self
+
+    def visible_slots(self, n_tokens: int) -> int:
+        """Return how many slots a call with `n_tokens` tokens per row attends to: those in use."""
+        return min(self.written + n_tokens, self.k_BSGK.shape[1])
+
+    def select(self, rows: Sequence[int] | Tensor) -> "KVCache":
+        """Reorder, repeat or drop rows, in place: row i becomes the old row rows[i].
+
+        Returns this cache.
+        """
+        rows_B = torch.as_tensor(rows, device=self.k_BSGK.device)
+        self.k_BSGK, self.v_BSGK = self.k_BSGK[rows_B], self.v_BSGK[rows_B]
+        self.lengths = self.lengths[rows_B]
+        self._rows_B1 = torch.arange(len(rows_B), device=rows_B.device).unsqueeze(1)
+        return self
+
+    def truncate(self, lengths: Sequence[int] | Tensor) -> "KVCache":
+        """Drop the tokens of each row beyond its new length, [B]; shorter rows are unchanged.
+
+        Returns this cache.
+        """
+        lengths_B = torch.as_tensor(lengths)
+        self.written = min(self.written, int(lengths_B.max()))
+        self.lengths = torch.minimum(self.lengths, lengths_B.to(self.k_BSGK.device))
+        return self
