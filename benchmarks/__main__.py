@@ -1,13 +1,13 @@
 """Measure our code and its peers side by side.
 
-python -m benchmarks [CASE ...] [--repetitions N] [--size full|tiny] [--out benchmarks/results]
-
 Every contestant of a case has a process of its own, and they take turns: A B B A. Prints medians
 with their spread, writes OUT/CASE.json and, of all cases that have been measured, OUT/index.html.
 Exits 1 when one of our own contestants fails; a reach that is missed is no failure.
+
+python -m benchmarks
+python -m benchmarks train decode-1 --repetitions 5
 """
 
-import argparse
 import json
 import platform
 import statistics
@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.cases import CASES, ROOF, Case, Reach, Size
+from mooshak.command_line import command_parser
 from mooshak.errors import InputError, command
 from mooshak.files import write_atomically
 from mooshak.report.html import COLORS, TEMPLATES, svg, themed
@@ -253,11 +254,16 @@ def _color(name: str) -> str:
 @command
 def main() -> None:
     names = [case.name for case in CASES]
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(names)} (all)")
-    parser.add_argument("--repetitions", type=int, help="of every contestant (the case's own)")
-    parser.add_argument("--size", choices=("full", "tiny"), default="full")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    usage = "[CASE ...] [--repetitions N] [--size full|tiny] [--out DIR]"
+    parser = command_parser("benchmarks", __doc__, usage)
+    add = parser.add_argument
+    add("cases", nargs="*", metavar="CASE", help=f"some of {', '.join(names)} (all)")
+    text = "repetitions of every program (default: that of the case)"
+    add("--repetitions", type=int, metavar="N", help=text)
+    text = "sizes: full, or tiny, which takes seconds"
+    add("--size", choices=("full", "tiny"), default="full", help=text)
+    text = "directory of the results"
+    add("--out", type=Path, default=Path("benchmarks/results"), metavar="DIR", help=text)
     options = parser.parse_args()
     if unknown := sorted(set(options.cases) - set(names)):
         raise InputError(f"no case {unknown[0]!r}; there are {', '.join(names)}")

@@ -1,12 +1,12 @@
-"""Time and memory of `parity.convert` beside `cp` of the same bytes, for every pair of formats.
+"""Measure time and memory of `parity.convert`, compared with `cp` of the same bytes.
+
+Before each measurement the source is dropped from the page cache. Memory is the peak of RssAnon
+above that after the imports. `seconds` is the conversion with verification and sync, `whole` the
+process with its imports. `cp` does not verify or sync; `synced` is its time until the copy is on
+disk. A state from Hugging Face has weights only.
 
 python -m benchmarks.conversion --size 8GB --out conversion.json
 python -m benchmarks.conversion --size 8GB --from hf --to torch jax hf
-
-Before each measurement the source leaves the page cache. Memory is RssAnon at its peak, above what
-the process has after its imports; time is that of the conversion with all that it verifies and
-syncs, and `whole` that of the process, imports included. `cp` verifies and syncs nothing; `synced`
-is its time until the copy is on the disk. A state from Hugging Face is weights alone.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from rich.table import Table
 from mooshak.checkpoints import safetensors
 from mooshak.checkpoints.base import FULL_SLICE, MOMENTS, Checkpoint
 from mooshak.checkpoints.formats import FORMAT_MARKERS, detect_format
+from mooshak.command_line import command_parser
 from mooshak.config.model import ModelConfig
 from mooshak.files import write_atomically
 from mooshak.tables import print_table
@@ -168,17 +169,23 @@ def compare(source: Path, to: str, repeats: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--size", type=size_in_bytes, default="8GB", help="of the training state")
-    parser.add_argument(
-        "--from", nargs="+", choices=KINDS, default=list(FORMAT_MARKERS), dest="sources"
-    )
-    parser.add_argument("--to", nargs="+", choices=KINDS, default=list(FORMAT_MARKERS))
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--directory", type=Path, default=Path("runs/conversion"))
-    parser.add_argument("--keep", action="store_true", help="leave the states for another run")
-    parser.add_argument("--out", type=Path, help="JSON; the pairs of earlier runs stay in it")
-    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    usage = "[--size SIZE] [--from FORMAT ...] [--to FORMAT ...] [--out FILE] [--OPTION ...]"
+    parser = command_parser("benchmarks.conversion", __doc__, usage)
+    add = parser.add_argument
+    text = "bytes of the training state"
+    add("--size", type=size_in_bytes, default="8GB", metavar="SIZE", help=text)
+    all_formats = list(FORMAT_MARKERS)
+    text = "formats of the source"
+    add("--from", dest="sources", nargs="+", choices=KINDS, default=all_formats, help=text)
+    text = "formats of the target"
+    add("--to", nargs="+", choices=KINDS, default=all_formats, help=text)
+    add("--repeats", type=int, default=3, metavar="N", help="measurements of every pair")
+    text = "directory of the states"
+    add("--directory", type=Path, default=Path("runs/conversion"), metavar="DIR", help=text)
+    add("--keep", action="store_true", help="do not delete the states, for another run")
+    text = "JSON file of the results; pairs of earlier runs are preserved"
+    add("--out", type=Path, metavar="FILE", help=text)
+    add("--child", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         source, target, to = args.child

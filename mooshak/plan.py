@@ -4,6 +4,7 @@ The planners of both frameworks measure what their step holds and moves; this fi
 same for both: the arithmetic of time, and how a plan is written down.
 """
 
+import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,6 +15,17 @@ from rich.table import Table
 from mooshak.config.sections import Config
 from mooshak.hardware import Device
 from mooshak.tables import print_table
+
+STRATEGIES = {
+    "single": "data=1",
+    "ddp": "data=-1",
+    "fsdp": "fsdp=-1",
+    "hsdp": "data=-1,fsdp={node}",
+    "zero1": "data=-1",
+    "zero2": "data=-1",
+    "zero3": "data=-1",
+}
+"""Strategy of the torch planner -> its mesh by default; `node` is the number of GPUs of a node."""
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 """Of a number in the compute dtype."""
@@ -134,6 +146,24 @@ def step_times(
         "HBM": traffic / device.memory_bandwidth,
         "ICI" if device.torus else "network": links,
     }
+
+
+def add_output_options(parser: argparse.ArgumentParser, varied: str) -> None:
+    """Add --sweep, --plot and --json, which `print_plans` reads."""
+    parser.add_argument("--sweep", action="store_true", help=f"compare every {varied}, best first")
+    text = "with --sweep: file of the figure"
+    parser.add_argument("--plot", type=Path, default=Path("plan.svg"), metavar="FILE", help=text)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def print_plans(plans: Sequence[Plan], config: Config, arguments: argparse.Namespace) -> None:
+    """Print plans as the command's options say: JSON, the table of a sweep, or one plan."""
+    if arguments.json:
+        print_json(plans, arguments.sweep)
+    elif arguments.sweep:
+        print_sweep(plans, arguments.plot)
+    else:
+        print_plan(plans[0], config)
 
 
 def print_plan(plan: Plan, config: Config) -> None:

@@ -1,29 +1,23 @@
-"""Bits per byte of held-out text with the JAX model, beside those of a unigram coder.
+"""Measure bits per byte of held-out text with the JAX model, compared with a unigram coder.
 
-python -m mooshak_jax.evaluate RUN/checkpoints/600 --evaluate.sequences 256
+python -m mooshak_jax.evaluate runs/demo/jax/checkpoints/1200
+python -m mooshak_jax.evaluate RUN/checkpoints/600 --evaluate.sequences 256 --json
 """
 
-from functools import partial
-
 from mooshak.errors import command
-from mooshak.evaluation.bits_per_byte import compare, options, report
-from mooshak_jax.checkpoint import load_model
-from mooshak_jax.distributed.mesh import make_parallel
-from mooshak_jax.step import cache_compilations, evaluate, make_evaluate, set_matmul_precision
+from mooshak.evaluation.bits_per_byte import options, report
 
 
 @command
 def main() -> None:
-    config, arguments = options(__doc__.split("\n")[0])
+    config, arguments = options("mooshak_jax.evaluate", __doc__)
+    # After the arguments: --help and a typo need no framework.
+    from mooshak_jax.evaluator import evaluate_checkpoint
+    from mooshak_jax.step import cache_compilations
+
     cache_compilations()
-    parallel = make_parallel(config)
-    set_matmul_precision(config)
-    model, params = load_model(arguments.source, config.train.dtype, parallel, config.model)
-    score = partial(evaluate, make_evaluate(config, parallel), params)
-    scores = compare(
-        partial(score, config=config, parallel=parallel), model, config, arguments.source
-    )
-    if parallel.is_main:
+    scores = evaluate_checkpoint(config, arguments.source)
+    if scores is not None:
         report(scores, arguments.json)
 
 

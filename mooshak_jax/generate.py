@@ -1,6 +1,7 @@
 """Generate text with the JAX model.
 
-python -m mooshak_jax.generate RUN/checkpoints/600 --prompt "एक समय की बात है"
+python -m mooshak_jax.generate runs/demo/jax/checkpoints/1200 --prompt "एक समय की बात है"
+python -m mooshak_jax.generate LLAMA --prompt "the lion" --temperature 0.8 --top_p 0.95
 """
 
 from mooshak.errors import command
@@ -9,7 +10,7 @@ from mooshak.generation.command import generate_parser, generate_text
 
 @command
 def main() -> None:
-    parser = generate_parser("mooshak_jax.generate", (__doc__ or "").split("\n")[0])
+    parser = generate_parser("mooshak_jax.generate", __doc__)
     args = parser.parse_args()
     # After the arguments: --help and a typo need no framework.
     from mooshak_jax.lm import load

@@ -1,6 +1,7 @@
-"""Train the model in JAX.
+"""Train the model in JAX: from the start, or from the newest checkpoint of the run.
 
-python -m mooshak_jax.train --config configs/demo.yaml --mesh data=2
+python -m mooshak_jax.train --config configs/demo.yaml
+python -m mooshak_jax.train --config configs/demo.yaml --mesh data=2,fsdp=2,tensor=2
 """
 
 from mooshak.checkpoints.init_from import resolve
@@ -21,11 +22,11 @@ def train(config: Config, resume: str = "auto", profile: bool = False) -> None:
 @command
 def main() -> None:
     use_single_arena()
-    parser = config_parser(__doc__.split("\n")[0])
-    parser.add_argument("--resume", default="auto", help="auto, never, or a checkpoint's directory")
-    parser.add_argument("--profile", action="store_true", help="trace the third step")
+    parser = config_parser("mooshak_jax.train", __doc__)
+    loop.add_options(parser)
     draft, arguments = parse_config(parser)
     config = resolve(draft)
+    # After the arguments: --help and a typo need no framework.
     from mooshak_jax.profile import prepare_profiler
     from mooshak_jax.step import cache_compilations
 

@@ -1,6 +1,7 @@
 """Generate text with the PyTorch model.
 
-python -m mooshak_torch.generate RUN/checkpoints/600 --prompt "एक समय की बात है"
+python -m mooshak_torch.generate runs/demo/torch/checkpoints/600 --prompt "एक समय की बात है"
+python -m mooshak_torch.generate LLAMA --prompt "the lion" --temperature 0.8 --top_p 0.95
 """
 
 from functools import partial
@@ -11,7 +12,7 @@ from mooshak.generation.command import generate_parser, generate_text
 
 @command
 def main() -> None:
-    parser = generate_parser("mooshak_torch.generate", (__doc__ or "").split("\n")[0])
+    parser = generate_parser("mooshak_torch.generate", __doc__)
     parser.add_argument(
         "--compile",
         action="store_true",

@@ -1,4 +1,4 @@
-"""Train the model in PyTorch.
+"""Train the model in PyTorch: from the start, or from the newest checkpoint of the run.
 
 python -m mooshak_torch.train --config configs/demo.yaml
 torchrun --nproc-per-node 2 -m mooshak_torch.train --config configs/demo.yaml
@@ -24,11 +24,10 @@ def train(config: Config, resume: str = "auto", profile: bool = False) -> None:
 @command
 def main() -> None:
     use_single_arena()
-    # Grain imports JAX, which must not take hold of the GPU here.
+    # Grain imports JAX, which must not claim the GPU.
     os.environ["JAX_PLATFORMS"] = "cpu"
-    parser = config_parser(__doc__.split("\n")[0])
-    parser.add_argument("--resume", default="auto", help="auto, never, or a checkpoint's directory")
-    parser.add_argument("--profile", action="store_true", help="trace the third step")
+    parser = config_parser("mooshak_torch.train", __doc__)
+    loop.add_options(parser)
     draft, arguments = parse_config(parser)
     train(resolve(draft), arguments.resume, arguments.profile)
 

@@ -1,10 +1,10 @@
-"""Convert a checkpoint between torch (DCP), JAX (Orbax), interchange and Hugging Face, exactly.
+"""Convert a checkpoint between torch (DCP), JAX (Orbax), safetensors and Hugging Face, exactly.
 
-python -m parity.convert SRC DST --to torch|jax|safetensors|hf|gguf
-python -m parity.convert SRC --describe
+The format of SOURCE is detected. Tensors are streamed by rows. TARGET appears under its name only
+when it is complete, on disk, and has been read back (docs/conversion.md).
 
-Tensors pass through some rows at a time. The destination has its name only when it is complete, on
-the disk, and has been read back: see docs/conversion.md.
+python -m parity.convert runs/demo/torch/checkpoints/600 converted --to jax
+python -m parity.convert runs/demo/torch/checkpoints/600 --describe
 """
 
 import argparse
@@ -35,6 +35,7 @@ from rich.table import Table
 from mooshak.checkpoints import base, safetensors
 from mooshak.checkpoints.base import FULL_SLICE, Checkpoint, size_of
 from mooshak.checkpoints.formats import FORMAT_MARKERS, detect_format
+from mooshak.command_line import command_parser
 from mooshak.config.model import model_description
 from mooshak.errors import InputError, command
 from mooshak.tables import print_table
@@ -243,19 +244,22 @@ def _bar() -> Iterator[Callable[[int, int], None]]:
 
 @command
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("source", type=Path, help="a checkpoint of any kind")
-    parser.add_argument("target", type=Path, nargs="?", help="the directory (gguf: file) to make")
-    parser.add_argument(
-        "--to", choices=[*sorted(FORMAT_MARKERS), "hf", "gguf"], default="safetensors"
-    )
-    parser.add_argument("--dtype", choices=sorted(DTYPES), help="cast the weights")
-    parser.add_argument("--weights-only", action="store_true", help="leave the training state out")
-    parser.add_argument(
-        "--shard-size", type=size_in_bytes, help="cut safetensors files of more, like 2GB"
-    )
-    parser.add_argument("--describe", action="store_true", help="say what SRC is; convert nothing")
-    parser.add_argument("--json", action="store_true", help="the description as JSON")
+    usage = "SOURCE TARGET [--to FORMAT] [--OPTION ...] | SOURCE --describe [--json]"
+    parser = command_parser("parity.convert", __doc__, usage)
+    add = parser.add_argument
+    add("source", type=Path, metavar="SOURCE", help="checkpoint of any format")
+    text = "directory to write (gguf: file); it must not exist"
+    add("target", type=Path, nargs="?", metavar="TARGET", help=text)
+    formats = [*sorted(FORMAT_MARKERS), "hf", "gguf"]
+    add("--to", choices=formats, default="safetensors", help="format of TARGET")
+    text = "dtype of the weights; moments keep theirs (default: that of SOURCE)"
+    add("--dtype", choices=sorted(DTYPES), help=text)
+    add("--weights-only", action="store_true", help="omit the optimizer and the trainer state")
+    text = "split safetensors files that are larger, for instance 2GB"
+    add("--shard-size", type=size_in_bytes, metavar="SIZE", help=text)
+    text = "print what SOURCE contains; convert nothing"
+    add("--describe", action="store_true", help=text)
+    add("--json", action="store_true", help="print the description as JSON")
     args = parser.parse_args()
     if args.describe:
         facts = describe(args.source)

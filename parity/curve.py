@@ -1,11 +1,12 @@
-"""Compare whole loss curves: one framework, the other, and runs that change between them.
-
-python -m parity.curve --config configs/demo.yaml --steps 200 --switch 100 --out runs/curve
+"""Compare loss curves of PyTorch, of JAX, and of runs that change the framework.
 
 Trains from the same seed in PyTorch, in JAX, in PyTorch and then JAX, in JAX and then PyTorch, in
-float64 and in float32. The floor is what one framework differs from itself when its reduction order
-changes: the same run on two data-parallel ranks or devices. Writes `curve.json` and `curve.html`,
-exits 1 when a bound does not hold. A run that is whole already is used again.
+float64 and in float32. The noise floor is the difference of one framework from itself on two
+data-parallel ranks or devices, whose reductions have another order. Writes `curve.json` and
+`curve.html`; exits 1 when a bound does not hold. Runs that are already complete are reused.
+
+python -m parity.curve --config configs/demo.yaml --steps 200 --switch 100 --out runs/curve
+python -m parity.curve --config configs/demo.yaml --steps 20 --switch 10 --dtypes float64
 """
 
 import argparse
@@ -100,7 +101,7 @@ def curves(
     for run in RUNS:
         directory = out / dtype / run.name.replace(" ", "-")
         own = ("--run.dir", str(directory), *run.options)
-        wanted = resolve(parse_config(config_parser(""), [*settings, *own])[0])
+        wanted = resolve(parse_config(config_parser(), [*settings, *own])[0])
         start = () if run.start is None else (out / dtype / run.start / f"checkpoints/{switch}",)
         if not _is_whole(directory, wanted):
             shutil.rmtree(directory, ignore_errors=True)
@@ -200,21 +201,24 @@ def _shown(different: Losses, smallest: float) -> tuple[list[int], list[float]]:
     return list(different), [max(value, smallest) for value in different.values()]
 
 
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--steps", type=int, default=200, metavar="N", help="steps of every run")
+    text = "step after which a run changes its framework"
+    add("--switch", type=int, default=100, metavar="N", help=text)
+    text = "directory of the runs and the report"
+    add("--out", type=Path, default=Path("runs/curve"), metavar="DIR", help=text)
+    add("--dtypes", nargs="+", choices=DTYPES, default=DTYPES, help="dtypes to train in")
+
+
 @command
 def main() -> None:
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    own.add_argument("--steps", type=int, default=200)
-    own.add_argument("--switch", type=int, default=100)
-    own.add_argument("--out", type=Path, default=Path("runs/curve"))
-    own.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
-    # The other options go to the trainers as they are.
+    _add_options(own)
+    # The other options are passed to the trainers unchanged.
     options, settings = own.parse_known_args()
     if not 0 < options.switch < options.steps:
         raise InputError(f"--switch {options.switch} must lie between 0 and --steps")
-    about = (
-        "Compare loss curves. --steps N (200), --switch K (100): the step of the change of "
-        "framework, --out DIR (runs/curve), --dtypes float64 float32."
-    )
     fixed: dict[str, Any] = {
         "train.steps": options.steps,
         "train.log_every": 1,
@@ -224,7 +228,10 @@ def main() -> None:
         "run.progress": "false",
     }
     settings += [word for key, value in fixed.items() for word in (f"--{key}", str(value))]
-    parse_config(config_parser(about), settings)
+    usage = "--config FILE [--steps N] [--switch N] [--out DIR] [--section.key VALUE ...]"
+    parser = config_parser("parity.curve", __doc__, usage)
+    _add_options(parser)
+    parse_config(parser, settings)
     lines: list[Line] = []
     found, figures = {}, {}
     with (
@@ -234,7 +241,7 @@ def main() -> None:
         for dtype in options.dtypes:
             status.update(f"training in both frameworks, {dtype}")
             here = [*settings, "--train.dtype", dtype]
-            config = resolve(parse_config(config_parser(about), here)[0])
+            config = resolve(parse_config(config_parser(), here)[0])
             found[dtype] = curves(here, config, dtype, options.switch, options.out)
             compared = list(compare(dtype, found[dtype]))
             figures[dtype] = plot(found[dtype], compared, options.switch)

@@ -1,9 +1,10 @@
-"""The whole story on two cores: train in PyTorch, go on in JAX, and prove that nothing changed.
+"""Train in PyTorch, continue in JAX, and prove that nothing changed: the demo, on two cores.
+
+Each stage is a command that can be run by hand; it is printed, run, and stamped when it succeeds.
+A stage is skipped while its stamp matches the configuration and its files are complete.
 
 python -m parity.demo --config configs/demo.yaml
-
-Each stage is a command that can be given by hand; it is printed, run, and stamped when it has ended
-well. A stage is skipped while its stamp fits the configuration and what it made is still whole.
+python -m parity.demo --config configs/demo.yaml --out runs/short --train.steps 100
 """
 
 import argparse
@@ -241,14 +242,21 @@ def sizes(paths: Sequence[Path]) -> dict[str, int]:
     return {str(file): file.stat().st_size for file in sorted(files) if file.is_file()}
 
 
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    text = "directory of the runs and the report"
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help=text)
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    own.add_argument("--out", type=Path, default=Path("runs/demo"))
-    # The other options go to the commands as they are.
+    _add_options(own)
+    # The other options are passed to the commands unchanged.
     options, settings = own.parse_known_args(sys.argv[1:] if argv is None else argv)
-    about = "Train in PyTorch, go on in JAX, compare. --out DIR (runs/demo) is where all goes."
-    config = resolve(parse_config(config_parser(about), settings)[0])
+    usage = "--config FILE [--out DIR] [--section.key VALUE ...]"
+    parser = config_parser("parity.demo", __doc__, usage)
+    _add_options(parser)
+    config = resolve(parse_config(parser, settings)[0])
     if config.train.steps < 2 or config.train.batch_size % 2:
         raise InputError(
             f"the demo halves train.steps {config.train.steps} and, on its mesh, train.batch_size "

@@ -1,10 +1,8 @@
 """The same training on every layout of devices: what meshes and processes must not change.
 
-torchrun --nproc-per-node 2 -m parity.layouts DIRECTORY
-
-JAX lays its meshes over the CPU devices of one process. PyTorch needs processes of its own:
-`on_ranks` leaves the case in a directory, torchrun starts this file, and its first process
-leaves the answer there.
+JAX builds its meshes from the CPU devices of one process. PyTorch needs a process per rank:
+`on_ranks` writes the case to a directory, torchrun starts `parity.rank_worker`, and its first
+process writes the answer there.
 """
 
 import subprocess
@@ -20,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from mooshak.checkpoints import safetensors
 from mooshak.config.parse import dump_config, load_config
 from mooshak.config.sections import Config, check_mesh
-from mooshak.errors import InputError, command
+from mooshak.errors import InputError
 from mooshak.files import write_atomically
 from mooshak.mesh import mesh_sizes
 from parity.backends import Arrays, Backend, TorchBackend
@@ -98,7 +96,7 @@ def on_ranks(side: Backend, config: Config, q: ParityCase) -> Outline:
         write_atomically(directory / "config.yaml", dump_config(config))
         np.save(directory / "tokens.npy", q.tokens_nBS)
         words = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        words += [f"--nproc-per-node={n_processes}", "-m", "parity.layouts", name]
+        words += [f"--nproc-per-node={n_processes}", "-m", "parity.rank_worker", name]
         done = subprocess.run(words, capture_output=True, text=True)
         if done.returncode:
             raise InputError(f"torchrun failed: {done.stderr[-1000:]}")
@@ -111,9 +109,8 @@ def on_ranks(side: Backend, config: Config, q: ParityCase) -> Outline:
     return Outline(**(parts | single))  # type: ignore[arg-type]  # arrays, and trees of arrays
 
 
-@command
-def main() -> None:
-    directory = Path(sys.argv[1])
+def train_on_rank(directory: Path) -> None:
+    """Train the case in a directory on this rank; the first rank writes the answer there."""
     config = load_config(directory / "config.yaml")
     side = TorchBackend(safetensors.open_checkpoint(directory / "state"))
     found = Outline.of(side.steps(config, np.load(directory / "tokens.npy")))
@@ -123,7 +120,3 @@ def main() -> None:
         answer |= {f"{part}/{name}": np.ascontiguousarray(array) for name, array in trees.items()}
     if side.is_main:
         save_file(answer, directory / "answer.safetensors")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,14 +1,15 @@
-"""Write one framework's logits of given tokens.
+"""Write the logits of token ids under one framework.
 
-python -m parity.logits SRC --backend torch|jax --tokens T.npy --dtype float64 --out L.npy
+python -m parity.logits SOURCE --backend torch --tokens tokens.npy --dtype float64 --out torch.npy
+python -m parity.logits SOURCE --backend jax --tokens tokens.npy --dtype float64 --out jax.npy
 """
 
-import argparse
 import os
 from pathlib import Path
 
 import numpy as np
 
+from mooshak.command_line import command_parser
 from mooshak.config.model import Dtype, ModelConfig
 from mooshak.errors import InputError, command
 from mooshak.files import atomic_write
@@ -55,12 +56,17 @@ def check_tokens(tokens_BT: np.ndarray, model: ModelConfig) -> None:
 @command
 def main() -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("source", type=Path, help="a checkpoint of any kind")
-    parser.add_argument("--backend", choices=["torch", "jax"], required=True)
-    parser.add_argument("--tokens", type=Path, required=True, help=".npy, int [batch, time]")
-    parser.add_argument("--dtype", choices=["float64", "float32", "bfloat16"], default="float32")
-    parser.add_argument("--out", type=Path, required=True, help=".npy, [batch, time, vocab]")
+    usage = "SOURCE --backend torch|jax --tokens FILE --out FILE [--dtype DTYPE]"
+    parser = command_parser("parity.logits", __doc__, usage)
+    add = parser.add_argument
+    add("source", type=Path, metavar="SOURCE", help="checkpoint of any format")
+    add("--backend", choices=["torch", "jax"], required=True, help="framework that computes")
+    text = ".npy file of token ids, int [batch, time]"
+    add("--tokens", type=Path, required=True, metavar="FILE", help=text)
+    dtypes = ["float64", "float32", "bfloat16"]
+    add("--dtype", choices=dtypes, default="float32", help="dtype of the computation")
+    text = ".npy file to write, [batch, time, vocab]"
+    add("--out", type=Path, required=True, metavar="FILE", help=text)
     args = parser.parse_args()
     try:
         tokens_BT = np.load(args.tokens, allow_pickle=False)

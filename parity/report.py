@@ -1,12 +1,12 @@
-"""Write the page about a run that changed its framework: `report.html`, one file with all in it.
+"""Write `report.html`, the self-contained page about a run that changed its framework.
+
+Reads the files that the stages of `parity.demo` wrote to DIRECTORY: metrics, samples, the report of
+`parity.check`, evaluations, stamps. Exits 1 when a bound does not hold.
 
 python -m parity.report runs/demo
-
-Reads what the stages of `parity.demo` left in the directory, and nothing else: metrics, samples,
-the report of `parity.check`, evaluations, stamps. Exits 1 when one of the bounds does not hold.
+python -m parity.report runs/short
 """
 
-import argparse
 import json
 import re
 import shlex
@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from mooshak.command_line import command_parser
 from mooshak.config.parse import load_config
 from mooshak.config.sections import Config
 from mooshak.data.manifest import read_manifest, totals
@@ -262,8 +263,9 @@ def page(results: Results) -> str:
 
 @command
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("directory", type=Path, help="the directory of a demo, runs/demo")
+    parser = command_parser("parity.report", __doc__, "DIRECTORY")
+    text = "output directory of parity.demo, such as runs/demo"
+    parser.add_argument("directory", type=Path, metavar="DIRECTORY", help=text)
     results = read(parser.parse_args().directory)
     target = results.directory / "report.html"
     write_atomically(target, page(results))

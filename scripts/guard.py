@@ -218,7 +218,9 @@ def cache_key(revision: str, steps: int) -> str:
 def main() -> int:
     """`python scripts/guard.py BASE [HEAD]`; returns the exit status."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        usage="python scripts/guard.py BASE [HEAD] [--only PART,...] [--lowered] [--OPTION ...]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("base", help="the revision to compare with")
     parser.add_argument("head", nargs="?", help="the revision to compare (default: working tree)")

@@ -40,7 +40,7 @@ def main() -> None:
     load_config = find("mooshak/**/*.py", "load_config", "load")
     set_matmul_precision = find("mooshak_jax/**/*.py", "set_matmul_precision", "precise")
     make_parallel = find("mooshak_jax/**/*.py", "make_parallel")
-    lowered = find("mooshak_jax/plan.py", "lowered")
+    lowered = find("mooshak_jax/plan*.py", "lowered")
     for file in map(Path, sys.argv[1:]):
         config = load_config(file)
         parallel = make_parallel(config)

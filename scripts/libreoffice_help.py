@@ -1,16 +1,15 @@
-"""The Hindi and English LibreOffice help as text to train on: `hi.jsonl` and `en.jsonl`.
+"""Extract the Hindi and English LibreOffice help as training text: `hi.jsonl` and `en.jsonl`.
 
-    apt-get download libreoffice-help-hi libreoffice-help-en-us
-    python scripts/libreoffice_help.py libreoffice-help-hi_*.deb libreoffice-help-en-us_*.deb
+A document is a page. Headings, paragraphs, list items and table cells become lines, and listings
+keep their lines. Most of the Hindi help is not translated: a paragraph of a Hindi page is retained
+only if at least half of its letters are Devanagari. Pages quote each other: a paragraph of eight
+words or more is retained only on the first page that contains it, so that held-out text does not
+appear in the training text.
 
-A document is a page; a heading, a paragraph, a list item or a table cell is a line of it, and a
-listing keeps its lines. Most of the Hindi help is not translated: a paragraph of a Hindi page is
-kept only when it is in Hindi, that is, when at least half of its letters are Devanagari. Pages
-quote each other: a paragraph of eight words or more is kept on the first page that has it, so that
-what is held out from training does not stand in another page.
+python scripts/libreoffice_help.py libreoffice-help-hi_*.deb libreoffice-help-en-us_*.deb
+python scripts/libreoffice_help.py unpacked/ --keep-repeats --out data/with-repeats
 """
 
-import argparse
 import io
 import json
 import lzma
@@ -24,6 +23,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from mooshak.command_line import command_parser
 from mooshak.errors import InputError, command
 from mooshak.files import atomic_write
 from mooshak.tables import print_table
@@ -232,15 +232,14 @@ def _summary(counts: dict[str, Counts]) -> Table:
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write the text of the help packages to `hi.jsonl` and `en.jsonl`."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument(
-        "packages", nargs="+", type=Path, help=".deb files, or directories where they were unpacked"
-    )
-    parser.add_argument("--out", type=Path, default=Path("data/libreoffice-help"))
-    parser.add_argument(
-        "--keep-repeats", action="store_true", help="keep what an earlier page has too"
-    )
+    usage = "PACKAGE ... [--out DIR] [--keep-repeats]"
+    parser = command_parser("scripts/libreoffice_help.py", __doc__, usage)
+    text = ".deb files of libreoffice-help-hi and libreoffice-help-en-us, or unpacked directories"
+    parser.add_argument("packages", nargs="+", type=Path, metavar="PACKAGE", help=text)
+    out = Path("data/libreoffice-help")
+    parser.add_argument("--out", type=Path, default=out, metavar="DIR", help="directory to write")
+    text = "retain paragraphs that an earlier page contains"
+    parser.add_argument("--keep-repeats", action="store_true", help=text)
     options = parser.parse_args(argv)
     pages: dict[str, dict[str, bytes]] = {language: {} for language in FOLDERS}
     for package in options.packages:

@@ -1,9 +1,11 @@
-"""Draw a run: its training loss, and its validation beside the unigram coder of each language.
+"""Draw the metrics of a run as SVG: training loss, and bits per byte of the validation text.
 
+Each language is compared with the unigram coder of its training text.
+
+python scripts/plot_run.py runs/demo/torch loss.svg
 python scripts/plot_run.py runs/libreoffice-help docs/libreoffice-help.svg --change 750
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,21 +13,24 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from mooshak.command_line import command_parser
 from mooshak.config.parse import load_config
 from mooshak.config.sections import Config
-from mooshak.data.batches import validation_sequences
 from mooshak.errors import InputError, command
 from mooshak.evaluation.bits_per_byte import bits_per_byte, token_counts, unigram_nats
 from mooshak.files import atomic_write
-from mooshak.tokenizer.base import Tokenizer
+from mooshak.tokenizer.load import open_tokenizer
 from mooshak.training.metrics import read_metrics
 
 NAMES = {"hi": "Hindi", "en": "English"}
 
 
 def unigram(config: Config) -> dict[str, float]:
-    """Bits per byte of the validation sequences under their language's training frequencies."""
-    token_bytes_V = Tokenizer(config.tokenizer.path).token_bytes()
+    """Return bits per byte of the validation sequences of each language under its unigram coder."""
+    # After the arguments: Grain imports JAX.
+    from mooshak.data.batches import validation_sequences
+
+    token_bytes_V = open_tokenizer(config.tokenizer.path).token_bytes()
     result = {}
     for language, batch in validation_sequences(config).items():
         nats = unigram_nats(token_counts(config, language), batch.labels)
@@ -34,7 +39,7 @@ def unigram(config: Config) -> dict[str, float]:
 
 
 def draw(lines: list[dict[str, float]], unigrams: dict[str, float], change: int | None) -> Figure:
-    """Two panels over the steps: loss per token, bits per byte."""
+    """Return two panels over the steps: loss per token, and bits per byte."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     steps = np.array([line["step"] for line in lines])
@@ -64,17 +69,19 @@ def draw(lines: list[dict[str, float]], unigrams: dict[str, float], change: int 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    """Draw the metrics of a run directory as SVG."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("run", type=Path, help="the run directory")
-    parser.add_argument("svg", type=Path, help="the file to write")
-    parser.add_argument("--change", type=int, help="the last step in PyTorch, when JAX went on")
+    parser = command_parser("scripts/plot_run.py", __doc__, "RUN SVG [--change STEP]")
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    parser.add_argument("svg", type=Path, metavar="SVG", help="file to write")
+    text = "last step in PyTorch of a run that continues in JAX; drawn as a line"
+    parser.add_argument("--change", type=int, metavar="STEP", help=text)
     options = parser.parse_args(argv)
     lines = read_metrics(options.run / "metrics.jsonl")
     if not any("validation_loss" in line for line in lines):
-        raise InputError(f"{options.run} has no metrics with a validation; train there first")
+        raise InputError(
+            f"{options.run} has no metrics with a validation; train with evaluate.every > 0"
+        )
     unigrams = unigram(load_config(options.run / "config.yaml"))
-    # The same run gives the same file.
+    # Reproducible: the same run gives the same file.
     matplotlib.rcParams["svg.hashsalt"] = "mooshak"
     with atomic_write(options.svg) as file:
         draw(lines, unigrams, options.change).savefig(file, format="svg", metadata={"Date": None})

@@ -25,7 +25,7 @@ from mooshak.config.parse import dump_config, load_config
 from mooshak.config.sections import Config
 from mooshak.errors import InputError
 from mooshak_torch.checkpoint import open_checkpoint
-from mooshak_torch.plan import plan
+from mooshak_torch.planner import plan
 from mooshak_torch.train import train
 from parity.convert import convert
 

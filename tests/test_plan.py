@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import mooshak_jax.plan as jax_plan
+import mooshak_jax.planner as jax_planner
 from mooshak.config.model import Dtype, ModelConfig
 from mooshak.config.parse import dump_config
 from mooshak.config.sections import Config, ParallelConfig, TrainConfig
@@ -21,6 +22,7 @@ from mooshak.hardware import DEVICES, peak_flops
 from mooshak.plan import Plan
 from mooshak_jax.hlo import collectives
 from mooshak_torch import plan as torch_plan
+from mooshak_torch import planner as torch_planner
 from mooshak_torch.objectives import make_objective
 from mooshak_torch.params import initialize
 
@@ -244,7 +246,7 @@ WIDE = ModelConfig(
 def small_plan(topology: str, mesh: str, model: ModelConfig = BIG) -> Plan:
     train = TrainConfig(batch_size=8, dtype="bfloat16", remat="full")
     config = Config(model=model, train=train, parallel=ParallelConfig(mesh=mesh))
-    return jax_plan.plan(config, topology)
+    return jax_planner.plan(config, topology)
 
 
 @pytest.mark.slow
@@ -370,6 +372,6 @@ def test_activations_are_what_autograd_saves(dtype: Dtype, remat: str) -> None:
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in [*saved, *alive()]}
     measured = sum(s.nbytes() for place, s in storages.items() if place not in before)
     assert loss.requires_grad
-    predicted, temporary = torch_plan.passing(config, rows=2, sharded=False)
+    predicted, temporary = torch_planner.passing(config, rows=2, sharded=False)
     assert predicted == pytest.approx(measured, rel=0.1)
     assert temporary > 0

@@ -1,4 +1,4 @@
-"""The model section: sizes and architecture, parameter shapes, and its JSON form (config.json)."""
+"""The section `model`: architecture, sizes, parameter shapes, and its JSON form (config.json)."""
 
 import functools
 import json
@@ -13,12 +13,13 @@ Dtype: TypeAlias = Literal["float64", "float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The model: what `config.json` holds beside the weights."""
+    """Architecture and sizes of the model; the contents of a checkpoint's `config.json`."""
 
     architecture: Literal["mooshak", "llama"] = "mooshak"
-    """Which block the layers are made of."""
+    """Block class of the layers."""
     vocab_size: int = 64128
-    """Rows of the embedding and of the output head; a multiple of 64."""
+    """Rows of the embedding and of the output head: the tokens of the tokenizer, rounded up to a
+    multiple of 64."""
     dim: int = 4096
     """Width of the residual stream."""
     n_layers: int = 8
@@ -30,32 +31,35 @@ class ModelConfig:
     head_dim: int | None = None
     """Width of a head (null: dim / n_heads)."""
     hidden_dim: int = 11008
-    """Width inside the MLP."""
+    """Hidden width of the MLP."""
     max_seq_len: int = 2048
-    """Longest sequence, in tokens."""
+    """Maximum sequence length in tokens, which sizes the RoPE tables."""
     norm_eps: float = 1e-5
     """Epsilon of RMSNorm."""
     rope_theta: float = 10000.0
-    """Base of the rotary frequencies."""
+    """Base of the RoPE frequencies."""
     rope_scaling: dict[str, Any] | None = None
-    """llama: rescaling of the rotary frequencies; {rope_type: linear, factor} or llama3's keys."""
+    """llama: rescaling of the RoPE frequencies (null: none), an object with rope_type linear and
+    factor, or rope_type llama3 and factor, low_freq_factor, high_freq_factor,
+    original_max_position_embeddings."""
     tie_embeddings: bool = False
     """llama: use the embedding as output head."""
     qkv_bias: bool = False
-    """llama: biases of the query, key and value projections."""
+    """llama: bias of the query, key and value projections."""
     wo_bias: bool = False
-    """llama: a bias of the attention's output projection."""
+    """llama: bias of the attention output projection."""
     mlp_bias: bool = False
-    """llama: biases of the MLP's three projections."""
+    """llama: bias of the three MLP projections."""
     qk_norm: bool = False
-    """llama: RMSNorm over each head's queries and keys, before RoPE (Qwen3)."""
+    """llama: RMSNorm of the queries and keys of each head, before RoPE (as in Qwen3)."""
     sliding_window: int | None = None
-    """llama: positions that a query sees, its own included (Mistral; null: all before it)."""
-    # How a framework lays the same function out; no part of what a checkpoint is compared by.
+    """llama: number of positions that a query attends to, its own included, as in Mistral
+    (null: all earlier positions)."""
+    # Layout of the parameters in JAX: the function and the checkpoints are the same.
     scan_layers: bool = field(default=False, compare=False)
-    """JAX: keep the layers stacked and compile one, which the step goes through in a loop."""
+    """JAX: stack the parameters of the layers and scan over them; one layer is compiled."""
     fuse_kernels: bool = field(default=False, compare=False)
-    """JAX: one matrix product for wq, wk and wv, and one for w1 and w3."""
+    """JAX: fuse wq, wk and wv, and w1 and w3, into one matrix product each."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "dim", "n_layers", "n_heads", "hidden_dim", "max_seq_len"):
@@ -82,7 +86,7 @@ class ModelConfig:
             "model.sliding_window must be positive",
         )
         if self.architecture == "mooshak":
-            # The concatenated heads are added to the residual stream as they are.
+            # The concatenated heads are added to the residual stream without a projection.
             require(
                 self.n_heads * self.K == self.dim,
                 f"model.n_heads x model.head_dim = {self.n_heads * self.K} must be model.dim "
@@ -95,7 +99,7 @@ class ModelConfig:
                     "model.architecture llama",
                 )
 
-    def __hash__(self) -> int:  # The one of a dataclass would fail at the dict.
+    def __hash__(self) -> int:  # The default of a dataclass fails on the dict.
         values = model_description(self) | {
             "rope_scaling": frozenset((self.rope_scaling or {}).items())
         }
@@ -114,7 +118,7 @@ class ModelConfig:
         return self.head_dim
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Canonical name -> shape of every parameter, torch `[out, in]` layout, in model order."""
+        """Return canonical name -> shape of every parameter, `[out, in]` layout, in model order."""
         shapes: dict[str, tuple[int, ...]] = {}
         llama = self.architecture == "llama"
 
@@ -152,14 +156,14 @@ class ModelConfig:
         return shapes
 
     def parameter_count(self) -> int:
-        """Number of parameters."""
+        """Return the number of parameters."""
         return sum(_product(shape) for shape in self.parameter_shapes().values())
 
     def flops_per_token(self, sequence_length: int) -> int:
-        """FLOPs of forward and backward for one token: 6 per weight that multiplies, and attention.
+        """Return the FLOPs of one token's forward and backward pass: 6 per weight, plus attention.
 
-        Attention counts in full, not by its causal half, as in PaLM (arXiv:2204.02311, app. B), or
-        by its sliding window.
+        Attention is counted over the full sequence, not its causal half, as in PaLM
+        (arXiv:2204.02311, appendix B), or over the sliding window. Embedding look-ups are free.
         """
         matrices = {n: _product(s) for n, s in self.parameter_shapes().items() if len(s) == 2}
         if not self.tie_embeddings:
@@ -188,19 +192,19 @@ ROPE_SCALINGS = {
         "original_max_position_embeddings",
     },
 }
-"""`rope_type` of a rescaling -> the keys that it has besides."""
+"""`rope_type` -> its other keys."""
 
 
 def _check_rope_scaling(scaling: Mapping[str, Any]) -> None:
     kind = str(scaling.get("rope_type"))
     require(
         kind in ROPE_SCALINGS,
-        f"model.rope_scaling: rope_type {kind} is not supported; linear and llama3 are, whose "
-        "frequencies are the same at every length of the text and have no temperature",
+        f"model.rope_scaling: rope_type {kind} is not supported; supported are linear and llama3, "
+        "whose frequencies do not depend on the length of the text",
     )
     keys = set(scaling) - {"rope_type"}
     for key in sorted(keys ^ ROPE_SCALINGS[kind]):
-        what = "is unknown to" if key in keys else "is missing in"
+        what = "is unknown in" if key in keys else "is missing in"
         raise InputError(f"model.rope_scaling: key {key!r} {what} rope_type {kind}")
     for key in keys:
         value = scaling[key]
@@ -209,21 +213,24 @@ def _check_rope_scaling(scaling: Mapping[str, Any]) -> None:
 
 
 def model_description(model: ModelConfig) -> dict[str, Any]:
-    """What says which function a model is: all but how a framework lays it out."""
+    """Return the fields that define the model's function: all but the layout options of JAX."""
     return {f.name: getattr(model, f.name) for f in fields(model) if f.compare}
 
 
 def model_to_json(model: ModelConfig) -> str:
-    """The text of `config.json`; what few models have stands there only where one has it."""
+    """Return the text of `config.json`; rarely used keys are written only where they are set."""
     rare = {"qkv_bias", "wo_bias", "mlp_bias", "qk_norm", "sliding_window"}
-    kept = {
+    written = {
         key: value for key, value in model_description(model).items() if key not in rare or value
     }
-    return json.dumps(kept, indent=2) + "\n"
+    return json.dumps(written, indent=2) + "\n"
 
 
 def model_from_json(text: str | bytes, where: str) -> ModelConfig:
-    """The model that a `config.json` describes. Raises `InputError` that names the file `where`."""
+    """Return the model that a `config.json` describes; errors name the file `where`.
+
+    Raises `InputError` for invalid JSON, unknown or missing keys and invalid values.
+    """
     try:
         values = json.loads(text)
     except ValueError as error:

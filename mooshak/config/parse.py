@@ -12,6 +12,7 @@ from typing import Any, get_type_hints
 import jsonargparse
 import yaml
 
+from mooshak.command_line import HelpFormatter, description, prog
 from mooshak.config import renamed
 from mooshak.config.model import ModelConfig
 from mooshak.config.sections import Config, InitConfig, SourceConfig
@@ -19,19 +20,71 @@ from mooshak.errors import InputError, did_you_mean
 
 SECTIONS = tuple(f.name for f in fields(Config))
 
+USAGE = "--config FILE [--section.key VALUE ...]"
 
-def config_parser(description: str) -> jsonargparse.ArgumentParser:
-    """A parser of `--config FILE` and every `--section.key`; a command adds its own options."""
+INIT_FROM = (
+    "checkpoint of any format, or Hugging Face directory, that supplies the initial weights; keys "
+    "of model that are not given, and the tokenizer, are taken from it (empty: random weights)"
+)
+"""The help of `--init.from`."""
+
+
+class _HelpFormatter(HelpFormatter, jsonargparse.DefaultHelpFormatter):
+    """Help with the options by section, and their defaults as YAML."""
+
+    def _format_action(self, action: argparse.Action) -> str:
+        # The option that reads a section from a file of its own is not worth a line.
+        if action.dest in SECTIONS:
+            return ""
+        return super()._format_action(action)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, default = (action.help or "").rstrip("."), action.default
+        if action.dest == "data.sources":
+            return f"{text} (default: the built-in tales in Hindi and English)"
+        if action.dest == "print_config":
+            return "print the configuration as YAML and exit"
+        # Where null or an empty text has a meaning, the help says it.
+        text, is_explained = re.subn(r"\((null|empty): ", r"(default \1: ", text)
+        if is_explained or action.nargs == 0 or default in (None, "", argparse.SUPPRESS):
+            return text
+        shown = str(default).lower() if isinstance(default, bool) else "%(default)s"
+        return f"{text} (default: {shown})"
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        names = {"int": "N", "float": "X", "str": "TEXT"}
+        kind = (self._get_type_str(action) or "").removesuffix(" | null")
+        return names.get(kind) or super()._get_default_metavar_for_optional(action)
+
+
+def config_parser(
+    module: str = "", doc: str | None = None, usage: str = USAGE
+) -> jsonargparse.ArgumentParser:
+    """Return a parser of `--config FILE` and every `--section.key`.
+
+    `module` is the module of the command and `doc` its docstring; the command adds its own options,
+    and passes a `usage` of its own where it has required arguments.
+    """
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    result = jsonargparse.ArgumentParser(description=description, exit_on_error=False)
-    result.add_argument("--config", action="config", help="a YAML file with the sections below")
+    result = jsonargparse.ArgumentParser(
+        prog=prog(module),
+        usage=f"{prog(module)} {usage}",
+        description=description(doc),
+        formatter_class=_HelpFormatter,
+        exit_on_error=False,
+    )
+    result.add_argument(
+        "--config", action="config", metavar="FILE", help="YAML file with the sections below"
+    )
     # Section by section: defaults come from the signatures, where a derived value is still null.
     for section in fields(Config):
+        title = f"{section.name}: {(section.type.__doc__ or '').splitlines()[0].rstrip('.')}"
         if section.type is InitConfig:
-            text = "a checkpoint of any kind to begin with; the model and the tokenizer are its own"
-            result.add_argument("--init.from", default="", help=f"{text} (empty: drawn weights)")
+            result.add_argument_group(title).add_argument("--init.from", default="", help=INIT_FROM)
         else:
             result.add_class_arguments(section.type, section.name)
+            assert result.groups is not None
+            result.groups[section.name].title = title
     return result
 
 
@@ -102,7 +155,10 @@ def _translated(words: list[str], is_record: bool) -> list[str]:
     path = Path(_config_file(words) or "")
     if words[:1] != ["--config"] or not path.is_file() or not (is_record or is_run_record(path)):
         return words
-    values = yaml.safe_load(path.read_text())
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return words  # The parser reports it.
     new = renamed.translate(values) if isinstance(values, dict) else values
     return words if new == values else ["--config", yaml.safe_dump(new), *words[2:]]
 

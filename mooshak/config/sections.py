@@ -15,56 +15,56 @@ from mooshak.errors import InputError, require
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """The tokenizer: a SentencePiece model, trained when it is missing."""
+    """The tokenizer; a SentencePiece model is trained when the file is missing."""
 
     path: str = "data/demo/tokenizer.model"
-    """The SentencePiece model file."""
+    """SentencePiece model file, or a `tokenizer.json` of Hugging Face."""
     vocab_size: int = 64128
-    """Pieces to train; the model's vocabulary is this, rounded up to a multiple of 64."""
+    """Pieces to train; model.vocab_size is this number, rounded up to a multiple of 64."""
     character_coverage: float = 1.0
-    """Share of the characters that get a piece of their own; the rest are bytes."""
+    """Share of the characters that become pieces; the others are encoded as bytes."""
     training_bytes: int = 200_000_000
-    """Most bytes of text to train on, taken from the sources by weight."""
+    """Maximum bytes of training text, taken from the sources by weight."""
 
 
 @dataclass(frozen=True)
 class InitConfig:
-    """What the weights are before the first step. The key is `from`, a keyword of Python."""
+    """Initial weights. The key is `from`, which is a keyword of Python."""
 
     from_: str = ""
-    """A checkpoint of any kind, a Hugging Face directory too, to begin with (empty: drawn weights).
-    Keys of model that are left at their default are its, and so is the tokenizer."""
+    """Checkpoint of any format, or Hugging Face directory, that supplies the initial weights; keys
+    of model that are not given, and the tokenizer, are taken from it (empty: random weights)."""
 
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One stream of documents."""
+    """A stream of documents."""
 
     name: str
-    """Name of the source: of its folder of token shards, and in the reports."""
+    """Name of the source in reports, and of its directory of token shards."""
     kind: Literal["tales", "text", "jsonl", "parquet", "huggingface"] = "tales"
-    """tales (built in), text (a document a file), jsonl, parquet, or huggingface (`datasets`)."""
+    """tales (built in), text (a document per file), jsonl, parquet, or huggingface (`datasets`)."""
     language: str = "en"
-    """Language tag (hi, en, ...): validation is reported per language."""
+    """Language tag (hi, en, ...); validation is reported by language."""
     weight: float = 1.0
-    """Share in the training mixture, relative to the other sources' weights."""
+    """Weight in the training mixture, relative to the weights of the other sources."""
     path: str = ""
-    """Glob of the files, or the name of the Hugging Face dataset."""
+    """Glob of the files, or name of the Hugging Face dataset."""
     column: str = "text"
     """Field (jsonl) or column (parquet, huggingface) that holds the text."""
     subset: str | None = None
-    """Hugging Face: the configuration (`name=`) or directory (`data_dir=`) of the dataset."""
+    """huggingface: configuration (`name=`) or directory (`data_dir=`) of the dataset."""
     split: str = "train"
-    """Hugging Face: the split."""
+    """huggingface: split of the dataset."""
     documents: int | None = None
-    """Take at most so many documents; for tales, the number that is written (null: 1000)."""
+    """Maximum number of documents (null: all; tales: 1000)."""
     seed: int = 0
-    """tales: seed of the tales. The same seed in two languages gives the same tales."""
+    """tales: seed; sources in two languages with one seed are translations of each other."""
 
     def __post_init__(self) -> None:
         require(
             bool(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.name)),
-            f"data.sources name {self.name!r} (a folder) must begin with a letter or digit, "
+            f"data.sources name {self.name!r} (a directory) must begin with a letter or digit, "
             "then letters, digits, '_', '-' and '.'",
         )
         require(self.weight > 0, f"weight of source {self.name} must be positive")
@@ -73,101 +73,102 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The corpus and how it becomes batches."""
+    """Text sources, token shards and batches."""
 
     dir: str = "data/demo"
-    """Where the token shards are kept."""
+    """Directory of the token shards."""
     sources: list[SourceConfig] = field(
         default_factory=lambda: [
             SourceConfig("tales-hi", language="hi"),
             SourceConfig("tales-en", language="en"),
         ]
     )
-    """The sources, mixed by weight."""
+    """Text sources, mixed by weight: objects with the keys that --data.sources.help lists."""
     normalize_nfc: bool = True
-    """Bring text to Unicode NFC (ZWJ and ZWNJ are kept)."""
+    """Normalise text to Unicode NFC (ZWJ and ZWNJ are preserved)."""
     drop_empty: bool = True
-    """Drop documents without a visible character."""
+    """Drop documents without visible characters."""
     deduplicate: bool = True
-    """Drop exact copies of documents within a source."""
+    """Drop exact duplicates of documents within a source."""
     validation_fraction: float = 0.02
-    """Share of the documents held out for validation, chosen by a hash of their text."""
+    """Fraction of the documents held out for validation, selected by a hash of their text."""
     max_broken_lines: int = 100
-    """JSONL: broken lines to skip and count before giving up."""
+    """jsonl: invalid lines that are skipped before preparation fails."""
     shard_tokens: int = 2**24
     """Tokens per shard."""
     document_mask: bool = False
-    """Tokens of packed documents do not see each other; positions restart with each document, and
-    labels across a border are ignored."""
+    """Restrict attention to the document of a token: positions restart at each document, and labels
+    across a document boundary are ignored."""
     workers: int = 0
-    """Grain worker processes that read ahead (0: a thread in the training process)."""
+    """Grain worker processes that prefetch batches (0: threads of the training process)."""
 
     def __post_init__(self) -> None:
         names = [source.name for source in self.sources]
         require(bool(names), "data.sources is empty; name at least one source")
-        require(len(set(names)) == len(names), f"data.sources has a name twice: {names}")
+        require(len(set(names)) == len(names), f"data.sources has a duplicate name: {names}")
         require(0 <= self.validation_fraction < 1, "data.validation_fraction must be in [0, 1)")
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (arXiv:1711.05101), with weight decay on matrices, and clipping by the global norm."""
+    """AdamW (arXiv:1711.05101) and gradient clipping by the global norm."""
 
     learning_rate: float = 3e-4
     """Peak learning rate."""
     beta1: float = 0.9
-    """Decay of the first moment."""
+    """Decay rate of the first moment."""
     beta2: float = 0.95
-    """Decay of the second moment."""
+    """Decay rate of the second moment."""
     eps: float = 1e-8
-    """Added to the root of the second moment."""
+    """Term added to the square root of the second moment."""
     weight_decay: float = 0.1
-    """Decoupled weight decay, on matrices only."""
+    """Decoupled weight decay; applied to matrices, not to norm gains or biases."""
     max_grad_norm: float = 1.0
-    """Largest global norm of the gradient."""
+    """Global norm to which larger gradients are scaled down."""
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """The learning rate as a function of the step."""
+    """Learning rate schedule."""
 
     kind: Literal["cosine", "wsd", "constant"] = "cosine"
-    """cosine, wsd (warm-up, stable, decay; arXiv:2404.06395) or constant, all after a warm-up."""
+    """cosine, wsd (warmup-stable-decay, arXiv:2404.06395) or constant, each after the warmup."""
     warmup_steps: int = 100
-    """Steps of linear warm-up."""
+    """Steps of linear warmup."""
     decay_fraction: float = 0.2
-    """wsd: the share of the steps in which the rate decays at the end."""
+    """wsd: fraction of the total steps, at the end, in which the rate decays."""
     min_lr_ratio: float = 0.1
-    """Learning rate at the end, as a share of the peak."""
+    """Final learning rate as a fraction of the peak (cosine, wsd)."""
     total_steps: int | None = None
-    """Steps that the schedule is laid out for (null: train.steps)."""
+    """Step at which the schedule ends (null: train.steps)."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The training loop."""
+    """Training loop, precision and memory."""
 
     steps: int = 1000
-    """Optimizer steps in all, those before a resume included."""
+    """Total optimizer steps, including those before a resume."""
     batch_size: int = 8
-    """Sequences per step, over all processes."""
+    """Sequences per optimizer step, over all processes and micro-batches."""
     sequence_length: int | None = None
     """Tokens per sequence (null: model.max_seq_len)."""
     gradient_accumulation_steps: int = 1
-    """Micro-batches per step, whose gradients are added up."""
+    """Micro-batches per optimizer step; their gradients are summed."""
     dtype: Dtype = "float32"
-    """float64, float32, bfloat16 (matmuls in bf16; parameters, norms and loss in fp32), or float16
-    (the same; torch only: gradients are scaled)."""
+    """float64, float32, bfloat16 (matrix products in bf16; parameters, norms and loss in fp32), or
+    float16 (the same with loss scaling; torch only)."""
     loss_chunk: int = 2048
-    """Tokens whose logits are in memory at once."""
+    """Tokens per chunk of the loss: their logits are in memory at once."""
     remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass computes again: nothing, all but matrix products, or whole layers."""
+    """Activations recomputed in the backward pass: none, all but matrix products (dots), or all
+    (full)."""
     compile: bool = False
-    """torch: compile each layer (`torch.compile`); JAX always compiles the whole step."""
+    """torch: torch.compile each layer. JAX always compiles the full step."""
     log_every: int = 1
-    """Steps between lines of the metrics."""
+    """Steps between lines of metrics.jsonl; the last step is always logged."""
     stop_after_step: int | None = None
-    """Save and stop after this step, as if interrupted; the schedule is not touched."""
+    """Save and stop after this step; the schedule does not change (null: train.steps)."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "loss_chunk", "log_every"):
@@ -176,34 +177,38 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the work is spread over devices."""
+    """Devices, processes and sharding."""
 
     strategy: Literal["auto", "single", "ddp", "fsdp", "hsdp", "deepspeed"] = "auto"
-    """torch: single, ddp, or auto (ddp under torchrun)."""
+    """torch: single, ddp, fsdp (FSDP2), hsdp (FSDP2 within a machine, replicated across machines),
+    deepspeed (ZeRO), or auto: single without torchrun, else fsdp where the mesh has fsdp or tensor,
+    else ddp. JAX: no effect, the mesh decides."""
     mesh: str = ""
-    """Axes and sizes, like data=2,fsdp=4; --mesh is short for it (empty: all devices on data)."""
+    """Axes data, fsdp and tensor with their sizes, such as data=2,fsdp=-1 (-1: all remaining
+    devices); short: --mesh (empty: that of the strategy; JAX: data=-1)."""
     cpu_devices: int | None = None
-    """JAX on CPU: how many devices each process has (null: as many as the mesh needs)."""
+    """JAX on CPU: devices per process (null: as many as the mesh needs)."""
     reshard_after_forward: bool = True
-    """torch, fsdp: free gathered parameters after the forward pass and gather them again."""
+    """torch, fsdp: free the gathered parameters of a layer after its forward pass, and gather them
+    again in the backward pass."""
     cpu_offload: bool = False
-    """torch, fsdp: keep parameters, gradients and optimizer state in the host's memory."""
+    """torch, fsdp: store parameters, gradients and optimizer state in host memory."""
     prefetch: int = 1
-    """torch, fsdp: layers that are gathered ahead of the one that computes."""
+    """torch, fsdp: layers gathered ahead of the layer that computes."""
     zero_stage: Literal[1, 2, 3] = 2
-    """torch, deepspeed: cut the optimizer state (1), gradients too (2), parameters too (3)."""
+    """torch, deepspeed: shard the optimizer state (1), also gradients (2), also parameters (3)."""
     timeout: int = 600
-    """torch: seconds after which a process that waits for the others gives up and says where."""
+    """torch: seconds after which a collective that waits for another process fails."""
     sequence_parallel: bool = False
-    """torch, tensor: cut hidden states by sequence where they are not cut by heads or width."""
+    """torch, tensor parallelism: shard hidden states by sequence between the sharded matrices."""
     num_slices: int = 1
-    """JAX: slices of a TPU pod, joined by the data-center network, that the data axis spans."""
+    """JAX: TPU slices, connected by the data-center network, that the data axis spans."""
     coordinator_address: str | None = None
-    """JAX: HOST:PORT of process 0 of several, or auto: TPU or Slurm know (null: one process)."""
+    """JAX: HOST:PORT of process 0, or auto (TPU pods, Slurm) (null: one process)."""
     num_processes: int | None = None
-    """JAX: how many processes there are, with a coordinator."""
+    """JAX: number of processes, with a coordinator_address HOST:PORT."""
     process_id: int | None = None
-    """JAX: which of the processes this is, from 0."""
+    """JAX: index of this process, from 0."""
 
     def __post_init__(self) -> None:
         require(self.num_slices > 0, "parallel.num_slices must be positive")
@@ -224,24 +229,24 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """What is kept of a run."""
+    """Checkpoints of a run."""
 
     every: int = 500
-    """Steps between checkpoints; the last step is always kept (0: only the last)."""
+    """Steps between checkpoints; the last step is always saved (0: only the last)."""
     keep: int = 2
-    """How many of the newest checkpoints stay; the best by validation loss stays too."""
+    """Number of newest checkpoints to retain, besides the one with the lowest validation loss."""
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Validation during training."""
+    """Validation on held-out text."""
 
     every: int = 250
     """Steps between validations (0: never)."""
     sequences: int = 64
-    """Validation sequences per language, at most, spread evenly over the split (0: all)."""
+    """Maximum validation sequences per language, spread evenly over the split (0: all)."""
     batch_size: int = 8
-    """Sequences per forward pass."""
+    """Sequences per forward pass, over all processes."""
 
     def __post_init__(self) -> None:
         require(self.every >= 0, "evaluate.every must not be negative")
@@ -251,22 +256,23 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """How text is generated."""
+    """Settings of generation."""
 
     max_new_tokens: int = 128
-    """Tokens to generate at most."""
+    """Maximum number of new tokens."""
     temperature: float = 0.0
     """Divisor of the logits before sampling; 0 is greedy decoding."""
     top_p: float = 1.0
-    """Nucleus sampling (arXiv:1904.09751): the smallest set of tokens of this total probability."""
+    """Nucleus sampling (arXiv:1904.09751): sample from the smallest set of tokens with total
+    probability >= top_p."""
     seed: int = 0
     """Seed of the sampling noise."""
     n: int = 1
-    """Samples of each prompt."""
+    """Samples per prompt."""
     stop: tuple[str, ...] = ()
-    """Texts that end the generation; they are not part of the result."""
+    """Stop texts: generation ends where one appears; it is not part of the result."""
     ignore_eos: bool = False
-    """Go on after an end-of-text token."""
+    """Continue after an end-of-text token."""
     logprobs: bool = False
     """Return the log-probability of each token under the model, before temperature and top_p."""
 
@@ -281,26 +287,26 @@ class GenerateConfig:
             f"generate.temperature {self.temperature} must be 0 (greedy) or positive",
         )
         require(0 < self.top_p <= 1, f"generate.top_p {self.top_p} must be in (0, 1]")
-        require(all(self.stop), "generate.stop has an empty text")
+        require(all(self.stop), "generate.stop contains an empty text")
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The run and where it lives."""
+    """Run directory, seed and logging."""
 
     dir: str = "runs/default"
-    """The run directory: metrics, resolved config, checkpoints."""
+    """Run directory: metrics, resolved configuration, checkpoints."""
     seed: int = 0
-    """Seed of the initial weights and of the order of the data."""
+    """Seed of the initial weights and of the data order."""
     progress: bool = True
     """Show a progress bar."""
     tensorboard: bool = True
-    """Write TensorBoard events too."""
+    """Write TensorBoard events."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that decides a run."""
+    """Configuration of a run: all sections."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     init: InitConfig = field(default_factory=InitConfig)
@@ -340,7 +346,7 @@ class Config:
 
 
 def check_mesh(config: Config, sizes: dict[str, int]) -> None:
-    """Raises `InputError` unless the mesh divides the batch and the model's widths."""
+    """Raise `InputError` unless the mesh divides the batch and the model's widths."""
     train, model = config.train, config.model
     n_shards = sizes["data"] * sizes["fsdp"]
     if train.batch_size % (n_shards * train.gradient_accumulation_steps):

@@ -4,11 +4,8 @@ A tale is a plot (`tale_plots.txt`) whose roles are filled with nouns, adjective
 (`tale_words.txt`) and whose sentences are drawn from alternatives, the same ones in both languages.
 Hindi is inflected here: the oblique case before a postposition, the agreement of verbs and
 adjectives in gender and number; the plots say which word agrees with whom.
-
-    python -m mooshak.corpus.tales --seed 0 --count 3
 """
 
-import argparse
 import hashlib
 import math
 import re
@@ -20,6 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
+from mooshak.command_line import command_parser
 from mooshak.errors import InputError, command
 
 T = TypeVar("T")
@@ -363,12 +361,17 @@ def _called(call: str, snippets: Mapping[str, _Snippet]) -> Beat:
 
 @command
 def main() -> None:
-    """Print tales in both languages."""
-    parser = argparse.ArgumentParser(prog="mooshak.corpus.tales", description=main.__doc__)
-    parser.add_argument("--seed", type=int, default=0, help="seed of the tales")
-    parser.add_argument("--start", type=int, default=0, help="index of the first")
-    parser.add_argument("--count", type=int, default=1, help="how many")
-    parser.add_argument("--language", choices=LANGUAGES, help="one language only")
+    """Print tales in both languages.
+
+    python -m mooshak.corpus.tales --seed 0 --count 3
+    python -m mooshak.corpus.tales --start 17 --language hi
+    """
+    usage = "[--seed N] [--start N] [--count N] [--language hi|en]"
+    parser = command_parser("mooshak.corpus.tales", main.__doc__, usage)
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the tales")
+    parser.add_argument("--start", type=int, default=0, metavar="N", help="index of the first tale")
+    parser.add_argument("--count", type=int, default=1, metavar="N", help="number of tales")
+    parser.add_argument("--language", choices=LANGUAGES, help="print one language only")
     args = parser.parse_args()
     languages = (args.language,) if args.language else LANGUAGES
     for index in range(args.start, args.start + args.count):

@@ -1,6 +1,6 @@
-"""Prepare the corpus, or describe it.
+"""Tokenize the sources of a configuration into shards (prepare), or describe the shards.
 
-python -m mooshak.data prepare  --config configs/demo.yaml
+python -m mooshak.data prepare --config configs/demo.yaml
 python -m mooshak.data describe --config configs/demo.yaml
 """
 
@@ -21,8 +21,10 @@ from mooshak.tables import print_table
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """`python -m mooshak.data prepare|describe`."""
-    arguments = config_parser("Tokenise the sources into shards, or describe the shards.")
-    arguments.add_argument("action", choices=["prepare", "describe"])
+    usage = "prepare|describe --config FILE [--section.key VALUE ...]"
+    arguments = config_parser("mooshak.data", __doc__, usage)
+    text = "prepare: write the shards that are missing; describe: print their sizes"
+    arguments.add_argument("action", choices=["prepare", "describe"], help=text)
     draft, options = parse_config(arguments, argv)
     config = resolve(draft)
     if options.action == "prepare":
@@ -31,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _description(config: Config) -> Table:
-    """A row for each source: what was prepared, and its share of the training rows."""
+    """Return a row per source: sizes of its shards, and its share of the training sequences."""
     table = Table(title=f"{config.data.dir}, sequences of {config.T} tokens")
     table.add_column("source")
     table.add_column("language")

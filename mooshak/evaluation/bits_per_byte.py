@@ -22,13 +22,18 @@ Scores = dict[str, dict[str, float]]
 """Language -> bits_per_byte, unigram_bits_per_byte, ratio of these, loss, tokens, bytes."""
 
 
-def options(description: str) -> tuple[Config, jsonargparse.Namespace]:
-    """What both `evaluate` commands are called with: the configuration, `source` and `json`.
+USAGE = "CHECKPOINT [--config FILE] [--json] [--section.key VALUE ...]"
 
-    Without `--config` it is the configuration of the run that the checkpoint is part of.
+CHECKPOINT = "directory of a checkpoint, of any format"
+
+
+def options(module: str, doc: str | None) -> tuple[Config, jsonargparse.Namespace]:
+    """Parse the arguments of both `evaluate` commands: the configuration, `source` and `json`.
+
+    Without `--config`, the configuration is that of the run that the checkpoint belongs to.
     """
-    parser = config_parser(description)
-    parser.add_argument("source", type=Path, help="a checkpoint of any kind")
+    parser = config_parser(module, doc, USAGE)
+    parser.add_argument("source", type=Path, metavar="CHECKPOINT", help=CHECKPOINT)
     parser.add_argument("--json", action="store_true", help="print one JSON object, not a table")
     draft, arguments = parse_config(parser, find_config=_config_of_run)
     config = resolve(draft)

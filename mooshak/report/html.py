@@ -1,17 +1,17 @@
-"""How the pages of parity look: their templates, their numbers, and plots in the page's colours."""
+"""Templates of the HTML pages, number formats, and figures in the colours of the page."""
 
 import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
-import matplotlib
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
 
-# Placeholders that stand for the page's own colours, which are others in the dark.
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Placeholders for the CSS colours of the page, which depend on light or dark mode.
 COLORS = {"ink": "#010203", "faint": "#010204", "torch": "#010205", "jax": "#010206"}
 
 STYLE: Any = {
@@ -34,16 +34,23 @@ STYLE: Any = {
 
 
 @contextmanager
-def themed(width: float, height: float) -> Iterator[Figure]:
-    """A figure of so many inches to draw in, inside the block; `svg` makes its text."""
+def themed(width: float, height: float) -> Iterator["Figure"]:
+    """Yield a figure of this size in inches, in the style of the page; `svg` converts it."""
+    # Late: matplotlib takes half a second to import, which --help does not need.
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasSVG(figure)
         yield figure
 
 
-def svg(figure: Figure) -> str:
-    """The figure as an SVG element, as wide as the page lets it be and in the page's colours."""
+def svg(figure: "Figure") -> str:
+    """Return a figure as an SVG element that takes its size and its colours from the page."""
+    import matplotlib
+
     file = io.StringIO()
     with matplotlib.rc_context(STYLE):
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
@@ -51,12 +58,12 @@ def svg(figure: Figure) -> str:
     text = text[text.index("<svg") :]
     for name, color in COLORS.items():
         text = text.replace(color, f"var(--{name})")
-    # The page decides the size: only the view box stays.
+    # The page sets the size: only the view box remains.
     return re.sub(r'^(<svg [^>]*?) height="[^"]*"([^>]*?) width="[^"]*"', r"\1\2", text)
 
 
 def power(value: float) -> str:
-    """2e-05 as 2 × 10⁻⁵."""
+    """Format a number as 2 × 10⁻⁵ instead of 2e-05."""
     if value == 0 or value != value:
         return f"{value:g}"
     digits, exponent = f"{value:.1e}".split("e")

@@ -1,6 +1,6 @@
-"""Train, extend, use and measure tokenizers from the command line.
+"""Train a tokenizer, extend one, encode and decode text, or report tokens per word.
 
-python -m mooshak.tokenizer train  --config configs/demo.yaml
+python -m mooshak.tokenizer train --config configs/demo.yaml
 python -m mooshak.tokenizer extend --init.from LLAMA --config C --tokenizer.path new.model
 python -m mooshak.tokenizer encode --config configs/demo.yaml "नमस्ते दुनिया"
 python -m mooshak.tokenizer decode --tokenizer.path tokenizer.model 1 302 17
@@ -26,7 +26,7 @@ _ACTIONS = ("train", "extend", "encode", "decode", "report")
 
 
 def _report(config: Config, tokenizer: Tokenizer, most: int) -> None:
-    """Print how many tokens each language costs, and the words that cost the most."""
+    """Print bytes per token and tokens per word by language, and the words with the most tokens."""
     from itertools import islice
 
     from rich.table import Table
@@ -44,7 +44,7 @@ def _report(config: Config, tokenizer: Tokenizer, most: int) -> None:
             for text in islice(documents(source, config), most)
         ]
         tokens = sum(map(len, tokenizer.encode_batch(texts)))
-        # With the space before it, as a word mostly stands in the text.
+        # With the preceding space, as in running text.
         words = Counter(" " + word for text in texts for word in text.split())
         if not tokens or not words:
             raise InputError(f"the sources have no text in language {language}; check their paths")
@@ -63,7 +63,7 @@ def _report(config: Config, tokenizer: Tokenizer, most: int) -> None:
 
 
 def _is_of_letters(word: str) -> bool:
-    """Whether a word is of letters, vowel signs and joiners: no number, no address."""
+    """Return whether a word has only letters, vowel signs and joiners: no number, no address."""
     return all(
         unicodedata.category(character)[0] in "LM" or character in "\u200c\u200d"
         for character in word
@@ -74,21 +74,18 @@ def _is_of_letters(word: str) -> bool:
 def main(argv: Sequence[str] | None = None) -> None:
     """`python -m mooshak.tokenizer train|extend|encode|decode|report`."""
     words = list(sys.argv[1:] if argv is None else argv)
-    # The action comes first, and not as an argument: then texts may stand behind the options.
+    # The action is taken from the front, not parsed: then texts may follow the options.
     action = words.pop(0) if words and words[0] in _ACTIONS else None
-    arguments = config_parser(
-        f"{', '.join(_ACTIONS)}: train or extend a tokenizer, use it, or report how it fits."
-    )
-    arguments.add_argument(
-        "input", nargs="*", help="encode: texts, decode: token ids (default: standard input)"
-    )
-    arguments.add_argument(
-        "--documents", type=int, default=1000, help="report: documents read from each source"
-    )
+    usage = f"{'|'.join(_ACTIONS)} --config FILE [--section.key VALUE ...] [INPUT ...]"
+    arguments = config_parser("mooshak.tokenizer", __doc__, usage)
+    text = "encode: texts; decode: token ids (empty: standard input)"
+    arguments.add_argument("input", nargs="*", metavar="INPUT", help=text)
+    text = "report: maximum number of documents per source"
+    arguments.add_argument("--documents", type=int, default=1000, metavar="N", help=text)
     draft, options = parse_config(arguments, words)
     config = resolve(draft)
     if action is None:
-        raise InputError(f"the first argument says what to do; give one of {', '.join(_ACTIONS)}")
+        raise InputError(f"the first argument is the action; give one of {', '.join(_ACTIONS)}")
     if action == "train":
         train(config)
     elif action == "extend":
@@ -107,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ids = options.input or _standard_input().split()
         if wrong := [id for id in ids if not re.fullmatch(r"\d+", id)]:
             raise InputError(f"{wrong[0]!r} is not a token id; give numbers, as encode prints them")
-        # What came from a pipe goes on exactly; an answer on the command line is a line.
+        # Text from a pipe is written exactly; for ids on the command line, a newline is added.
         print(tokenizer.decode([int(id) for id in ids]), end="\n" if options.input else "")
 
 

@@ -3,6 +3,7 @@
 A framework supplies a `Trainer`; an objective decides what a step minimises.
 """
 
+import argparse
 import contextlib
 import time
 from collections.abc import Callable, Sequence
@@ -110,6 +111,14 @@ class Trainer(Protocol):
     def close(self) -> None:
         """Leave the other processes."""
         ...
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add --resume and --profile, options of every `train` command."""
+    text = "auto (newest complete checkpoint of the run, of either framework), never, or a path"
+    parser.add_argument("--resume", default="auto", metavar="WHERE", help=text)
+    text = "trace the third step of this process into RUN/profile"
+    parser.add_argument("--profile", action="store_true", help=text)
 
 
 def train(config: Config, trainer: Trainer, resume: str = "auto", profile: bool = False) -> None:

@@ -24,7 +24,7 @@ from mooshak.checkpoints.base import FULL_SLICE, MOMENTS, Checkpoint
 from mooshak.config.model import ModelConfig
 from mooshak.errors import InputError
 from mooshak.files import LOCK
-from parity import check
+from parity import checker
 from parity import convert as conversion
 from parity.convert import convert, open_any
 
@@ -43,7 +43,7 @@ STATE = {
 @pytest.fixture(scope="module")
 def state(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """A training state in the interchange format."""
-    drawn = check.random_checkpoint(MODEL)
+    drawn = checker.random_checkpoint(MODEL)
     tensors = {
         key: (np.dtype(np.float32), shape)
         for prefix in ("", *(f"{moment}." for moment in MOMENTS))

@@ -23,7 +23,7 @@ from mooshak.config.parse import dump_config
 from mooshak.config.sections import Config, ParallelConfig, TrainConfig
 from mooshak_jax import checkpoint
 from mooshak_jax.distributed.mesh import make_parallel
-from parity import check
+from parity import checker
 from parity.backends import canonical
 from parity.convert import convert, describe, open_any
 
@@ -58,7 +58,7 @@ def arrays(state: Mapping[str, object]) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def truth(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """A training state as DCP, in blocks that no device's part ends with."""
-    drawn = check.random_checkpoint(MODEL)
+    drawn = checker.random_checkpoint(MODEL)
     shapes = MODEL.parameter_shapes()
     tensors = {
         prefix + name: (np.dtype(np.float32), shape)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mooshak.config.model import ModelConfig
-from parity import check
+from parity import checker
 from parity.comparisons import Line
 from parity.faults import FAULTS, inject_fault
 
@@ -45,7 +45,7 @@ CASES = [(name, ("torch", "JAX")[i % 2]) for i, name in enumerate(FAULTS)]
 def lines_of(name: str, framework: str) -> list[Line]:
     """What the part that has to find the fault says."""
     fault = FAULTS[name]
-    source = check.random_checkpoint(LLAMA if fault.architecture == "llama" else MODEL)
+    source = checker.random_checkpoint(LLAMA if fault.architecture == "llama" else MODEL)
     sizes = {"batch": 4, "time": 20, "decode": 10}
     options = {
         "parts": (fault.part,),
@@ -58,9 +58,9 @@ def lines_of(name: str, framework: str) -> list[Line]:
         ours, theirs = (
             (fault.read(source), source) if framework == "torch" else (source, fault.read(source))
         )
-        return list(check.check(ours, theirs, **options))
+        return list(checker.check(ours, theirs, **options))
     with inject_fault(name, framework):
-        return list(check.check(source, **options))
+        return list(checker.check(source, **options))
 
 
 @pytest.mark.parametrize(("name", "framework"), CASES, ids=[f"{n} ({f})" for n, f in CASES])
@@ -78,12 +78,12 @@ def test_there_are_at_least_24_faults() -> None:
 @pytest.mark.slow
 def test_without_a_fault_every_line_passes_and_its_control_does_not() -> None:
     lines = list(
-        check.check(
-            check.random_checkpoint(replace(MODEL, n_layers=2)),
+        checker.check(
+            checker.random_checkpoint(replace(MODEL, n_layers=2)),
             batch=4,
             time=20,
             decode=10,
-            parts=check.IN_THIS_PROCESS,
+            parts=checker.IN_THIS_PROCESS,
         )
     )
     assert [line for line in lines if not line.passed] == []
@@ -100,7 +100,7 @@ def test_without_a_fault_every_line_passes_and_its_control_does_not() -> None:
 
 
 def test_two_checkpoints_that_differ_in_one_element() -> None:
-    source = check.random_checkpoint(MODEL)
+    source = checker.random_checkpoint(MODEL)
 
     def read(name: str) -> np.ndarray:
         value = np.array(source.read(name))
@@ -109,7 +109,7 @@ def test_two_checkpoints_that_differ_in_one_element() -> None:
         return value
 
     other = replace(source, read=read)
-    (line,) = check.check(source, other, parts=("weights",))
+    (line,) = checker.check(source, other, parts=("weights",))
     assert not line.passed and line.where == "layers.1.mlp.w2.weight"
-    (line,) = check.check(source, source, parts=("weights",))
+    (line,) = checker.check(source, source, parts=("weights",))
     assert line.passed

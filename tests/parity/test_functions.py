@@ -19,7 +19,7 @@ from mooshak_jax import params as jax_params
 from mooshak_jax import step as jax_step
 from mooshak_jax.distributed import mesh as jax_mesh
 from mooshak_torch.model import Model
-from parity import check, comparisons, distance, tolerances
+from parity import checker, comparisons, distance, tolerances
 from parity.backends import JaxBackend, TorchBackend, canonical
 from parity.convert import convert
 
@@ -64,14 +64,14 @@ MODELS = {
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 def test_every_line_of_the_check_passes(model: ModelConfig) -> None:
-    source = check.random_checkpoint(model)
+    source = checker.random_checkpoint(model)
     lines = list(
-        check.check(
+        checker.check(
             source,
             batch=4,
             time=30,
             decode=20,
-            parts=check.IN_THIS_PROCESS,
+            parts=checker.IN_THIS_PROCESS,
             controls=False,
             floors=False,
         )
@@ -83,7 +83,7 @@ def test_every_line_of_the_check_passes(model: ModelConfig) -> None:
 @pytest.mark.parametrize("devices", [1, 2])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_training_steps_agree_on_meshes(devices: int, accumulation: int) -> None:
-    source = check.random_checkpoint(MODEL)
+    source = checker.random_checkpoint(MODEL)
     tokens = np.random.default_rng(1).integers(0, 192, (10, 4, 31), dtype=np.int32)
     config = comparisons.ParityCase(TorchBackend(source), JaxBackend(source), tokens, 0).config(
         "float64"
@@ -133,7 +133,7 @@ def test_evaluation_is_the_same_with_a_rest_that_fills_no_batch() -> None:
     from mooshak_torch.objectives import CausalLM
     from mooshak_torch.step import evaluate
 
-    source = check.random_checkpoint(MODEL)
+    source = checker.random_checkpoint(MODEL)
     sequences = np.random.default_rng(2).integers(0, 192, (5, 31), dtype=np.int32)
     case = comparisons.ParityCase(TorchBackend(source), JaxBackend(source), sequences[None, :4], 0)
     config = case.config("float64")
@@ -151,7 +151,7 @@ def test_evaluation_is_the_same_with_a_rest_that_fills_no_batch() -> None:
 def test_greedy_decoding_of_prompts_of_different_lengths_equals_one_by_one() -> None:
     from mooshak_torch.decode import generate
 
-    model = TorchBackend(check.random_checkpoint(MODEL)).model("float64")
+    model = TorchBackend(checker.random_checkpoint(MODEL)).model("float64")
     prompts = [[1, 5, 9], [7], [1, 2, 3, 4, 5, 6]]
     together = generate(model, prompts, 12)
     assert [generate(model, [prompt], 12)[0].tolist() for prompt in prompts] == together.tolist()
@@ -163,7 +163,7 @@ def test_a_training_state_keeps_its_bits_through_every_format(kind: str, tmp_pat
     from mooshak.checkpoints.safetensors import write_checkpoint
     from parity.convert import open_any
 
-    drawn = check.random_checkpoint(MODEL)
+    drawn = checker.random_checkpoint(MODEL)
     tensors = {
         key: (np.dtype(np.float32), shape)
         for name, shape in MODEL.parameter_shapes().items()
@@ -186,7 +186,7 @@ def test_a_training_state_keeps_its_bits_through_every_format(kind: str, tmp_pat
 
 
 def test_losses_in_float32_are_added_up_as_well_in_both() -> None:
-    source = check.random_checkpoint(replace(LLAMA, max_seq_len=64))
+    source = checker.random_checkpoint(replace(LLAMA, max_seq_len=64))
     tokens = np.random.default_rng(1).integers(0, 128, (20, 4, 64), dtype=np.int32)
     case = comparisons.ParityCase(TorchBackend(source), JaxBackend(source), tokens, 0)
     sides = (case.torch, case.jax)

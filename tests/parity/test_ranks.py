@@ -7,7 +7,7 @@ import pytest
 
 from mooshak.config.model import ModelConfig
 from mooshak.config.sections import Config, TrainConfig
-from parity import check
+from parity import checker
 from parity.layouts import fitting
 
 MODEL = ModelConfig(vocab_size=96, dim=16, n_layers=2, n_heads=4, hidden_dim=24, max_seq_len=24)
@@ -15,14 +15,16 @@ MODEL = ModelConfig(vocab_size=96, dim=16, n_layers=2, n_heads=4, hidden_dim=24,
 
 @pytest.mark.slow
 def test_layouts_change_nothing_and_a_fault_would_show(tmp_path: Path) -> None:
-    lines = list(check.check(check.random_checkpoint(MODEL), batch=4, time=20, parts=("layouts",)))
+    lines = list(
+        checker.check(checker.random_checkpoint(MODEL), batch=4, time=20, parts=("layouts",))
+    )
     names = {line.layout for line in lines}
     assert len(names) == 5 and len(lines) == 25
     for line in lines:
         assert line.noise_floor is not None and line.negative_control is not None
         assert line.noise_floor < line.allowed < line.negative_control
         assert line.passed, line
-    check.write_report(lines, tmp_path, "drawn")
+    checker.write_report(lines, tmp_path, "drawn")
     page = (tmp_path / "report.html").read_text()
     assert all(name in page for name in names)
 

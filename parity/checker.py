@@ -1,0 +1,290 @@
+"""The lines of `parity.check`: every comparison with its noise floor and its negative control."""
+
+import json
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from mooshak.checkpoints import base, safetensors
+from mooshak.checkpoints.base import Checkpoint
+from mooshak.checkpoints.init_from import resolve
+from mooshak.config.model import Dtype, ModelConfig
+from mooshak.config.parse import load_draft
+from mooshak.errors import InputError
+from mooshak.files import write_atomically
+from mooshak.numerics.init_weights import initial_weight
+from mooshak.report.html import TEMPLATES
+from mooshak.tables import print_table
+from parity.backends import FixedDtype, JaxBackend, TorchBackend
+from parity.comparisons import (
+    COMPARISONS,
+    STEPS,
+    WITH_NOISE_FLOOR,
+    Float64Reference,
+    Line,
+    ParityCase,
+    cache,
+    precision,
+)
+from parity.convert import convert, open_any
+from parity.distance import distance
+from parity.faults import inject_fault
+from parity.layouts import compare_layouts
+from parity.tolerances import ROUNDING
+
+PARTS = (
+    "weights",
+    "precision",
+    "forward",
+    "loss",
+    "padding",
+    "log_probs",
+    "gradients",
+    "training",
+    "cache",
+    "decoding",
+    "layouts",
+    "round trip",
+)
+IN_THIS_PROCESS = tuple(part for part in PARTS if part != "layouts")
+
+
+def check(
+    source: Checkpoint,
+    other: Checkpoint | None = None,
+    batch: int = 4,
+    time: int = 64,
+    decode: int = 48,
+    parts: Iterable[str] = PARTS,
+    controls: bool = True,
+    floors: bool = True,
+    low: Sequence[Dtype] = ("float32", "bfloat16"),
+) -> Iterator[Line]:
+    """The lines of the report, as they are measured.
+
+    Torch computes with the weights of `source`, JAX with those of `other` (the same by default).
+    `controls` measures every line again with a fault planted, `floors` those of float64 in float32;
+    `low` are the dtypes that are compared with float64.
+
+    Raises `InputError` for checkpoints of two models.
+    """
+    model = source.model
+    if other is not None and other.model != model:
+        raise InputError(f"{other.path} is a checkpoint of another model than {source.path}")
+    time = min(time, model.max_seq_len - 1)
+    decode = min(decode, model.max_seq_len - 8)
+    jax.config.update("jax_enable_x64", True)
+    random = np.random.default_rng(0)
+    tokens_nBS = random.integers(0, model.vocab_size, (STEPS, batch, time + 1), dtype=np.int32)
+    case = ParityCase(TorchBackend(source), JaxBackend(other or source), tokens_nBS, decode)
+    case = replace(case, max_grad_norm=_clip_norm(case))
+    parts = set(parts)
+    if "weights" in parts and other is not None:
+        yield weights(source, other)
+    measures: list[tuple[str, Callable[[ParityCase], Iterator[Line]], Sequence[str]]] = []
+    if "precision" in parts:
+        truth = Float64Reference.of(case)
+        measures += [
+            ("precision", partial(precision, truth, dtype), FAULTS[dtype]) for dtype in low
+        ]
+    measures += [(name, measure, FAULTS[name]) for name, measure in COMPARISONS.items()]
+    for name, measure, faults in measures:
+        if name in parts:
+            lines = list(measure(case))
+            if floors and name in WITH_NOISE_FLOOR:
+                lines = with_noise_floors(case, lines, measure)
+            yield from with_negative_controls(case, lines, measure, faults) if controls else lines
+    if "layouts" in parts:
+        yield from compare_layouts(case)
+    if "round trip" in parts:
+        yield round_trip(source, controls)
+
+
+def with_noise_floors(
+    case: ParityCase, lines: list[Line], measure: Callable[[ParityCase], Iterator[Line]]
+) -> list[Line]:
+    """Each line of float64 with its floor: the same measure between float32 and float64."""
+    sides = (case.torch, case.jax)
+    pairs = [(FixedDtype(side, "float64"), FixedDtype(side, "float32")) for side in sides]
+    if measure is cache:  # It compares each framework with itself.
+        pairs = [(FixedDtype(case.torch, "float32"), FixedDtype(case.jax, "float32"))]
+    floors = dict.fromkeys((line.name for line in lines), 0.0)
+    for ours, theirs in pairs:
+        for line in measure(replace(case, torch=ours, jax=theirs)):
+            floors[line.name] = max(floors[line.name], line.measured * ROUNDING)
+    return [replace(line, noise_floor=floors[line.name]) for line in lines]
+
+
+def with_negative_controls(
+    case: ParityCase,
+    lines: list[Line],
+    measure: Callable[[ParityCase], Iterator[Line]],
+    faults: Sequence[str],
+) -> list[Line]:
+    """Each line with what it shows when a fault is planted: the first that it does not let pass."""
+    for fault, framework in product(faults, ("JAX", "torch")):
+        if all(
+            line.negative_control is not None and line.negative_control > line.allowed
+            for line in lines
+        ):
+            break
+        with inject_fault(fault, framework):
+            faulty = {(line.name, line.dtype): line.measured for line in measure(case)}
+        lines = [
+            line
+            if line.negative_control is not None and line.negative_control > line.allowed
+            else replace(line, negative_control=faulty[line.name, line.dtype], fault=fault)
+            for line in lines
+        ]
+    return lines
+
+
+def _clip_norm(case: ParityCase) -> float:
+    """Half of the first gradient's norm: it is clipped."""
+    gradients = case.torch.gradients(case.config("float64"), case.tokens_nBS[0])
+    norm = np.linalg.norm([np.linalg.norm(g.ravel()) for g in gradients.values()])
+    return float(norm) / case.inputs_BT.size / 2
+
+
+def weights(source: Checkpoint, other: Checkpoint) -> Line:
+    """The largest difference of a tensor, optimizer included, between two checkpoints."""
+    common = [key for key in source.tensors if key in other.tensors]
+    distances = {key: distance(other.read(key), source.read(key)) for key in common}
+    worst = max(distances, key=lambda key: distances[key])
+    first = next((key for key in common if distances[key]), worst)
+    return Line("weights of SRC and OTHER", "stored", distances[worst], 0.0, where=first)
+
+
+def round_trip(source: Checkpoint, controls: bool = True) -> Line:
+    """Tensors that change bits from torch to JAX to torch to interchange."""
+    with tempfile.TemporaryDirectory(prefix="parity-") as directory:
+        path = Path(directory) / "start"
+        safetensors.write_checkpoint(path, source)
+        for i, kind in enumerate(("torch", "jax", "torch", "safetensors")):
+            convert(path, Path(directory) / f"{i}-{kind}", kind)
+            path = Path(directory) / f"{i}-{kind}"
+        end = open_any(path)
+
+        def changed(read: Callable[[str], np.ndarray]) -> list[str]:
+            return [key for key in source.tensors if not _same_bits(read(key), end.read(key))]
+
+        found, kept = changed(source.read), end.trainer_state == source.trainer_state
+        name = "round trip torch, JAX, torch: tensors that change"
+        where = (found or [""])[0] if kept else "trainer_state.json"
+        line = Line(name, "bits", float(len(found) + (not kept)), 0.0, where=where)
+        if not controls:
+            return line
+        first = next(iter(source.tensors))
+
+        def one_bit(key: str) -> np.ndarray:
+            array = np.array(source.read(key))
+            if key == first:
+                array.reshape(-1).view(np.uint8)[0] ^= 1
+            return array
+
+        return replace(line, negative_control=float(len(changed(one_bit))), fault="one bit flipped")
+
+
+FAULTS = {
+    "float32": ("bfloat16 products inside float32", "embedding times sqrt(width)"),
+    "bfloat16": ("RoPE turns neighbours, not halves", "embedding times sqrt(width)"),
+    "forward": ("RoPE theta 1 % off", "embedding times sqrt(width)"),
+    "loss": ("labels not shifted",),
+    "padding": ("padding counts in the loss",),
+    "log_probs": ("padding counts in the loss",),
+    "gradients": ("RMSNorm epsilon 1e-6",),
+    "training": ("1e-6 added to the norm that clips", "learning rate of the next step"),
+    "cache": ("KV cache one position late",),
+    "decoding": ("KV cache one position late",),
+}
+"""Part or dtype -> the faults that are planted, in JAX and then in torch, as its controls."""
+
+
+def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+def random_checkpoint(model: ModelConfig, seed: int = 0) -> Checkpoint:
+    """A model that never was a checkpoint: initial weights, and gains drawn around one.
+
+    Its matrices have standard deviation 1 / sqrt(width), 0.07 for the demo. At 0.02 and with gains
+    of one, removing RoPE or swapping two norms would hide below any tolerance.
+    """
+
+    def read(name: str, rows: slice = base.FULL_SLICE) -> np.ndarray:
+        return initial_weight(model, seed, name, rows, dtype=np.float64, gain_std=0.2)
+
+    tensors = {n: (np.dtype(np.float64), s) for n, s in model.parameter_shapes().items()}
+    return Checkpoint(Path("(drawn)"), "drawn", model, None, tensors, read)
+
+
+def write_report(lines: list[Line], directory: Path, title: str) -> None:
+    """Write `report.json`, `report.md` and `report.html`, which is self-contained."""
+    directory.mkdir(parents=True, exist_ok=True)
+    rows = [asdict(line) | {"passed": line.passed} for line in lines]
+    report = {"source": title, "passed": all(line.passed for line in lines), "lines": rows}
+    write_atomically(directory / "report.json", json.dumps(report, indent=2) + "\n")
+    head = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}\n"
+    write_atomically(
+        directory / "report.md",
+        f"# Parity of {title}\n\n"
+        + head
+        + "".join(f"| {' | '.join(_cells(line))} |\n" for line in lines),
+    )
+
+    failed = [line for line in lines if not line.passed]
+    page = TEMPLATES.get_template("check.html").render(lines=lines, failed=failed, title=title)
+    write_atomically(directory / "report.html", page)
+
+
+COLUMNS = ("what", "dtype", "measured", "allowed", "floor", "with a fault", "")
+
+
+def _cells(line: Line) -> list[str]:
+    label = "first wrong" if not line.passed else "largest"
+    return [
+        line.name + (f" ({label}: {line.where})" if line.where else ""),
+        line.dtype,
+        f"{line.measured:.2g}",
+        f"{line.allowed:.2g}",
+        "" if line.noise_floor is None else f"{line.noise_floor:.2g}",
+        "" if line.negative_control is None else f"{line.negative_control:.2g} ({line.fault})",
+        "pass" if line.passed else "FAIL",
+    ]
+
+
+def run(
+    path: Path, other_path: Path | None, out: Path | None, quick: bool
+) -> tuple[list[Line], list[Line]]:
+    """Measure and print the lines of a checkpoint or configuration; write the report to `out`.
+
+    Returns the lines that failed, and all of them.
+    """
+    if path.suffix in (".yaml", ".yml"):
+        source = random_checkpoint(resolve(load_draft(path)).model)
+    else:
+        source = open_any(path)
+    other = None if other_path is None else open_any(other_path)
+    parts = IN_THIS_PROCESS if quick else PARTS
+    low: tuple[Dtype, ...] = ("float32",) if quick else ("float32", "bfloat16")
+    table = Table(*COLUMNS, title=f"parity of {path}")
+    lines = []
+    with Console(stderr=True).status("measuring") as status:
+        for line in check(
+            source, other, parts=parts, controls=not quick, floors=not quick, low=low
+        ):
+            status.update(f"measured: {line.name}, {line.dtype}")
+            lines.append(line)
+            table.add_row(*_cells(line), style="" if line.passed else "bold red")
+    print_table(table)
+    if out:
+        write_report(lines, out, str(path))
+    return [line for line in lines if not line.passed], lines
