@@ -22,6 +22,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+import mooshak_torch.decode
+import mooshak_torch.objectives
 import mooshak_torch.step
 import mooshak_torch.train
 from mooshak.checkpoints import formats
@@ -271,15 +273,15 @@ def overflowing(config: Config) -> None:
 class WeightedLogProbs(mooshak_torch.objectives.CausalLM):
     """An objective that weighs the log-probability of every token, some by zero."""
 
-    def forward(self, batch_BS: Tensor) -> Tensor:
-        x_BTD, labels_BT = self.model.hidden_states(batch_BS[:, :-1]), batch_BS[:, 1:]
-        log_probs_BT = self.loss(x_BTD, labels_BT, per_token=True)
-        return -(log_probs_BT * (labels_BT % 3)).sum()
+    def forward(self, batch: Batch[Tensor]) -> Tensor:
+        x_BTD = self.model.hidden_states(batch.tokens, **batch.context)
+        log_probs_BT = self.loss(x_BTD, batch.labels, per_token=True)
+        return -(log_probs_BT * (batch.labels % 3)).sum()
 
 
 def weighted(config: Config) -> None:
     """A run with that objective."""
-    with mock.patch.object(mooshak_torch.train, "Objective", WeightedLogProbs):
+    with mock.patch.object(mooshak_torch.objectives, "CausalLM", WeightedLogProbs):
         train(config)
 
 

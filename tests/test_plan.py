@@ -83,10 +83,7 @@ import jax, jax.numpy as jnp, numpy as np
 from functools import partial
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 jax.config.update("jax_num_cpu_devices", 8)
-from mooshak.plans import Plan
 from mooshak_jax.hlo import collectives
-from mooshak_torch.model import initialize
-from mooshak_torch.train import make_objective
 
 mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "fsdp"))
 found = {}

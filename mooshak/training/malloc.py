@@ -12,7 +12,7 @@ import platform
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
 
 WARMUP_STEPS = 8
-"""Steps after which `keep_memory` is called.
+"""Steps after which `retain_freed_memory` is called.
 
 What the first ones leave for good would lie between the blocks that come and go, and cut up the
 heap. Even so a large block may not find its place again, and a run then holds it twice.
@@ -36,9 +36,9 @@ MAX_RETAINED_BYTES = 2**30
 
 
 def retain_freed_memory() -> None:
-    """Let freed memory stay with this process, for its own use, if it has one heap (`share_heap`).
+    """Keep freed memory in this process for reuse, if it has one heap (`use_single_arena`).
 
-    Every block up to `KEPT` bytes then comes out of the heap, which never shrinks.
+    Every block up to `MAX_RETAINED_BYTES` then comes out of the heap, which never shrinks.
     """
     if _libc is not None:
         _libc.mallopt(_MMAP_THRESHOLD, MAX_RETAINED_BYTES)
