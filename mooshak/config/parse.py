@@ -130,9 +130,10 @@ def parse_config(
         namespace = arguments.parse_args(words)
         model = namespace.pop("model").as_dict()
         values = arguments.instantiate(namespace)
-    except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
+    except (jsonargparse.ArgumentError, yaml.YAMLError, ValueError, TypeError) as error:
         message = _explain(str(error))
-        if isinstance(error, UnicodeDecodeError) or message.startswith("Problems parsing config"):
+        not_yaml = isinstance(error, (UnicodeDecodeError, yaml.YAMLError))
+        if not_yaml or message.startswith("Problems parsing config"):
             message = f"{_config_file(words)} is not YAML: {message}"
         raise InputError(message) from error
     sections = {name: values[name] for name in SECTIONS if name not in ("model", "init")}
