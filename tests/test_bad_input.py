@@ -321,12 +321,12 @@ def test_a_checkpoint_that_cannot_be_converted(
     assert "could not be converted: " in line and contents(tmp_path) == before
 
     class Second:
-        main = False
+        is_main = False
 
-        def tell(self, text: str) -> str:
+        def broadcast(self, text: str) -> str:
             return json.dumps([str(tmp_path), line.partition("converted: ")[2]])
 
-        def wait(self) -> None:
+        def barrier(self) -> None:
             raise AssertionError("there is nothing to wait for")
 
     with (

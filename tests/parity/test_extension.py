@@ -16,7 +16,7 @@ import sentencepiece
 from mooshak.checkpoints import init_from, safetensors
 from mooshak.checkpoints.base import Checkpoint
 from mooshak.config.model import ModelConfig
-from mooshak.config.parse import dump_config
+from mooshak.config.parse import dump_config, load_draft
 from mooshak.config.sections import Config
 from mooshak.errors import InputError
 from mooshak.numerics.init_weights import initial_weight
@@ -110,6 +110,11 @@ def extended(config: Path) -> Tokenizer:
     return SentencePieceTokenizer(path)
 
 
+def resolved(config: Path, options: list[str]) -> Config:
+    """The configuration with what the checkpoint `init.from` supplies."""
+    return init_from.resolve(load_draft(config, options))
+
+
 Command = Callable[..., str]
 
 
@@ -145,11 +150,10 @@ def test_new_rows_are_means_and_have_the_same_bits_in_both_frameworks(
     import mooshak_jax.distributed.mesh
     import mooshak_torch.checkpoint
     import mooshak_torch.model
-    from mooshak.config.parse import load_config
     from parity.backends import canonical
 
     options = ["--tokenizer.path", str(extended.path), "--model.vocab_size", "384"]
-    recipe = load_config(config, [*options, "--train.dtype", "float32"])
+    recipe = resolved(config, [*options, "--train.dtype", "float32"])
     assert recipe.model == replace(MODEL, vocab_size=384)
     source = open_any(llama)
     for name in init_from.VOCABULARY:
@@ -177,7 +181,6 @@ def test_a_byte_level_tokenizer_grows_too(llama: Path, config: Path, tmp_path: P
     from tokenizers import Tokenizer as Fast
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
-    from mooshak.config.parse import load_config
     from mooshak.tokenizer.__main__ import main
 
     made = Fast(models.BPE())
@@ -204,7 +207,7 @@ def test_a_byte_level_tokenizer_grows_too(llama: Path, config: Path, tmp_path: P
     assert len(grown.encode(hindi)) < len(old.encode(hindi)) / 2
     assert grown.decode(grown.encode(hindi)) == hindi
     options = ["--init.from", str(there), "--tokenizer.path", str(path)]
-    recipe = load_config(config, [*options, "--model.vocab_size", "384"])
+    recipe = resolved(config, [*options, "--model.vocab_size", "384"])
     source = open_any(there)
     for name in init_from.VOCABULARY:
         rows = source.read(name).astype(np.float64)
@@ -221,7 +224,7 @@ def test_a_byte_level_tokenizer_grows_too(llama: Path, config: Path, tmp_path: P
     ):
         sizes = ["--tokenizer.path", str(path_), "--tokenizer.vocab_size", size]
         with pytest.raises(InputError, match=message):
-            extend.extend(load_config(config, ["--init.from", str(there), *sizes]))
+            extend.extend(resolved(config, ["--init.from", str(there), *sizes]))
         assert not path_.exists()
 
 
@@ -263,24 +266,22 @@ def test_a_directory_from_the_hub_generates_in_both_frameworks(
 def test_what_does_not_fit_is_named(
     options: list[str], message: str, config: Path, extended: Tokenizer, tmp_path: Path
 ) -> None:
-    from mooshak.config.parse import load_config
     from mooshak_torch.train import train
 
     options = [str(extended.path) if option == "EXTENDED" else option for option in options]
     options += ["--run.dir", str(tmp_path), "--data.dir", str(tmp_path / "tokens")]
     with pytest.raises(InputError, match=message):
-        train(load_config(config, options))
+        train(resolved(config, options))
 
 
 def test_an_extension_needs_room_and_text(config: Path, tmp_path: Path) -> None:
-    from mooshak.config.parse import load_config
 
     path = ["--tokenizer.path", str(tmp_path / "new.model")]
     for size, message in (("300", "more than the 320 pieces"), ("5000", "too large for the text")):
         with pytest.raises(InputError, match=message):
-            extend.extend(load_config(config, [*path, "--tokenizer.vocab_size", size]))
+            extend.extend(resolved(config, [*path, "--tokenizer.vocab_size", size]))
     with pytest.raises(InputError, match="name its directory with --init"):
-        extend.extend(load_config(config, ["--init.from", ""]))
+        extend.extend(resolved(config, ["--init.from", ""]))
     (tmp_path / "new.model").touch()
     with pytest.raises(InputError, match="exists already"):
-        extend.extend(load_config(config, [*path, "--tokenizer.vocab_size", "380"]))
+        extend.extend(resolved(config, [*path, "--tokenizer.vocab_size", "380"]))
