@@ -15,7 +15,14 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("mooshak", "mooshak_torch", "mooshak_jax", "parity", "benchmarks")
 
 ORDER = (
-    ("mooshak.errors", "mooshak.files", "mooshak.tables", "mooshak.mesh", "mooshak.hardware"),
+    (
+        "mooshak.errors",
+        "mooshak.command_line",
+        "mooshak.files",
+        "mooshak.tables",
+        "mooshak.mesh",
+        "mooshak.hardware",
+    ),
     ("mooshak.config",),
     ("mooshak.numerics",),
     ("mooshak.corpus",),

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from itertools import islice
 
 from mooshak.config.sections import Config, SourceConfig
+from mooshak.corpus import tales
 from mooshak.corpus.filters import clean
 from mooshak.errors import InputError
 
@@ -34,9 +35,7 @@ def input_state(source: SourceConfig) -> dict[str, int] | None:
     None where there is nothing to see.
     """
     if source.kind == "tales":
-        from mooshak.corpus.tales import version
-
-        return {"version": version()}
+        return {"version": tales.version()}
     if source.kind not in ("text", "jsonl", "parquet"):
         return None
     files = _matches(source)
@@ -44,9 +43,7 @@ def input_state(source: SourceConfig) -> dict[str, int] | None:
 
 
 def _tales(source: SourceConfig, config: Config) -> Iterator[str]:
-    from mooshak.corpus.tales import documents as tale_documents
-
-    written = tale_documents(source.seed, source.documents or 1000, (source.language,))
+    written = tales.documents(source.seed, source.documents or 1000, (source.language,))
     return (text for _, text in written)
 
 

@@ -15,6 +15,7 @@ from mooshak.config.model import ModelConfig
 from mooshak.config.parse import config_parser, parse_config
 from mooshak.config.sections import Config
 from mooshak.data.packing import IGNORE_INDEX, Batch
+from mooshak.data.shards import TokenShards, load_or_prepare_shards
 from mooshak.errors import InputError
 from mooshak.tables import print_table
 
@@ -59,8 +60,8 @@ def compare(
     `evaluate` gives the summed cross entropy in nats of the labels of a batch that are not ignored;
     `model` is what the checkpoint says it is. Raises `InputError` if it is not the configuration's.
     """
+    # Grain imports jax.
     from mooshak.data.batches import validation_sequences
-    from mooshak.data.shards import load_or_prepare_shards
 
     resume.check_model(checkpoint, model, config)
     tokenizer, _ = load_or_prepare_shards(config)
@@ -104,8 +105,6 @@ def report(scores: Scores, as_json: bool) -> None:
 
 def token_counts(config: Config, language: str) -> np.ndarray:
     """How often each token stands in the training text of a language, int64 [vocab_size]."""
-    from mooshak.data.shards import TokenShards
-
     counts_V = np.zeros(config.model.vocab_size, np.int64)
     for source in config.data.sources:
         if source.language == language:

@@ -16,9 +16,11 @@ from collections.abc import Sequence
 from mooshak.checkpoints.init_from import resolve
 from mooshak.config.parse import config_parser, parse_config
 from mooshak.config.sections import Config
+from mooshak.corpus.readers import documents
 from mooshak.errors import InputError, command
 from mooshak.tables import print_table
 from mooshak.tokenizer.base import Tokenizer
+from mooshak.tokenizer.extend import extend
 from mooshak.tokenizer.load import open_tokenizer
 from mooshak.tokenizer.train import train
 
@@ -30,8 +32,6 @@ def _report(config: Config, tokenizer: Tokenizer, most: int) -> None:
     from itertools import islice
 
     from rich.table import Table
-
-    from mooshak.corpus.readers import documents
 
     table = Table(title=f"{tokenizer.path}: {tokenizer.vocab_size} pieces")
     for title in ("language", "documents", "bytes per token", "tokens per word", "worst words"):
@@ -89,8 +89,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if action == "train":
         train(config)
     elif action == "extend":
-        from mooshak.tokenizer.extend import extend
-
         extend(config)
     tokenizer = open_tokenizer(config.tokenizer.path)
     if action in ("train", "extend"):

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import overload
 
+from mooshak.config.parse import load_config
 from mooshak.errors import InputError
 
 HF_CONFIG = "hf_config.json"
@@ -71,8 +72,6 @@ def find_tokenizer(checkpoint: Path, given: str | None, required: bool = True) -
             return inside
     config = checkpoint.parent.parent / "config.yaml"
     if config.is_file():
-        from mooshak.config.parse import load_config
-
         return Path(load_config(config).tokenizer.path)
     if not required:
         return None

@@ -3,13 +3,12 @@
 from pathlib import Path
 
 from mooshak.tokenizer.base import Tokenizer
+from mooshak.tokenizer.hf_tokenizer import HFTokenizer
 from mooshak.tokenizer.sentencepiece import SentencePieceTokenizer
 
 
 def open_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer in a file: a SentencePiece model, or a `tokenizer.json` of Hugging Face."""
     if Path(path).suffix == ".json":
-        from mooshak.tokenizer.hf_tokenizer import HFTokenizer
-
         return HFTokenizer(path)
     return SentencePieceTokenizer(path)

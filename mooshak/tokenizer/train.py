@@ -8,6 +8,8 @@ from pathlib import Path
 import sentencepiece
 
 from mooshak.config.sections import Config
+from mooshak.corpus.filters import in_validation
+from mooshak.corpus.readers import documents
 from mooshak.errors import InputError
 from mooshak.files import locked, write_atomically
 from mooshak.tokenizer.base import Tokenizer
@@ -110,9 +112,6 @@ def trained_model(config: Config) -> bytes:
 
 def training_lines(config: Config) -> Iterator[str]:
     """Lines of the training documents: from each source its share by weight of the bytes."""
-    from mooshak.corpus.filters import in_validation
-    from mooshak.corpus.readers import documents
-
     weights = sum(source.weight for source in config.data.sources)
     for source in config.data.sources:
         left = int(config.tokenizer.training_bytes * source.weight / weights)
