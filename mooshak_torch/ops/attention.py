@@ -54,7 +54,7 @@ def document_attention(
 
 
 def _document_mask(segments_BT: Tensor, window: int | None = None) -> Tensor:
-    """Return a mask [B, T, T], True where a query sees a key; see `document_attention`."""
+    """Return a mask [B, T, T], True where a query sees a key."""
     index_T = torch.arange(segments_BT.shape[1], device=segments_BT.device)
     first_BT = index_T.where(_document_starts(segments_BT), 0).cummax(1).values
     if window is not None:
