@@ -281,7 +281,7 @@ def _save(size: Size, blocking: bool) -> Repeat:
         waits: list[Callable[[], None]] = []
 
         def work() -> None:
-            waits.append(start_saving(optimizer, path))
+            waits.append(start_saving(optimizer.state(), path))
             if blocking:
                 waits[0]()
 

@@ -1,4 +1,4 @@
-"""Mooshak's mirror in Flax NNX; imports neither mooshak_torch nor torch.
+"""Mooshak in Flax NNX, the mirror of mooshak_torch; imports neither mooshak_torch nor torch.
 
 lm = mooshak_jax.load("runs/demo/jax/checkpoints/1200")
 print(lm.generate("एक समय", max_new_tokens=32))
@@ -13,7 +13,7 @@ __all__ = ["LM", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    # On first use: a command parses its arguments before the framework is imported.
+    # Imported on first use: a command parses its arguments before it imports the framework.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from mooshak_jax import lm

@@ -1,7 +1,7 @@
-"""Checkpoints of the JAX side: Orbax, asynchronous, resharding; and the table of names.
+"""Checkpoints in JAX: Orbax, asynchronous, resharding.
 
-`KINDS`, `FUSED` and `parts` say how a parameter of the Flax model is called and laid out
-canonically, in both directions; nothing else in the project knows.
+Mirror: mooshak_torch/checkpoint.py. mooshak_jax/param_names.py maps the leaves of the state to
+canonical names.
 """
 
 import logging
@@ -39,14 +39,18 @@ from mooshak_jax.param_names import CanonicalTensor, canonical_tensors
 from mooshak_jax.params import abstract_params, load_params
 from mooshak_jax.zarr import ZarrReader, ZarrWriter
 
-# Orbax logs, with a traceback, the errors that it raises as well.
+# Orbax logs the errors that it raises, with a traceback.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 def start_saving(state: dict[str, Any], path: Path) -> Callable[[], None]:
-    """Take a snapshot and write it to `path` in the background; returns the function that waits."""
-    # The bits of weights are noise: zstd is slower than the disk. Small chunks are for conversions,
-    # which need not hold a whole array to read a part of it.
+    """Take a snapshot and write it to `path` in the background; return the function that waits.
+
+    `state` has the trees `params`, `exp_avg` and `exp_avg_sq`. The returned function raises
+    `OSError` where this process could not write.
+    """
+    # Not compressed: weights have random bits, and zstd is slower than the disk. In small chunks: a
+    # conversion reads a part of an array without the rest.
     checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
     chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=base.CHUNK_BYTES), state)
     arguments = ocp.args.PyTreeSave(_stored(state), save_args=_stored(chunks))
@@ -56,7 +60,7 @@ def start_saving(state: dict[str, Any], path: Path) -> Callable[[], None]:
         try:
             checkpointer.wait_until_finished()
         except ValueError as error:
-            # TensorStore's error of the operating system, which stands at the end of a long text.
+            # TensorStore puts the operating system's error code at the end of a long message.
             code = re.search(r"os_error_code='(\d+)'", str(error))
             if code is None:
                 raise
@@ -69,7 +73,10 @@ def start_saving(state: dict[str, Any], path: Path) -> Callable[[], None]:
 def restore(
     model: ModelConfig, dtype: Dtype, source: Checkpoint, parallel: Parallel | None = None
 ) -> dict[str, Any]:
-    """`params`, `exp_avg` and `exp_avg_sq` of an open training checkpoint, laid out as `model`."""
+    """Load `params`, `exp_avg` and `exp_avg_sq` of an open training checkpoint.
+
+    Stacked layers and fused kernels are as in `model`, shardings as in `parallel`.
+    """
     abstract = abstract_params(model, dtype, parallel)
     state = {"params": load_params(abstract, source.read)}
     for moment in base.MOMENTS:
@@ -82,7 +89,7 @@ def _read_moment(source: Checkpoint, moment: str, name: str) -> np.ndarray:
 
 
 def load_init_weights(config: Config, tokenizer: Tokenizer, parallel: Parallel) -> Any:
-    """The parameters with the weights of `init.from`, and rows for the pieces that it lacks."""
+    """Load the weights of `init.from` as parameters; rows of new tokens are initialized."""
     with ensure_readable_format(Path(config.init.from_), "jax", parallel) as source_path:
         source = init_checkpoint(config, open_checkpoint(source_path), tokenizer)
         return load_params(abstract_params(config.model, config.train.dtype, parallel), source.read)
@@ -94,7 +101,10 @@ def load_model(
     parallel: Parallel | None = None,
     layout: ModelConfig | None = None,
 ) -> tuple[ModelConfig, Any]:
-    """The model's description and parameters of a checkpoint of any kind, laid out as `layout`."""
+    """Load the model configuration and parameters of a checkpoint of any format.
+
+    Stacked layers and fused kernels are as in `layout`, shardings as in `parallel`.
+    """
     with ensure_readable_format(Path(path), "jax", parallel) as source_path:
         source = open_checkpoint(source_path)
         model = source.model
@@ -104,48 +114,50 @@ def load_model(
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open an Orbax, interchange or Hugging Face one. Raises `InputError` if it is not whole."""
-    if (kind := detect_format(path)) != "jax":
-        opener = hf if kind == "hf" else safetensors
-        return opener.open_checkpoint(path)
+    """Open an Orbax, safetensors or Hugging Face checkpoint for reading.
+
+    Raises `InputError` if it is incomplete.
+    """
+    if (format := detect_format(path)) != "jax":
+        return (hf if format == "hf" else safetensors).open_checkpoint(path)
     model, state = base.read_description(path)
     directory = path / "orbax"
     try:
         arrays = ZarrReader(directory)
     except Exception as error:
         raise InputError(f"{directory} has no readable metadata: {error}") from error
-    places: dict[str, tuple[str, CanonicalTensor]] = {}
+    entries: dict[str, tuple[str, CanonicalTensor]] = {}
     tensors = {}
     for keys, entry in jax.tree_util.tree_leaves_with_path(arrays.tree):
-        kind, *names = (str(getattr(key, "key", key)) for key in keys)
-        for part in canonical_tensors(tuple(names), tuple(entry.shape)):
-            key = part.name if kind == "params" else f"{kind}.{part.name}"
-            places[key] = (".".join([kind, *names]), part)
-            tensors[key] = (np.dtype(entry.dtype), part.shape)
+        group, *names = (str(getattr(key, "key", key)) for key in keys)
+        for canonical in canonical_tensors(tuple(names), tuple(entry.shape)):
+            key = canonical.name if group == "params" else f"{group}.{canonical.name}"
+            entries[key] = (".".join([group, *names]), canonical)
+            tensors[key] = (np.dtype(entry.dtype), canonical.shape)
     tensors = base.check_tensors(path, model, tensors)
     checksums = read_checksums(path)
 
-    def rows_of(key: str, rows: slice = FULL_SLICE) -> np.ndarray:
-        name, part = places[key]
-        block, those = part.block(rows)
+    def read_rows(key: str, rows: slice = FULL_SLICE) -> np.ndarray:
+        name, canonical = entries[key]
+        block, rows_in_block = canonical.block(rows)
         try:
             array = arrays.read(name, block)
         except Exception as error:
             raise InputError(
                 f"{directory}: tensor {key} cannot be read; the checkpoint is truncated ({error})"
             ) from error
-        return base.contiguous(part.rows(array)[those])
+        return base.contiguous(canonical.rows(array)[rows_in_block])
 
-    read = verify_on_read(rows_of, tensors, checksums, lambda _: directory)
+    read = verify_on_read(read_rows, tensors, checksums, lambda _: directory)
     files = tokenizer_files(path)
     return Checkpoint(path, "jax", model, state, tensors, read, checksums, files)
 
 
 def write_checkpoint(path: Path, source: Checkpoint) -> None:
-    """Write a checkpoint of any kind as Orbax; `path` exists only when it is complete.
+    """Write a checkpoint of any format as Orbax; `path` exists only once it is complete.
 
-    A kernel is stored in Fortran order, `[in, out]` by columns: the bytes are the canonical
-    tensor's, and nothing is transposed on the way.
+    Kernels [in, out] are stored in Fortran order: the bytes are those of the canonical tensor
+    [out, in], and nothing is transposed.
     """
     checksums = Checksums()
     with atomic_directory(path, source.n_bytes) as directory:
@@ -153,17 +165,17 @@ def write_checkpoint(path: Path, source: Checkpoint) -> None:
             directory, source.model, source.trainer_state, source.tokenizer_files
         )
         abstract = abstract_params(source.model, "float32")
-        kinds = ["params", *(base.MOMENTS if source.has_optimizer else ())]
-        tree = _stored(dict.fromkeys(kinds, abstract))
-        writer, places = ZarrWriter(directory / "orbax", tree), {}
+        groups = ["params", *(base.MOMENTS if source.has_optimizer else ())]
+        tree = _stored(dict.fromkeys(groups, abstract))
+        writer, entries = ZarrWriter(directory / "orbax", tree), {}
         for keys, like in jax.tree_util.tree_leaves_with_path(tree):
-            kind, *names = (key.key for key in keys)
-            (part,) = canonical_tensors(tuple(names), like.shape)
-            key = part.name if kind == "params" else f"{kind}.{part.name}"
-            places[key] = ".".join([kind, *names]), part.kind == "kernel"
+            group, *names = (key.key for key in keys)
+            (canonical,) = canonical_tensors(tuple(names), like.shape)
+            key = canonical.name if group == "params" else f"{group}.{canonical.name}"
+            entries[key] = ".".join([group, *names]), canonical.kind == "kernel"
         for key, rows, array in read_ahead(source.tensors, source.read, checksums):
             if rows.start == 0:
-                (name, transposed), chunk = places[key], len(array)
+                (name, transposed), chunk = entries[key], len(array)
                 write = writer.create(name, *source.tensors[key], chunk, transposed)
             write(rows.start // chunk, array)
         write_checksums(directory, checksums)
@@ -171,7 +183,7 @@ def write_checkpoint(path: Path, source: Checkpoint) -> None:
 
 
 def _stored(state: Any) -> Any:
-    """The tree with string keys, as it comes back from a file."""
+    """Return the tree with string keys, as Orbax stores it."""
     if isinstance(state, dict):
         return {str(key): _stored(value) for key, value in state.items()}
     return state

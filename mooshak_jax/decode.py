@@ -1,4 +1,7 @@
-"""Decode tokens with the JAX model: prefill, then one step a token, greedy or sampled."""
+"""Decode tokens with the JAX model: prefill, then one step per token, greedy or sampled.
+
+Mirror: mooshak_torch/decode.py. Shapes: B rows, T time, D model width, V vocabulary.
+"""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -26,9 +29,9 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
 ) -> np.ndarray:
-    """Continue prompts of token ids by `new_tokens` each; return int32 [prompts, new_tokens].
+    """Continue each prompt of token ids by `new_tokens`; return int32 [prompts, new_tokens].
 
-    Row b is sampled with the noise of sample number b. Errors are those of `generate_tokens`.
+    Row b uses the noise of sample number b. Raises the errors of `generate_tokens`.
     """
     samples = range(len(prompts))
     steps = generate_tokens(
@@ -50,10 +53,10 @@ def generate_tokens(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield the next token of each row, int64 [B], and its log-probability, float64 [B].
 
-    The prompts are token ids, each continued at its own position. Temperature 0 is greedy; else row
-    b has the noise of sample number samples[b]. Without `logprobs` the second array is NaN.
-    Sampling is in float64: advance it with `jax_enable_x64`. Raises `InputError` when a prompt is
-    empty or the text would outgrow the model's positions.
+    Prompts of different lengths are each continued at their own position. Temperature 0 is greedy;
+    otherwise row b uses the noise of sample number samples[b]. Without `logprobs` the second array
+    is NaN. Sampling is in float64: iterate with `jax_enable_x64` on. Raises `InputError` for an
+    empty prompt or a text that exceeds the model's positions.
     """
     model: Model = merge(graphdef, params)
     tokens_BT, lengths_B = pad_prompts(prompts, new_tokens, model.config)
@@ -79,17 +82,17 @@ def generate_tokens(
 
 @partial(jax.jit, static_argnames=("temperature", "top_p"))
 def sample(logits_BV: Array, uniform_B: Array, temperature: float, top_p: float) -> Array:
-    """Next tokens: the largest logit, or the inverse CDF over the sorted probabilities.
+    """Return the next token of each row, [B]: the argmax, or nucleus sampling by inverse CDF.
 
-    Computed in float64, whatever the model's dtype: a uniform number between two close sums would
-    fall on different sides otherwise.
+    `uniform_B` are numbers in [0, 1). Computed in float64 for every dtype of the model: otherwise
+    rounding could move a uniform number across the boundary between two tokens.
     """
     if temperature == 0.0:
         return jnp.argmax(logits_BV, -1)
     p_BV = jax.nn.softmax(logits_BV.astype(jnp.float64) / temperature, axis=-1)
     order_BV = jnp.argsort(p_BV, axis=-1, descending=True, stable=True)
     sums_BV = jnp.cumsum(jnp.take_along_axis(p_BV, order_BV, axis=-1), axis=-1)
-    # The nucleus (arXiv:1904.09751): the fewest tokens that reach top_p.
+    # Nucleus (arXiv:1904.09751): the fewest tokens whose probabilities sum to top_p.
     nucleus_B = jnp.minimum(jnp.sum(sums_BV < top_p, -1), sums_BV.shape[1] - 1)
     mass_B1 = jnp.take_along_axis(sums_BV, nucleus_B[:, None], axis=1)
     rank_B = jnp.minimum(jnp.sum(sums_BV <= uniform_B[:, None] * mass_B1, -1), nucleus_B)
@@ -105,7 +108,7 @@ def _step(
     last_B: Array,
     caches: list[KVCache],
 ) -> tuple[Array, list[KVCache]]:
-    """Logits of the token at index `last_B` of each row, and the caches with all tokens in them."""
+    """Return the logits [B, V] after the token at index `last_B`, and the updated caches."""
     model = merge(graphdef, params)
     hidden_BTD = model.hidden_states(tokens_BT, positions_BT, caches)
     last_B1D = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)
@@ -114,6 +117,6 @@ def _step(
 
 @jax.jit
 def token_log_prob(logits_BV: Array, token_B: Array) -> Array:
-    """Return log p of each row's token, float64 [B]."""
+    """Return log p(token) in each row, float64 [B]."""
     log_p_BV = jax.nn.log_softmax(logits_BV.astype(jnp.float64), axis=-1)
     return jnp.take_along_axis(log_p_BV, token_B[:, None], axis=1)[:, 0]

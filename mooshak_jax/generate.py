@@ -12,7 +12,7 @@ from mooshak.generation.command import generate_parser, generate_text
 def main() -> None:
     parser = generate_parser("mooshak_jax.generate", __doc__)
     args = parser.parse_args()
-    # After the arguments: --help and a typo need no framework.
+    # Imported after parsing: --help and wrong arguments do not need the framework.
     from mooshak_jax.lm import load
     from mooshak_jax.step import cache_compilations
 

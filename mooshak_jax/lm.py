@@ -1,6 +1,8 @@
-"""The Python API in JAX: `mooshak_jax.load(path)` returns an `LM`.
+"""Python API in JAX: `mooshak_jax.load(path)` returns an `LM`.
 
-Mirror: mooshak_torch/lm.py. What the methods do is in mooshak/generation/lm.py, for both.
+Mirror: mooshak_torch/lm.py. The methods of `LM` are in mooshak/generation/lm.py, for both
+frameworks.
+Shapes: S token ids of a text, T = S - 1, D model width.
 """
 
 import warnings
@@ -31,11 +33,11 @@ from mooshak_jax.param_names import canonical_tensors
 from mooshak_jax.params import make_graphdef, merge
 
 SCORE_CHUNK = 2048
-"""Tokens whose logits are in memory at once while a text is scored."""
+"""Number of tokens whose logits are in memory at once when a text is scored."""
 
 
 class LM(lm.LM):
-    """A language model in JAX, on one device or a mesh."""
+    """Language model in JAX, on one device or a mesh."""
 
     def __init__(self, config: ModelConfig, dtype: Dtype, params: Any, tokenizer: Tokenizer | None):
         self.config, self.dtype, self.tokenizer = config, dtype, tokenizer
@@ -60,7 +62,7 @@ class LM(lm.LM):
             settings.logprobs,
         )
         while True:
-            # Sampling is in float64; the caller's code between two tokens is not touched.
+            # Sampling is in float64; the caller's code between two tokens keeps its own setting.
             with jax.enable_x64():
                 step = next(steps, None)
             if step is None:
@@ -68,24 +70,24 @@ class LM(lm.LM):
             yield step
 
     def _token_log_probs(self, ids: list[int]) -> np.ndarray:
-        # Few lengths, few compilations: ignored labels and later tokens change nothing before them.
+        # Padded to few lengths, for few compilations: later tokens do not change earlier ones.
         length = min(1 << (len(ids) - 1).bit_length(), self.config.max_seq_len + 1)
         ids_1S = np.pad(np.array([ids], np.int32), ((0, 0), (0, max(length - len(ids), 0))))
         found_1T = _score(self.graphdef, self.params, jnp.asarray(ids_1S))
         return np.asarray(found_1T[0, : len(ids) - 1]).astype(np.float64)
 
     def _checkpoint(self) -> Checkpoint:
-        places = {
+        leaves = {
             tensor.name: (tensor, leaf)
             for path, leaf in jax.tree_util.tree_leaves_with_path(self.params)
             for tensor in canonical_tensors(path, leaf.shape)
         }
         tensors = {
-            name: (np.dtype(leaf.dtype), tensor.shape) for name, (tensor, leaf) in places.items()
+            name: (np.dtype(leaf.dtype), tensor.shape) for name, (tensor, leaf) in leaves.items()
         }
 
         def read(key: str, rows: slice = FULL_SLICE) -> np.ndarray:
-            tensor, leaf = places[key]
+            tensor, leaf = leaves[key]
             return np.ascontiguousarray(tensor.canonical(np.asarray(leaf))[rows])
 
         files = files_of_tokenizer(self.tokenizer.path) if self.tokenizer else {}
@@ -101,20 +103,18 @@ def load(
     device: str | None = None,
     tokenizer: str | Path | None = None,
 ) -> LM:
-    """Load a checkpoint of any kind: a run's, the other framework's, a Hugging Face directory.
+    """Load a checkpoint of any format: of either framework, safetensors or Hugging Face.
 
-    `dtype` is that of the computation; float64 turns JAX's x64 mode on for the process and says so.
-    `mesh` shards the parameters, such as fsdp=2,tensor=2; `device` is cpu, gpu or tpu, by default
-    the best that JAX finds. `tokenizer` is a file, if the checkpoint has none of its own. Raises
-    `InputError` for a path that is no checkpoint, a model that is not supported, or a mesh or
-    device that is not there.
+    `dtype` is the compute dtype; float64 turns on JAX's x64 mode for the process, with a warning.
+    `mesh` shards the parameters, for example fsdp=2,tensor=2. `device` is cpu, gpu or tpu, by
+    default the best that JAX finds. `tokenizer` is the path of a tokenizer, for a checkpoint
+    without one. Raises `InputError` for a path that is not a checkpoint, an unsupported model, a
+    tokenizer that does not fit the model, and for a mesh or device that is not available.
     """
     jax.config.update("jax_default_matmul_precision", "highest")
     if dtype == "float64" and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
         jax.config.update("jax_enable_x64", True)
-        warnings.warn(
-            "dtype float64: JAX's x64 mode is on now, for the whole process", stacklevel=2
-        )
+        warnings.warn("dtype float64: JAX's x64 mode is now on for the whole process", stacklevel=2)
     try:
         devices = jax.devices(device)
     except RuntimeError as error:

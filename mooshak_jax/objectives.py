@@ -1,4 +1,7 @@
-"""Training objectives: what a step minimises, as an unreduced sum and its denominator."""
+"""Training objectives: the loss of a step, as an unreduced sum and its denominator.
+
+Mirror: mooshak_torch/objectives.py. Shapes: B batch, T time, D model width.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -23,22 +26,22 @@ class CausalLM:
     chunk: int
 
     def prepare(self, batch: Batch[Array]) -> int | Array:
-        """Return the denominator: the labels of the global batch that count, at least 1.
+        """Return the denominator: the number of labels in the global batch, at least 1.
 
-        Without document masks their number is known when the step is compiled.
+        Ignored labels do not count. Without document masks the number follows from the shape.
         """
         if batch.segments is None:
             return batch.labels.size
         return jnp.maximum(1, jnp.sum(batch.labels != IGNORE_INDEX))
 
     def __call__(self, params: Any, batch: Batch[Array]) -> Array:
-        """Return the summed cross entropy in nats of a part of the global batch."""
+        """Return the summed cross entropy of some rows of the global batch, in nats."""
         model: Model = merge(self.graphdef, params)
         hidden_BTD = model.hidden_states(batch.tokens, **batch.context)
         return cross_entropy(hidden_BTD, model.head_DV, batch.labels, self.chunk)
 
 
 def make_objective(model: ModelConfig, config: Config) -> CausalLM:
-    """Return the objective of a configuration, with its activation checkpointing."""
+    """Return the objective with its activation checkpointing."""
     graphdef = make_graphdef(model, config.train.dtype, config.train.remat)
     return CausalLM(graphdef, config.train.loss_chunk)

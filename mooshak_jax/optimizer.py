@@ -1,4 +1,7 @@
-"""AdamW with decay on matrices only, and clipping by the global norm."""
+"""AdamW with weight decay on matrices only, and clipping by the global norm.
+
+Mirror: mooshak_torch/optimizer.py.
+"""
 
 from typing import Any
 
@@ -13,13 +16,13 @@ from mooshak_jax.param_names import canonical_tensors
 
 
 def adamw(state: dict[str, Any], grads: Any, learning_rate: Array, config: OptimizerConfig) -> dict:
-    """One step of AdamW (arXiv:1711.05101).
+    """Return the state after one step of AdamW (arXiv:1711.05101).
 
-    `state` has `params`, `exp_avg`, `exp_avg_sq` (trees alike) and `step`, the steps done.
+    A state has the trees `params`, `exp_avg` and `exp_avg_sq`, and `step`, the steps done.
     """
     adam = optax.scale_by_adam(config.beta1, config.beta2, config.eps)
-    past = optax.ScaleByAdamState(state["step"], state["exp_avg"], state["exp_avg_sq"])
-    updates, new = adam.update(grads, past)
+    old = optax.ScaleByAdamState(state["step"], state["exp_avg"], state["exp_avg_sq"])
+    updates, new = adam.update(grads, old)
 
     def apply(path: tuple, parameter: Array, update: Array) -> Array:
         decay = (
@@ -34,7 +37,7 @@ def adamw(state: dict[str, Any], grads: Any, learning_rate: Array, config: Optim
 
 
 def clip_gradients(grads: Any, max_norm: float) -> tuple[Any, Array]:
-    """The gradients times max_norm / max(norm, max_norm), and their global norm."""
+    """Return the gradients times max_norm / max(norm, max_norm), and their global norm."""
     norm = optax.tree.norm(grads)
     scale = max_norm / jnp.maximum(norm, max_norm)
     return jax.tree.map(lambda g: g * scale, grads), norm

@@ -1,4 +1,7 @@
-"""Parameters of the JAX model: shapes and shardings, initial values, loading."""
+"""Parameters of the JAX model: shapes and shardings, initial values, loading.
+
+Mirror: mooshak_torch/params.py.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,17 +18,17 @@ from mooshak.config.model import Dtype, ModelConfig
 from mooshak.numerics.init_weights import initial_weight
 from mooshak_jax.distributed.mesh import Parallel
 from mooshak_jax.model import PARAM_DTYPE, Model
-from mooshak_jax.param_names import Path_, canonical_tensors
+from mooshak_jax.param_names import KeyPath, canonical_tensors
 
 
 def abstract_params(model: ModelConfig, dtype: Dtype, parallel: Parallel | None = None) -> Any:
-    """Shapes, dtypes and shardings of the parameters, as a tree of dicts, without allocating any.
+    """Return shapes, dtypes and shardings of the parameters as a tree of dicts, without arrays.
 
-    Without `parallel` they are whole on one device.
+    Without `parallel` they are not sharded.
     """
     layers = ("layers",) if model.scan_layers else ()
 
-    def leaf(path: Path_, variable: nnx.Variable) -> jax.ShapeDtypeStruct:
+    def leaf(path: KeyPath, variable: nnx.Variable) -> jax.ShapeDtypeStruct:
         axes = variable.get_metadata()["axes"]
         axes = (*layers, *axes) if str(getattr(path[0], "key", path[0])) == "layers" else axes
         sharding = parallel and parallel.sharding(*axes)
@@ -37,7 +40,7 @@ def abstract_params(model: ModelConfig, dtype: Dtype, parallel: Parallel | None 
 
 
 def make_graphdef(model: ModelConfig, dtype: Dtype, remat: str = "none") -> nnx.GraphDef:
-    """The model without its parameters; `join` puts both together."""
+    """Return the model without its parameters, for `merge`."""
     return _split(model, dtype, remat)[0]
 
 
@@ -47,29 +50,30 @@ def _split(model: ModelConfig, dtype: Dtype, remat: str = "none") -> tuple[nnx.G
 
 
 def merge(graphdef: nnx.GraphDef, params: Any) -> Model:
-    """The model from its graph and a tree of parameters."""
+    """Return the model of a graph definition and a tree of parameters."""
     return nnx.merge(graphdef, nnx.State(params))
 
 
 def load_params(abstract: Any, read: Callable[[str], Any]) -> Any:
-    """A tree like `abstract`, each device of this process given its shard of every leaf.
+    """Return arrays with the shapes and shardings of the tree `abstract`.
 
-    `read(name)[rows, columns]` is a block of a canonical tensor.
+    `read(name)[rows, columns]` returns a block of a canonical tensor; each process reads only the
+    shards of its own devices.
     """
 
-    def leaf(path: Path_, like: Any) -> Array:
+    def leaf(path: KeyPath, like: Any) -> Array:
         sharding = like.sharding or SingleDeviceSharding(jax.devices()[0])
         indices: Mapping[Any, Any] = sharding.addressable_devices_indices_map(like.shape)
         places = {
-            device: tuple(range(size)[cut] for cut, size in zip(cuts, like.shape, strict=True))
-            for device, cuts in indices.items()
+            device: tuple(range(size)[axis] for axis, size in zip(index, like.shape, strict=True))
+            for device, index in indices.items()
         }
-        # Devices that hold the same part of the leaf are given the same array.
+        # Devices with the same region of the leaf receive the same array.
         shards = {place: np.empty([*map(len, place)], like.dtype) for place in places.values()}
-        for part in canonical_tensors(path, like.shape):
-            tensor = read(part.name)
+        for canonical in canonical_tensors(path, like.shape):
+            tensor = read(canonical.name)
             for place, shard in shards.items():
-                part.copy(tensor, shard, place)
+                canonical.copy(tensor, shard, place)
         arrays = [jax.device_put(shards[place], device) for device, place in places.items()]
         return jax.make_array_from_single_device_arrays(like.shape, sharding, arrays)
 
@@ -78,7 +82,7 @@ def load_params(abstract: Any, read: Callable[[str], Any]) -> Any:
 
 @dataclass(frozen=True)
 class _Initial:
-    """The initial value of a parameter; a block of it is made when it is asked for."""
+    """Initial value of a parameter; indexing computes a block of it."""
 
     model: ModelConfig
     seed: int
@@ -100,9 +104,12 @@ def initialize(
     gain_std: float = 0.0,
     parallel: Parallel | None = None,
 ) -> Any:
-    """The parameters from the counter-based initialiser: every process makes its shards only."""
-    kind = np.dtype(PARAM_DTYPE[dtype])
+    """Return the parameters from the counter-based initializer.
+
+    Each process computes only its own shards, bit-identical to the same rows of the full tensor.
+    """
+    numpy_dtype = np.dtype(PARAM_DTYPE[dtype])
     return load_params(
         abstract_params(model, dtype, parallel),
-        lambda name: _Initial(model, seed, name, kind, gain_std),
+        lambda name: _Initial(model, seed, name, numpy_dtype, gain_std),
     )

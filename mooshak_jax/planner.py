@@ -66,10 +66,10 @@ def plan(config: Config, topology: str) -> Plan:
     moved: dict[str, float] = defaultdict(float)
     for collective in found:
         moved[collective.kind] += collective.moved
-    sizes = parallel.mesh.shape
+    sizes = parallel.sizes
     traffic = memory_traffic(
         config,
-        rows=config.train.batch_size // parallel.row_shards,
+        rows=config.train.batch_size // parallel.dp_size,
         cut=sizes["fsdp"] * sizes["tensor"],
         tensor=sizes["tensor"],
     )
@@ -124,7 +124,7 @@ def machine(topology: str) -> tuple[Device, list[Any]]:
 
 def lowered(config: Config, parallel: Parallel) -> Any:
     """The real train step for abstract arguments that lie on the mesh."""
-    batch = abstract_batch(config, config.train.batch_size, parallel.rows)
+    batch = abstract_batch(config, config.train.batch_size, parallel.batch_sharding)
     rate = jax.ShapeDtypeStruct((), PARAM_DTYPE[config.train.dtype], sharding=parallel.replicated)
     step: Any = make_train_step(config, parallel)
     return step.lower(abstract_state(config, parallel), batch, rate)

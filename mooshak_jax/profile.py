@@ -1,4 +1,7 @@
-"""Where the time of a training step goes (`--profile`): a trace, and a table by operation."""
+"""Profile of a training step (`--profile`): a trace, and a table of time by operation.
+
+Mirror: mooshak_torch/profile.py.
+"""
 
 import os
 import re
@@ -15,9 +18,9 @@ from mooshak.tables import print_times
 
 @contextmanager
 def profiled(directory: Path) -> Iterator[None]:
-    """Record the block below `directory` (for XProf and https://ui.perfetto.dev), print a table.
+    """Record the block in `directory` (for XProf and https://ui.perfetto.dev) and print a table.
 
-    Operations are XLA's, those of one kind together (`dot.3` and `dot.4` are `dot`).
+    Operations are XLA's, added up by kind (`dot.3` and `dot.4` are `dot`).
     """
     with jax.profiler.trace(str(directory), create_perfetto_trace=True):
         yield
@@ -35,9 +38,10 @@ def profiled(directory: Path) -> Iterator[None]:
 
 
 def prepare_profiler() -> None:
-    """Keep JAX off a libtpu without a TPU; call it before anything touches a device.
+    """Restrict JAX to the CPU where libtpu is installed without a TPU.
 
-    The profiler would call into libtpu, and crash where that is of another version.
+    The profiler would call libtpu, and crash if its version does not match. Call this before
+    anything uses a device.
     """
     if "TPU_SKIP_MDS_QUERY" in os.environ and not find_spec("jax_plugins"):
         jax.config.update("jax_platforms", "cpu")

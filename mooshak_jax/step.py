@@ -1,4 +1,7 @@
-"""The training step of the JAX model: state, one compiled optimizer step, evaluation."""
+"""Training step of the JAX model: state, one compiled optimizer step, evaluation.
+
+Mirror: mooshak_torch/step.py.
+"""
 
 import contextlib
 import os
@@ -27,33 +30,30 @@ from mooshak_jax.params import abstract_params, initialize
 from mooshak_jax.profile import profiled
 
 State = dict[str, Any]
-"""`params`, `exp_avg` and `exp_avg_sq`, trees alike, and `step`, the optimizer steps done."""
+"""The trees `params`, `exp_avg` and `exp_avg_sq`, and `step`, the optimizer steps done."""
 
 
 class Trainer:
-    """The training state in JAX, for `mooshak.training.loop`."""
+    """Training state in JAX; implements `mooshak.training.loop.Trainer`."""
 
     framework = "jax"
 
     def __init__(self, config: Config):
         if config.train.dtype == "float16":
             raise InputError(
-                "train.dtype float16 needs its gradients scaled, which only mooshak_torch.train "
-                "does; use bfloat16"
+                "train.dtype float16 needs a loss scale, which only mooshak_torch.train has; use "
+                "bfloat16"
             )
         self.config, self.processes = config, make_parallel(config)
         set_matmul_precision(config)
         parallel = self.processes
-        self.world_size, self.n_devices = jax.process_count(), parallel.mesh.size
-        self.layout, self.rows = parallel.layout, parallel.rows_here(config.train.batch_size)
+        self.world_size, self.n_devices = parallel.world_size, parallel.mesh.size
+        self.layout, self.rows = parallel.layout, parallel.rows(config.train.batch_size)
         self.device: str = jax.devices()[0].device_kind
         self.open_checkpoint, self.profiled = open_checkpoint, profiled
-        self.explain_timeouts = contextlib.nullcontext
-        self.peak_memory = peak_memory
-        self.update, self.measure = (
-            make_train_step(config, parallel),
-            make_evaluate(config, parallel),
-        )
+        self.explain_timeouts, self.peak_memory = contextlib.nullcontext, peak_memory
+        self._train_step = make_train_step(config, parallel)
+        self._evaluate = make_evaluate(config, parallel)
 
     def initialize(self, tokenizer: Tokenizer) -> None:
         config, parallel = self.config, self.processes
@@ -71,13 +71,13 @@ class Trainer:
         self.state["step"] = np.int32(source.trainer_state["step"])
 
     def step(self, batch: Batch, rate: float, stop: bool) -> tuple[dict[str, float], bool]:
-        mine = self.processes.shard_local_batch(batch)
-        self.state, loss, norm = self.update(self.state, mine, rate)
+        global_batch = self.processes.shard_local_batch(batch)
+        self.state, loss, norm = self._train_step(self.state, global_batch, rate)
         stopping = self.processes.any_process(stop)
         return {"loss": float(loss), "grad_norm": float(norm)}, stopping
 
     def evaluate(self, batch: Batch) -> float:
-        return evaluate(self.measure, self.state["params"], batch, self.config, self.processes)
+        return evaluate(self._evaluate, self.state["params"], batch, self.config, self.processes)
 
     def start_saving(self, path: Path) -> Callable[[], None]:
         return start_saving({key: self.state[key] for key in ("params", *MOMENTS)}, path)
@@ -86,19 +86,19 @@ class Trainer:
         return {}
 
     def close(self) -> None:
-        """Do nothing: JAX leaves the other processes when this one exits."""
+        """Do nothing: JAX disconnects from the other processes when this one exits."""
 
 
 def initial_state(params: Any) -> State:
-    """The state before the first step, its moments cut as the parameters are."""
-    cut = jax.tree.map(lambda p: p.sharding, params)
-    zeros = jax.jit(partial(jax.tree.map, jnp.zeros_like), out_shardings=cut)
+    """Return the state before the first step; moments have the shardings of the parameters."""
+    shardings = jax.tree.map(lambda p: p.sharding, params)
+    zeros = jax.jit(partial(jax.tree.map, jnp.zeros_like), out_shardings=shardings)
     moments = {moment: zeros(params) for moment in MOMENTS}
     return {"params": params, **moments, "step": np.int32(0)}
 
 
 def abstract_state(config: Config, parallel: Parallel) -> State:
-    """Shapes, dtypes and shardings of the state, without allocating any."""
+    """Return shapes, dtypes and shardings of the state, without arrays."""
     params = abstract_params(config.model, config.train.dtype, parallel)
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=parallel.replicated)
     return {"params": params, **dict.fromkeys(MOMENTS, params), "step": step}
@@ -107,45 +107,48 @@ def abstract_state(config: Config, parallel: Parallel) -> State:
 def make_train_step(
     config: Config, parallel: Parallel
 ) -> Callable[[State, Batch[Array], float], tuple[State, Array, Array]]:
-    """The function of one optimizer step: (state, global batch, rate) -> (state, loss, norm).
+    """Return the compiled optimizer step: (state, global batch, rate) -> (state, loss, norm).
 
-    It is compiled once and takes over the memory of the state that it is given.
+    `loss` is the mean over the global batch, `norm` the global norm of the gradients before
+    clipping. The state's memory is donated: use the returned state.
     """
     objective = make_objective(config.model, config)
-    n_parts = config.train.gradient_accumulation_steps
+    n_micro_batches = config.train.gradient_accumulation_steps
 
     def train_step(state: State, batch: Batch[Array], rate: Array) -> tuple[State, Array, Array]:
         denominator = objective.prepare(batch)
-        mean = jax.value_and_grad(lambda params, part: objective(params, part) / denominator)
+        mean = jax.value_and_grad(lambda params, rows: objective(params, rows) / denominator)
 
-        def add_part(total: Any, part: Batch[Array]) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, mean(state["params"], part)), None
+        def add(total: Any, micro_batch: Batch[Array]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, mean(state["params"], micro_batch)), None
 
         with parallel.activate():
-            if n_parts == 1:
+            if n_micro_batches == 1:
                 loss, grads = mean(state["params"], batch)
             else:
-                # Row r goes to part r % n_parts: every device keeps the rows that it has.
-                parts = batch.map(lambda x: x.reshape(-1, n_parts, x.shape[1]).swapaxes(0, 1))
+                # Row r goes to micro-batch r % n_micro_batches: no row moves between devices.
+                micro_batches = batch.map(
+                    lambda x: x.reshape(-1, n_micro_batches, x.shape[1]).swapaxes(0, 1)
+                )
                 zero = jnp.zeros((), PARAM_DTYPE[config.train.dtype])
-                nothing = (zero, jax.tree.map(jnp.zeros_like, state["params"]))
-                (loss, grads), _ = jax.lax.scan(add_part, nothing, parts)
+                zeros = (zero, jax.tree.map(jnp.zeros_like, state["params"]))
+                (loss, grads), _ = jax.lax.scan(add, zeros, micro_batches)
         grads, norm = clip_gradients(grads, config.optimizer.max_grad_norm)
         return adamw(state, grads, rate, config.optimizer), loss, norm
 
-    whole = parallel.replicated
-    cut = jax.tree.map(lambda array: array.sharding, abstract_state(config, parallel))
+    replicated = parallel.replicated
+    shardings = jax.tree.map(lambda array: array.sharding, abstract_state(config, parallel))
     return jax.jit(
         train_step,
-        in_shardings=(cut, parallel.rows, whole),
-        out_shardings=(cut, whole, whole),
+        in_shardings=(shardings, parallel.batch_sharding, replicated),
+        out_shardings=(shardings, replicated, replicated),
         donate_argnums=0,
         compiler_options=parallel.compiler_options,
     )
 
 
 def make_evaluate(config: Config, parallel: Parallel) -> Callable[[Any, Batch[Array]], Array]:
-    """The compiled function (params, batch) -> summed cross entropy in nats."""
+    """Return the compiled function (params, batch) -> summed cross entropy in nats."""
     forward_only = replace(config.train, remat="none")
     objective = make_objective(config.model, replace(config, train=forward_only))
 
@@ -154,10 +157,10 @@ def make_evaluate(config: Config, parallel: Parallel) -> Callable[[Any, Batch[Ar
             return objective(params, batch)
 
     abstract = abstract_params(config.model, config.train.dtype, parallel)
-    cut = jax.tree.map(lambda array: array.sharding, abstract)
+    shardings = jax.tree.map(lambda array: array.sharding, abstract)
     return jax.jit(
         measure,
-        in_shardings=(cut, parallel.rows),
+        in_shardings=(shardings, parallel.batch_sharding),
         out_shardings=parallel.replicated,
         compiler_options=parallel.compiler_options,
     )
@@ -170,25 +173,27 @@ def evaluate(
     config: Config,
     parallel: Parallel,
 ) -> float:
-    """Summed cross entropy, in nats, of the labels of a batch [N, T] that are not ignored."""
-    n_shards = parallel.row_shards
-    rows = -(-config.evaluate.batch_size // n_shards) * n_shards
+    """Return the summed cross entropy in nats of a batch [N, T] that every process has in full.
+
+    `measure` is the result of `make_evaluate`.
+    """
+    n_rows = -(-config.evaluate.batch_size // parallel.dp_size) * parallel.dp_size
     total = 0.0
-    for start in range(0, len(batch.tokens), rows):
-        part = pad_rows(batch.rows(slice(start, start + rows)), rows)
-        total += float(measure(params, parallel.shard_global_batch(part)))
+    for start in range(0, len(batch.tokens), n_rows):
+        rows = pad_rows(batch.rows(slice(start, start + n_rows)), n_rows)
+        total += float(measure(params, parallel.shard_global_batch(rows)))
     return total
 
 
 def set_matmul_precision(config: Config) -> None:
-    """float32 means float32 on every device, and float64 exists where it is asked for."""
+    """Compute float32 matrix products in float32; turn on x64 mode for float64 runs."""
     jax.config.update("jax_default_matmul_precision", "highest")
     if config.train.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
 
 
 def cache_compilations() -> None:
-    """Keep what is compiled in the user's cache, unless JAX_COMPILATION_CACHE_DIR says where."""
+    """Cache compiled programs in JAX_COMPILATION_CACHE_DIR, by default the user's cache."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(home / "mooshak" / "jax"))
@@ -196,10 +201,11 @@ def cache_compilations() -> None:
 
 
 def peak_memory() -> dict[str, float]:
-    """Peak memory in bytes: of the first device, or of this process."""
+    """Return `memory_bytes`, the peak of the first device, or of the process on a CPU."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return {"memory_bytes": float(stats["peak_bytes_in_use"])}
+    # Unix only.
     import resource
 
     return {"memory_bytes": 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}

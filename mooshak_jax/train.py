@@ -13,7 +13,7 @@ from mooshak.training.malloc import use_single_arena
 
 
 def train(config: Config, resume: str = "auto", profile: bool = False) -> None:
-    """Train a model as `mooshak.training.loop.train` does, in JAX."""
+    """Train a model in JAX; arguments and errors are those of `mooshak.training.loop.train`."""
     from mooshak_jax.step import Trainer
 
     loop.train(config, Trainer(config), resume, profile)

@@ -1,6 +1,6 @@
-"""The arrays of an Orbax checkpoint by its storage layer (tensorstore), a part of one at a time.
+"""Read and write parts of single arrays of an Orbax checkpoint, through tensorstore.
 
-Orbax itself reads and writes whole trees: it would hold every array of a conversion in memory.
+Orbax itself reads and writes full trees: a conversion would hold every array in memory.
 """
 
 import json
@@ -19,27 +19,27 @@ from mooshak.files import DirectIOFile
 
 
 class ZarrReader:
-    """The arrays of a checkpoint that exists, by their names: the keys of `tree`, dotted."""
+    """Reader of a checkpoint's arrays by name: the keys of `tree`, joined by dots."""
 
     def __init__(self, directory: Path):
         self.directory = directory
         metadata = ocp.PyTreeCheckpointer().metadata(directory.absolute()).item_metadata
         self.tree = metadata.tree
         self._driver = "zarr3" if metadata.use_zarr3 else "zarr"
-        self._open: dict[str, tensorstore.TensorStore] = {}
+        self._stores: dict[str, tensorstore.TensorStore] = {}
 
     def read(self, name: str, region: tuple[slice, ...]) -> np.ndarray:
-        """A part of an array, in the order of axes in which it is stored."""
-        if (rows := self._rows(name, region)) is not None:
+        """Return a region of an array, in the stored order of its axes."""
+        if (rows := self._read_rows(name, region)) is not None:
             return rows
-        if (store := self._open.get(name)) is None:
-            store = self._opened(name, region)
-            self._open = {name: store}
+        if (store := self._stores.get(name)) is None:
+            store = self._open_store(name, region)
+            self._stores = {name: store}
         fortran = store.chunk_layout.inner_order != tuple(range(store.rank))
         return store[region].read(order="F" if fortran else "C").result()
 
-    def _rows(self, name: str, region: tuple[slice, ...]) -> np.ndarray | None:
-        """A part that is rows of a chunk which is a file of its elements; None for any other."""
+    def _read_rows(self, name: str, region: tuple[slice, ...]) -> np.ndarray | None:
+        """Return rows of a single uncompressed chunk from its file; None for other regions."""
         description = self.directory / name / ".zarray"
         if not description.is_file():
             return None
@@ -47,7 +47,7 @@ class ZarrReader:
         turn = slice(None, None, -1 if zarray["order"] == "F" else 1)
         shape, chunk = zarray["shape"][turn], zarray["chunks"][turn]
         (first, stop), *columns = (
-            cut.indices(size)[:2] for cut, size in zip(region[turn], shape, strict=True)
+            axis.indices(size)[:2] for axis, size in zip(region[turn], shape, strict=True)
         )
         number = first // chunk[0]
         index = (number, *(0 for _ in columns))[turn]
@@ -65,28 +65,28 @@ class ZarrReader:
         array = stored_rows(file, 0, np.dtype(zarray["dtype"]), tuple(chunk), rows)
         return array.T if zarray["order"] == "F" else array
 
-    def _opened(self, name: str, region: tuple[slice, ...]) -> tensorstore.TensorStore:
-        spec = {"driver": self._driver, "kvstore": _place(self.directory, name)}
+    def _open_store(self, name: str, region: tuple[slice, ...]) -> tensorstore.TensorStore:
+        spec = {"driver": self._driver, "kvstore": _kvstore(self.directory, name)}
         store = tensorstore.open(spec, open=True, read=True).result()
-        # Chunks that lie across the part are kept, decoded: the next part needs them again.
-        kept = store.dtype.numpy_dtype.itemsize
+        # Chunks that extend beyond the region are cached, decoded: the next region needs them.
+        n_bytes = store.dtype.numpy_dtype.itemsize
         chunk: Any = store.chunk_layout.read_chunk.shape
-        for cut, size, width in zip(region, store.shape, chunk, strict=True):
-            start, stop, _ = cut.indices(size)
-            kept *= (-(-stop // width) - start // width) * width
-        if kept <= 2 * CHUNK_BYTES:
+        for axis, size, width in zip(region, store.shape, chunk, strict=True):
+            start, stop, _ = axis.indices(size)
+            n_bytes *= (-(-stop // width) - start // width) * width
+        if n_bytes <= 2 * CHUNK_BYTES:
             return store
-        context = tensorstore.Context({"cache_pool": {"total_bytes_limit": kept}})
+        context = tensorstore.Context({"cache_pool": {"total_bytes_limit": n_bytes}})
         return tensorstore.open(spec, open=True, read=True, context=context).result()
 
 
 class ZarrWriter:
-    """Makes a checkpoint of the structure of `tree`, whose arrays have their names."""
+    """Writer of a checkpoint with the structure of `tree`; arrays are named as in `ZarrReader`."""
 
     def __init__(self, directory: Path, tree: Any):
         self.directory = directory
-        # Orbax writes its descriptions, which have no shapes, with one element for each array. A
-        # file for each chunk: OCDBT would write its index anew for every array.
+        # Orbax writes its metadata, which have no shapes, with one element for each array. One file
+        # per chunk: OCDBT would rewrite its index for every array.
         empty = jax.tree.map(lambda _: np.zeros(1, np.float32), tree)
         ocp.PyTreeCheckpointer(use_ocdbt=False).save(directory.absolute(), empty)
         self._context = tensorstore.Context({"file_io_sync": False})
@@ -94,17 +94,17 @@ class ZarrWriter:
     def create(
         self, name: str, dtype: np.dtype, shape: tuple[int, ...], chunk: int, transposed: bool
     ) -> Callable[[int, np.ndarray], None]:
-        """An array with `chunk` rows in each chunk; returns what writes a chunk, given its number.
+        """Create an array with `chunk` rows per chunk; return a function (number, rows) to write.
 
-        With `transposed` it is its transpose that is called `name`, in Fortran order. Chunks are
-        not compressed: the bits of weights are noise, and zstd is slower than the disk. Then a
-        chunk is a file of its bytes.
+        With `transposed` the array `name` is the transpose, in Fortran order. Chunks are not
+        compressed (weights have random bits, and zstd is slower than the disk): each is a file of
+        its elements.
         """
         shutil.rmtree(self.directory / name)
         turn = slice(None, None, -1 if transposed else 1)
         spec = {
             "driver": "zarr",
-            "kvstore": _place(self.directory, name),
+            "kvstore": _kvstore(self.directory, name),
             "metadata": {
                 "shape": shape[turn],
                 "chunks": (chunk, *shape[1:])[turn],
@@ -119,12 +119,13 @@ class ZarrWriter:
             index = (number, *(0 for _ in shape[1:]))[turn]
             with DirectIOFile(self.directory / name / ".".join(map(str, index))) as file:
                 file.write(rows.view(np.uint8).data)
-                file.truncate(chunk * rows.nbytes // len(rows))  # The last may have fewer rows.
+                file.truncate(chunk * rows.nbytes // len(rows))  # The last one may have fewer rows.
 
         return write
 
 
-def _place(directory: Path, name: str) -> dict[str, str]:
+def _kvstore(directory: Path, name: str) -> dict[str, str]:
+    """Return tensorstore's key-value store of an array."""
     base = directory.absolute()
     if (base / "manifest.ocdbt").is_file():
         return {"driver": "ocdbt", "base": f"file://{base}", "path": f"{name}/"}

@@ -1,4 +1,4 @@
-"""The canonical Mooshak in PyTorch; imports neither mooshak_jax nor JAX.
+"""Mooshak in PyTorch, the canonical implementation; imports neither mooshak_jax nor JAX.
 
 lm = mooshak_torch.load("runs/demo/torch/checkpoints/600")
 print(lm.generate("एक समय", max_new_tokens=32))
@@ -13,7 +13,7 @@ __all__ = ["LM", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    # On first use: a command parses its arguments before the framework is imported.
+    # Imported on first use: a command parses its arguments before it imports the framework.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from mooshak_torch import lm

@@ -1,6 +1,7 @@
-"""Checkpoints of the torch side: DCP (torch.distributed.checkpoint), asynchronous, resharding.
+"""Checkpoints in PyTorch: DCP (torch.distributed.checkpoint), asynchronous, resharding.
 
-The state has the canonical names: `params.{name}`, `exp_avg.{name}`, `exp_avg_sq.{name}`.
+Mirror: mooshak_jax/checkpoint.py. The state has the canonical names: `params.{name}`,
+`exp_avg.{name}`, `exp_avg_sq.{name}`.
 """
 
 import pickle
@@ -33,21 +34,20 @@ from mooshak.files import atomic_directory
 from mooshak.tokenizer.base import Tokenizer
 from mooshak.tokenizer.files import tokenizer_files
 from mooshak_torch.dcp import ChunkedSavePlanner, DCPReader, DCPWriter
-from mooshak_torch.distributed.deepspeed import ZeroOptimizer
 from mooshak_torch.model import Model
 from mooshak_torch.optimizer import Optimizer
 from mooshak_torch.params import load_params, numpy_dtype, to_numpy
 
 
 def start_saving(
-    optimizer: Optimizer | ZeroOptimizer, path: Path, group: dist.ProcessGroup | None = None
+    state: dict[str, dict[str, Tensor]], path: Path, group: dist.ProcessGroup | None = None
 ) -> Callable[[], None]:
     """Take a snapshot and write it to `path` in the background; return the function that waits.
 
-    `group` is a process group of the saves' own: in the background they must not meet the
-    collectives of the training.
+    `state` is that of `Optimizer.state`. `group` is a process group for saves only: collectives
+    in the background must not mix with those of training. The returned function raises `OSError`
+    where this process could not write, `PeerError` where another could not.
     """
-    state = optimizer.state()
     future: Any = dcp.async_save(
         state, storage_writer=_ShardWriter(path / "dcp"), process_group=group
     )
@@ -65,7 +65,7 @@ def start_saving(
 
 
 class _ShardWriter(_FileSystemWriter):
-    """DCP's writer, which raises the error of the operating system that torch.save hides."""
+    """DCP's writer that raises the operating system's error, which torch.save hides."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         try:
@@ -78,7 +78,7 @@ class _ShardWriter(_FileSystemWriter):
 
 
 def restore(optimizer: Optimizer, source: Checkpoint) -> None:
-    """Fill the model and the optimizer from an open training checkpoint."""
+    """Load the model and the optimizer from an open training checkpoint, in place."""
     tensors = optimizer.state()
     state = tensors.pop("params")
     for moment, by_name in tensors.items():
@@ -89,16 +89,16 @@ def restore(optimizer: Optimizer, source: Checkpoint) -> None:
 
 
 def load_init_weights(
-    model: Model, config: Config, tokenizer: Tokenizer, processes: Processes | None = None
+    model: Model, config: Config, tokenizer: Tokenizer, parallel: Processes | None = None
 ) -> None:
-    """Fill the model with the weights of `init.from`, and rows for the pieces that it lacks."""
-    with ensure_readable_format(Path(config.init.from_), "torch", processes) as source_path:
+    """Load the weights of `init.from` into the model; rows of new tokens are initialized."""
+    with ensure_readable_format(Path(config.init.from_), "torch", parallel) as source_path:
         source = init_checkpoint(config, open_checkpoint(source_path), tokenizer)
         load_params(dict(model.named_parameters()), source)
 
 
 def load_model(path: str | Path, dtype: Dtype) -> Model:
-    """The model of a checkpoint of any kind, without the optimizer."""
+    """Return the model of a checkpoint of any format, without the optimizer."""
     with ensure_readable_format(Path(path), "torch") as source_path:
         source = open_checkpoint(source_path)
         model = Model(source.model, dtype)
@@ -107,11 +107,14 @@ def load_model(path: str | Path, dtype: Dtype) -> Model:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a DCP, interchange or Hugging Face one. Raises `InputError` if it is not whole."""
-    if (kind := detect_format(path)) == "safetensors":
+    """Open a DCP, safetensors or Hugging Face checkpoint for reading.
+
+    Raises `InputError` if it is incomplete.
+    """
+    if (format := detect_format(path)) == "safetensors":
         return safetensors.open_checkpoint(path)
-    if kind == "hf":
-        pickled = None if hf.has_safetensors(path) else _pickled(path)
+    if format == "hf":
+        pickled = None if hf.has_safetensors(path) else _open_pickled(path)
         return hf.open_checkpoint(path, pickled)
     model, state = base.read_description(path)
     directory = path / "dcp"
@@ -132,7 +135,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     tensors = base.check_tensors(path, model, tensors)
     checksums = read_checksums(path)
 
-    def rows_of(key: str, rows: slice = base.FULL_SLICE) -> np.ndarray:
+    def read_rows(key: str, rows: slice = base.FULL_SLICE) -> np.ndarray:
         name, entry = entries[key]
         start, stop, _ = rows.indices(entry.size[0])
         try:
@@ -143,32 +146,32 @@ def open_checkpoint(path: Path) -> Checkpoint:
             ) from error
 
     files = tokenizer_files(path)
-    read = verify_on_read(rows_of, tensors, checksums, lambda _: directory)
+    read = verify_on_read(read_rows, tensors, checksums, lambda _: directory)
     return Checkpoint(path, "torch", model, state, tensors, read, checksums, files)
 
 
-def _pickled(path: Path) -> hf.HFTensors:
-    """The tensors of `pytorch_model.bin`, or of the shards that its index lists.
+def _open_pickled(path: Path) -> hf.HFTensors:
+    """Open the tensors of `pytorch_model.bin`, or of the shards that its index lists.
 
-    Torch makes nothing but tensors of them (`weights_only`), and maps them from the file.
+    Only tensors are unpickled (`weights_only`), memory-mapped where possible.
     """
     tensors: dict[str, Tensor] = {}
     for file in hf.pickle_files(path):
         try:
-            # Before torch 1.6 it was no ZIP file, and those are not mapped.
+            # Files written before torch 1.6 are not ZIP archives and cannot be mapped.
             mmap = zipfile.is_zipfile(file)
             found = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
         except (pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
             reason = str(error).split(". ")[0]
             raise InputError(
-                f"{file} does not hold tensors alone, or is cut short: {reason}"
+                f"{file} is truncated, or has other objects than tensors: {reason}"
             ) from error
         if not isinstance(found, dict):
-            raise InputError(f"{file} holds no tensors by name")
+            raise InputError(f"{file} is not a dictionary of tensors")
         for key, tensor in found.items():
             if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-                what = getattr(tensor, "dtype", type(tensor).__name__)
-                raise InputError(f"{file}: {key} is no tensor of floating-point numbers ({what})")
+                found_type = getattr(tensor, "dtype", type(tensor).__name__)
+                raise InputError(f"{file}: {key} is not a floating-point tensor ({found_type})")
         tensors |= found
     described = {key: (numpy_dtype(t.dtype), tuple(t.shape)) for key, t in tensors.items()}
 
@@ -179,19 +182,19 @@ def _pickled(path: Path) -> hf.HFTensors:
 
 
 def write_checkpoint(path: Path, source: Checkpoint) -> None:
-    """Write a checkpoint of any kind as DCP; `path` exists only when it is complete."""
+    """Write a checkpoint of any format as DCP; `path` exists only once it is complete."""
     with atomic_directory(path, source.n_bytes) as directory:
         base.write_description(
             directory, source.model, source.trainer_state, source.tokenizer_files
         )
         planner, writer = ChunkedSavePlanner(source), DCPWriter(directory / "dcp", sync_files=False)
-        sums = torch.serialization.get_crc32_options()
-        torch.serialization.set_crc32_options(False)  # Slower than the disk, and never looked at.
+        crc32 = torch.serialization.get_crc32_options()
+        torch.serialization.set_crc32_options(False)  # Slower than the disk, and never verified.
         try:
             dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)
         except CheckpointException as error:
             raise error.failures[0][0] from error
         finally:
-            torch.serialization.set_crc32_options(sums)
+            torch.serialization.set_crc32_options(crc32)
         write_checksums(directory, planner.checksums)
         base.verify(open_checkpoint(directory))

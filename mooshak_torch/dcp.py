@@ -60,10 +60,10 @@ METADATA_NAMES = {
     "pathlib": {"PosixPath", "PurePosixPath"},
     "collections": {"OrderedDict"},
 }
-"""Module -> what `.metadata` may name from it."""
+"""Module -> the names that `.metadata` may refer to."""
 
-# DCP warns that there is no process group; one process needs none. It warns in the thread that it
-# saves in, which `catch_warnings` around the call would miss.
+# DCP warns about the missing process group, which a single process does not need. It warns in the
+# thread that saves, where `catch_warnings` around the call has no effect.
 warnings.filterwarnings(
     "ignore",
     message="torch.distributed is disabled, unavailable or uninitialized",
@@ -74,13 +74,16 @@ logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
 
 
 class DCPReader(dcp.FileSystemReader):
-    """DCP's reader, which makes nothing but descriptions of tensors from `.metadata`.
+    """DCP's reader with a restricted unpickler for `.metadata`.
 
-    DCP unpickles that file, and a pickle may call anything; a checkpoint is a stranger's file.
+    DCP unpickles that file, and a pickle may call any function; a checkpoint may be untrusted.
     """
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """What the checkpoint holds. Raises `pickle.UnpicklingError` if it names anything else."""
+        """Return the checkpoint's description.
+
+        Raises `pickle.UnpicklingError` if `.metadata` refers to anything outside METADATA_NAMES.
+        """
         with self.fs.create_stream(self._get_metadata_path(kwargs.get("rank")), "rb") as file:
             metadata: Metadata = _Unpickler(file).load()
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
@@ -91,32 +94,35 @@ class DCPReader(dcp.FileSystemReader):
     def read_rows(
         self, name: str, entry: TensorStorageMetadata, start: int, stop: int
     ) -> np.ndarray:
-        """Rows of a tensor, out of the chunks that the processes have written of it."""
+        """Return rows of a tensor, assembled from the chunks that the processes wrote.
+
+        Raises `ValueError` if chunks are missing.
+        """
         rows = np.empty((stop - start, *entry.size[1:]), numpy_dtype(entry.properties.dtype))
         missing = rows.size
         for chunk in entry.chunks:
             top, *left = chunk.offsets
             first, last = max(start, top), min(stop, top + chunk.sizes[0])
             if first < last:
-                part = self._rows(name, chunk, slice(first - top, last - top))
-                if part.shape == rows.shape:
-                    return part
+                block = self._read_chunk(name, chunk, slice(first - top, last - top))
+                if block.shape == rows.shape:
+                    return block
                 columns = map(slice, left, map(operator.add, left, chunk.sizes[1:]))
-                rows[slice(first - start, last - start), *columns] = part
-                missing -= part.size
+                rows[slice(first - start, last - start), *columns] = block
+                missing -= block.size
         if missing:
             raise ValueError(f"{missing} elements are in no chunk")
         return rows
 
-    def _rows(self, name: str, chunk: ChunkStorageMetadata, rows: slice) -> np.ndarray:
+    def _read_chunk(self, name: str, chunk: ChunkStorageMetadata, rows: slice) -> np.ndarray:
         info = self.storage_data[MetadataIndex(name, chunk.offsets)]
         if getattr(info, "transform_descriptors", None):
             raise ValueError("it is compressed by an extension of DCP")
         file = Path(self.path) / info.relative_path
         with file.open("rb") as stream:
-            # The elements themselves are read elsewhere.
+            # No read-ahead: this stream reads only the header, `stored_rows` the elements.
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-            # On the meta device nothing is read but where the elements stand, and how.
+            # On the meta device torch reads only the layout and offset of the elements.
             tensor = torch.load(self._slice_file(stream, info), "meta", weights_only=True)
         storage, dtype = tensor.untyped_storage(), numpy_dtype(tensor.dtype)
         start = info.offset + storage._checkpoint_offset
@@ -130,15 +136,15 @@ class DCPReader(dcp.FileSystemReader):
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        # Python 3.13 keeps its paths in a module of their own.
+        # Python 3.13 defines paths in `pathlib._local`.
         module = {"pathlib._local": "pathlib"}.get(module, module)
         if name not in METADATA_NAMES.get(module, ()):
-            raise pickle.UnpicklingError(f"{module}.{name} does not belong into a checkpoint")
+            raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a checkpoint")
         return super().find_class(module, name)
 
 
 class DCPWriter(dcp.FileSystemWriter):
-    """DCP's writer in the order of the plan; its own keeps some of every tensor in memory."""
+    """DCP's writer in the order of the plan; DCP's own holds a part of every tensor in memory."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         results, name = [], f"__0_0{DEFAULT_SUFFIX}"
@@ -148,19 +154,19 @@ class DCPWriter(dcp.FileSystemWriter):
                 try:
                     torch.save(planner.resolve_data(item), file)
                 except RuntimeError:
-                    # Torch says no more than that the file ends elsewhere; a full disk says so.
+                    # torch.save reports only an unexpected position; writing again raises the
+                    # operating system's error, such as a full disk.
                     file.write(bytes(base.CHUNK_BYTES))
                     raise
                 length = file.tell() - start
-                place = _StorageInfo(name, start, length)
-                results.append(WriteResult(item.index, length, place))
+                results.append(WriteResult(item.index, length, _StorageInfo(name, start, length)))
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
 
 
 class ChunkedSavePlanner(SavePlanner):
-    """Writes a checkpoint of any kind some rows at a time, which are read when their turn comes."""
+    """Save plan of a checkpoint of any format, in chunks of rows that are read when written."""
 
     def __init__(self, source: Checkpoint):
         self.source, self.checksums = source, Checksums()
@@ -188,7 +194,7 @@ class ChunkedSavePlanner(SavePlanner):
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         plans, metadata = create_default_global_save_plan(all_plans)
-        # As in a state that the trainer saves: the names of parameters are keys below `params`.
+        # As for a state that the trainer saves: parameter names are keys below `params`.
         nested = {name: tuple(name.split(".", 1)) for name in self.keys}
         return plans, replace(metadata, planner_data=nested)
 

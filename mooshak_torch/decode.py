@@ -1,4 +1,7 @@
-"""Decode tokens with the PyTorch model: prefill, then one step a token, greedy or sampled."""
+"""Decode tokens with the PyTorch model: prefill, then one step per token, greedy or sampled.
+
+Mirror: mooshak_jax/decode.py. Shapes: B rows, T time, D model width, V vocabulary.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
@@ -25,9 +28,9 @@ def generate(
     seed: int = 0,
     compiled: bool = False,
 ) -> np.ndarray:
-    """Continue prompts of token ids by `new_tokens` each; return int32 [prompts, new_tokens].
+    """Continue each prompt of token ids by `new_tokens`; return int32 [prompts, new_tokens].
 
-    Row b is sampled with the noise of sample number b. Errors are those of `generate_tokens`.
+    Row b uses the noise of sample number b. Raises the errors of `generate_tokens`.
     """
     samples = range(len(prompts))
     steps = generate_tokens(
@@ -50,11 +53,10 @@ def generate_tokens(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield the next token of each row, int64 [B], and its log-probability, float64 [B].
 
-    The prompts are token ids, each continued at its own position. Temperature 0 is greedy; else row
-    b has the noise of sample number samples[b]. Without `logprobs` the second array is NaN.
-    `compiled` tokens come faster, after torch.compile has had its time. Raises `InputError` when a
-    prompt is empty or the text would outgrow the model's positions, or where there is nothing to
-    compile with.
+    Prompts of different lengths are each continued at their own position. Temperature 0 is greedy;
+    otherwise row b uses the noise of sample number samples[b]. Without `logprobs` the second array
+    is NaN. `compiled` uses torch.compile for the decode step. Raises `InputError` for an empty
+    prompt, a text that exceeds the model's positions, or a missing compiler.
     """
     step = _compiled_step() if compiled else _step
     tokens_BT, lengths_B = pad_prompts(prompts, new_tokens, model.config)
@@ -63,7 +65,7 @@ def generate_tokens(
     caches = make_caches(model, len(prompts), tokens_BT.shape[1] + new_tokens)
     positions_B = torch.from_numpy(lengths_B).to(device) - 1
     rows_B = torch.arange(len(prompts), device=device)
-    # Of the prompts only the last positions go through the output head.
+    # Only the last position of each prompt goes through the output head.
     hidden_BTD = model.hidden_states(torch.from_numpy(tokens_BT).to(device).long(), caches=caches)
     logits_BV = model.logits(hidden_BTD[rows_B, positions_B].unsqueeze(1))[:, 0]
     matrices = (m.weight for m in model.modules() if isinstance(m, Linear))
@@ -80,7 +82,7 @@ def generate_tokens(
 
 
 def _step(model: Model, token_B: Tensor, positions_B: Tensor, caches: list[KVCache]) -> Tensor:
-    """Logits [B, V] of what follows one more token each."""
+    """Return the logits [B, V] after one more token in each row."""
     logits_B1V: Tensor = model(token_B.unsqueeze(1), positions_B.unsqueeze(1), caches)
     return logits_B1V[:, 0]
 
@@ -88,24 +90,24 @@ def _step(model: Model, token_B: Tensor, positions_B: Tensor, caches: list[KVCac
 @cache
 def _compiled_step() -> Callable[..., Tensor]:
     require_compiler("--compile")
-    # The whole model at once, and on a CPU called from C++: a processor that reads all weights for
-    # every token has forgotten the interpreter's code by the next operation.
+    # The full model in one graph, on a CPU with a C++ wrapper: reading all weights for each token
+    # evicts the interpreter's code from the caches.
     options: dict[str, Any] = {} if torch.cuda.is_available() else {"cpp_wrapper": True}
     return torch.compile(_step, options=options)
 
 
 def sample(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: float) -> Tensor:
-    """Next tokens: the largest logit, or the inverse CDF over the sorted probabilities.
+    """Return the next token of each row, [B]: the argmax, or nucleus sampling by inverse CDF.
 
-    Computed in float64, whatever the model's dtype: a uniform number between two close sums would
-    fall on different sides otherwise.
+    `uniform_B` are numbers in [0, 1). Computed in float64 for every dtype of the model: otherwise
+    rounding could move a uniform number across the boundary between two tokens.
     """
     if temperature == 0.0:
         return logits_BV.argmax(-1)
     p_BV = torch.softmax(logits_BV.double() / temperature, dim=-1)
     sorted_BV, order_BV = torch.sort(p_BV, dim=-1, descending=True, stable=True)
     sums_BV = sorted_BV.cumsum(-1)
-    # The nucleus (arXiv:1904.09751): the fewest tokens that reach top_p.
+    # Nucleus (arXiv:1904.09751): the fewest tokens whose probabilities sum to top_p.
     nucleus_B = torch.sum(sums_BV < top_p, -1).clamp(max=sums_BV.shape[1] - 1)
     mass_B1 = sums_BV.gather(1, nucleus_B.unsqueeze(1))
     rank_B = torch.sum(sums_BV <= uniform_B.unsqueeze(1) * mass_B1, -1).minimum(nucleus_B)
@@ -113,6 +115,6 @@ def sample(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: floa
 
 
 def token_log_prob(logits_BV: Tensor, token_B: Tensor) -> np.ndarray:
-    """Return log p of each row's token, float64 [B]."""
+    """Return log p(token) in each row, float64 [B]."""
     log_p_BV = torch.log_softmax(logits_BV.double(), dim=-1)
     return log_p_BV.gather(1, token_B.unsqueeze(1)).squeeze(1).cpu().numpy()

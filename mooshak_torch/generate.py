@@ -19,7 +19,7 @@ def main() -> None:
         help="torch.compile the decode step; pays off for long outputs",
     )
     args = parser.parse_args()
-    # After the arguments: --help and a typo need no framework.
+    # Imported after parsing: --help and wrong arguments do not need the framework.
     from mooshak_torch.lm import load
 
     generate_text(args, partial(load, compiled=args.compile))

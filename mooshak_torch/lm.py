@@ -1,6 +1,7 @@
-"""The Python API in PyTorch: `mooshak_torch.load(path)` returns an `LM`.
+"""Python API in PyTorch: `mooshak_torch.load(path)` returns an `LM`.
 
-Mirror: mooshak_jax/lm.py. What the methods do is in mooshak/generation/lm.py, for both.
+Mirror: mooshak_jax/lm.py. The methods of `LM` are in mooshak/generation/lm.py, for both frameworks.
+Shapes: S token ids of a text, T = S - 1, D model width.
 """
 
 from collections.abc import Iterator
@@ -24,11 +25,11 @@ from mooshak_torch.params import to_numpy
 from mooshak_torch.step import set_matmul_precision
 
 SCORE_CHUNK = 2048
-"""Tokens whose logits are in memory at once while a text is scored."""
+"""Number of tokens whose logits are in memory at once when a text is scored."""
 
 
 class LM(lm.LM):
-    """A language model in PyTorch, on one device."""
+    """Language model in PyTorch, on one device."""
 
     def __init__(self, model: Model, tokenizer: Tokenizer | None, compiled: bool = False):
         self._model, self.tokenizer, self.compiled = model, tokenizer, compiled
@@ -81,15 +82,16 @@ def load(
     tokenizer: str | Path | None = None,
     compiled: bool = False,
 ) -> LM:
-    """Load a checkpoint of any kind: a run's, the other framework's, a Hugging Face directory.
+    """Load a checkpoint of any format: of either framework, safetensors or Hugging Face.
 
-    `dtype` is that of the computation; `device` is cuda where there is a GPU, else cpu, by default.
-    `tokenizer` is a file, if the checkpoint has none of its own. `compiled` compiles the decode
-    step, which pays off for long outputs. Raises `InputError` for a path that is no checkpoint, a
-    model that is not supported, or a mesh: this API computes on one device.
+    `dtype` is the compute dtype. `device` is by default cuda if there is a GPU, else cpu.
+    `tokenizer` is the path of a tokenizer, for a checkpoint without one. `compiled` compiles the
+    decode step with torch.compile, which pays off for long outputs. Raises `InputError` for a path
+    that is not a checkpoint, an unsupported model, a tokenizer that does not fit the model, and for
+    a mesh: this API runs on one device.
     """
     if mesh:
-        raise InputError(f"mesh {mesh}: mooshak_torch.load computes on one device; use mooshak_jax")
+        raise InputError(f"mesh {mesh}: mooshak_torch.load runs on one device; use mooshak_jax")
     set_matmul_precision()
     model = load_model(path, dtype)
     found = lm.load_tokenizer(Path(path), model.config, tokenizer)

@@ -1,4 +1,7 @@
-"""Training objectives: what a step minimises, as an unreduced sum and its denominator."""
+"""Training objectives: the loss of a step, as an unreduced sum and its denominator.
+
+Mirror: mooshak_jax/objectives.py. Shapes: B batch, T time, D model width.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +19,7 @@ from mooshak_torch.ops.cross_entropy import FusedLinearCrossEntropy
 class CausalLM(nn.Module):
     """Next-token prediction: the cross entropy of the labels that are not ignored.
 
-    The model and its loss in one module, as DDP and FSDP need them.
+    Model and loss in one module: DDP and FSDP wrap the forward pass of a module.
     """
 
     def __init__(self, model: Model, chunk: int):
@@ -25,10 +28,10 @@ class CausalLM(nn.Module):
         self.loss = FusedLinearCrossEntropy(model.lm_head or model.embeddings, chunk)
 
     def prepare(self, batch: Batch[Tensor], parallel: Parallel) -> int:
-        """Return the denominator: the labels of the global batch that count, at least 1.
+        """Return the denominator: the number of labels in the global batch, at least 1.
 
-        `batch` is this process's rows. Without document masks their number is known beforehand;
-        otherwise the processes add up theirs.
+        `batch` is this process's rows; ignored labels do not count. Without document masks the
+        number follows from the shape; with them it is summed over the processes.
         """
         if batch.segments is None:
             return batch.labels.numel() * parallel.dp_size
@@ -36,16 +39,16 @@ class CausalLM(nn.Module):
         return max(1, int(parallel.sum(count).item()))
 
     def forward(self, batch: Batch[Tensor]) -> Tensor:
-        """Return the summed cross entropy in nats of a part of the global batch."""
+        """Return the summed cross entropy of some rows of the global batch, in nats."""
         hidden_BTD = self.model.hidden_states(batch.tokens, **batch.context)
         loss: Tensor = self.loss(hidden_BTD, batch.labels)
         return loss
 
 
 def make_objective(model: ModelConfig, config: Config) -> CausalLM:
-    """Return the objective of a configuration on the meta device, for `parallelize`.
+    """Return the objective with its activation checkpointing and compilation of the layers.
 
-    Activation checkpointing and compilation of the layers are applied.
+    Its parameters are on the meta device, for `parallelize`.
     """
     with torch.device("meta"):
         objective = CausalLM(Model(model, config.train.dtype), config.train.loss_chunk)
@@ -55,8 +58,8 @@ def make_objective(model: ModelConfig, config: Config) -> CausalLM:
     return objective
 
 
-def unwrapped(objective: nn.Module) -> CausalLM:
-    """Return the objective inside of DDP's or DeepSpeed's wrapper."""
+def unwrap(objective: nn.Module) -> CausalLM:
+    """Return the objective inside DDP's or DeepSpeed's wrapper."""
     inner = getattr(objective, "module", objective)
     assert isinstance(inner, CausalLM)
     return inner
@@ -64,4 +67,4 @@ def unwrapped(objective: nn.Module) -> CausalLM:
 
 def model_of(objective: nn.Module) -> Model:
     """Return the model of an objective, wrapped or not."""
-    return unwrapped(objective).model
+    return unwrap(objective).model

@@ -1,4 +1,7 @@
-"""AdamW with decay on matrices only, and clipping by the global norm."""
+"""AdamW with weight decay on matrices only, and clipping by the global norm.
+
+Mirror: mooshak_jax/optimizer.py.
+"""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -18,15 +21,15 @@ from mooshak.numerics.schedule import has_weight_decay
 
 
 class Optimizer:
-    """AdamW and clipping of a model in one process, under DDP or under FSDP2.
+    """AdamW and gradient clipping for one process, DDP and FSDP2.
 
-    DeepSpeed's engine has the same interface: `distributed.deepspeed.ZeroOptimizer`.
+    `distributed.deepspeed.ZeroOptimizer` has the same interface.
     """
 
     def __init__(self, objective: nn.Module, model: nn.Module, config: OptimizerConfig):
         self.objective, self.model = objective, model
         self.inner = make_optimizer(model, config)
-        # Allocated by the first step they would lie between activations and fragment the heap.
+        # Allocated now: between the activations of the first step they would fragment the heap.
         moments(model, self.inner)
 
     def zero_grad(self) -> None:
@@ -35,7 +38,7 @@ class Optimizer:
 
     @contextmanager
     def no_sync(self, when: bool) -> Iterator[None]:
-        """Leave gradients unreduced inside the block (all micro-batches but the last)."""
+        """Skip the reduction of gradients inside the block (all micro-batches but the last)."""
         if when and isinstance(self.objective, DistributedDataParallel):
             with self.objective.no_sync():
                 yield
@@ -47,30 +50,30 @@ class Optimizer:
             yield
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of a loss to those of the parameters."""
+        """Accumulate the gradients of a loss in the parameters."""
         loss.backward()
 
     def clip(self, max_norm: float, scale: float = 1.0) -> Tensor:
-        """Clip the gradients, divided by the loss's `scale`, as `clip_gradients` does."""
+        """Divide the gradients by the loss scale and clip them; see `clip_gradients`."""
         return clip_gradients(self.objective.parameters(), max_norm, scale)
 
     def step(self, rate: float) -> None:
-        """Update the parameters with a learning rate."""
+        """Update the parameters with the learning rate `rate`."""
         for group in self.inner.param_groups:
             group["lr"] = rate
         self.inner.step()
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """Return `params`, `exp_avg`, `exp_avg_sq` by canonical name: the tensors themselves."""
+        """Return `params`, `exp_avg`, `exp_avg_sq` by canonical name, not copied."""
         return {"params": dict(self.model.named_parameters()), **moments(self.model, self.inner)}
 
     def set_step(self, step: int) -> None:
-        """Set the number of steps done, which the moments' bias correction depends on."""
+        """Set the number of steps done, for the bias correction of the moments."""
         set_step(self.inner, step)
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW (arXiv:1711.05101) over every parameter, in two groups: with decay and without."""
+    """Return AdamW (arXiv:1711.05101) for all parameters, in two groups: with decay, without."""
     named = list(model.named_parameters())
     groups = [
         {
@@ -90,20 +93,20 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
 
 @dataclass
 class LossScale:
-    """Dynamic scaling of the loss in float16 runs (arXiv:1710.03740), by powers of two.
+    """Dynamic loss scale of float16 runs (arXiv:1710.03740), a power of two.
 
-    Torch's GradScaler looks for infinities among this process's shards; the global norm, which
-    clipping needs anyhow, has those of all.
+    torch's GradScaler checks this process's gradients for infinities; the global norm, which
+    clipping needs anyway, includes those of all processes.
     """
 
     scale: float = 2.0**16
     clean: int = 0
-    """Steps since the scale was changed."""
+    """Steps since the scale was last changed."""
     skipped: int = 0
-    """Steps that did not change the parameters, because a gradient was not finite."""
+    """Steps without an update, because a gradient was not finite."""
 
     def update(self, finite: bool) -> None:
-        """Halve the scale after a gradient that was not finite, double it after 2000 that were."""
+        """Halve the scale after a non-finite gradient, double it after 2000 finite ones."""
         self.clean += 1
         if not finite:
             self.scale, self.clean, self.skipped = self.scale / 2, 0, self.skipped + 1
@@ -112,37 +115,38 @@ class LossScale:
 
 
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float, scale: float = 1.0) -> Tensor:
-    """Scale the gradients by max_norm / max(norm, max_norm), in place; returns the global norm.
+    """Scale the gradients by max_norm / max(norm, max_norm), in place; return the global norm.
 
-    They are divided by `scale` first, the loss's. The norm is over all processes.
+    The gradients are first divided by `scale`, the loss scale. The norm is over all processes.
 
-    `torch.nn.utils.clip_grad_norm_` adds 1e-6 to the norm, which alone would part the frameworks by
-    1.5e-9 after 20 steps.
+    Not `torch.nn.utils.clip_grad_norm_`: it adds 1e-6 to the norm, which alone makes the frameworks
+    differ by 1.5e-9 after 20 steps.
     """
-    grads = [_reduced(p) for p in parameters if p.grad is not None]
-    parts = [g.to_local() if isinstance(g, DTensor) else g for g in grads]
-    copies = [_copies(g) for g in grads]
-    square = torch.stack([_square(p) / n for p, n in zip(parts, copies, strict=True)]).sum()
+    grads = [_reduce_partial(p) for p in parameters if p.grad is not None]
+    shards = [g.to_local() if isinstance(g, DTensor) else g for g in grads]
+    replicas = [_count_replicas(g) for g in grads]
+    squares = [_sum_squares(s) / n for s, n in zip(shards, replicas, strict=True)]
+    square = torch.stack(squares).sum()
     if any(isinstance(g, DTensor) for g in grads):
         dist.all_reduce(square)
-    norm = square.sqrt().to(parts[0].dtype) / scale
-    torch._foreach_mul_(parts, max_norm / torch.clamp(norm, min=max_norm) / scale)
+    norm = square.sqrt().to(shards[0].dtype) / scale
+    torch._foreach_mul_(shards, max_norm / torch.clamp(norm, min=max_norm) / scale)
     return norm
 
 
-def _square(tensor: Tensor) -> Tensor:
-    """The sum of the squares of a tensor, float64.
+def _sum_squares(tensor: Tensor) -> Tensor:
+    """Return the sum of squares of a tensor in float64.
 
-    Row by row: on a CPU torch's float32 norm of 40 million elements at once is 0.3 % too small.
+    Row by row: on a CPU, torch's float32 norm of 40 million elements at once is 0.3 % too small.
     """
     return torch.linalg.vector_norm(tensor, dim=-1).double().square().sum()
 
 
-def _reduced(parameter: Tensor) -> Tensor:
-    """The gradient, laid out as its parameter is.
+def _reduce_partial(parameter: Tensor) -> Tensor:
+    """Return the gradient with the placements of its parameter.
 
-    Under tensor parallelism, where each process saw its own heads or its own part of the sequence,
-    the gradient of a norm's gain is still to be added up.
+    With tensor parallelism the gradient of a norm's gain is a partial sum, over this process's
+    heads or part of the sequence.
     """
     grad = parameter.grad
     assert grad is not None
@@ -151,8 +155,8 @@ def _reduced(parameter: Tensor) -> Tensor:
     return grad
 
 
-def _copies(tensor: Tensor) -> int:
-    """How many processes hold the same part of a tensor."""
+def _count_replicas(tensor: Tensor) -> int:
+    """Return the number of processes that hold the same shard."""
     if not isinstance(tensor, DTensor):
         return 1
     sizes = zip(tensor.placements, tensor.device_mesh.shape, strict=True)
@@ -160,7 +164,7 @@ def _copies(tensor: Tensor) -> int:
 
 
 def moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
-    """`exp_avg` and `exp_avg_sq` by canonical name; the tensors themselves, zeros before a step."""
+    """Return `exp_avg` and `exp_avg_sq` by canonical name, not copied; zeros before a step."""
     for parameter in model.parameters():
         state = optimizer.state[parameter]
         if not state:
@@ -173,6 +177,6 @@ def moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dic
 
 
 def set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Set the number of steps done, which the correction of the moments' bias depends on."""
+    """Set the number of steps done, for the bias correction of the moments."""
     for state in optimizer.state.values():
         state["step"].fill_(step)

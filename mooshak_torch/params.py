@@ -1,4 +1,7 @@
-"""Parameters of the PyTorch model: initial values, loading, conversion from and to NumPy."""
+"""Parameters of the PyTorch model: initial values, loading, conversion from and to NumPy.
+
+Mirror: mooshak_jax/params.py.
+"""
 
 import numpy as np
 import torch
@@ -13,30 +16,33 @@ from mooshak_torch.model import PARAM_DTYPE, Model
 
 
 def load_params(state: dict[str, Tensor], source: Checkpoint) -> None:
-    """Copy the checkpoint's tensors into those of `state`, which has the same keys.
+    """Copy a checkpoint's tensors into the tensors of `state`, by key.
 
-    A process reads the rows of its own part of each, one tensor at a time.
+    Each process reads only the rows of its own shards, one tensor at a time. Raises `InputError`
+    for a key or shape that the checkpoint does not have.
     """
     with torch.no_grad():
         for key, tensor in state.items():
             if key not in source.tensors or source.tensors[key][1] != tuple(tensor.shape):
-                raise InputError(f"{source.path}: tensor {key} is not the model's")
-            part, where = local_part(tensor)
-            rows, columns = where[0], where[1:]
-            part.copy_(to_torch(source.read(key, rows)[slice(None), *columns]))
+                raise InputError(f"{source.path}: tensor {key} does not fit the model")
+            shard, (rows, *columns) = local_shard(tensor)
+            shard.copy_(to_torch(source.read(key, rows)[slice(None), *columns]))
 
 
 def numpy_dtype(dtype: torch.dtype) -> np.dtype:
+    """Return the NumPy dtype of a torch dtype."""
     return to_numpy(torch.empty(0, dtype=dtype)).dtype
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:
+    """Return a CPU tensor as an array that shares its memory."""
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.uint16).numpy().view(base.DTYPES["BF16"])
     return tensor.numpy()
 
 
 def to_torch(array: np.ndarray) -> Tensor:
+    """Return an array as a tensor, sharing its memory if it is contiguous."""
     array = np.ascontiguousarray(array)
     if array.dtype == base.DTYPES["BF16"]:
         return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
@@ -44,25 +50,25 @@ def to_torch(array: np.ndarray) -> Tensor:
 
 
 def initialize(model: Model, seed: int, gain_std: float = 0.0) -> Model:
-    """Fill the parameters from the counter-based initialiser; returns the model.
+    """Fill the parameters from the counter-based initializer; return the model.
 
-    A process makes its own shards only, with the bits that they have in the whole.
+    Each process computes only its own shards, bit-identical to the same rows of the full tensor.
     """
-    dtype = torch.empty(0, dtype=PARAM_DTYPE[model.dtype]).numpy().dtype
+    dtype = numpy_dtype(PARAM_DTYPE[model.dtype])
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            part, where = local_part(parameter)
-            rows, columns = (*where, slice(None))[:2]
+            shard, block = local_shard(parameter)
+            rows, columns = (*block, slice(None))[:2]
             value = initial_weight(model.config, seed, name, rows, columns, dtype, gain_std)
-            part.copy_(torch.from_numpy(value))
+            shard.copy_(torch.from_numpy(value))
     return model
 
 
-def local_part(tensor: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
-    """The part of a tensor that this process holds, and the block of the whole that it is."""
+def local_shard(tensor: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
+    """Return this process's shard of a tensor, and the block of the full tensor that it is."""
     if not isinstance(tensor, DTensor):
         return tensor, tuple(slice(0, size) for size in tensor.shape)
-    # What DCP writes of it; public in all but its name.
+    # The hook by which DCP finds the chunks that it writes.
     (chunk,) = tensor.__create_chunk_list__()
     blocks = zip(chunk.offsets, chunk.sizes, strict=True)
     return tensor.to_local(), tuple(slice(start, start + size) for start, size in blocks)

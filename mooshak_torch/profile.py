@@ -1,4 +1,7 @@
-"""Where the time of a training step goes (`--profile`): a trace, and a table by operation."""
+"""Profile of a training step (`--profile`): a trace, and a table of time by operation.
+
+Mirror: mooshak_jax/profile.py.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +17,7 @@ from mooshak.tables import print_times
 def profiled(directory: Path) -> Iterator[None]:
     """Record the block in `directory`/trace.json (for https://ui.perfetto.dev) and print a table.
 
-    Its seconds are an operation's own: on the GPU where there is one, else on the CPU.
+    Seconds are an operation's self time, on the GPU if there is one, else on the CPU.
     """
     activities = [ProfilerActivity.CPU]
     if torch.cuda.is_available():
@@ -24,6 +27,6 @@ def profiled(directory: Path) -> Iterator[None]:
     directory.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(directory / "trace.json"))
     events = profiler.key_averages()
-    own = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-    seconds = {event.key: getattr(event, own) / 1e6 for event in events}
+    self_time = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    seconds = {event.key: getattr(event, self_time) / 1e6 for event in events}
     print_times(seconds, {event.key: event.count for event in events})

@@ -1,4 +1,7 @@
-"""The training step of the PyTorch model: state, one optimizer step, evaluation."""
+"""Training step of the PyTorch model: state, one optimizer step, evaluation.
+
+Mirror: mooshak_jax/step.py.
+"""
 
 import math
 from collections.abc import Callable
@@ -19,14 +22,14 @@ from mooshak_torch.checkpoint import load_init_weights, open_checkpoint, restore
 from mooshak_torch.distributed.deepspeed import ZeroOptimizer, make_engine
 from mooshak_torch.distributed.mesh import Parallel, make_parallel
 from mooshak_torch.distributed.parallelize import parallelize
-from mooshak_torch.objectives import make_objective, model_of, unwrapped
+from mooshak_torch.objectives import make_objective, model_of, unwrap
 from mooshak_torch.optimizer import LossScale, Optimizer
 from mooshak_torch.params import initialize
 from mooshak_torch.profile import profiled
 
 
 class Trainer:
-    """The training state in PyTorch, for `mooshak.training.loop`."""
+    """Training state in PyTorch; implements `mooshak.training.loop.Trainer`."""
 
     framework = "torch"
 
@@ -39,10 +42,9 @@ class Trainer:
         is_gpu = parallel.device.type == "cuda"
         self.device = torch.cuda.get_device_name() if is_gpu else "cpu"
         self.open_checkpoint, self.profiled = open_checkpoint, profiled
-        self.explain_timeouts, self.close = parallel.explain_timeouts, parallel.close
-        self.peak_memory = partial(peak_memory, parallel.device)
+        self.explain_timeouts, self.peak_memory = parallel.explain_timeouts, peak_memory
 
-    def initialize(self, tokenizer: Tokenizer | None) -> None:
+    def initialize(self, tokenizer: Tokenizer) -> None:
         self._set_state(tokenizer, None)
 
     def restore(self, source: Checkpoint) -> None:
@@ -54,11 +56,11 @@ class Trainer:
 
     def step(self, batch: Batch, rate: float, stop: bool) -> tuple[dict[str, float], bool]:
         parallel, scale = self.processes, self.loss_scale
-        mine = parallel.shard_local_batch(batch)
+        local_batch = parallel.shard_local_batch(batch)
         loss, norm = train_step(
-            self.objective, self.optimizer, mine, rate, self.config, parallel, scale
+            self.objective, self.optimizer, local_batch, rate, self.config, parallel, scale
         )
-        # One collective for both.
+        # One collective for the loss and the flag.
         total, stopping = parallel.sum(torch.stack([loss, loss.new_tensor(float(stop))])).tolist()
         metrics = {"loss": total, "grad_norm": norm.item()}
         if scale is not None:
@@ -69,18 +71,21 @@ class Trainer:
         return evaluate(self.objective, batch, self.config, self.processes)
 
     def start_saving(self, path: Path) -> Callable[[], None]:
-        return start_saving(self.optimizer, path, self.processes.checkpoint_group)
+        return start_saving(self.optimizer.state(), path, self.processes.checkpoint_group)
 
     def trainer_state(self) -> dict[str, Any]:
         return {} if self.loss_scale is None else {"loss_scale": asdict(self.loss_scale)}
+
+    def close(self) -> None:
+        self.processes.close()
 
 
 def make_state(
     config: Config, parallel: Parallel, tokenizer: Tokenizer | None, source: Checkpoint | None
 ) -> tuple[nn.Module, Optimizer | ZeroOptimizer]:
-    """Return the objective on the mesh and its optimizer: a checkpoint's state, or the first.
+    """Return the objective on the mesh and its optimizer, restored from `source` or initialized.
 
-    `tokenizer` is the run's, for weights from `init.from`.
+    `tokenizer` is the run's; needed to initialize from `init.from`.
     """
     objective: nn.Module = make_objective(config.model, config)
     if parallel.strategy == "deepspeed":
@@ -105,13 +110,13 @@ def make_state(
 def make_loss_scale(
     config: Config, optimizer: Optimizer | ZeroOptimizer, source: Checkpoint | None
 ) -> LossScale | None:
-    """Return the loss scale of a float16 run: a checkpoint's, or the first. None elsewhere."""
+    """Return the loss scale of a float16 run, from `source` if given; None for other dtypes."""
     if config.train.dtype != "float16":
         return None
     state = {} if source is None else source.trainer_state or {}
     scale = LossScale(**state.get("loss_scale", {}))
     if source is not None:
-        # Skipped steps have not moved the moments.
+        # Skipped steps did not update the moments.
         optimizer.set_step(state["step"] - scale.skipped)
     return scale
 
@@ -127,19 +132,20 @@ def train_step(
 ) -> tuple[Tensor, Tensor]:
     """Take one optimizer step on this process's rows of the batch.
 
-    Returns this process's part of the mean loss (the parts add up) and the gradient's norm.
+    Returns this process's share of the mean loss, to be summed over the processes, and the global
+    norm of the gradients before clipping.
     """
     optimizer.zero_grad()
     scale = 1.0 if loss_scale is None else loss_scale.scale
     micro_batches = batch.chunk(config.train.gradient_accumulation_steps)
-    denominator = unwrapped(objective).prepare(batch, parallel)
+    denominator = unwrap(objective).prepare(batch, parallel)
     loss = torch.zeros((), dtype=next(objective.parameters()).dtype, device=batch.labels.device)
     for i, micro_batch in enumerate(micro_batches):
         with optimizer.no_sync(i < len(micro_batches) - 1):
-            part = objective(micro_batch) / denominator
-            # DDP, FSDP and DeepSpeed average over the processes; the parts are to be added.
-            optimizer.backward(part * (parallel.dp_size * scale))
-        loss += part.detach()
+            share = objective(micro_batch) / denominator
+            # DDP, FSDP and DeepSpeed average gradients over the processes; here they are summed.
+            optimizer.backward(share * (parallel.dp_size * scale))
+        loss += share.detach()
     norm = optimizer.clip(config.optimizer.max_grad_norm, scale)
     if loss_scale is not None:
         loss_scale.update(finite=bool(norm.isfinite()))
@@ -151,30 +157,31 @@ def train_step(
 
 @torch.no_grad()
 def evaluate(objective: nn.Module, batch: Batch, config: Config, parallel: Parallel) -> float:
-    """Return the summed cross entropy, in nats, of the labels of a batch that are not ignored."""
+    """Return the summed cross entropy in nats of a batch [N, T] that every process has in full."""
     total = torch.zeros((), dtype=torch.float64, device=parallel.device)
-    full = parallel.shard_local_batch(batch)
-    mine = full.rows(slice(parallel.dp_rank, None, parallel.dp_size))
+    full_batch = parallel.shard_local_batch(batch)
+    local_batch = full_batch.rows(slice(parallel.dp_rank, None, parallel.dp_size))
     n_rows = config.evaluate.batch_size
-    # All processes call the model equally often: they gather its parameters together.
-    for first in range(0, math.ceil(len(full.tokens) / parallel.dp_size), n_rows):
-        part = mine.rows(slice(first, first + n_rows))
-        if len(part.tokens):
-            total += objective(part)
+    # Each process calls the model equally often, since all gather its parameters together.
+    for start in range(0, math.ceil(len(full_batch.tokens) / parallel.dp_size), n_rows):
+        rows = local_batch.rows(slice(start, start + n_rows))
+        if len(rows.tokens):
+            total += objective(rows)
         else:
-            objective(full.rows(slice(0, 1)))
+            objective(full_batch.rows(slice(0, 1)))
     return parallel.sum(total).item()
 
 
 def set_matmul_precision() -> None:
-    """Compute float32 matrix products in float32, not in TF32."""
+    """Compute float32 matrix products in float32, not TF32."""
     torch.set_float32_matmul_precision("highest")
 
 
-def peak_memory(device: torch.device) -> dict[str, float]:
-    """Peak memory in bytes: of the GPU, or of this process."""
-    if device.type == "cuda":
-        return {"memory_bytes": float(torch.cuda.max_memory_allocated(device))}
+def peak_memory() -> dict[str, float]:
+    """Return `memory_bytes`, the peak of this process's GPU, or of the process without one."""
+    if torch.cuda.is_available():
+        return {"memory_bytes": float(torch.cuda.max_memory_allocated())}
+    # Unix only.
     import resource
 
     return {"memory_bytes": 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}

@@ -38,7 +38,7 @@ from mooshak_torch.distributed.mesh import make_parallel
 from mooshak_torch.objectives import model_of
 from mooshak_torch.ops import matmul
 from mooshak_torch.optimizer import LossScale, Optimizer
-from mooshak_torch.params import local_part
+from mooshak_torch.params import local_shard
 from mooshak_torch.step import make_state, train_step
 from mooshak_torch.train import train
 
@@ -104,8 +104,8 @@ def holds(objective: nn.Module, optimizer: Optimizer | ZeroOptimizer) -> dict[st
     """Bytes of the storages of parameters, gradients and optimizer state."""
     parameters = list(objective.parameters())
     tensors = {
-        "parameters": [local_part(p)[0] for p in parameters],
-        "gradients": [local_part(p.grad)[0] for p in parameters if p.grad is not None],
+        "parameters": [local_shard(p)[0] for p in parameters],
+        "gradients": [local_shard(p.grad)[0] for p in parameters if p.grad is not None],
     }
     if isinstance(optimizer, ZeroOptimizer):
         engine = optimizer.engine.optimizer
@@ -115,7 +115,7 @@ def holds(objective: nn.Module, optimizer: Optimizer | ZeroOptimizer) -> dict[st
         state = [*optimizer.flats, *_values(engine.optimizer)]
     else:
         state = _values(optimizer.inner)
-    tensors["optimizer"] = [local_part(tensor)[0] for tensor in state if tensor.ndim]
+    tensors["optimizer"] = [local_shard(tensor)[0] for tensor in state if tensor.ndim]
     seen: set[int] = set()
     return {what: sum(_new_bytes(t, seen) for t in those) for what, those in tensors.items()}
 
@@ -168,7 +168,7 @@ def generating(config: Config) -> list[bool]:
 
 def layouts(objective: nn.Module) -> list[Any]:
     """Where the parameters of this process are, and how they lie there."""
-    local = ((name, local_part(p)[0]) for name, p in objective.named_parameters())
+    local = ((name, local_shard(p)[0]) for name, p in objective.named_parameters())
     return [(name, p.data_ptr(), p.shape, p.stride(), p._version) for name, p in local]
 
 
@@ -186,7 +186,7 @@ def restored(config: Config, *written: Path) -> int:
             objective, optimizer = made
             with torch.no_grad():
                 for parameter in objective.parameters():
-                    local_part(parameter)[0].zero_()
+                    local_shard(parameter)[0].zero_()
             optimizer.inner.state.clear()
             restore(optimizer, source)
         is_zero = isinstance(optimizer, ZeroOptimizer)
@@ -195,7 +195,7 @@ def restored(config: Config, *written: Path) -> int:
         assert {int(s["step"]) for s in inner.state.values()} == {step}
         for kind, tensors in state.items():
             for name, tensor in tensors.items():
-                part, where = local_part(tensor)
+                part, where = local_shard(tensor)
                 truth = whole(path)[name if kind == "params" else f"{kind}.{name}"][where]
                 assert torch.equal(part, torch.tensor(truth, dtype=part.dtype)), (path, kind, name)
                 compared += 1

@@ -305,7 +305,7 @@ def test_metadata_that_would_call_something(
     config, checkpoint = run_of("torch")
     (checkpoint / "dcp" / ".metadata").write_bytes(pickle.dumps(Evil()))
     line = refused("mooshak_torch.train", "--config", config)
-    assert "mkdir does not belong into a checkpoint" in line
+    assert "mkdir is not allowed in a checkpoint" in line
     assert not (tmp_path / "ran").exists()
 
 

@@ -111,7 +111,7 @@ def jax_side(
         with parallel.activate():
             return jax.value_and_grad(loss, has_aux=True)(*args)
 
-    rows = parallel.rows if len(tokens) % parallel.row_shards == 0 else parallel.replicated
+    rows = parallel.batch_sharding if len(tokens) % parallel.dp_size == 0 else parallel.replicated
     put = [jax.device_put(jnp.asarray(a), rows) for a in (tokens, labels)]
     at = {name: jax.device_put(jnp.asarray(array), rows) for name, array in where.items()}
     (_, logits), grads = jax.jit(compute)(params, *put, at)

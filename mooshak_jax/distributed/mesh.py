@@ -1,8 +1,8 @@
-"""Processes and devices of the JAX side: one mesh, `--mesh data=2,fsdp=2,tensor=2`, and where
-arrays lie on it.
+"""Processes and devices in JAX: one mesh, `--mesh data=2,fsdp=2,tensor=2`.
 
-`RULES` is the one table of what is cut over which axes of the mesh. Parameters say their logical
-axes where they are made (mooshak_jax/model.py).
+Mirror: mooshak_torch/distributed/mesh.py. `data` replicates the model, `fsdp` shards parameters,
+gradients and optimizer state, and both shard the batch. `tensor` shards heads, MLP width and
+vocabulary. mooshak_jax/distributed/sharding.py has the table of what is sharded over which axes.
 """
 
 import contextlib
@@ -29,109 +29,129 @@ SHUTDOWN_SECONDS = 30
 
 @dataclass(frozen=True)
 class Parallel:
-    """The mesh, and the shardings of what lives on it."""
+    """This process, and the mesh of all devices with the shardings of arrays on it."""
 
     mesh: Mesh
 
     @property
+    def rank(self) -> int:
+        """Index of this process."""
+        return jax.process_index()
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Mesh axis -> size; the product is the number of devices."""
+        return dict(self.mesh.shape)
+
+    @property
     def is_main(self) -> bool:
-        return jax.process_index() == 0
+        """True for the first process."""
+        return self.rank == 0
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return jax.process_count()
 
     @property
     def layout(self) -> str:
-        """The mesh in the notation of `--mesh`."""
-        return ",".join(f"{axis}={size}" for axis, size in self.mesh.shape.items())
+        """Mesh in the notation of `--mesh`, all axes."""
+        return ",".join(f"{axis}={size}" for axis, size in self.sizes.items())
+
+    @property
+    def dp_size(self) -> int:
+        """Number of shards of the batch."""
+        return math.prod(self.sizes[axis] for axis in LOGICAL_AXIS_RULES["batch"])
 
     @property
     def replicated(self) -> NamedSharding:
-        """Whole on every device: scalars."""
+        """Sharding of scalars: a copy on every device."""
         return NamedSharding(self.mesh, PartitionSpec())
 
     @property
-    def rows(self) -> NamedSharding:
-        """Cut by rows: batches."""
+    def batch_sharding(self) -> NamedSharding:
+        """Sharding of batches: by rows."""
         return self.sharding("batch")
 
     @property
-    def row_shards(self) -> int:
-        """Into how many parts the rows of a batch are cut."""
-        return math.prod(self.mesh.shape[axis] for axis in LOGICAL_AXIS_RULES["batch"])
-
-    @property
     def compiler_options(self) -> dict[str, str]:
-        """What XLA is told when it compiles a step for these devices.
+        """Options of XLA for a step on these devices.
 
-        On a CPU its own choice is an order of operations that keeps as many as possible ready to
-        run beside each other. The order of least memory is faster there, too (docs/performance.md).
+        On a CPU XLA by default orders operations for concurrency. The order of least memory is
+        faster, too (docs/performance.md).
         """
         if self.mesh.devices.flat[0].platform != "cpu":
             return {}
         return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
     def sharding(self, *axes: str | None) -> NamedSharding:
-        """Where an array with these logical axes lies."""
+        """Return the sharding of an array with these logical axes."""
         return NamedSharding(self.mesh, partition_spec(axes))
 
-    def rows_here(self, n_rows: int) -> list[int]:
-        """The rows of a batch that this process's devices need, in order.
+    def rows(self, batch_size: int) -> list[int]:
+        """Return the rows of the global batch that this process reads.
 
-        Processes that share rows (their devices differ in `tensor` only) name the same ones.
+        Processes whose devices differ only in `tensor` read the same rows.
         """
-        indices: Mapping[Any, Any] = self.rows.addressable_devices_indices_map((n_rows,))
-        return sorted({row for (rows,) in indices.values() for row in range(n_rows)[rows]})
+        indices: Mapping[Any, Any] = self.batch_sharding.addressable_devices_indices_map(
+            (batch_size,)
+        )
+        return sorted({row for (rows,) in indices.values() for row in range(batch_size)[rows]})
 
     def shard_local_batch(self, batch: Batch) -> Batch[Array]:
-        """A batch of which every process has at least its `rows_here`, in their order."""
-        return batch.map(lambda x: jax.make_array_from_process_local_data(self.rows, x))
+        """Return the global batch from NumPy arrays of this process's `rows`."""
+        sharding = self.batch_sharding
+        return batch.map(lambda x: jax.make_array_from_process_local_data(sharding, x))
 
     def shard_global_batch(self, batch: Batch) -> Batch[Array]:
-        """A batch that every process has in full."""
-        return batch.map(lambda x: jax.make_array_from_callback(x.shape, self.rows, x.__getitem__))
+        """Return the global batch from NumPy arrays that every process has in full."""
+        sharding = self.batch_sharding
+        return batch.map(lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__))
 
     def any_process(self, flag: bool) -> bool:
-        """Whether the flag is set in any process; all of them ask at the same step."""
-        if jax.process_count() == 1:
+        """Return whether any process has set the flag; a collective of all processes."""
+        if self.world_size == 1:
             return flag
         return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
     def gather(self, text: str) -> list[str]:
-        """What every process says, by rank."""
-        if jax.process_count() == 1:
+        """Return the text of every process, by rank."""
+        if self.world_size == 1:
             return [text]
-        said = np.frombuffer(text.encode(), np.uint8)
-        lengths = multihost_utils.process_allgather(np.int32(len(said)))
-        padded = multihost_utils.process_allgather(np.resize(said, max(1, *lengths)))
+        data = np.frombuffer(text.encode(), np.uint8)
+        lengths = multihost_utils.process_allgather(np.int32(len(data)))
+        padded = multihost_utils.process_allgather(np.resize(data, max(1, *lengths)))
         return [row[:n].tobytes().decode() for row, n in zip(padded, lengths, strict=True)]
 
     def broadcast(self, text: str) -> str:
-        """What the first process says, to all of them."""
-        if jax.process_count() == 1:
+        """Return the first process's text in all processes."""
+        if self.world_size == 1:
             return text
-        said = np.frombuffer(text.encode(), np.uint8)
-        length = int(multihost_utils.broadcast_one_to_all(np.int32(len(said))))
-        told = multihost_utils.broadcast_one_to_all(np.resize(said, length))
-        return np.asarray(told).tobytes().decode()
+        data = np.frombuffer(text.encode(), np.uint8)
+        length = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+        data = multihost_utils.broadcast_one_to_all(np.resize(data, length))
+        return np.asarray(data).tobytes().decode()
 
     def barrier(self) -> None:
-        """Return when all processes have come here."""
+        """Wait until all processes have called this."""
         multihost_utils.sync_global_devices("mooshak")
 
     def close(self) -> None:
-        """Leave the others when all have come here; a process that exits would wait for them."""
-        if jax.process_count() > 1:
+        """Disconnect when all processes have called this; without it an exit waits for them."""
+        if self.world_size > 1:
             jax.distributed.shutdown()
 
     def activate(self) -> contextlib.AbstractContextManager[Any]:
-        """Inside the block, which stands in a compiled function, the model cuts its arrays."""
+        """Enable `constrain` and `gather` of the model inside the block, in a compiled function."""
         return jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh)
 
 
 def make_parallel(config: Config, devices: Sequence[Any] | None = None) -> Parallel:
-    """Join the other processes, if there are any, and lay the mesh over all devices.
+    """Join the other processes, if any, and return the mesh of all devices.
 
-    On a CPU, as many devices are made as the mesh needs. `devices` are those of a machine that is
-    not there, for a plan. Call it before anything touches a device. Raises `InputError` before
-    anything is allocated when the mesh fits neither the devices nor the batch and the model.
+    On a CPU it creates as many devices as the mesh needs. A plan passes the `devices` of an absent
+    machine. Call it before anything uses a device. Raises `InputError`, before anything is
+    allocated, if the mesh, the devices, the batch and the model do not fit together.
     """
     parallel = config.parallel
     if devices is None:
@@ -151,18 +171,19 @@ def make_parallel(config: Config, devices: Sequence[Any] | None = None) -> Paral
     check_mesh(config, sizes)
     if config.model.dim % sizes["fsdp"]:
         raise InputError(f"model.dim {config.model.dim} is not divisible by fsdp={sizes['fsdp']}")
-    return _lay_out(sizes, devices, parallel.num_slices)
+    return _arrange(sizes, devices, parallel.num_slices)
 
 
 def make_mesh(text: str, devices: Sequence[Any]) -> Parallel:
-    """Return the mesh of one process without a training, such as `fsdp=2,tensor=2`.
+    """Return a mesh like `fsdp=2,tensor=2` over the devices of a single process.
 
-    Raises `InputError` where it is no mesh, or does not divide the devices.
+    Raises `InputError` if the text is not a mesh, or does not divide the devices.
     """
-    return _lay_out(mesh_sizes(text, len(devices)), devices)
+    return _arrange(mesh_sizes(text, len(devices)), devices)
 
 
-def _lay_out(sizes: Mapping[str, int], devices: Sequence[Any], num_slices: int = 1) -> Parallel:
+def _arrange(sizes: Mapping[str, int], devices: Sequence[Any], num_slices: int = 1) -> Parallel:
+    """Arrange devices by their interconnect: `num_slices` spans the axis data."""
     shape = tuple(sizes[axis] for axis in AXES)
     chosen = list(devices)[: math.prod(shape)]
     if chosen[0].platform != "tpu":
@@ -179,7 +200,7 @@ def _lay_out(sizes: Mapping[str, int], devices: Sequence[Any], num_slices: int =
 
 
 def _join(config: Config) -> None:
-    """Meet the other processes, which the configuration names, or (auto) the TPU or Slurm."""
+    """Join the other processes, by the configuration or (auto) by TPU or Slurm metadata."""
     parallel = config.parallel
     if parallel.coordinator_address is None or jax.distributed.is_initialized():
         return
@@ -202,15 +223,15 @@ def _join(config: Config) -> None:
 
 
 def _devices(config: Config) -> list[Any]:
-    """All devices; of a CPU, cut into as many as the mesh needs, those that it needs."""
+    """Return all devices; of a single CPU process, as many virtual ones as the mesh needs."""
     n_processes = config.parallel.num_processes or 1
-    needed = max(1, math.prod(parse_mesh(config.parallel.mesh).values()))
-    wanted = config.parallel.cpu_devices or -(-needed // n_processes)
-    made: int = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]  # set at run time
-    if wanted > made:
-        # JAX refuses once its devices are counted; what they are then is looked at afterwards.
+    n_needed = max(1, math.prod(parse_mesh(config.parallel.mesh).values()))
+    n_wanted = config.parallel.cpu_devices or -(-n_needed // n_processes)
+    n_now: int = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]  # set at run time
+    if n_wanted > n_now:
+        # JAX raises an error once devices exist; `mesh_sizes` then checks their number.
         with contextlib.suppress(RuntimeError):
-            jax.config.update("jax_num_cpu_devices", wanted)
+            jax.config.update("jax_num_cpu_devices", n_wanted)
     devices = jax.devices()
-    alone = jax.process_count() == 1 and devices[0].platform == "cpu"
-    return devices[:wanted] if alone else devices
+    single = jax.process_count() == 1 and devices[0].platform == "cpu"
+    return devices[:n_wanted] if single else devices

@@ -10,51 +10,55 @@ from jax.sharding import PartitionSpec
 
 LOGICAL_AXIS_RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
-    "replica": ("data",),  # Of a batch whose columns are cut over fsdp: the embedding's.
-    "sequence": ("tensor",),  # Of activations between the attention and MLP blocks.
-    "embed": ("fsdp",),  # Of parameters; the residual stream is whole.
+    "replica": ("data",),  # Rows of the embedding's output, whose columns are sharded over fsdp.
+    "sequence": ("tensor",),  # Time axis of activations between attention and MLP.
+    "embed": ("fsdp",),  # Model width of parameters; in the residual stream it is not sharded.
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "vocab": ("tensor",),
 }
-"""Logical axis -> the mesh axes that cut it. Every other axis (layers, gains) stays whole."""
+"""Logical axis -> the mesh axes that shard it. Other axes (layers, gains) are not sharded."""
 
 Axes = tuple[str | None, ...]
-"""The logical axes of an array, None where one has no name."""
+"""Logical axes of an array; None for an axis that is not sharded."""
 
 
 def constrain(x: Array, *axes: str | None) -> Array:
-    """Cut an array by its logical axes; nothing happens outside of `Parallel.activate`.
+    """Return the array, sharded by its logical axes inside `Parallel.activate`.
 
-    An axis that its mesh axes do not divide stays whole.
+    An axis that is not divisible by its mesh axes is not sharded.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    kept = [a if a and shards(a, size) > 1 else None for a, size in zip(axes, x.shape, strict=True)]
-    return jax.lax.with_sharding_constraint(x, partition_spec(kept))
+    divisible = [
+        axis if axis and shards(axis, size) > 1 else None
+        for axis, size in zip(axes, x.shape, strict=True)
+    ]
+    return jax.lax.with_sharding_constraint(x, partition_spec(divisible))
 
 
 def gather(w: Array, dtype: Any, axes: Axes) -> Array:
-    """A parameter as a product needs it: in the compute dtype, and no longer cut over `fsdp`.
+    """Return a parameter in the compute dtype, all-gathered over `fsdp`.
 
-    The cast stands before the transfer, which moves half the bytes in bfloat16. Not to be
-    differentiated: the gradient would be in that dtype, too.
+    Cast before the transfer, which halves its bytes in bfloat16. Do not differentiate through it:
+    the gradient would have the compute dtype.
     """
     return constrain(w.astype(dtype), *(None if axis == "embed" else axis for axis in axes))
 
 
 def shards(axis: str, size: int) -> int:
-    """Into how many parts a logical axis of that size is cut, inside of `Parallel.activate`.
+    """Return the number of shards of a logical axis of this size, inside `Parallel.activate`.
 
-    An axis that its mesh axes do not divide (a sequence, the rows of one prompt) stays whole, and
-    so does everything outside.
+    It is 1 outside, and for an axis that is not divisible by its mesh axes (such as a short
+    sequence, or the rows of one prompt).
     """
     mesh = jax.sharding.get_abstract_mesh()
-    parts = 1 if mesh.empty else math.prod(mesh.shape[name] for name in LOGICAL_AXIS_RULES[axis])
-    return parts if size % parts == 0 else 1
+    n = 1 if mesh.empty else math.prod(mesh.shape[name] for name in LOGICAL_AXIS_RULES[axis])
+    return n if size % n == 0 else 1
 
 
 def partition_spec(axes: Iterable[str | None]) -> PartitionSpec:
+    """Return the mesh axes of an array with these logical axes."""
     return PartitionSpec(*(LOGICAL_AXIS_RULES.get(axis or "") for axis in axes))

@@ -1,1 +1,1 @@
-"""Distributed training: the process mesh and what is applied to a model on it."""
+"""Distributed training: the process mesh and the parallelism applied to a model on it."""

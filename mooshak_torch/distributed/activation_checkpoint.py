@@ -17,33 +17,34 @@ SAVED_OPS = (
     torch.ops.aten.addmm.default,
     torch.ops.aten.bmm.default,
     torch.ops.mkldnn._linear_pointwise.default,
-    torch.ops.mooshak.linear.default,  # The same, compiled (mooshak_torch/ops/matmul.py).
+    torch.ops.mooshak.linear.default,  # The same in a compiled graph (mooshak_torch/ops/matmul.py).
 )
-"""What `train.remat dots` keeps."""
+"""Operations whose results `train.remat dots` saves."""
 
 
 def apply_ac(model: Model, policy: str) -> None:
-    """Have the backward pass make the layers' activations again (`train.remat`), in place.
+    """Apply activation checkpointing to the layers (`train.remat`), in place.
 
-    full keeps the input of each layer, dots the results of matrix products, too.
+    The backward pass recomputes a layer from its input (full), or from its input and the results of
+    its matrix products (dots).
     """
     if policy == "none":
         return
-    kept = partial(create_selective_checkpoint_contexts, _keep_products)
-    options: dict[str, Any] = {"context_fn": kept} if policy == "dots" else {}
+    selective = partial(create_selective_checkpoint_contexts, _save_products)
+    options: dict[str, Any] = {"context_fn": selective} if policy == "dots" else {}
     for layer in disable_own_recompute(model):
         layer.forward = partial(
             checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False, **options
         )
 
 
-def _keep_products(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    keep = operation in SAVED_OPS
-    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+def _save_products(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    save = operation in SAVED_OPS
+    return CheckpointPolicy.MUST_SAVE if save else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def disable_own_recompute(model: Model) -> list[Any]:
-    """The layers, which no longer decide by themselves what is made again."""
+    """Turn off the layers' own recomputation (`recompute_in_backward`); return the layers."""
     layers: list[Any] = list(model.layers)
     for layer in layers:
         layer.recompute_activations = layer.mlp.recompute_activations = False

@@ -1,7 +1,7 @@
 """DeepSpeed's ZeRO 1, 2 and 3 (arXiv:1910.02054) with this project's optimizer and checkpoints.
 
-1 cuts the optimizer state over the processes, 2 the gradients too, 3 the parameters too. The model
-casts on its own, so that DeepSpeed has float32 to deal with, in bfloat16 runs as well.
+Stage 1 shards the optimizer state over the processes, 2 also gradients, 3 also parameters. The
+model casts its weights itself: DeepSpeed sees float32 in bfloat16 runs, too.
 """
 
 import logging
@@ -22,49 +22,50 @@ from mooshak_torch.model import Model, Rope
 from mooshak_torch.optimizer import make_optimizer
 
 Values = Callable[[str], np.ndarray]
-"""Canonical name -> value of the whole tensor."""
+"""Canonical name -> value of the full tensor."""
 
 
 class ZeroOptimizer:
-    """The interface of `mooshak_torch.optimizer.Optimizer` on top of a DeepSpeed engine."""
+    """DeepSpeed engine with the interface of `mooshak_torch.optimizer.Optimizer`."""
 
     def __init__(self, engine: Any, model: Model):
         self.engine, self.named = engine, dict(model.named_parameters())
         zero = engine.optimizer
-        self.cut = engine.zero_optimization_stage() == 3
-        """Whether parameters are cut too."""
+        self.shards_params = engine.zero_optimization_stage() == 3
         self.flats: list[Tensor] = (
-            zero.fp32_partitioned_groups_flat if self.cut else zero.single_partition_of_fp32_groups
+            zero.fp32_partitioned_groups_flat
+            if self.shards_params
+            else zero.single_partition_of_fp32_groups
         )
-        """This process's parts of the parameters, many in one."""
+        """This process's shards of the parameters, flattened and concatenated."""
         for flat in self.flats:
             moments = {moment: torch.zeros_like(flat) for moment in MOMENTS}
             zero.optimizer.state[flat] = {"step": torch.zeros(()), **moments}
-        if not self.cut:
-            # DeepSpeed would look for them when it has updated the first of the groups.
+        if not self.shards_params:
+            # DeepSpeed itself links parameters and moments only after its first update.
             zero._lazy_init_hp_params_optimizer_state()
 
     def zero_grad(self) -> None:
-        """Do nothing: the engine's `step` has dropped the gradients."""
+        """Do nothing: the engine's `step` drops the gradients."""
 
     @contextmanager
     def no_sync(self, when: bool) -> Iterator[None]:
-        """Leave gradients unreduced inside the block (all micro-batches but the last)."""
+        """Skip the reduction of gradients inside the block (all micro-batches but the last)."""
         self.engine.set_gradient_accumulation_boundary(not when)
         yield
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of a loss to those of the parameters."""
+        """Accumulate the gradients of a loss in the parameters."""
         self.engine.backward(loss, scale_wrt_gas=False)
 
     def clip(self, max_norm: float, scale: float = 1.0) -> Tensor:
-        """Have the next step scale the gradients by max_norm / max(norm, max_norm).
+        """Set the next step to scale the gradients by max_norm / max(norm, max_norm).
 
-        Returns the global norm. `scale`, the loss's, is 1: `check` refuses float16. DeepSpeed's
-        own factor is clip_grad / (norm + 1e-6), where that is less than one.
+        Returns the global norm. The loss scale is 1: `check` refuses float16. DeepSpeed scales by
+        clip_grad / (norm + 1e-6) if that is less than one.
         """
         zero = self.engine.optimizer
-        if self.cut:
+        if self.shards_params:
             norm = torch.linalg.vector_norm(torch.stack(zero._get_norm_groups()))
         else:
             norm = zero.scaled_global_norm()
@@ -72,35 +73,37 @@ class ZeroOptimizer:
         return norm
 
     def step(self, rate: float) -> None:
-        """Update the parameters with a learning rate."""
+        """Update the parameters with the learning rate `rate`."""
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
         self.engine.step()
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """Parameters and moments by canonical name, dealt out whole to the processes.
+        """Return `params`, `exp_avg`, `exp_avg_sq` by canonical name, as copies in host memory.
 
-        They are put together one at a time; each is kept on the host of one process, which is the
-        one that will write it.
+        Tensors are gathered one at a time. Each process returns the full tensors that it will
+        write, an equal share of all.
         """
+        # Optional dependency.
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        state: dict[str, dict[str, Tensor]] = {part: {} for part in ("params", *MOMENTS)}
+        state: dict[str, dict[str, Tensor]] = {group: {} for group in ("params", *MOMENTS)}
         for number, (name, parameter) in enumerate(self.named.items()):
-            whole = {m: safe_get_full_optimizer_state(parameter, m) for m in MOMENTS}
-            whole["params"] = safe_get_full_fp32_param(parameter)
+            full = {m: safe_get_full_optimizer_state(parameter, m) for m in MOMENTS}
+            full["params"] = safe_get_full_fp32_param(parameter)
             if number % dist.get_world_size() == dist.get_rank():
-                for part, tensor in whole.items():
-                    state[part][name] = tensor.detach().to("cpu", copy=True)
+                for group, tensor in full.items():
+                    state[group][name] = tensor.detach().to("cpu", copy=True)
         return state
 
     def set_step(self, step: int) -> None:
-        """Set the number of steps done, which the moments' bias correction depends on."""
+        """Set the number of steps done, for the bias correction of the moments."""
         for flat in self.flats:
             self.engine.optimizer.optimizer.state[flat]["step"].fill_(step)
 
     def restore(self, values: Values, step: int) -> None:
-        """Set the moments (`values("exp_avg.NAME")`) and the number of steps done."""
+        """Set the moments, `values("exp_avg.NAME")`, and the number of steps done."""
+        # Optional dependency.
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
         self.set_step(step)
@@ -108,20 +111,23 @@ class ZeroOptimizer:
             for name, parameter in self.named.items():
                 value = torch.from_numpy(np.ascontiguousarray(values(f"{moment}.{name}")))
                 value = value.to(self.flats[0].device, self.flats[0].dtype)
-                if not self.cut:
+                if not self.shards_params:
                     safe_set_full_optimizer_state(parameter, value, moment)
                     continue
-                # Parts of equal size for all processes, those of the last ones padded.
-                part = value.new_zeros(parameter.ds_tensor.numel())  # type: ignore[attr-defined]
-                mine = value.flatten()[dist.get_rank() * len(part) :][: len(part)]
-                part[: len(mine)] = mine
-                safe_set_local_optimizer_state(parameter, part, moment)
+                # Shards of equal size for all processes, those of the last ones padded.
+                shard = value.new_zeros(parameter.ds_tensor.numel())  # type: ignore[attr-defined]
+                elements = value.flatten()[dist.get_rank() * len(shard) :][: len(shard)]
+                shard[: len(elements)] = elements
+                safe_set_local_optimizer_state(parameter, shard, moment)
 
 
 def make_engine(
     objective: nn.Module, config: Config, device: torch.device, values: Values
 ) -> tuple[nn.Module, ZeroOptimizer]:
-    """The DeepSpeed engine of an objective on the meta device, whose parameters get `values`."""
+    """Return the engine of an objective on the meta device, with parameters from `values`.
+
+    Returns the wrapped objective and its optimizer.
+    """
     deepspeed = _deepspeed(device)
     model, stage = objective.model, config.parallel.zero_stage
     assert isinstance(model, Model)
@@ -136,7 +142,7 @@ def make_engine(
         parameters = dict(module.named_parameters(recurse=False))
         if not parameters:
             continue
-        # One module at a time: with ZeRO 3 no process ever holds the whole model.
+        # One module at a time: with ZeRO 3 no process ever holds the full model.
         module.to_empty(device=device, recurse=False)
         with torch.no_grad():
             for key, parameter in module.named_parameters(recurse=False):
@@ -147,7 +153,7 @@ def make_engine(
     if stage == 3:
         layer: Any
         for layer in model.layers:
-            # A norm would be made again where its gain may not be gathered.
+            # A norm would be recomputed when its gain may not be gathered.
             layer.recompute_activations = False
         # The loss reads the head without calling it.
         head = model.lm_head or model.embeddings
@@ -159,24 +165,24 @@ def make_engine(
 
 
 def check(config: Config) -> None:
-    """Raises `InputError` where DeepSpeed cannot do what is asked."""
+    """Raise `InputError` for a configuration that DeepSpeed does not support."""
     if config.train.dtype not in ("float32", "bfloat16"):
         raise InputError(
             f"parallel.strategy deepspeed computes in float32 or bfloat16, not {config.train.dtype}"
         )
     if config.init.from_:
         raise InputError(
-            "parallel.strategy deepspeed does not begin with init.from: make the first step with "
-            "another strategy, and resume"
+            "parallel.strategy deepspeed does not support init.from: train the first step with "
+            "another strategy, then resume"
         )
     _deepspeed(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _deepspeed(device: torch.device) -> Any:
-    """The library, quiet. Raises `InputError` if it is not installed."""
+    """Import DeepSpeed with less logging. Raises `InputError` if it is not installed."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    logging.disable(logging.WARNING)  # Dozens of lines from every process.
+    logging.disable(logging.WARNING)  # DeepSpeed logs dozens of lines in every process.
     try:
         import deepspeed
     except ImportError as error:
@@ -185,7 +191,7 @@ def _deepspeed(device: torch.device) -> Any:
         ) from error
     finally:
         logging.disable(logging.NOTSET)
-    # A collective for inference on CPUs, which DeepSpeed would compile when it starts.
+    # DeepSpeed would compile this CPU collective, which is for inference only, when it starts.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     return deepspeed

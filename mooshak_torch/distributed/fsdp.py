@@ -12,12 +12,11 @@ from mooshak_torch.model import COMPUTE_DTYPE, Model, RMSNorm
 
 
 def apply_fsdp(objective: nn.Module, mesh: DeviceMesh, config: Config) -> None:
-    """Cut parameters, gradients and optimizer state over the axis `fsdp` (FSDP2), in place.
+    """Shard parameters, gradients and optimizer state over the axis `fsdp` (FSDP2), in place.
 
-    A layer is gathered when it computes. In low precision its matrices are gathered in the compute
-    dtype. What is read or summed up in float32 is gathered so: the gains of norms, and the
-    embedding and the output head, whose gradients are sums over many tokens. All gradients are
-    reduced in the parameters' dtype.
+    A layer is all-gathered before it computes, its matrices in the compute dtype. In float32 are
+    gathered: the gains of norms, which compute in float32, and the embedding and the output head,
+    whose gradients are sums over many tokens. All gradients are reduced in the parameters' dtype.
     """
     parallel, model, loss = config.parallel, objective.model, objective.loss
     assert isinstance(model, Model) and isinstance(loss, nn.Module)
@@ -28,7 +27,7 @@ def apply_fsdp(objective: nn.Module, mesh: DeviceMesh, config: Config) -> None:
         common["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
 
     def policy(dtype: torch.dtype) -> MixedPrecisionPolicy:
-        # The modules cast on their own.
+        # The modules cast their inputs themselves.
         return MixedPrecisionPolicy(dtype, wide, cast_forward_inputs=False)
 
     if compute != wide:
@@ -42,19 +41,20 @@ def apply_fsdp(objective: nn.Module, mesh: DeviceMesh, config: Config) -> None:
             mp_policy=policy(compute),
             **common,
         )
-    tied = model.lm_head is None  # What is read at both ends stays from one to the other.
+    # A tied table is used at both ends of the model: it stays gathered in between (root module).
+    tied = model.lm_head is None
     for module in () if tied else (model.embeddings, loss):
         # `cross_entropy` computes the head's gradient in the forward pass; `token_log_probs` reads
         # the head in the backward pass too, and FSDP gathers it again.
         fully_shard(module, reshard_after_forward=True, mp_policy=policy(wide), **common)
-    # The head is met again on the way through the model.
+    # The head is a parameter of `loss` and of `model`: FSDP must not add it to the root, too.
     head = set() if tied else set(loss.parameters())
     fully_shard(objective, mp_policy=policy(wide), ignored_params=head, **common)
     _prefetch(list(model.layers), parallel.prefetch)
 
 
 def _prefetch(layers: list[Any], ahead: int) -> None:
-    """Gather so many layers ahead of the one that computes, in both directions."""
+    """Gather `ahead` layers before they are needed, in the forward and the backward pass."""
     for i, layer in enumerate(layers):
         layer.set_modules_to_forward_prefetch(layers[i + 1 : i + 1 + ahead])
         layer.set_modules_to_backward_prefetch(layers[max(0, i - ahead) : i][::-1])

@@ -1,7 +1,8 @@
-"""Processes and devices of the torch side: one mesh, `--mesh data=2,fsdp=4`, and what lies on it.
+"""Processes and devices in PyTorch: one mesh, `--mesh data=2,fsdp=2,tensor=2`.
 
-`data` repeats the model (DDP; with fsdp: HSDP), `fsdp` cuts its parameters, gradients and optimizer
-state (FSDP2), and both cut the batch. `tensor` cuts heads, MLP width and vocabulary.
+Mirror: mooshak_jax/distributed/mesh.py. `data` replicates the model (DDP; with fsdp: HSDP), `fsdp`
+shards parameters, gradients and optimizer state (FSDP2), and both shard the batch. `tensor` shards
+heads, MLP width and vocabulary.
 """
 
 import math
@@ -31,62 +32,69 @@ DEFAULT_MESHES = {
     "deepspeed": "data=-1",
     "hsdp": "data=-1,fsdp={local}",
 }
-"""Strategy -> its mesh where none is given; `local` is the number of processes on this machine."""
+"""Strategy -> its default mesh; `local` is the number of processes on this machine."""
 
 COLLECTIVES = "^(all_(reduce|gather|to_all)|reduce_scatter|broadcast|barrier)"
+"""Names of functions that wait for other processes."""
 WAITING = "timed? ?out|connection (closed|reset)|connection was|broken pipe|socket|abort"
-"""Names of functions that wait for the other processes, and what they say when none comes."""
+"""Messages of their errors when another process has failed."""
 
 
 @dataclass(frozen=True)
 class Parallel:
-    """Where this process stands among all of them."""
+    """This process, its device, and the mesh of all processes."""
 
     rank: int
+    """Index of this process."""
     sizes: dict[str, int]
-    """Axis of the mesh -> its size; their product is the number of processes."""
+    """Mesh axis -> size; the product is the number of processes."""
     device: torch.device
     strategy: str = "single"
     """single, ddp, fsdp (HSDP and tensor parallelism included) or deepspeed."""
     mesh: DeviceMesh | None = None
-    """None for one process that nobody launched."""
+    """None without torchrun: a single process."""
     checkpoint_group: dist.ProcessGroup | None = None
-    """Process group in which checkpoints are written beside the training."""
+    """Process group for saves in the background, apart from the collectives of training."""
 
     @property
     def is_main(self) -> bool:
+        """True for the first process."""
         return self.rank == 0
 
     @property
     def world_size(self) -> int:
+        """Number of processes."""
         return math.prod(self.sizes.values())
 
     @property
     def layout(self) -> str:
-        """The mesh in the notation of `--mesh`."""
+        """Mesh in the notation of `--mesh`."""
         return mesh_text(self.sizes)
 
     @property
     def dp_size(self) -> int:
-        """How many parts the batch is cut into."""
+        """Number of shards of the batch."""
         return self.sizes["data"] * self.sizes["fsdp"]
 
     @property
     def dp_rank(self) -> int:
-        """Which of them is this process's."""
+        """Index of this process's shard of the batch."""
         return self.rank // self.sizes["tensor"]
 
     def rows(self, batch_size: int) -> range:
-        """Return the rows of the global batch that this process reads."""
+        """Return the rows of the global batch that this process reads.
+
+        Processes that differ only in `tensor` read the same rows.
+        """
         size = batch_size // self.dp_size
         return range(self.dp_rank * size, (self.dp_rank + 1) * size)
 
     @contextmanager
     def explain_timeouts(self) -> Iterator[None]:
-        """Inside the block, a wait for other processes that fails is a `PeerError`.
+        """Raise `PeerError` where a wait for other processes fails inside the block.
 
-        It names this process and the collective. (NCCL's own watchdog names them, too, and ends
-        the process.)
+        The message names this process and the collective. NCCL's watchdog does so itself, and ends
+        the process.
         """
         try:
             yield
@@ -98,56 +106,56 @@ class Parallel:
             called = [name for name in frames if re.search(COLLECTIVES, name)]
             where = called[-1] if called else "all_reduce of gradients, in the backward pass"
             raise PeerError(
-                f"rank {self.rank} of {self.world_size} waited in {where} for a process that did "
-                f"not come (parallel.timeout, or it ended): {reason}"
+                f"rank {self.rank} of {self.world_size} waited in {where} for another process, "
+                f"which exited or exceeded parallel.timeout: {reason}"
             ) from error
 
     def shard_local_batch(self, batch: Batch) -> Batch[Tensor]:
-        """Copy this process's rows of a batch, NumPy arrays, to its device as int64."""
+        """Copy a batch of NumPy arrays, this process's `rows`, to its device as int64."""
         return batch.map(lambda array: torch.from_numpy(array).to(self.device).long())
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum over the parts of the batch, in place."""
+        """Sum values over the shards of the batch, in place."""
         if self.mesh is not None:
             dist.all_reduce(values)
         return values.div_(self.sizes["tensor"])
 
     def any_process(self, flag: bool) -> bool:
-        """Whether the flag is set in any process; all of them ask at the same step."""
+        """Return whether any process has set the flag; a collective of all processes."""
         return self.sum(torch.tensor(float(flag), device=self.device)).item() > 0
 
     def gather(self, text: str) -> list[str]:
-        """What every process says, by rank."""
-        said = [text] * self.world_size
+        """Return the text of every process, by rank."""
+        texts = [text] * self.world_size
         if self.mesh is not None:
-            dist.all_gather_object(said, text)
-        return said
+            dist.all_gather_object(texts, text)
+        return texts
 
     def broadcast(self, text: str) -> str:
-        """What the first process says, to all of them."""
-        said = [text]
+        """Return the first process's text in all processes."""
+        texts = [text]
         if self.mesh is not None:
             with self.explain_timeouts():
-                dist.broadcast_object_list(said, src=0, group=self.checkpoint_group)
-        return said[0]
+                dist.broadcast_object_list(texts, src=0, group=self.checkpoint_group)
+        return texts[0]
 
     def barrier(self) -> None:
-        """Return when all processes have come here."""
+        """Wait until all processes have called this."""
         if self.mesh is not None:
             with self.explain_timeouts():
                 dist.barrier(self.checkpoint_group)
 
     def close(self) -> None:
-        """Leave the others, if that is still to be done."""
+        """Leave the process group, if there is one."""
         if self.mesh is not None and dist.is_initialized():
             dist.destroy_process_group()
 
 
 def make_parallel(config: Config) -> Parallel:
-    """Join the other processes that torchrun started, if it did.
+    """Join the processes that torchrun started, if any, and return the mesh of all processes.
 
-    Raises `InputError` before anything is allocated when the strategy, the mesh, the processes and
-    the batch do not go together.
+    Raises `InputError`, before anything is allocated, if the strategy, the mesh, the number of
+    processes and the batch do not fit together.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     strategy, sizes = _strategy_and_sizes(config, world)
@@ -179,7 +187,7 @@ def _strategy_and_sizes(config: Config, world: int) -> tuple[str, dict[str, int]
             f"parallel.strategy single, but torchrun started {world} processes; use ddp"
         )
     if strategy != "single" and not launched:
-        raise InputError(f"parallel.strategy {strategy} needs processes: start with torchrun")
+        raise InputError(f"parallel.strategy {strategy} needs torchrun, which starts the processes")
     local = os.environ.get("LOCAL_WORLD_SIZE", str(world))
     text = text or DEFAULT_MESHES[strategy].format(local=local)
     count = math.prod(size for size in parse_mesh(text).values() if size > 0)

@@ -24,74 +24,80 @@ TP_PLAN = {
     **{f"{name}.{key}": Shard(0) for name in COLUMNS for key in ("weight", "bias")},
     **{f"{name}.weight": Shard(1) for name in ROWS},
 }
-"""End of a canonical name -> the dimension that the axis `tensor` cuts; others are whole."""
+"""End of a canonical name -> the placement over the axis `tensor`; others are replicated."""
 
-# Nobody writes into the output of an embedding or a layer, which DTensors give as views.
+# FSDP2 warns that writes into views would be lost; no output is written to.
 warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
 
 
 def apply_tp(objective: nn.Module, mesh: DeviceMesh, config: Config) -> None:
-    """Cut heads, MLP width and vocabulary over the axis `tensor` (arXiv:1909.08053), in place.
+    """Shard heads, MLP width and vocabulary over the axis `tensor` (arXiv:1909.08053), in place.
 
-    Between attention and MLP the stream of hidden states is whole on every process, or cut by
-    sequence (arXiv:2205.05198). Parameters become DTensors; modules compute on what they are given.
+    Between attention and MLP the hidden states are replicated, or sharded by sequence
+    (`parallel.sequence_parallel`, arXiv:2205.05198). Parameters become DTensors. Hooks convert the
+    modules' inputs to DTensors and their outputs back to local tensors.
     """
     model, loss = objective.model, objective.loss
     assert isinstance(model, Model) and isinstance(loss, FusedLinearCrossEntropy)
-    whole, last = Replicate(), Shard(-1)
-    stream: Placement = Shard(1) if config.parallel.sequence_parallel else whole
-
-    def take(module: nn.Module, is_now: Placement, wanted: Placement) -> None:
-        """Make the module's first input a DTensor."""
-
-        def hook(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-            x = DTensor.from_local(inputs[0], mesh, [is_now])
-            return x.redistribute(placements=[wanted]), *inputs[1:]
-
-        module.register_forward_pre_hook(hook)
-
-    def give(module: nn.Module, wanted: Placement, is_now: Placement | None = None) -> None:
-        """Make the module's output a plain tensor, this process's part of it."""
-
-        def hook(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-            if is_now is not None:
-                output = DTensor.from_local(output, mesh, [is_now])
-            assert isinstance(output, DTensor)
-            return output.redistribute(placements=[wanted]).to_local()
-
-        module.register_forward_hook(hook)
-
+    replicated, last = Replicate(), Shard(-1)
+    hidden: Placement = Shard(1) if config.parallel.sequence_parallel else replicated
     for path, module in model.named_modules():
         name = path.rpartition(".")[2]
         for key, parameter in list(module.named_parameters(recurse=False)):
-            placement = TP_PLAN.get(f"{name}.{key}", whole)
+            placement = TP_PLAN.get(f"{name}.{key}", replicated)
             value = distribute_tensor(parameter, mesh, [placement])
             module.register_parameter(key, nn.Parameter(value))
         if isinstance(module, Attention | MLP):
-            take(module, stream, whole)
+            _convert_input(module, mesh, hidden, replicated)
         if isinstance(module, Attention) and module.wo is None:
-            give(module, stream, last)
+            _convert_output(module, mesh, hidden, local=last)
         if name in ("wq", "wk", "wv", "w1", "w3"):
-            give(module, last)
+            _convert_output(module, mesh, last)
         elif name in ("wo", "w2"):
-            take(module, last, last)
-            give(module, stream)
+            _convert_input(module, mesh, last, last)
+            _convert_output(module, mesh, hidden)
         elif name in ("q_norm", "k_norm"):
-            heads = Shard(2)
-            take(module, heads, heads)
-            give(module, heads)
+            _convert_input(module, mesh, Shard(2), Shard(2))
+            _convert_output(module, mesh, Shard(2))
         elif isinstance(module, RMSNorm):
-            take(module, stream, stream)
-            give(module, stream)
-    take(model.embeddings, whole, whole)
-    give(model.embeddings, stream)
+            _convert_input(module, mesh, hidden, hidden)
+            _convert_output(module, mesh, hidden)
+    _convert_input(model.embeddings, mesh, replicated, replicated)
+    _convert_output(model.embeddings, mesh, hidden)
     if model.lm_head is not None:
-        take(model.lm_head, stream, whole)
-        give(model.lm_head, whole)
+        _convert_input(model.lm_head, mesh, hidden, replicated)
+        _convert_output(model.lm_head, mesh, replicated)
 
     def gather(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        x = DTensor.from_local(inputs[0], mesh, [stream]).redistribute(placements=[whole])
-        # The loss of a part of the vocabulary has a part of the gradient.
+        x = DTensor.from_local(inputs[0], mesh, [hidden]).redistribute(placements=[replicated])
+        # Each process has the loss of its part of the vocabulary: its gradient is a partial sum.
         return x.to_local(grad_placements=[Partial()]), *inputs[1:]
 
     loss.register_forward_pre_hook(gather)
+
+
+def _convert_input(module: nn.Module, mesh: DeviceMesh, local: Placement, used: Placement) -> None:
+    """Convert the first input, a local tensor placed as `local`, to a DTensor placed as `used`."""
+
+    def hook(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        x = DTensor.from_local(inputs[0], mesh, [local])
+        return x.redistribute(placements=[used]), *inputs[1:]
+
+    module.register_forward_pre_hook(hook)
+
+
+def _convert_output(
+    module: nn.Module, mesh: DeviceMesh, wanted: Placement, local: Placement | None = None
+) -> None:
+    """Convert the output to a local tensor placed as `wanted`.
+
+    The output is a DTensor, or, with `local`, a local tensor placed as `local`.
+    """
+
+    def hook(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        if local is not None:
+            output = DTensor.from_local(output, mesh, [local])
+        assert isinstance(output, DTensor)
+        return output.redistribute(placements=[wanted]).to_local()
+
+    module.register_forward_hook(hook)

@@ -206,7 +206,9 @@ def test_token_log_probs_on_a_mesh_equal_one_device(mesh: str) -> None:
             return compute(*arguments)
 
     head = parallel.sharding("embed", "vocab")
-    function = jax.jit(on_mesh, in_shardings=(parallel.rows, head, parallel.rows))
+    function = jax.jit(
+        on_mesh, in_shardings=(parallel.batch_sharding, head, parallel.batch_sharding)
+    )
     log_probs_BT, dx_BTD, dw_DV = function(*arguments)
     assert dw_DV.sharding.is_equivalent_to(head, 2)
     found = [np.asarray(a) for a in (log_probs_BT, dx_BTD, dw_DV.T)]

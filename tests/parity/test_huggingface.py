@@ -361,10 +361,13 @@ def test_a_pickle_is_read_as_tensors_alone(tmp_path: Path) -> None:
             return os.mkdir, (str(tmp_path / "harm"),)
 
     for content, message in (
-        ({"model.norm.weight": Bomb()}, "does not hold tensors alone"),
-        ({"state_dict": model.state_dict()}, "state_dict is no tensor of floating-point numbers"),
-        ({"model.norm.weight": torch.ones(32, dtype=torch.int8)}, "model.norm.weight is no tensor"),
-        ([torch.ones(3)], "holds no tensors by name"),
+        ({"model.norm.weight": Bomb()}, "has other objects than tensors"),
+        ({"state_dict": model.state_dict()}, "state_dict is not a floating-point tensor"),
+        (
+            {"model.norm.weight": torch.ones(32, dtype=torch.int8)},
+            "model.norm.weight is not a floating-point tensor",
+        ),
+        ([torch.ones(3)], "is not a dictionary of tensors"),
     ):
         torch.save(content, tmp_path / "hf" / "pytorch_model.bin")
         with pytest.raises(InputError, match=message):
