@@ -1,7 +1,7 @@
-"""The collectives of a compiled program: what each moves, and how often a step runs it.
+"""Collectives of a compiled program: the bytes that each sends, and how often a step runs it.
 
-They are read from the text of XLA's optimised program. A loop counts as often as it turns; what a
-compiler has fused, made asynchronous or cut into pieces counts as the one collective that it is.
+Parsed from the text of XLA's optimized HLO. A collective in a loop counts once per iteration. One
+that the compiler has fused, made asynchronous or split into several operations counts as one.
 """
 
 import math
@@ -12,31 +12,31 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 Groups = tuple[tuple[int, ...], ...]
-"""The devices that exchange with each other, by their number in the program."""
+"""Groups of devices that communicate, by device number in the program."""
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective of a program."""
+    """Collective operation of a program."""
 
     kind: str
     """One of `KINDS`."""
     size: int
-    """Bytes of the whole array: all-gather's result, the operand of the others."""
+    """Bytes of the full array: the result of an all-gather, the operand of the others."""
     groups: Groups
     count: int
-    """How often a step runs it."""
+    """Executions in a step."""
     source: str
-    """Where it comes from: the name of the operation that JAX traced."""
+    """Name of the JAX operation that it comes from."""
 
     @property
-    def moved(self) -> float:
+    def bytes_sent(self) -> float:
         """Bytes that each device sends in a step.
 
-        Along a ring every device passes on (n - 1) / n of the array, twice for all-reduce
-        (arXiv:1802.05799, section 3); a permutation is sent in whole.
+        In a ring each device sends (n - 1) / n of the array, twice for all-reduce
+        (arXiv:1802.05799, section 3); a permutation sends the full array.
         """
         n = max(map(len, self.groups))
         share = 1.0 if self.kind == "collective-permute" else (n - 1) / n
@@ -44,9 +44,9 @@ class Collective:
 
 
 def collectives(text: str) -> list[Collective]:
-    """All collectives of `compiled.as_text()`, the largest first.
+    """Return all collectives of `compiled.as_text()`, most bytes sent first.
 
-    Raises `ValueError` where a loop with collectives does not say how often it turns.
+    Raises `ValueError` if the number of iterations of a loop with collectives is unknown.
     """
     computations, entry = _computations(text)
     found: dict[object, Collective] = {}
@@ -56,19 +56,19 @@ def collectives(text: str) -> list[Collective]:
             if collective is None:
                 continue
             if count < 1:
-                raise ValueError(f"how often does the loop around {instruction.line} turn?")
-            # Pieces of one collective, which other work is put between, share chain and channel;
-            # some stand in a loop, but it begins once.
-            piece = re.search(r'channel_id=(\d+).*chain_id="\d+"', instruction.line)
-            key = piece[1] if piece else (name, instruction.name)
-            before = found[key].count if key in found else count
-            found[key] = replace(collective, count=min(before, count))
-    return sorted(found.values(), key=lambda collective: -collective.moved)
+                raise ValueError(f"unknown number of iterations around {instruction.line}")
+            # A collective that is split to overlap with other work: all operations have its channel
+            # and a chain. Some are in a loop, but the first runs once.
+            split = re.search(r'channel_id=(\d+).*chain_id="\d+"', instruction.line)
+            key = split[1] if split else (name, instruction.name)
+            previous = found[key].count if key in found else count
+            found[key] = replace(collective, count=min(previous, count))
+    return sorted(found.values(), key=lambda collective: -collective.bytes_sent)
 
 
 @dataclass(frozen=True)
 class _Instruction:
-    """name = result opcode(operands), attributes."""
+    """Instruction `name = result opcode(operands), attributes`."""
 
     name: str
     result: str
@@ -81,7 +81,7 @@ _Computation = dict[str, _Instruction]
 
 
 def _computations(text: str) -> tuple[dict[str, _Computation], str]:
-    """Name -> instructions of every computation, and the name of the first to run."""
+    """Return name -> instructions of every computation, and the name of the entry computation."""
     computations: dict[str, _Computation] = {}
     entry, instructions = "", {}
     for line in text.splitlines():
@@ -96,14 +96,14 @@ def _computations(text: str) -> tuple[dict[str, _Computation], str]:
 
 
 def _counts(computations: dict[str, _Computation], entry: str) -> dict[str, int]:
-    """How often a step runs each computation; not positive where a loop does not say it."""
+    """Return how often a step runs each computation; less than 1 if unknown."""
     counts: dict[str, int] = defaultdict(int)
 
     def visit(name: str, count: int) -> None:
         counts[name] += count
         for instruction in computations[name].values():
             if not instruction.opcode.endswith(("-update", "-done")):
-                times = _turns(instruction, computations[name], computations)
+                times = _iterations(instruction, computations[name], computations)
                 for attribute in re.findall(
                     r"(?:body|calls|to_apply|\w*computations?)=(\{.*?\}|%[\w.\-]+)",
                     instruction.line,
@@ -115,11 +115,14 @@ def _counts(computations: dict[str, _Computation], entry: str) -> dict[str, int]
     return counts
 
 
-def _turns(loop: _Instruction, around: _Computation, computations: dict[str, _Computation]) -> int:
-    """How often an instruction runs what it calls: a loop's turns, 0 if unknown; 1 for others.
+def _iterations(
+    loop: _Instruction, parent: _Computation, computations: dict[str, _Computation]
+) -> int:
+    """Return how often an instruction runs the computations that it calls.
 
-    XLA for CPU and GPU writes it down. XLA for TPU does not: there it follows from the counter's
-    first value, its last, by the loop's condition, and what the body adds to it.
+    That is a loop's number of iterations, 0 if unknown, and 1 for other instructions. XLA for CPU
+    and GPU annotates it. XLA for TPU does not: it is computed from the counter's start, the limit
+    in the condition, and the increment in the body.
     """
     if loop.opcode != "while":
         return 1
@@ -136,16 +139,16 @@ def _turns(loop: _Instruction, around: _Computation, computations: dict[str, _Co
     if place is None:
         return 0
     added = body[result.operands[int(place[1])]]
-    start = _constant(around[loop.operands[0]].operands[int(place[1])], around)
-    last = _constant(limit.name, condition)
+    start = _constant(parent[loop.operands[0]].operands[int(place[1])], parent)
+    end = _constant(limit.name, condition)
     step = next((c for c in (_constant(name, body) for name in added.operands) if c), None)
-    if added.opcode != "add" or start is None or last is None or step is None:
+    if added.opcode != "add" or start is None or end is None or step is None:
         return 0
-    return -(-(last - start) // step)
+    return -(-(end - start) // step)
 
 
 def _constant(name: str, computation: _Computation) -> int | None:
-    """The value of an instruction that is a whole number, or the copy of one."""
+    """Return the value of an integer constant, or of a copy of one; None for others."""
     instruction = computation[name]
     if instruction.opcode in ("copy", "bitcast"):
         return _constant(instruction.operands[0], computation)
@@ -154,7 +157,7 @@ def _constant(name: str, computation: _Computation) -> int | None:
 
 
 def _collective(instruction: _Instruction, computation: _Computation) -> Collective | None:
-    """The collective that an instruction is, once; None for any other, and for ends of such."""
+    """Return the collective that an instruction starts, with count 1; None for others."""
     kind = instruction.opcode.removesuffix("-start")
     if kind not in KINDS:
         return None
@@ -168,14 +171,14 @@ def _collective(instruction: _Instruction, computation: _Computation) -> Collect
     elif kind == "reduce-scatter":
         size *= n
     elif kind == "all-reduce" and any(i.opcode == "dynamic-slice" for i in computation.values()):
-        # TPU: fused with the choice of this device's part, it is a reduce-scatter.
+        # TPU: an all-reduce fused with the slice of this device's shard is a reduce-scatter.
         kind = "reduce-scatter"
     source = re.search(r'op_name="([^"]*)"', instruction.line)
     return Collective(kind, size, groups, 1, source[1] if source else "")
 
 
 def _size(shape: str) -> int:
-    """Bytes of an array or of a tuple of arrays; what is not data (tokens, flags) left out."""
+    """Return the bytes of an array or a tuple of arrays, without tokens and flags."""
     total = 0
     for dtype, sizes in re.findall(r"\b(pred|bf16|[fsu]\d+)\[([\d,]*)\]", shape):
         if dtype == "u32" and not sizes:
@@ -186,7 +189,10 @@ def _size(shape: str) -> int:
 
 
 def _groups(line: str) -> Groups:
-    """The groups of a collective, in any of the notations of XLA."""
+    """Return the groups of a collective, in any notation of XLA.
+
+    Raises `ValueError` for another notation.
+    """
     if pairs := re.search(r"source_target_pairs=\{(\{[\d,{}]*\})\}", line):
         return _connected(
             [tuple(map(int, p.split(","))) for p in re.findall(r"\{([\d,]+)\}", pairs[1])]
@@ -215,7 +221,7 @@ def _groups(line: str) -> Groups:
             devices = devices.reshape(_integers(mesh[2])).transpose(_integers(mesh[3]))
         numbers = devices.reshape(sizes).transpose(order).reshape(-1, n)
         return tuple(map(tuple, numbers.tolist()))
-    raise ValueError(f"replica groups in a notation that is not known: {line[:2000]}")
+    raise ValueError(f"unknown notation of replica groups: {line[:2000]}")
 
 
 def _integers(text: str) -> list[int]:
@@ -223,9 +229,9 @@ def _integers(text: str) -> list[int]:
 
 
 def _connected(pairs: list[tuple[int, ...]]) -> Groups:
-    """The sets of devices that pairs of sender and receiver join."""
-    of: dict[int, set[int]] = {}
+    """Return the connected components of pairs (sender, receiver)."""
+    groups: dict[int, set[int]] = {}
     for pair in pairs:
-        joined = set().union(*({device} | of.get(device, set()) for device in pair))
-        of.update(dict.fromkeys(joined, joined))
-    return tuple({id(group): tuple(sorted(group)) for group in of.values()}.values())
+        joined = set().union(*({device} | groups.get(device, set()) for device in pair))
+        groups.update(dict.fromkeys(joined, joined))
+    return tuple({id(group): tuple(sorted(group)) for group in groups.values()}.values())
