@@ -253,6 +253,21 @@ class _Split:
     tokens: int = 0
     bytes: int = 0
 
+    def write(self, directory: Path, documents_read: int) -> dict[str, Any]:
+        """Write the shard and the offsets of its documents; return its entry in the manifest."""
+        path = directory / f"{self.name}-{self.index:05d}.npy"
+        shard: dict[str, Any] = {
+            "split": self.name,
+            "tokens": self.tokens,
+            "documents": len(self.arrays),
+            "bytes": self.bytes,
+            **write_array(path, np.concatenate(self.arrays)),
+            "documents_read": documents_read,
+        }
+        lengths = [len(array) for array in self.arrays]
+        shard["offsets"] = write_offsets(path, np.cumsum([0, *lengths[:-1]]))
+        return shard
+
 
 def _write_shards(
     source: SourceConfig,
@@ -268,21 +283,6 @@ def _write_shards(
     for name in SPLITS:
         mine = [shard for shard in done if shard["split"] == name]
         splits[name] = _Split(name, len(mine), mine[-1]["documents_read"] if mine else 0)
-
-    def write(split: _Split, read: int) -> dict[str, Any]:
-        path = directory / f"{split.name}-{split.index:05d}.npy"
-        shard: dict[str, Any] = {
-            "split": split.name,
-            "tokens": split.tokens,
-            "documents": len(split.arrays),
-            "bytes": split.bytes,
-            **write_array(path, np.concatenate(split.arrays)),
-            "documents_read": read,
-        }
-        lengths = [len(array) for array in split.arrays]
-        shard["offsets"] = write_offsets(path, np.cumsum([0, *lengths[:-1]]))
-        splits[split.name] = _Split(split.name, split.index + 1)
-        return shard
 
     skips = {name: split.skip for name, split in splits.items()}
 
@@ -312,11 +312,12 @@ def _write_shards(
                 split.tokens += len(split.arrays[-1])
                 split.bytes += len(text.encode())
                 if split.tokens >= config.data.shard_tokens:
-                    yield write(split, number)
+                    yield split.write(directory, number)
+                    splits[name] = _Split(name, split.index + 1)
             advance(len(texts), sum(len(ids) for ids in encoded))
         for split in list(splits.values()):
             if split.arrays:
-                yield write(split, read)
+                yield split.write(directory, read)
 
 
 def _batches(texts: Iterator[str]) -> Iterator[tuple[int, list[str]]]:

@@ -169,22 +169,30 @@ def train(config: Config, trainer: Trainer, resume: str = "auto", profile: bool 
                     log.log(step, seconds, metrics)
             every = config.checkpoint.every
             if step == last or stopped or (every and step % every == 0):
-                state = trainer_state(
-                    config,
-                    step,
-                    trainer.framework,
-                    tokenizer.fingerprint,
-                    validation_loss,
-                    trainer.world_size,
-                    trainer.layout,
-                )
-                manager.save(state | trainer.trainer_state(), trainer.start_saving)
+                state = describe_state(config, trainer, tokenizer, step, validation_loss)
+                manager.save(state, trainer.start_saving)
         manager.finish()
     if is_main:
         if stopped and step < config.train.steps:
             print(f"stopped after step {step}, saved; the same command continues (--resume auto)")
         else:
             print(f"step {step} of {config.train.steps} done: {manager.directory / str(step)}")
+
+
+def describe_state(
+    config: Config, trainer: Trainer, tokenizer: Tokenizer, step: int, validation_loss: float | None
+) -> dict[str, Any]:
+    """Return the contents of `trainer_state.json`."""
+    common = trainer_state(
+        config,
+        step,
+        trainer.framework,
+        tokenizer.fingerprint,
+        validation_loss,
+        trainer.world_size,
+        trainer.layout,
+    )
+    return common | trainer.trainer_state()
 
 
 def start(
