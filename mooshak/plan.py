@@ -45,7 +45,7 @@ class Plan:
     """What is held in the device's memory at the step's peak: part -> bytes."""
     capacity: int
     """Bytes that a program may use there."""
-    moved: dict[str, int] | None
+    bytes_sent: dict[str, int] | None
     """Collective -> bytes that a device sends in a step; None where the step was refused."""
     flops: int
     """FLOPs of the model for one step, over all devices."""
@@ -60,7 +60,7 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether a device can hold that."""
-        return self.moved is not None and self.total <= self.capacity
+        return self.bytes_sent is not None and self.total <= self.capacity
 
     @property
     def seconds(self) -> float:
@@ -68,7 +68,7 @@ class Plan:
         return max(self.times.values(), default=float("inf"))
 
     @property
-    def bound(self) -> str | None:
+    def bottleneck(self) -> str | None:
         """The resource that takes longest."""
         return max(self.times, key=lambda name: self.times[name]) if self.times else None
 
@@ -87,11 +87,13 @@ class Plan:
             "bytes_per_device": self.total,
             "memory": self.memory,
             "capacity": self.capacity,
-            "bytes_moved_per_step": None if self.moved is None else sum(self.moved.values()),
-            "collectives": self.moved,
+            "bytes_sent_per_step": None
+            if self.bytes_sent is None
+            else sum(self.bytes_sent.values()),
+            "collectives": self.bytes_sent,
             "flops_per_step": self.flops,
             "seconds": self.times,
-            "bound": self.bound,
+            "bottleneck": self.bottleneck,
             "mfu_ceiling": self.mfu,
             "hardware": asdict(self.device),
         }
@@ -114,7 +116,7 @@ def executed_flops(config: Config) -> int:
     return tokens * (model.flops_per_token(config.T) + again)
 
 
-def memory_traffic(config: Config, rows: int, cut: int, tensor: int) -> int:
+def memory_traffic(config: Config, rows: int, n_shards: int, tensor: int) -> int:
     """Bytes that a device reads and writes in its memory in a step, at least.
 
     Every product of matrices reads its operands and writes its result: forward, the gradients of
@@ -122,7 +124,8 @@ def memory_traffic(config: Config, rows: int, cut: int, tensor: int) -> int:
     and both moments. Everything else is taken to be fused into these.
 
     `rows` sequences are the device's, in `train.gradient_accumulation_steps` micro-batches; it
-    holds one `cut`-th of the parameters, and multiplies by one `tensor`-th of each matrix.
+    holds one of `n_shards` shards of the parameters, and multiplies by one `tensor`-th of each
+    matrix.
     """
     train, model = config.train, config.model
     width, tokens = BYTES[train.dtype], rows * config.T
@@ -134,7 +137,7 @@ def memory_traffic(config: Config, rows: int, cut: int, tensor: int) -> int:
             edges = tokens * (shape[0] + shape[1])
             total += products * width * (weights + edges // tensor)
     wide = 8 if train.dtype == "float64" else 4
-    return total + 8 * wide * model.parameter_count() // cut
+    return total + 8 * wide * model.parameter_count() // n_shards
 
 
 def step_times(
@@ -179,7 +182,7 @@ def print_plan(plan: Plan, config: Config) -> None:
     table = Table("per device", "what", "bytes")
     for name, size in plan.memory.items():
         table.add_row("memory", name, _gb(size))
-    for name, size in (plan.moved or {}).items():
+    for name, size in (plan.bytes_sent or {}).items():
         table.add_row("sent in a step", name, _gb(size))
     print_table(table)
     if plan.times:
@@ -197,7 +200,8 @@ def print_plan(plan: Plan, config: Config) -> None:
             amount, speed = figures.get(name, ("the above", links))
             table.add_row(name, amount, speed, f"{seconds:.4f}")
         print_table(table)
-        print(f"bound by {plan.bound}; MFU at most {plan.mfu:.0%} of {plan.flops:.4g} FLOP a step")
+        mfu = f"MFU at most {plan.mfu:.0%} of {plan.flops:.4g} FLOP a step"
+        print(f"bound by {plan.bottleneck}; {mfu}")
     print(f"figures of the device: {plan.device.source}")
 
 
@@ -205,10 +209,10 @@ def print_sweep(plans: Sequence[Plan], plot: Path) -> None:
     """Plans beside each other, best first, as a table and as a picture."""
     table = Table("", "layout", "fits", "per device", "sent in a step", "bound by", "MFU at most")
     for place, plan in enumerate(plans, 1):
-        moved = "" if plan.moved is None else _gb(sum(plan.moved.values()))
+        sent = "" if plan.bytes_sent is None else _gb(sum(plan.bytes_sent.values()))
         mfu = f"{plan.mfu:.0%}" if plan.times else ""
         fits = "yes" if plan.fits else "no"
-        row = (str(place), plan.layout, fits, _gb(plan.total), moved, plan.bound or "", mfu)
+        row = (str(place), plan.layout, fits, _gb(plan.total), sent, plan.bottleneck or "", mfu)
         table.add_row(*row)
     print_table(table)
     draw(plans, plot)

@@ -45,6 +45,7 @@ class LM(lm.LM):
 
     @property
     def model(self) -> Model:
+        """`Model` of this framework: token ids [B, T] -> logits [B, T, V]."""
         return merge(self.graphdef, self.params)
 
     def _steps(

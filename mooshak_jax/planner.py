@@ -28,18 +28,22 @@ from mooshak_jax.step import abstract_state, make_train_step, set_matmul_precisi
 
 
 def plan(config: Config, topology: str) -> Plan:
-    """The plan of one mesh. Raises `InputError` for a topology or a mesh that cannot be."""
-    device, devices = machine(topology)
+    """Return the plan of the configured mesh on a TPU slice like v5e:4x4.
+
+    Raises `InputError` for an unknown topology, or a mesh that does not fit.
+    """
+    device, devices = find_topology(topology)
     parallel = make_parallel(config, devices)
     if parallel.mesh.size != len(devices):
         raise InputError(
             f"mesh {config.parallel.mesh} has {parallel.mesh.size} devices, {topology} has "
-            f"{len(devices)}; give an axis -1"
+            f"{len(devices)}; set one axis to -1"
         )
     set_matmul_precision(config)
     state = abstract_state(config, parallel)
-    parts = {"parameters": held(state["params"])}
-    parts["optimizer"] = sum(held(state[moment]) for moment in MOMENTS)
+    memory = {"parameters": shard_bytes(state["params"])}
+    memory["optimizer"] = sum(shard_bytes(state[moment]) for moment in MOMENTS)
+    state_bytes = sum(memory.values())
     flops = config.model.flops_per_token(config.T) * config.T * config.train.batch_size
     layout = ",".join(f"{axis}={size}" for axis, size in parallel.mesh.shape.items() if size > 1)
     common: dict[str, Any] = {
@@ -52,40 +56,42 @@ def plan(config: Config, topology: str) -> Plan:
     try:
         compiled = lowered(config, parallel).compile()
     except jax.errors.JaxRuntimeError as error:
-        used, capacity = _refused(error, sum(parts.values()))
-        parts["temporaries"] = used - sum(parts.values())
-        return Plan(**common, memory=parts, capacity=capacity, moved=None)
+        used, capacity = _out_of_memory(error, state_bytes)
+        memory["temporaries"] = used - state_bytes
+        return Plan(**common, memory=memory, capacity=capacity, bytes_sent=None)
     stats = compiled.memory_analysis()
-    kept = activations(config, parallel)
-    arguments = stats.argument_size_in_bytes - sum(parts.values())
-    parts["activations"] = min(kept, stats.temp_size_in_bytes)
-    parts["temporaries"] = stats.temp_size_in_bytes - parts["activations"]
+    arguments = stats.argument_size_in_bytes - state_bytes
+    memory["activations"] = min(activation_bytes(config, parallel), stats.temp_size_in_bytes)
+    memory["temporaries"] = stats.temp_size_in_bytes - memory["activations"]
     results = stats.output_size_in_bytes - stats.alias_size_in_bytes
-    parts["batch, padding, program"] = arguments + results + stats.generated_code_size_in_bytes
+    memory["batch, padding, program"] = arguments + results + stats.generated_code_size_in_bytes
     found = collectives(compiled.as_text())
-    moved: dict[str, float] = defaultdict(float)
+    bytes_sent: dict[str, float] = defaultdict(float)
     for collective in found:
-        moved[collective.kind] += collective.moved
+        bytes_sent[collective.kind] += collective.bytes_sent
     sizes = parallel.sizes
     traffic = memory_traffic(
         config,
         rows=config.train.batch_size // parallel.dp_size,
-        cut=sizes["fsdp"] * sizes["tensor"],
+        n_shards=sizes["fsdp"] * sizes["tensor"],
         tensor=sizes["tensor"],
     )
-    links = sum(c.moved / bandwidth(c, device, parallel, topology) for c in found)
+    links = sum(c.bytes_sent / bandwidth(c, device, parallel, topology) for c in found)
     return Plan(
         **common,
-        memory=parts,
+        memory=memory,
         capacity=int(device.memory),
-        moved={kind: round(size) for kind, size in moved.items()},
+        bytes_sent={kind: round(size) for kind, size in bytes_sent.items()},
         times=step_times(config, device, len(devices), traffic, links),
     )
 
 
 def sweep(config: Config, topology: str) -> list[Plan]:
-    """The plans of all meshes of a topology that go with the model and the batch, best first."""
-    _, devices = machine(topology)
+    """Return the plans of all meshes of a topology that fit the model and the batch, best first.
+
+    Raises `InputError` if there are none.
+    """
+    _, devices = find_topology(topology)
     plans, reasons = [], []
     for data, fsdp in _divisors(len(devices)):
         mesh = f"data={data},fsdp={fsdp},tensor={len(devices) // (data * fsdp)}"
@@ -96,19 +102,22 @@ def sweep(config: Config, topology: str) -> list[Plan]:
         except InputError as error:
             reasons.append(str(error))
     if not plans:
-        raise InputError(f"no mesh of {topology} goes with this model and batch: {reasons[0]}")
+        raise InputError(f"no mesh of {topology} fits this model and batch: {reasons[0]}")
     return ranked(plans)
 
 
-def machine(topology: str) -> tuple[Device, list[Any]]:
-    """The figures and the devices of a slice like v5e:4x4; raises `InputError` if there is none."""
+def find_topology(topology: str) -> tuple[Device, list[Any]]:
+    """Return the specification and the devices of a TPU slice like v5e:4x4.
+
+    Raises `InputError` for an unknown slice, or without libtpu.
+    """
     name, _, shape = topology.partition(":")
     if name not in DEVICES or not DEVICES[name].torus or not re.fullmatch(r"\d+(x\d+)*", shape):
         known = ", ".join(name for name, device in DEVICES.items() if device.torus)
         raise InputError(
             f"topology {topology!r} must be KIND:SHAPE like v5e:4x4; kinds are {known}"
         )
-    # A host has 2 x 2 chips, or fewer where the slice is smaller.
+    # A host has 2 x 2 chips, or fewer in a smaller slice.
     x, y, *_ = (*map(int, shape.split("x")), 1)
     hosts = (min(x, 2), min(y, 2), 1)
     try:
@@ -123,7 +132,7 @@ def machine(topology: str) -> tuple[Device, list[Any]]:
 
 
 def lowered(config: Config, parallel: Parallel) -> Any:
-    """The real train step for abstract arguments that lie on the mesh."""
+    """Return the train step, lowered for abstract arguments on the mesh."""
     batch = abstract_batch(config, config.train.batch_size, parallel.batch_sharding)
     rate = jax.ShapeDtypeStruct((), PARAM_DTYPE[config.train.dtype], sharding=parallel.replicated)
     step: Any = make_train_step(config, parallel)
@@ -131,24 +140,24 @@ def lowered(config: Config, parallel: Parallel) -> Any:
 
 
 def abstract_batch(config: Config, n_rows: int, sharding: Any = None) -> Batch:
-    """Shapes and dtypes of a batch of `n_rows` rows."""
+    """Return shapes, dtypes and sharding of a batch of `n_rows` rows."""
     array_BT = jax.ShapeDtypeStruct((n_rows, config.T), jnp.int32, sharding=sharding)
     return Batch(*[array_BT] * (4 if config.data.document_mask else 2))
 
 
-def held(tree: Any) -> int:
-    """Bytes of one device's shards of a tree of arrays."""
+def shard_bytes(tree: Any) -> int:
+    """Return the bytes of one device's shards of a tree of arrays."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
     )
 
 
-def activations(config: Config, parallel: Parallel) -> int:
-    """Bytes that a device keeps from the forward pass for the backward pass of one micro-batch.
+def activation_bytes(config: Config, parallel: Parallel) -> int:
+    """Return the bytes that a device saves for the backward pass of one micro-batch.
 
-    They are what JAX's differentiation keeps, without parameters and what is made of them alone;
-    every one of them has the batch as an axis, and is cut over the whole mesh.
+    These are the residuals of `jax.vjp` but for parameters and values computed from parameters
+    only; each has the batch as an axis and is sharded over the full mesh.
     """
     train = config.train
     rows = train.batch_size // train.gradient_accumulation_steps
@@ -159,17 +168,17 @@ def activations(config: Config, parallel: Parallel) -> int:
         with parallel.activate():
             return jax.vjp(lambda p: objective(p, batch), params)[1]
 
-    kept = jax.tree.leaves(jax.eval_shape(residuals, params, abstract_batch(config, rows)))
+    saved = jax.tree.leaves(jax.eval_shape(residuals, params, abstract_batch(config, rows)))
     weights = {leaf.shape for leaf in jax.tree.leaves(params)}
-    total = sum(math.prod(a.shape) * a.dtype.itemsize for a in kept if a.shape not in weights)
+    total = sum(math.prod(a.shape) * a.dtype.itemsize for a in saved if a.shape not in weights)
     return total // parallel.mesh.size
 
 
 def bandwidth(collective: Collective, device: Device, parallel: Parallel, topology: str) -> float:
-    """Bytes per second that a device of the collective can send to the others of its group.
+    """Return the bytes per second that a device can send within its group of the collective.
 
-    In every dimension of the torus in which the group extends it has a link, and two where the
-    slice is closed to a ring.
+    It has one link in each dimension of the torus that the group spans, and two if the slice wraps
+    around in that dimension.
     """
     shape = [int(side) for side in topology.partition(":")[2].split("x")]
     places = np.array([d.coords for d in parallel.mesh.devices.flat])
@@ -182,19 +191,20 @@ def bandwidth(collective: Collective, device: Device, parallel: Parallel, topolo
     return device.link * max(1, links)
 
 
-def _refused(error: Exception, state: int) -> tuple[int, int]:
-    """What a program needs and what there is, in bytes, where the compiler says it is too large.
+def _out_of_memory(error: Exception, state_bytes: int) -> tuple[int, int]:
+    """Return needed and available bytes, from the compiler's error for a program too large.
 
-    It counts temporaries alone, or all that the program needs.
+    The compiler reports temporaries only, or the total. Reraises any other error.
     """
-    beside = re.search(r"temporaries \((.*?)\) exceeds available HBM \((.*?)\)", str(error))
-    sizes = beside or re.search(r"Used (\S+) of (\S+) hbm", str(error))
+    temporaries = re.search(r"temporaries \((.*?)\) exceeds available HBM \((.*?)\)", str(error))
+    sizes = temporaries or re.search(r"Used (\S+) of (\S+) hbm", str(error))
     if sizes is None:
         raise error
     units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
     used, capacity = (int(float(size[:-1]) * units[size[-1]]) for size in sizes.groups())
-    return used + (state if beside else 0), capacity
+    return used + (state_bytes if temporaries else 0), capacity
 
 
 def _divisors(n: int) -> list[tuple[int, int]]:
+    """Return all pairs (a, b) whose product divides n."""
     return [(a, b) for a in range(1, n + 1) for b in range(1, n + 1) if n % (a * b) == 0]

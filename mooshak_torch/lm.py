@@ -37,6 +37,7 @@ class LM(lm.LM):
 
     @property
     def model(self) -> Model:
+        """`Model` of this framework: token ids [B, T] -> logits [B, T, V]."""
         return self._model
 
     def _steps(

@@ -35,54 +35,59 @@ from mooshak_torch.objectives import make_objective
 
 
 def plan(config: Config, gpu: str, gpus: int, strategy: str) -> Plan:
-    """The plan of one strategy. Raises `InputError` for a device or a mesh that cannot be."""
+    """Return the plan of one strategy on `gpus` GPUs of the kind `gpu`.
+
+    Raises `InputError` for an unknown device, or a mesh that does not fit.
+    """
     device = hardware.device(gpu)
     if device.torus:
         raise InputError(f"{gpu} is a TPU; python -m mooshak_jax.plan plans for those")
-    sizes = mesh_of(config, device, gpus, strategy)
+    sizes = plan_mesh(config, device, gpus, strategy)
     check_mesh(config, sizes)
     rows = config.train.batch_size // (sizes["data"] * sizes["fsdp"])
-    units = held(config, sizes, strategy)
-    parts = memory(config, sizes, strategy, units, rows)
-    exchanges = communication(config, sizes, strategy, units, rows)
-    moved: dict[str, float] = {}
+    units = parameter_units(config, sizes, strategy)
+    memory = memory_parts(config, sizes, strategy, units, rows)
+    bytes_sent: dict[str, float] = {}
     seconds = 0.0
-    for exchange in exchanges:
-        moved[exchange.kind] = moved.get(exchange.kind, 0) + exchange.moved
-        # Ranks count `tensor` fastest, then `fsdp`, then `data`: a group is within a node or not.
-        inside = exchange.span <= device.per_node
-        seconds += exchange.moved / (device.link if inside else device.network)
-    kept = sizes["fsdp"] * sizes["tensor"]
-    traffic = memory_traffic(config, rows, cut=kept, tensor=sizes["tensor"])
-    shown = ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1)
-    layout = f"{strategy} {shown}".strip()
+    for traffic in collective_traffic(config, sizes, strategy, units, rows):
+        bytes_sent[traffic.kind] = bytes_sent.get(traffic.kind, 0) + traffic.bytes_sent
+        # Ranks vary fastest in `tensor`, then `fsdp`, then `data`: a short span is within a node.
+        within_node = traffic.span <= device.per_node
+        seconds += traffic.bytes_sent / (device.link if within_node else device.network)
+    n_shards = sizes["fsdp"] * sizes["tensor"]
+    hbm_bytes = memory_traffic(config, rows, n_shards=n_shards, tensor=sizes["tensor"])
+    mesh = ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1)
+    layout = f"{strategy} {mesh}".strip()
     if strategy in ("fsdp", "hsdp") and not config.parallel.reshard_after_forward:
-        layout += ", kept after forward"
+        layout += ", not resharded after forward"
     return Plan(
         machine=f"{gpus} x {gpu}",
         layout=layout,
         device=device,
         n_devices=gpus,
-        memory=parts,
+        memory=memory,
         capacity=int(device.memory * USABLE),
-        moved={kind: round(size) for kind, size in moved.items()},
+        bytes_sent={kind: round(size) for kind, size in bytes_sent.items()},
         flops=config.model.flops_per_token(config.T) * config.T * config.train.batch_size,
-        times=step_times(config, device, gpus, traffic, seconds),
+        times=step_times(config, device, gpus, hbm_bytes, seconds),
     )
 
 
 USABLE = 0.94
-"""Share of a GPU's memory for a program's tensors; CUDA, NCCL and fragmentation have the rest."""
+"""Share of a GPU's memory for tensors; the rest is for CUDA, NCCL and fragmentation."""
 
 
 PERSISTENT = 100_000
-"""Numbers of a parameter that ZeRO 3 still keeps whole beside its part, by DeepSpeed's default."""
+"""Largest parameter, in elements, that ZeRO 3 does not shard (DeepSpeed's default)."""
 BUCKET = 500_000_000
-"""Numbers of the buffer that DeepSpeed reduces gradients from, by its default."""
+"""Elements of the buffer in which DeepSpeed reduces gradients (DeepSpeed's default)."""
 
 
 def sweep(config: Config, gpu: str, gpus: int) -> list[Plan]:
-    """The plans of every strategy that goes with the model and the batch, best first."""
+    """Return the plans of all strategies that fit the model and the batch, best first.
+
+    Raises `InputError` if there are none.
+    """
     plans, reasons = [], []
     for strategy in STRATEGIES if gpus > 1 else ("single",):
         if strategy == "single" and gpus > 1:
@@ -94,17 +99,17 @@ def sweep(config: Config, gpu: str, gpus: int) -> list[Plan]:
             except InputError as error:
                 reasons.append(str(error))
     if not plans:
-        raise InputError(f"no strategy for {gpus} x {gpu} goes with this batch: {reasons[0]}")
+        raise InputError(f"no strategy for {gpus} x {gpu} fits this batch: {reasons[0]}")
     return ranked(plans)
 
 
-def mesh_of(config: Config, device: Device, gpus: int, strategy: str) -> dict[str, int]:
-    """The size of every axis of the mesh."""
+def plan_mesh(config: Config, device: Device, gpus: int, strategy: str) -> dict[str, int]:
+    """Return mesh axis -> size. Raises `InputError` if the mesh does not fit GPUs and strategy."""
     node = min(gpus, device.per_node)
     text = config.parallel.mesh or STRATEGIES[strategy].format(node=node)
     sizes = mesh_sizes(text, gpus)
     if math.prod(sizes.values()) != gpus:
-        raise InputError(f"mesh {text} has {math.prod(sizes.values())} places for {gpus} GPUs")
+        raise InputError(f"mesh {text} is for {math.prod(sizes.values())} GPUs, not {gpus}")
     if strategy not in ("fsdp", "hsdp") and sizes["data"] != gpus:
         raise InputError(f"strategy {strategy} has only the axis data, not {text}")
     return sizes
@@ -112,33 +117,33 @@ def mesh_of(config: Config, device: Device, gpus: int, strategy: str) -> dict[st
 
 @dataclass(frozen=True)
 class Unit:
-    """Parameters that are gathered and reduced together."""
+    """Group of parameters that are gathered and reduced together."""
 
     name: str
-    numbers: int
-    """Parameters, where they are gathered: one `tensor`-th of what that axis cuts."""
-    local: int
-    """Of them, how many the first rank keeps: none keeps more."""
-    width: int
-    """Bytes of each when it is gathered."""
-    again: bool
-    """Whether it is gathered again in the backward pass."""
+    n_params: int
+    """Parameters of the gathered unit on a rank: one `tensor`-th of what that axis shards."""
+    n_local: int
+    """Parameters that the first rank stores; no rank stores more."""
+    itemsize: int
+    """Bytes of a gathered parameter."""
+    regathered: bool
+    """True if it is gathered again in the backward pass."""
 
 
-def held(config: Config, sizes: dict[str, int], strategy: str) -> list[Unit]:
-    """The units of the real modules, cut by the real `cut` and `shard`, as the first rank has them.
+def parameter_units(config: Config, sizes: dict[str, int], strategy: str) -> list[Unit]:
+    """Return the units of the first rank, from modules sharded by `apply_tp` and `apply_fsdp`.
 
-    It has the most: what does not divide evenly is dealt out from the first rank on.
+    The first rank has the most: uneven shards are longer on lower ranks.
     """
     objective = make_objective(config.model, config)
     wide = PARAM_DTYPE[config.train.dtype].itemsize
     if strategy not in ("fsdp", "hsdp"):
         counts = [p.numel() for p in objective.parameters()]
-        numbers = sum(counts)
+        n_params = sum(counts)
         if strategy != "zero3":
-            return [Unit("model", numbers, numbers, wide, again=False)]
-        whole = sum(count for count in counts if count <= PERSISTENT)
-        return [Unit("model", numbers, -(-numbers // sizes["data"]) + whole, wide, again=True)]
+            return [Unit("model", n_params, n_params, wide, regathered=False)]
+        n_local = -(-n_params // sizes["data"]) + sum(n for n in counts if n <= PERSISTENT)
+        return [Unit("model", n_params, n_local, wide, regathered=True)]
     with fake_process_group(math.prod(sizes.values())):
         mesh = init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=AXES)
         if sizes["tensor"] > 1:
@@ -148,7 +153,7 @@ def held(config: Config, sizes: dict[str, int], strategy: str) -> list[Unit]:
 
 
 def _unit(name: str, module: nn.Module) -> list[Unit]:
-    """What FSDP2 gathers for a module: its parameters that no module within is gathered for."""
+    """Return the unit that FSDP2 gathers for a module: its parameters without nested units."""
     state = getattr(module, "_get_fsdp_state", lambda: None)()
     group = state and state._fsdp_param_group
     if not group:
@@ -167,12 +172,13 @@ def _unit(name: str, module: nn.Module) -> list[Unit]:
 
 
 def _local(parameter: Any) -> int:
+    """Return the number of elements of this rank's shard."""
     return (parameter.to_local() if isinstance(parameter, DTensor) else parameter).numel()
 
 
 @contextlib.contextmanager
 def fake_process_group(world: int) -> Iterator[None]:
-    """Inside the block this is rank 0 of so many processes, whose collectives do nothing."""
+    """Make this process rank 0 of `world` fake ones, whose collectives do nothing."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     try:
         yield
@@ -180,72 +186,77 @@ def fake_process_group(world: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def memory(
+def memory_parts(
     config: Config, sizes: dict[str, int], strategy: str, units: list[Unit], rows: int
 ) -> dict[str, int]:
-    """What the fullest rank holds at the peak of a step, in bytes."""
+    """Return the memory of the fullest rank at the peak of a step: part -> bytes.
+
+    `rows` are the sequences of a rank in a step.
+    """
     wide = PARAM_DTYPE[config.train.dtype].itemsize
-    local, numbers = sum(unit.local for unit in units), sum(unit.numbers for unit in units)
+    n_local, n_params = sum(unit.n_local for unit in units), sum(unit.n_params for unit in units)
     sharded = strategy in ("fsdp", "hsdp", "zero3")
-    slices = -(-numbers // sizes["data"])  # ZeRO's.
-    gradients = local
-    # ZeRO 1 sums up whole gradients over micro-batches, ZeRO 2 and 3 reduce each.
+    zero_shard = -(-n_params // sizes["data"])
+    gradients = n_local
+    # ZeRO 1 accumulates full gradients over micro-batches, ZeRO 2 and 3 reduce each micro-batch's.
     if strategy == "zero2" or (
         strategy == "zero1" and config.train.gradient_accumulation_steps == 1
     ):
-        gradients = owned_gradients(config, sizes["data"])
+        gradients = zero_gradients(config, sizes["data"])
     elif strategy == "zero3":
-        gradients = slices
-    moments = slices if strategy.startswith("zero") else local
-    kept, temporary = passing(config, rows // config.train.gradient_accumulation_steps, sharded)
-    # Sequence parallelism cuts what stands between the products too; without it this is too much.
-    across = sizes["tensor"] if config.parallel.sequence_parallel else 1
+        gradients = zero_shard
+    moments = zero_shard if strategy.startswith("zero") else n_local
+    micro_batch = rows // config.train.gradient_accumulation_steps
+    saved, temporary = activation_bytes(config, micro_batch, sharded)
+    # Sequence parallelism also shards activations between matrix products. Without it this divides
+    # nothing, an overestimate.
+    n_shards = sizes["tensor"] if config.parallel.sequence_parallel else 1
     result = {
-        "parameters": wide * local,
+        "parameters": wide * n_local,
         "gradients": wide * gradients,
         "optimizer": 2 * wide * moments,
-        "activations": kept // across,
-        "temporaries": temporary // across,
+        "activations": saved // n_shards,
+        "temporaries": temporary // n_shards,
     }
     if sharded:
-        result["gathered"] = gathered(config, units)
+        result["gathered"] = gathered_bytes(config, units)
         if config.train.gradient_accumulation_steps > 1:
-            # Gradients that are not reduced yet are whole.
-            result["gathered"] += wide * numbers
+            # Gradients that are not reduced yet are not sharded.
+            result["gathered"] += wide * n_params
     elif strategy == "ddp":
-        # DDP adds up gradients in buckets of its own.
-        result["buckets"] = wide * numbers
+        # DDP reduces gradients in its own buckets.
+        result["buckets"] = wide * n_params
     if strategy.startswith("zero"):
-        # DeepSpeed updates a copy of its slice.
-        result["optimizer"] += wide * slices
+        # DeepSpeed updates a copy of its shard.
+        result["optimizer"] += wide * zero_shard
         result["buckets"] = wide * BUCKET
     if config.parallel.cpu_offload and strategy in ("fsdp", "hsdp"):
         result |= dict.fromkeys(("parameters", "gradients", "optimizer"), 0)
     return result
 
 
-def owned_gradients(config: Config, world: int) -> int:
-    """Numbers of the gradients that the fullest rank of ZeRO 1 or 2 keeps beside the bucket.
+def zero_gradients(config: Config, world: int) -> int:
+    """Return the gradient elements that the fullest rank of ZeRO 1 or 2 stores, without bucket.
 
-    Matrices and gains are strung together and cut evenly; of a parameter that is cut through, the
-    ranks of both sides keep the whole gradient.
+    Matrices and gains are each concatenated and split evenly. Ranks that share a parameter each
+    store its full gradient.
     """
-    kept = [0] * world
+    stored = [0] * world
     for decayed in (True, False):
         shapes = config.model.parameter_shapes()
         counts = [
             math.prod(shape) for name, shape in shapes.items() if has_weight_decay(name) == decayed
         ]
-        slice_, start = -(-sum(counts) // world), 0
+        shard, start = -(-sum(counts) // world), 0
         for count in counts:
-            for rank in range(start // slice_, -(-(start + count) // slice_)):
-                kept[rank] += count
+            for rank in range(start // shard, -(-(start + count) // shard)):
+                stored[rank] += count
             start += count
-    return max(kept)
+    return max(stored)
 
 
-def gathered(config: Config, units: list[Unit]) -> int:
-    """Bytes of whole parameters, and of what they are received in and reduced from, at the peak.
+def gathered_bytes(config: Config, units: list[Unit]) -> int:
+    """Return the bytes of gathered parameters and of communication buffers at the peak.
 
     FSDP gathers into a buffer and copies out of it; gradients are reduced in the parameters' dtype.
     Layers are gathered `parallel.prefetch` ahead.
@@ -253,20 +264,20 @@ def gathered(config: Config, units: list[Unit]) -> int:
     wide = PARAM_DTYPE[config.train.dtype].itemsize
     layers = [unit for unit in units if ".layers." in unit.name or unit.name.startswith("layers.")]
     others = [unit for unit in units if unit not in layers]
-    stay = sum(unit.numbers * unit.width for unit in units if not unit.again)
-    sizes = sorted((unit.numbers * unit.width for unit in layers if unit.again), reverse=True)
-    reduced = wide * max((unit.numbers for unit in layers), default=0)
-    at_once = sizes[: 1 + config.parallel.prefetch]
-    in_layers = sum(at_once) + max(sizes, default=0) + reduced
-    in_others = max((2 * unit.width + wide) * unit.numbers for unit in others if unit.again)
-    return stay + max(in_layers, in_others)
+    resident = sum(unit.n_params * unit.itemsize for unit in units if not unit.regathered)
+    sizes = sorted((u.n_params * u.itemsize for u in layers if u.regathered), reverse=True)
+    reduced = wide * max((unit.n_params for unit in layers), default=0)
+    prefetched = sizes[: 1 + config.parallel.prefetch]
+    in_layers = sum(prefetched) + max(sizes, default=0) + reduced
+    in_others = max((2 * u.itemsize + wide) * u.n_params for u in others if u.regathered)
+    return resident + max(in_layers, in_others)
 
 
-def passing(config: Config, rows: int, sharded: bool) -> tuple[int, int]:
-    """Bytes that the forward pass keeps for the backward pass, and that come and go beside them.
+def activation_bytes(config: Config, rows: int, sharded: bool) -> tuple[int, int]:
+    """Return the bytes saved for the backward pass, and those of temporaries beyond them.
 
-    The real objective goes forward and backward on `rows` sequences, with tensors of no memory, as
-    on one rank. Under FSDP the layers' matrices are in the compute dtype already.
+    Measured on a forward and backward pass of the objective on `rows` sequences with fake tensors,
+    as on one rank. With `sharded` (FSDP) the layers' matrices already have the compute dtype.
     """
     config = replace(config, train=replace(config.train, compile=False))
     objective = make_objective(config.model, config)
@@ -282,8 +293,8 @@ def passing(config: Config, rows: int, sharded: bool) -> tuple[int, int]:
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
         for parameter in made.values():
-            # Gradients are counted by themselves; one at a time comes and goes here.
-            parameter.register_post_accumulate_grad_hook(_drop)
+            # `memory_parts` counts gradients; here each is freed at once.
+            parameter.register_post_accumulate_grad_hook(_drop_gradient)
         zeros_BT = torch.zeros((rows, config.T), dtype=torch.long)
         documents = (zeros_BT, zeros_BT) if config.data.document_mask else ()
         batch = Batch(zeros_BT, zeros_BT, *documents)
@@ -292,18 +303,18 @@ def passing(config: Config, rows: int, sharded: bool) -> tuple[int, int]:
         with tracker, warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             loss = objective(batch)
-            kept = _total(tracker, "current")
+            saved = _total(tracker, "current")
             loss.backward()
             peak = _total(tracker, "peak")
-    return kept, peak - kept
+    return saved, peak - saved
 
 
-def _drop(parameter: Tensor) -> None:
+def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
 def _total(tracker: MemTracker, when: str) -> int:
-    """Bytes of everything but parameters and buffers, now or at the peak."""
+    """Return the bytes of all tensors but parameters and buffers, now or at the peak."""
     (sizes,) = tracker.get_tracker_snapshot(when).values()
     parts = {str(getattr(key, "value", key)): size for key, size in sizes.items()}
     return parts["Total"] - parts["Parameter"] - parts["Buffer"]
@@ -311,49 +322,51 @@ def _total(tracker: MemTracker, when: str) -> int:
 
 @dataclass(frozen=True)
 class CollectiveTraffic:
-    """Collectives of a step that are alike."""
+    """Collectives of one kind in a step, in groups of the same span."""
 
     kind: str
-    moved: float
+    bytes_sent: float
     """Bytes that each rank sends in a step."""
     span: int
-    """Ranks from the first to the last of a group, the end included: do they share a node?"""
+    """Ranks from the first to the last of a group, inclusive; decides if it is within a node."""
 
 
-def communication(
+def collective_traffic(
     config: Config, sizes: dict[str, int], strategy: str, units: list[Unit], rows: int
 ) -> list[CollectiveTraffic]:
-    """What every rank sends in a step, along rings (arXiv:1802.05799, section 3)."""
+    """Return the bytes that a rank sends in a step, in rings (arXiv:1802.05799, section 3).
+
+    `rows` are the sequences of a rank in a step.
+    """
     wide = PARAM_DTYPE[config.train.dtype].itemsize
     data, fsdp, tensor = (sizes[axis] for axis in AXES)
-    parts = config.train.gradient_accumulation_steps
-    whole = wide * sum(unit.numbers for unit in units)
-    gathers = parts * sum(u.numbers * u.width * (2 if u.again else 1) for u in units)
-    everyone = data * fsdp * tensor
+    n_micro_batches = config.train.gradient_accumulation_steps
+    full = wide * sum(unit.n_params for unit in units)
+    gathers = sum(u.n_params * u.itemsize * (2 if u.regathered else 1) for u in units)
+    gathers *= n_micro_batches
+    world = data * fsdp * tensor
     result = []
     if strategy in ("fsdp", "hsdp"):
-        along, span = (fsdp - 1) / fsdp, fsdp * tensor
-        result.append(CollectiveTraffic("all-gather", gathers * along, span))
-        result.append(CollectiveTraffic("reduce-scatter", whole * along, span))
-        result.append(
-            CollectiveTraffic("all-reduce", 2 * whole / fsdp * (data - 1) / data, everyone)
-        )
+        share, span = (fsdp - 1) / fsdp, fsdp * tensor
+        result.append(CollectiveTraffic("all-gather", gathers * share, span))
+        result.append(CollectiveTraffic("reduce-scatter", full * share, span))
+        result.append(CollectiveTraffic("all-reduce", 2 * full / fsdp * (data - 1) / data, world))
     elif strategy == "ddp":
-        result.append(CollectiveTraffic("all-reduce", 2 * whole * (data - 1) / data, everyone))
+        result.append(CollectiveTraffic("all-reduce", 2 * full * (data - 1) / data, world))
     elif strategy != "single":
-        # Below stage 3 every rank updates its slice, and all are given the parameters once.
-        along = (data - 1) / data
-        given = gathers if strategy == "zero3" else whole
-        result.append(CollectiveTraffic("all-gather", given * along, everyone))
-        result.append(CollectiveTraffic("reduce-scatter", whole * along, everyone))
+        # Below stage 3 each rank updates its shard, and the parameters are gathered once.
+        share = (data - 1) / data
+        gathered = gathers if strategy == "zero3" else full
+        result.append(CollectiveTraffic("all-gather", gathered * share, world))
+        result.append(CollectiveTraffic("reduce-scatter", full * share, world))
     if tensor > 1:
         model = config.model
-        stream = rows * config.T * model.dim * COMPUTE_DTYPE[config.train.dtype].itemsize
-        # Into attention and MLP and out of the MLP, and back; once more where layers are.
+        hidden = rows * config.T * model.dim * COMPUTE_DTYPE[config.train.dtype].itemsize
+        # Each pass: before attention, before and after the MLP. A third pass with remat full.
         passes = 3 if config.train.remat == "full" else 2
-        share = stream * (tensor - 1) / tensor
-        turned = model.n_layers * passes * share / tensor
-        sent = model.n_layers * passes * 3 * share + 4 * share  # And embedding and loss.
+        share = hidden * (tensor - 1) / tensor
+        transposed = model.n_layers * passes * share / tensor
+        sent = model.n_layers * passes * 3 * share + 4 * share  # 4: embedding and loss.
         result.append(CollectiveTraffic("all-gather, reduce-scatter of activations", sent, tensor))
-        result.append(CollectiveTraffic("all-to-all of activations", turned, tensor))
-    return [exchange for exchange in result if exchange.moved]
+        result.append(CollectiveTraffic("all-to-all of activations", transposed, tensor))
+    return [traffic for traffic in result if traffic.bytes_sent]

@@ -15,7 +15,7 @@ from mooshak.training.malloc import use_single_arena
 
 
 def train(config: Config, resume: str = "auto", profile: bool = False) -> None:
-    """Train a model as `mooshak.training.loop.train` does, in PyTorch."""
+    """Train a model in PyTorch; arguments and errors are those of `mooshak.training.loop.train`."""
     from mooshak_torch.step import Trainer
 
     loop.train(config, Trainer(config), resume, profile)
