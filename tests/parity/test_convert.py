@@ -203,7 +203,8 @@ def test_what_is_written_is_read_back_before_it_has_its_name(
         flip(checkpoint.path, state.read("exp_avg.lm_head.weight"))
         original(checkpoint)
 
-    monkeypatch.setattr(safetensors, "verify", damaged)
+    for module in (base, safetensors):
+        monkeypatch.setattr(module, "verify", damaged)
     with pytest.raises(InputError, match=r"exp_avg\.lm_head\.weight is damaged"):
         convert(state.path, tmp_path / "out", to)
     assert list(tmp_path.iterdir()) == []
@@ -245,7 +246,7 @@ def converting(source: Path, target: Path, to: str, first: str = "") -> subproce
     lines = [
         "import os, signal, sys, resource",
         "from pathlib import Path",
-        "from mooshak import files, interchange",
+        "from mooshak.checkpoints import base, checksums, safetensors",
         "from mooshak.errors import command",
         "from parity.convert import convert",
         "die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)",
@@ -262,15 +263,15 @@ def converting(source: Path, target: Path, to: str, first: str = "") -> subproce
 
 MOMENTS_OF_DEATH = {
     "in the middle of the tensors": (
-        "interchange.BLOCK = 1000\n"
+        "base.CHUNK_BYTES = 1000\n"
         "left = [20]\n"
-        "original = interchange.Checksums.add\n"
+        "original = checksums.Checksums.add\n"
         "def add(*arguments):\n"
         "    left[0] -= 1\n"
         "    return original(*arguments) if left[0] else die()\n"
-        "interchange.Checksums.add = add"
+        "checksums.Checksums.add = add"
     ),
-    "before it is read back": "interchange.verify = die",
+    "before it is read back": "safetensors.verify = die",
     "before it has its name": "Path.rename = die",
     "after it has its name": "Path.unlink = die",
 }
@@ -305,7 +306,7 @@ def test_a_kill_leaves_source_and_older_destination_usable(
 
 
 def test_two_processes_do_not_write_one_destination(state: Checkpoint, tmp_path: Path) -> None:
-    waiting = "interchange.verify = lambda _: (print(file=sys.stderr, flush=True), input())"
+    waiting = "safetensors.verify = lambda _: (print(file=sys.stderr, flush=True), input())"
     process = converting(state.path, tmp_path / "out", "safetensors", waiting)
     try:
         assert process.stderr is not None
