@@ -23,9 +23,9 @@ SETTINGS: dict[str, Any] = yaml.safe_load((HERE / "guard.yaml").read_text())
 
 RENAMED = {
     "gradient_accumulation_steps": "accumulation",
-    "stop_after_step": "stop_after_step",
-    "max_grad_norm": "max_grad_norm",
-    "min_lr_ratio": "min_lr_ratio",
+    "stop_after_step": "stop_at",
+    "max_grad_norm": "clip_norm",
+    "min_lr_ratio": "final_fraction",
 }
 """Key of the configuration -> its name in trees that do not have it."""
 WHERE_KNOWN = {"data": {"document_mask": False}}

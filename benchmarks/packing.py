@@ -1,0 +1,49 @@
+"""Measure decoding with packed copies of the weights against plain weights, in turns.
+
+python -m benchmarks.packing --rows 1 4 16 --tokens 64
+"""
+
+import argparse
+import statistics
+import time
+from unittest import mock
+
+import torch
+
+from mooshak.config.model import ModelConfig
+from mooshak_torch.decode import generate
+from mooshak_torch.model import Model
+from mooshak_torch.ops import matmul
+from mooshak_torch.params import initialize
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    sizes = ModelConfig(vocab_size=8192, dim=640, n_layers=8, n_heads=10, hidden_dim=1728)
+    model = initialize(Model(sizes), 0)
+    torch.set_num_threads(1)
+    for rows in args.rows:
+        prompts = [[1 + i, 5, 9] for i in range(rows)]
+        seconds: dict[bool, list[float]] = {True: [], False: []}
+        for turn in range(2 * args.repeats):
+            packed = turn % 4 in (0, 3)
+            limits = (1, 1) if packed else (10**9, 10**9)
+            with mock.patch.multiple(
+                matmul, MIN_PACKED_ROWS=limits[0], MIN_PACKED_TOKENS=limits[1]
+            ):
+                start = time.perf_counter()
+                generate(model, prompts, args.tokens)
+                seconds[packed].append(time.perf_counter() - start)
+        speed = {k: rows * args.tokens / statistics.median(v) for k, v in seconds.items()}
+        print(
+            f"{rows} rows, {args.tokens} tokens: {speed[False]:.0f} tokens/s, packed "
+            f"{speed[True]:.0f}, {speed[True] / speed[False]:.2f} times"
+        )
+
+
+if __name__ == "__main__":
+    main()
