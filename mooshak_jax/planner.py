@@ -19,6 +19,7 @@ from mooshak.config.sections import Config
 from mooshak.data.packing import Batch
 from mooshak.errors import InputError
 from mooshak.hardware import DEVICES, Device
+from mooshak.mesh import mesh_text
 from mooshak.plan import Plan, memory_traffic, ranked, step_times
 from mooshak_jax.distributed.mesh import Parallel, make_parallel
 from mooshak_jax.hlo import Collective, collectives
@@ -45,10 +46,9 @@ def plan(config: Config, topology: str) -> Plan:
     memory["optimizer"] = sum(shard_bytes(state[moment]) for moment in MOMENTS)
     state_bytes = sum(memory.values())
     flops = config.model.flops_per_token(config.T) * config.T * config.train.batch_size
-    layout = ",".join(f"{axis}={size}" for axis, size in parallel.mesh.shape.items() if size > 1)
     common: dict[str, Any] = {
         "machine": f"{len(devices)} x TPU {topology.partition(':')[0]} ({topology})",
-        "layout": layout or "data=1",
+        "layout": mesh_text(parallel.sizes),
         "device": device,
         "n_devices": len(devices),
         "flops": flops,

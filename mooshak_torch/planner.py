@@ -25,7 +25,7 @@ from mooshak.config.sections import Config, check_mesh
 from mooshak.data.packing import Batch
 from mooshak.errors import InputError
 from mooshak.hardware import Device
-from mooshak.mesh import AXES, mesh_sizes
+from mooshak.mesh import AXES, mesh_sizes, mesh_text
 from mooshak.numerics.schedule import has_weight_decay
 from mooshak.plan import STRATEGIES, Plan, memory_traffic, ranked, step_times
 from mooshak_torch.distributed.fsdp import apply_fsdp
@@ -56,8 +56,7 @@ def plan(config: Config, gpu: str, gpus: int, strategy: str) -> Plan:
         seconds += traffic.bytes_sent / (device.link if within_node else device.network)
     n_shards = sizes["fsdp"] * sizes["tensor"]
     hbm_bytes = memory_traffic(config, rows, n_shards=n_shards, tensor=sizes["tensor"])
-    mesh = ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1)
-    layout = f"{strategy} {mesh}".strip()
+    layout = strategy if gpus == 1 else f"{strategy} {mesh_text(sizes)}"
     if strategy in ("fsdp", "hsdp") and not config.parallel.reshard_after_forward:
         layout += ", not resharded after forward"
     return Plan(
