@@ -1,7 +1,7 @@
 """The model in PyTorch. Mirror, class for class: mooshak_jax/model.py.
 
 Names end in the axes of their shape: B batch, T time, S time of the keys, D model width, H query
-heads, G key/value heads, K head width, F MLP width, V vocabulary, E = H x K.
+heads, G key/value heads, K head width, k half of K, F MLP width, V vocabulary, E = H x K.
 
 A float64 model computes in float64 throughout. In bfloat16 the parameters are float32, matrix
 products bfloat16, and norms, RoPE, softmax and loss float32.
