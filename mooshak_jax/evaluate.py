@@ -11,7 +11,7 @@ from mooshak.evaluation.bits_per_byte import options, report
 @command
 def main() -> None:
     config, arguments = options("mooshak_jax.evaluate", __doc__)
-    # After the arguments: --help and a typo need no framework.
+    # Imported after parsing: --help and wrong arguments do not need the framework.
     from mooshak_jax.evaluator import evaluate_checkpoint
     from mooshak_jax.step import cache_compilations
 

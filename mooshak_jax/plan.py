@@ -22,7 +22,7 @@ def main() -> None:
     add_output_options(parser, "mesh")
     draft, arguments = parse_config(parser)
     config, topology = resolve(draft), arguments.topology
-    # After the arguments: --help and a typo need no framework.
+    # Imported after parsing: --help and wrong arguments do not need the framework.
     import jax
 
     from mooshak_jax.planner import plan, sweep

@@ -26,7 +26,7 @@ def main() -> None:
     loop.add_options(parser)
     draft, arguments = parse_config(parser)
     config = resolve(draft)
-    # After the arguments: --help and a typo need no framework.
+    # Imported after parsing: --help and wrong arguments do not need the framework.
     from mooshak_jax.profile import prepare_profiler
     from mooshak_jax.step import cache_compilations
 

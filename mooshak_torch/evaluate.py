@@ -14,7 +14,7 @@ from mooshak.evaluation.bits_per_byte import options, report
 def main() -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"  # Grain imports JAX, which must not claim the GPU.
     config, arguments = options("mooshak_torch.evaluate", __doc__)
-    # After the arguments: --help and a typo need no framework.
+    # Imported after parsing: --help and wrong arguments do not need the framework.
     from mooshak_torch.evaluator import evaluate_checkpoint
 
     scores = evaluate_checkpoint(config, arguments.source)

@@ -26,7 +26,7 @@ def main() -> None:
     config = resolve(draft)
     if arguments.gpus < 1:
         raise InputError(f"--gpus must be at least 1, not {arguments.gpus}")
-    # After the arguments: --help and a typo need no framework.
+    # Imported after parsing: --help and wrong arguments do not need the framework.
     from mooshak_torch.planner import plan, sweep
 
     if arguments.sweep:
