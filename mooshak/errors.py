@@ -1,4 +1,4 @@
-"""How a command ends when its input is wrong: one line with what and what to do, exit code 2."""
+"""Errors of a command: one line that says what is wrong and what to do, and exit code 2 or 3."""
 
 import difflib
 import errno
@@ -10,21 +10,21 @@ from collections.abc import Callable, Iterable
 
 
 class InputError(Exception):
-    """What the user gave cannot be used. The message is one line: what is wrong, and what to do."""
+    """Invalid input from the user. The message is one line: what is wrong, and what to do."""
 
     exit_code = 2
 
 
 class PeerError(InputError):
-    """Another process of the run failed or is lost. The message is one line: which, and why."""
+    """Failure or loss of another process of the run. The message is one line: which, and why."""
 
     exit_code = 3
 
 
 def command(main: Callable[..., None]) -> Callable[..., None]:
-    """Wrap a command's `main`, so that an `InputError` becomes `error: ...` and exit code 2.
+    """Wrap the `main` of a command: an `InputError` is printed as `error: ...`, with its exit code.
 
-    A full disk counts as input: the user has to make room, and a traceback would not say so.
+    So is a full disk: the user has to free space, and a traceback would not say so.
     """
 
     @functools.wraps(main)
@@ -33,7 +33,7 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
             main(*args, **kwargs)
         except PeerError as error:
             code = _fail(str(error), error.exit_code)
-            # A normal exit would join the threads that wait for the lost process.
+            # A normal exit would join the threads that wait for the lost process, and hang.
             for child in multiprocessing.active_children():
                 child.kill()
             sys.stdout.flush()
@@ -50,7 +50,7 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
 
 
 def os_error_text(error: OSError) -> str:
-    """Return the reason and the file of an error of the operating system, in one line."""
+    """Return the reason and the file of an `OSError`, in one line."""
     text = f"{error.strerror or error}: {error.filename or 'while writing'}"
     return f"{text}; free some space" if error.errno in _DISK_ERRORS else text
 
@@ -64,12 +64,12 @@ def _fail(message: str, exit_code: int = 2) -> int:
 
 
 def require(holds: bool, otherwise: str) -> None:
-    """Raise `InputError(otherwise)` unless the condition holds."""
+    """Raise `InputError(otherwise)` unless `holds`."""
     if not holds:
         raise InputError(otherwise)
 
 
 def did_you_mean(key: str, known: Iterable[str]) -> str:
-    """Return `; did you mean KEY?` with the nearest known key."""
+    """Return `; did you mean KEY?` with the most similar known key, or an empty text."""
     near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.0)
     return f"; did you mean {near[0]}?" if near else ""

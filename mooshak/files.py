@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, made by one process at a time."""
+"""Atomic writes of files and directories, file locks, and I/O that bypasses the page cache."""
 
 import contextlib
 import errno
@@ -18,7 +18,7 @@ from mooshak.errors import InputError
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to, which takes the place of `path` when the block ends without an error."""
+    """Yield a temporary file that replaces `path` when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -32,13 +32,16 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a whole file, text as UTF-8."""
+    """Write the content of a file atomically, text as UTF-8."""
     with atomic_write(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, empty where there is no file. Raises `InputError` for another."""
+    """Return the object in a JSON file, empty if there is no file.
+
+    Raises `InputError` if the file is not JSON, or not an object.
+    """
     try:
         values = json.loads(path.read_bytes()) if path.is_file() else {}
     except (OSError, ValueError) as error:
@@ -50,7 +53,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock file `path`; other processes wait here. A process that dies lets go of it."""
+    """Hold the lock file `path`, which other processes wait for; a dead process releases it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -62,23 +65,23 @@ LOCK = ".lock"
 
 @contextlib.contextmanager
 def atomic_directory(path: Path, n_bytes: int = 0) -> Iterator[Path]:
-    """A directory to fill, which is named `path` when the block ends without an error.
+    """Yield a temporary directory that is renamed to `path` when the block ends without an error.
 
-    It is on the disk by then. One process at a time makes `path`: it holds a lock, which a process
-    that is killed lets go of, and what that one left is removed. Raises `InputError` when `path`
-    exists (nothing is ever overwritten), when another process is making it, or when the disk has
-    no room for `n_bytes`.
+    Its files are synced to disk first. One process at a time writes `path`: it holds a lock, which
+    is released if the process is killed; what it left is then removed by the next one. Raises
+    `InputError` if `path` exists (nothing is overwritten), if another process is writing it, or if
+    the disk has less than `n_bytes` free.
     """
     _check_absent(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.unfinished"
     with _hold(temporary, path):
         try:
-            for left in temporary.iterdir():
-                if left.is_dir():
-                    shutil.rmtree(left)
-                elif left.name != LOCK:
-                    left.unlink()
+            for leftover in temporary.iterdir():
+                if leftover.is_dir():
+                    shutil.rmtree(leftover)
+                elif leftover.name != LOCK:
+                    leftover.unlink()
             free = shutil.disk_usage(temporary).free
             if n_bytes > free:
                 raise InputError(
@@ -97,12 +100,12 @@ def atomic_directory(path: Path, n_bytes: int = 0) -> Iterator[Path]:
 
 
 def _hold(directory: Path, target: Path) -> BinaryIO:
-    """Make a directory and lock it. Raises `InputError` if another process holds the lock."""
+    """Create a directory and lock it. Raises `InputError` if another process holds the lock."""
     while True:
         directory.mkdir(exist_ok=True)
         try:
             lock = (directory / LOCK).open("wb")
-        except FileNotFoundError:  # Its owner has just given it its name, or removed it.
+        except FileNotFoundError:  # Its owner has just renamed or removed it.
             continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -110,7 +113,7 @@ def _hold(directory: Path, target: Path) -> BinaryIO:
                 return lock
         except BlockingIOError as error:
             lock.close()
-            raise InputError(f"another process is making {target}; wait for it") from error
+            raise InputError(f"another process is writing {target}; wait for it") from error
         except FileNotFoundError:
             pass
         lock.close()
@@ -122,13 +125,13 @@ def _check_absent(path: Path) -> None:
 
 
 def _all_to_disk(directory: Path) -> None:
-    """Wait until every file of a directory is on the disk, and their names."""
-    with ThreadPoolExecutor(8) as pool:  # The file system writes their names together.
+    """Sync all files and directories below a directory to disk."""
+    with ThreadPoolExecutor(8) as pool:  # The file system batches concurrent syncs.
         list(pool.map(_to_disk, [*directory.rglob("*"), directory]))
 
 
 def _to_disk(path: Path) -> None:
-    """Wait until a file, or the names in a directory, are on the disk."""
+    """Sync a file, or the entries of a directory, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -137,10 +140,10 @@ def _to_disk(path: Path) -> None:
 
 
 def read_uncached(path: Path) -> io.BufferedReader:
-    """A file to read, whose pages stay in memory no longer than the reading.
+    """Open a file for reads that do not leave its pages in the page cache.
 
-    What is read and written once would push out what is used again, and memory can be slower than
-    the disk: a virtual machine asks its host for every page that has been free for seconds.
+    Data that is read once would evict pages that are used again; and free memory can be slower than
+    the disk: a virtual machine requests pages that have been free for seconds from its host.
     """
     return io.BufferedReader(_Uncached(path))
 
@@ -156,15 +159,15 @@ class _Uncached(io.FileIO):
 
 
 HERE = -1
-"""The position of a file, for reads with flags."""
+"""Offset argument of preadv2: read at the current position."""
 DONT_CACHE = 0x80
-"""RWF_DONTCACHE of Linux 6.14."""
+"""RWF_DONTCACHE, since Linux 6.14."""
 
 
 class DirectIOFile(io.FileIO):
-    """A new file, which goes to the disk by whole pages, past the page cache, where it can.
+    """A new file, written with O_DIRECT (full pages, no page cache) if the file system allows.
 
-    `flush` waits for more: part of a page would end that.
+    `flush` does not write a partial page, which would end direct I/O.
     """
 
     def __init__(self, path: Path):
@@ -214,12 +217,12 @@ class DirectIOFile(io.FileIO):
                     flags = fcntl.fcntl(self, fcntl.F_GETFL)
                     if error.errno != errno.EINVAL or not flags & os.O_DIRECT:
                         raise
-                    # The end of the file, no whole page, and what comes after it.
+                    # The end of the file is a partial page: from here on, buffered writes.
                     fcntl.fcntl(self, fcntl.F_SETFL, flags & ~os.O_DIRECT)
 
 
 _spare: list[mmap.mmap] = []
-"""Buffers of files that are closed, for others."""
+"""Buffers of closed files, for reuse."""
 
 
 def _open_direct(path: str, flags: int) -> int:

@@ -1,8 +1,7 @@
-"""What accelerators can do, by their vendors' data sheets; for MFU and for the planners.
+"""Peak figures of accelerators from their data sheets, for MFU and for the planners.
 
-FLOP/s are dense bf16 with float32 accumulation. Bandwidths are bytes per second in one direction,
-of one device: data sheets of NVLink and newer ones of ICI add up both directions, so half stands
-here.
+FLOP/s are dense bf16 with float32 accumulation. Bandwidths are bytes per second of one device in
+one direction: data sheets of NVLink, and newer ones of ICI, sum both directions and are halved.
 """
 
 import re
@@ -16,10 +15,10 @@ CLOUD_TPU = "https://cloud.google.com/tpu/docs/"
 
 @dataclass(frozen=True)
 class Device:
-    """One accelerator: a GPU, or a TPU chip."""
+    """An accelerator: a GPU, or a TPU chip."""
 
     kind: str
-    """Its name in `torch.cuda.get_device_name()` or JAX's `device_kind`, a regular expression."""
+    """Regular expression of `torch.cuda.get_device_name()`, or of JAX's `device_kind`."""
     flops: float
     """FLOP/s of dense bf16 matrix products."""
     memory: float
@@ -27,17 +26,17 @@ class Device:
     memory_bandwidth: float
     """Bytes per second between the device and its memory."""
     link: float
-    """Bytes per second to the other devices of its node (NVLink, PCIe), or over one ICI link."""
+    """Bytes per second to devices of the same node (NVLink, PCIe), or over one ICI link."""
     network: float
-    """Bytes per second to devices of other nodes or slices, as its usual host shares them out."""
+    """Bytes per second to devices of other nodes or slices, for each device of a usual host."""
     per_node: int
-    """Devices of a node (GPU) or host (TPU)."""
+    """Devices per node (GPU) or host (TPU)."""
     source: str
-    """Where the figures stand."""
+    """Source of the figures."""
     torus: int = 0
-    """TPU: dimensions of the torus, two links in each."""
+    """TPU: dimensions of the torus, with two links in each."""
     wrap: int = 0
-    """TPU: sides of a slice that are multiples of it are closed to rings."""
+    """TPU: sides of a slice that are multiples of this number are closed to rings."""
 
 
 DEVICES = {
@@ -74,19 +73,19 @@ DEVICES = {
     ),
     "v4": Device("TPU v4", 275e12, 32 * 2**30, 1.2e12, 50e9, 6.25e9, 4, CLOUD_TPU + "v4", 3, 4),
 }
-"""By the name that a planner takes. Networks: 400 Gbit/s per GPU in DGX H100 and B200, 200 Gbit/s
-in DGX A100, a network card of 100 Gbit/s per PCIe GPU in servers, 25 Gbit/s per GeForce; TPU hosts
-have 200 (v4, v5p), 200 (v5e) and 800 (v6e) Gbit/s for 4, 8 and 8 chips."""
+"""Name in the options of the planners -> figures. Networks: 400 Gbit/s per GPU in DGX H100, B200,
+200 Gbit/s in DGX A100, a 100 Gbit/s network card per PCIe GPU in servers, 25 Gbit/s per GeForce;
+TPU hosts have 200 (v4, v5p), 200 (v5e) and 800 (v6e) Gbit/s for 4, 8 and 8 chips."""
 
 
 def device(name: str) -> Device:
-    """The device of that name. Raises `InputError`, with the known names, where there is none."""
+    """Return the device of a name. Raises `InputError`, with the known names, if it is unknown."""
     if name not in DEVICES:
         raise InputError(f"no figures for {name!r}; known are {', '.join(DEVICES)}")
     return DEVICES[name]
 
 
 def peak_flops(kind: str) -> float | None:
-    """FLOP/s of the device that the driver calls `kind`; None where no figures are known."""
+    """Return the FLOP/s of the device that the driver calls `kind`; None if it is unknown."""
     known = [d for d in DEVICES.values() if re.search(rf"\b{d.kind}\b", kind)]
     return max(known, key=lambda d: len(d.kind)).flops if known else None

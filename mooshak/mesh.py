@@ -1,7 +1,7 @@
-"""The mesh of devices, in one notation for both frameworks: `data=2,fsdp=2,tensor=2`.
+"""Notation of a device mesh in both frameworks: `data=2,fsdp=2,tensor=2`.
 
-`data` repeats the model, `fsdp` cuts its parameters and optimizer state (both cut the batch), and
-`tensor` cuts heads, MLP width and vocabulary.
+`data` replicates the model, `fsdp` shards its parameters and optimizer state, and both shard the
+batch; `tensor` shards heads, MLP width and vocabulary.
 """
 
 import math
@@ -13,9 +13,9 @@ AXES = ("data", "fsdp", "tensor")
 
 
 def mesh_sizes(text: str, n_devices: int, default: str = "data=-1") -> dict[str, int]:
-    """The size of every axis; an axis that is not named has 1, and -1 takes what is left.
+    """Return the size of every axis: 1 for an axis without one; -1 is all remaining devices.
 
-    `default` stands for an empty text. Raises `InputError` where the text is not a mesh, or the
+    An empty text is replaced by `default`. Raises `InputError` if the text is not a mesh, or the
     mesh does not divide the devices.
     """
     sizes = dict.fromkeys(AXES, 1) | parse_mesh(text or default)
@@ -30,7 +30,7 @@ def mesh_sizes(text: str, n_devices: int, default: str = "data=-1") -> dict[str,
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """`data=2,fsdp=-1` -> {"data": 2, "fsdp": -1}. Raises `InputError` for anything else."""
+    """Parse `data=2,fsdp=-1` into {"data": 2, "fsdp": -1}. Raises `InputError` for another text."""
     sizes: dict[str, int] = {}
     for part in filter(None, text.split(",")):
         match = re.fullmatch(r"(\w+)=(-1|[1-9]\d*)", part.strip())
@@ -43,5 +43,5 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def mesh_text(sizes: dict[str, int]) -> str:
-    """A mesh in its notation: the axes with more than one device."""
+    """Return a mesh in its notation: the axes of size > 1, or `data=1`."""
     return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "data=1"

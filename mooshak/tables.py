@@ -1,4 +1,4 @@
-"""Tables for people."""
+"""Tables on the terminal."""
 
 import sys
 from collections.abc import Mapping
@@ -8,15 +8,12 @@ from rich.table import Table
 
 
 def print_table(table: Table, width: int = 120) -> None:
-    """Print a table, as wide as the terminal.
-
-    A file or a pipe has no width that numbers would have to be folded to: `width` columns there.
-    """
+    """Print a table as wide as the terminal, or `width` columns wide to a file or pipe."""
     Console(width=None if sys.stdout.isatty() else width).print(table)
 
 
 def print_times(seconds: Mapping[str, float], counts: Mapping[str, int], most: int = 20) -> None:
-    """Print which operations took longest, as shares of the sum of all."""
+    """Print the `most` slowest operations, with their share of the total time."""
     total = sum(seconds.values())
     table = Table(title=f"where the time goes: {total:.3f} s over all threads")
     for title in ("operation", "calls", "seconds", "share"):

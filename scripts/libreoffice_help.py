@@ -212,7 +212,7 @@ def _data_member(content: bytes, package: Path) -> bytes:
         if header.startswith(b"data.tar"):
             return content[at + 60 : at + 60 + size]
         at += 60 + size + size % 2
-    raise InputError(f"{package} is cut short: it has no data.tar; download it again")
+    raise InputError(f"{package} is truncated: it has no data.tar; download it again")
 
 
 def _summary(counts: dict[str, Counts]) -> Table:

@@ -34,7 +34,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
             importlib.import_module(module).main()
         assert stopped.value.code == 2
         # What is made on the way (tokenizer, token shards) is told there too.
-        told = [line for line in capsys.readouterr().err.splitlines() if "tokenising" not in line]
+        told = [line for line in capsys.readouterr().err.splitlines() if "tokenizing" not in line]
         assert len(told) == 1 and told[0].startswith("error: ")
         return told[0]
 
@@ -112,7 +112,7 @@ def test_config(
         ("text", b"", "are empty"),
         ("text", b"\x89PNG\xff\0", "is not UTF-8 text"),
         ("jsonl", b'{"text": "a"}\n{"text": "b\n{"text"\n', "line 3: not JSON"),
-        ("parquet", b"PAR1 and no more", "not a whole Parquet file"),
+        ("parquet", b"PAR1 and no more", "not a complete Parquet file"),
     ],
     ids=["missing", "empty", "binary", "broken lines", "truncated"],
 )
@@ -143,7 +143,7 @@ def test_tokenizer_of_another_vocabulary(
     before = Path(fresh_config.tokenizer.path).read_bytes()
     here = ("--config", written(fresh_config, tmp_path))
     line = refused(f"mooshak_{framework}.train", *here, "--model.vocab_size", 640)
-    assert "has 505 pieces, the model's vocab_size is 640" in line
+    assert "has 505 tokens, model.vocab_size is 640" in line
     assert Path(fresh_config.tokenizer.path).read_bytes() == before
 
 
@@ -163,8 +163,8 @@ def test_batch_or_devices_that_cannot_be_divided(
     ("options", "message"),
     [
         (("--model.hidden_dim", 64), "another model: its hidden_dim is 48"),
-        (("--run.seed", 5), "was made with seed 0, this run has 5"),
-        (("--train.batch_size", 4), "was made with batch_size 8, this run has 4"),
+        (("--run.seed", 5), "was written with seed 0, this run has 5"),
+        (("--train.batch_size", 4), "was written with batch_size 8, this run has 4"),
         (("--data.document_mask", "true"), "with document_mask False, this run has True"),
         (("--train.steps", 1), "after train.steps 1"),
         (("--resume", "never"), "continue them with --resume auto"),
@@ -260,11 +260,11 @@ def test_evaluation_that_does_not_fit(
     evaluate = f"mooshak_{framework}.evaluate"
     assert "its n_layers is 2" in refused(evaluate, checkpoint, "--model.n_layers", 3)
     other = ("--tokenizer.path", tmp_path / "other.model", "--tokenizer.vocab_size", 400)
-    assert "other.model has 400 pieces" in refused(evaluate, checkpoint, *other)
+    assert "other.model has 400 tokens" in refused(evaluate, checkpoint, *other)
     assert "no text is held out" in refused(evaluate, checkpoint, "--data.validation_fraction", 0)
     assert "no checkpoint directory" in refused(evaluate, tmp_path / "no")
     convert(checkpoint, tmp_path / "weights", "safetensors", weights_only=True)
-    assert "not part of a run; name its --config" in refused(evaluate, tmp_path / "weights")
+    assert "is not in a run directory; give --config" in refused(evaluate, tmp_path / "weights")
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)

@@ -175,7 +175,7 @@ def test_bad_input_is_one_line(packages: tuple[Path, Path], tmp_path: Path) -> N
         ((tmp_path / "nowhere.deb", english), "No such file"),
         ((empty, english), "has no help pages"),
         ((cut, english), "cannot be read"),
-        ((short, english), "cut short"),
+        ((short, english), "is truncated"),
         ((hindi,), "no package has pages in en"),
     ):
         result = run(*packages_, "--out", out)

@@ -156,7 +156,9 @@ def test_document_mask_is_part_of_a_run_only_where_true(tiny_config: Config) -> 
             if same:
                 assert check_resume(config, source, "t") == (3, None)
             else:
-                with pytest.raises(InputError, match=r"P was made with document_mask (True|False)"):
+                with pytest.raises(
+                    InputError, match=r"P was written with document_mask (True|False)"
+                ):
                     check_resume(config, source, "t")
 
 

@@ -135,7 +135,7 @@ def test_lone_surrogate(tiny_tokenizer: Tokenizer):
 
 
 def test_unknown_piece(tiny_tokenizer: Tokenizer):
-    with pytest.raises(InputError, match="has no piece"):
+    with pytest.raises(InputError, match="has no token"):
         tiny_tokenizer.id_of("<|tool|>")
 
 
@@ -183,7 +183,7 @@ def test_training_bytes_are_shared_by_weight(tiny_config: Config, tmp_path: Path
 
 def test_vocabulary_too_large(tiny_config: Config, tmp_path: Path):
     config = with_tokenizer(tiny_config, path=str(tmp_path / "t.model"), vocab_size=60_000)
-    with pytest.raises(InputError, match=r"60000 is too large .* at most \d+ pieces"):
+    with pytest.raises(InputError, match=r"60000 is too large .* at most \d+ tokens"):
         train.train(config)
     assert not (tmp_path / "t.model").exists()
 
@@ -196,7 +196,7 @@ def test_vocabulary_too_small(tiny_config: Config, tmp_path: Path):
 
 def test_vocabulary_does_not_fit_the_model(tiny_config: Config, tiny_tokenizer: Tokenizer):
     config = replace(tiny_config, model=replace(tiny_config.model, vocab_size=576))
-    with pytest.raises(InputError, match="has 505 pieces, the model's vocab_size is 576"):
+    with pytest.raises(InputError, match=r"has 505 tokens, model\.vocab_size is 576"):
         train.load_or_train_tokenizer(config)
 
 
@@ -215,7 +215,7 @@ def test_broken_file(tiny_tokenizer: Tokenizer, tmp_path: Path, content):
     cuts = {"half": whole[: len(whole) // 2], "almost": whole[:-3]}
     path = tmp_path / "t.model"
     path.write_bytes(cuts.get(content, content))
-    with pytest.raises(InputError, match="is not a SentencePiece model, or is cut short"):
+    with pytest.raises(InputError, match="is not a SentencePiece model, or is truncated"):
         SentencePieceTokenizer(path)
 
 

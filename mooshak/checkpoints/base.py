@@ -1,10 +1,9 @@
-"""The interchange format: a directory that both frameworks, and other programs, read and write.
+"""Checkpoints of every format as one structure, and the files that all formats share.
 
-`config.json` + `model.safetensors` (or shards with an index), and for a training state
-`optimizer.safetensors` + `trainer_state.json`. Tensors pass through some rows at a time.
-
-Every kind of checkpoint is read as a `Checkpoint`: names, shapes, and a function that reads one
-tensor. Keys: `{name}` for a parameter, `exp_avg.{name}`, `exp_avg_sq.{name}` for the moments.
+A `Checkpoint` has the names and shapes of its tensors and a function that reads one of them, by
+rows: no format is loaded into memory as a whole. Keys are `{name}` for a parameter and
+`exp_avg.{name}`, `exp_avg_sq.{name}` for its moments. `config.json` describes the model, and
+`trainer_state.json` a training state.
 """
 
 import json
@@ -26,7 +25,7 @@ from mooshak.files import read_uncached
 FORMAT_VERSION = 1
 MOMENTS = ("exp_avg", "exp_avg_sq")
 CHUNK_BYTES = 1 << 24
-"""Bytes of a tensor that are copied at once: few enough for the allocator to use them again."""
+"""Bytes of a tensor that are copied at once; small enough for the allocator to reuse them."""
 FULL_SLICE = slice(None)
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -39,28 +38,29 @@ Tensors = Mapping[str, tuple[np.dtype, tuple[int, ...]]]
 """key -> dtype and shape, in the canonical layout."""
 
 
-class Read(Protocol):
-    """Reads one tensor, or some rows of it, in the canonical layout."""
+class ReadTensor(Protocol):
+    """A function that reads a tensor, or rows of it, in the canonical layout."""
 
     def __call__(self, key: str, rows: slice = FULL_SLICE, /) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint of any kind, open for reading."""
+    """A checkpoint of any format, open for reading."""
 
     path: Path
     format: str
     """torch, jax, safetensors or hf."""
     model: ModelConfig
     trainer_state: dict[str, Any] | None
-    """`trainer_state.json`; None where there are only weights."""
+    """`trainer_state.json`; None if there are only weights."""
     tensors: Tensors
-    read: Read
+    read: ReadTensor
     checksums: Mapping[str, str] = field(default_factory=dict)
-    """key -> hash of the tensor's bytes, of the tensors that it was stored with."""
+    """key -> hash of the bytes of a tensor, for tensors that were stored with one."""
     tokenizer_files: Mapping[str, Path] = field(default_factory=dict)
-    """Name -> file, of those in `COMPANIONS` that there are."""
+    """Name -> file of the tokenizer, its settings and chat template, which are copied with the
+    weights."""
 
     @property
     def has_optimizer(self) -> bool:
@@ -72,15 +72,16 @@ class Checkpoint:
 
 
 def size_of(tensor: tuple[np.dtype, tuple[int, ...]]) -> int:
-    """Bytes of a tensor of this dtype and shape."""
+    """Return the bytes of a tensor of this dtype and shape."""
     dtype, shape = tensor
     return math.prod(shape) * dtype.itemsize
 
 
 def row_chunks(tensor: tuple[np.dtype, tuple[int, ...]]) -> Iterator[slice]:
-    """Cuts a tensor of this dtype and shape by rows into equal parts of at most `BLOCK` bytes.
+    """Split a tensor of this dtype and shape by rows into chunks of at most `CHUNK_BYTES`.
 
-    As equal as can be: the last chunk of an Orbax array is as long as the others, however full.
+    The chunks are as equal as possible: the last chunk of an Orbax array occupies the same space as
+    the others.
     """
     n_rows = tensor[1][0]
     most = max(1, CHUNK_BYTES * n_rows // size_of(tensor))
@@ -89,9 +90,9 @@ def row_chunks(tensor: tuple[np.dtype, tuple[int, ...]]) -> Iterator[slice]:
 
 
 def contiguous(array: np.ndarray) -> np.ndarray:
-    """The array in C order, itself if it is; a matrix is transposed in strips that stay in cache.
+    """Return the array in C order; a transposed matrix is copied in strips that fit into the cache.
 
-    NumPy goes along one of the two, which is ten times slower.
+    NumPy copies it along one of its axes, which is ten times slower.
     """
     if array.flags.c_contiguous or array.ndim != 2 or not array.T.flags.c_contiguous:
         return np.ascontiguousarray(array)
@@ -104,15 +105,15 @@ def contiguous(array: np.ndarray) -> np.ndarray:
 
 
 STRIP = (4096, 16)
-"""Rows and columns that are transposed at once: 64 bytes, a line of the cache, are written."""
+"""Rows and columns copied at once: writes are 64 bytes, a cache line."""
 
 
 def check_tensors(
     path: Path, model: ModelConfig, tensors: Tensors
 ) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
-    """The tensors in the model's order, moments last.
+    """Return the tensors in the order of the model, moments last.
 
-    Raises `InputError` unless they are exactly those of the model, moments all or none.
+    Raises `InputError` unless they are exactly those of the model, with all moments or none.
     """
     shapes = model.parameter_shapes()
     expected = dict(shapes)
@@ -134,7 +135,7 @@ def check_tensors(
 
 
 def read_description(path: Path) -> tuple[ModelConfig, dict[str, Any] | None]:
-    """`config.json` and `trainer_state.json` (None where absent) of a checkpoint directory."""
+    """Read `config.json` and `trainer_state.json` (None if absent) of a checkpoint directory."""
     config = path / "config.json"
     if not config.is_file():
         raise InputError(f"{path} is not a checkpoint: it has no config.json")
@@ -142,9 +143,9 @@ def read_description(path: Path) -> tuple[ModelConfig, dict[str, Any] | None]:
 
 
 def read_trainer_state(path: Path) -> dict[str, Any] | None:
-    """`trainer_state.json` of a checkpoint directory, None where there are only weights.
+    """Read `trainer_state.json` of a checkpoint directory; None if there are only weights.
 
-    Raises `InputError` for one that is cut short, or of another version of Mooshak.
+    Raises `InputError` for a truncated file, or one of another version of Mooshak.
     """
     file = path / "trainer_state.json"
     if not file.is_file():
@@ -152,7 +153,7 @@ def read_trainer_state(path: Path) -> dict[str, Any] | None:
     try:
         state = json.loads(file.read_bytes())
     except ValueError as error:
-        raise InputError(f"{file} is not JSON: {error}; the checkpoint is not whole") from error
+        raise InputError(f"{file} is not JSON: {error}; the checkpoint is incomplete") from error
     if not isinstance(state, dict) or not isinstance(state.get("step"), int):
         raise InputError(f"{file} has no step; it does not describe a training state")
     if state.get("format_version") != FORMAT_VERSION:
@@ -169,7 +170,7 @@ def write_description(
     trainer_state: dict[str, Any] | None,
     tokenizer_files: Mapping[str, Path] | None = None,
 ) -> None:
-    """Write `config.json`, where there is a state `trainer_state.json`, and what comes along."""
+    """Write `config.json`, `trainer_state.json` for a training state, and the tokenizer files."""
     for name, file in (tokenizer_files or {}).items():
         shutil.copyfile(file, path / name)
     (path / "config.json").write_text(model_to_json(model))
@@ -181,10 +182,10 @@ def write_description(
 def stored_rows(
     file: Path, start: int, dtype: np.dtype, shape: tuple[int, ...], rows: slice = FULL_SLICE
 ) -> np.ndarray:
-    """Rows of an array that is a part of a file.
+    """Read rows of an array that is stored in a part of a file.
 
-    More of them than a block are mapped: their pages come and go, and changes stay here. Raises
-    `InputError` where the file ends before the array.
+    More than `CHUNK_BYTES` are memory-mapped, copy-on-write. Raises `InputError` if the file ends
+    before the array.
     """
     width = math.prod(shape[1:]) * dtype.itemsize
     first, stop, _ = rows.indices(shape[0])
@@ -200,12 +201,12 @@ def stored_rows(
                 if stream.readinto(raw.data) < size:
                     raise ValueError(f"it ends before byte {start + size}")
     except (OSError, ValueError) as error:
-        raise InputError(f"{file} is truncated ({error}); the checkpoint is not whole") from error
+        raise InputError(f"{file} is truncated ({error}); the checkpoint is incomplete") from error
     return raw.view(dtype).reshape(shape)
 
 
 def verify(checkpoint: Checkpoint) -> None:
-    """Read everything once. Raises `InputError` where a tensor is not what was written."""
+    """Read all tensors once, which verifies checksums. Raises `InputError` for a damaged tensor."""
 
     def read(key: str) -> None:
         for rows in row_chunks(checkpoint.tensors[key]):

@@ -8,23 +8,23 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from mooshak.checkpoints.base import FULL_SLICE, Read, Tensors, row_chunks
+from mooshak.checkpoints.base import FULL_SLICE, ReadTensor, Tensors, row_chunks
 from mooshak.errors import InputError
 
 HASH = "xxh3_64"
 CHECKSUMS = "checksums.json"
-"""Of a DCP or an Orbax checkpoint; safetensors hold theirs in the metadata."""
+"""Checksum file of a DCP or Orbax checkpoint; safetensors have them in their metadata."""
 
 
 class Checksums(dict[str, str]):
-    """key -> hash of the bytes of a tensor in the canonical layout, whose rows come in order."""
+    """key -> hash of the bytes of a tensor in the canonical layout, computed from rows in order."""
 
     def __init__(self) -> None:
         super().__init__()
         self._open: dict[str, tuple[int, xxhash.xxh3_64]] = {}
 
     def add(self, key: str, shape: tuple[int, ...], rows: slice, array: np.ndarray) -> None:
-        """Take in some rows; those that do not follow on the last ones count for nothing."""
+        """Add the next rows of a tensor; rows that are out of order discard its hash."""
         first, end, _ = rows.indices(shape[0])
         if first == 0:
             self._open[key] = (0, xxhash.xxh3_64())
@@ -39,11 +39,11 @@ class Checksums(dict[str, str]):
 
 
 def verify_on_read(
-    read: Read, tensors: Tensors, checksums: Mapping[str, str], where: Callable[[str], Path]
-) -> Read:
-    """`read`, which compares every tensor that is read whole, or by rows in order.
+    read: ReadTensor, tensors: Tensors, checksums: Mapping[str, str], where: Callable[[str], Path]
+) -> ReadTensor:
+    """Return `read` with verification of every tensor that is read in full, by rows in order.
 
-    It raises `InputError` naming the file, which `where(key)` is, and the tensor.
+    The result raises `InputError` for a damaged tensor, naming it and its file, `where(key)`.
     """
     if not checksums:
         return read
@@ -64,12 +64,12 @@ def verify_on_read(
 
 
 def write_checksums(path: Path, checksums: Mapping[str, str]) -> None:
-    """Write the checksums of a checkpoint whose format has no place for them."""
+    """Write the checksums of a checkpoint whose format does not store them."""
     (path / CHECKSUMS).write_text(json.dumps({HASH: checksums}, indent=2) + "\n")
 
 
 def read_checksums(path: Path) -> dict[str, str]:
-    """The checksums beside a DCP or Orbax checkpoint; none where there are none."""
+    """Read the checksums of a DCP or Orbax checkpoint; empty if it has none."""
     file = path / CHECKSUMS
     if not file.is_file():
         return {}
@@ -80,11 +80,11 @@ def read_checksums(path: Path) -> dict[str, str]:
 
 
 def read_ahead(
-    tensors: Tensors, read: Read, checksums: Checksums
+    tensors: Tensors, read: ReadTensor, checksums: Checksums
 ) -> Iterator[tuple[str, slice, np.ndarray]]:
-    """Key, rows and values of every block of the tensors, in order; takes their checksums.
+    """Yield key, rows and values of every chunk of the tensors, in order, and add their checksums.
 
-    A thread reads the next block while one is in use.
+    A thread reads the next chunk while one is in use.
     """
 
     def following() -> Iterator[tuple[str, slice, np.ndarray]]:

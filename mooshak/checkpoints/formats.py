@@ -1,4 +1,4 @@
-"""Detect a checkpoint's format, and convert the other framework's on the fly."""
+"""Detect the format of a checkpoint; convert one of the other framework on the fly."""
 
 import json
 import shutil
@@ -16,50 +16,51 @@ from mooshak.errors import InputError
 from mooshak.tokenizer.files import is_hf
 
 FORMAT_MARKERS = {"torch": "dcp", "jax": "orbax", "safetensors": "model.safetensors"}
+"""Format -> the file or directory that identifies it."""
 
 
 class Processes(Protocol):
-    """The processes of a run, as `Parallel` of either framework has them."""
+    """The processes of a run: the interface of `Parallel` in both frameworks."""
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the first."""
+        """Whether this is the first process."""
 
     def broadcast(self, text: str) -> str:
-        """What the first says, to all of them."""
+        """Return the text of the first process, in all of them."""
 
     def barrier(self) -> None:
-        """Return when all have come here."""
+        """Wait for all processes."""
 
     def any_process(self, flag: bool) -> bool:
-        """Whether the flag is set in any process; all of them ask at the same step."""
+        """Return whether the flag is set in any process; a collective."""
 
     def gather(self, text: str) -> list[str]:
-        """What every process says, by rank."""
+        """Return the texts of all processes, by rank."""
 
     def close(self) -> None:
-        """Leave the others; all of them do so at the same point of the run."""
+        """Leave the process group; a collective."""
 
 
 def detect_format(path: Path) -> str:
-    """torch, jax, safetensors or hf. Raises `InputError` for a directory that is no checkpoint."""
+    """Return torch, jax, safetensors or hf. Raises `InputError` if `path` is not a checkpoint."""
     if not path.is_dir():
         raise InputError(f"there is no checkpoint directory {path}")
     if is_hf(path):
         return "hf"
-    kinds = [kind for kind, name in FORMAT_MARKERS.items() if (path / name).exists()]
+    found = [name for name, marker in FORMAT_MARKERS.items() if (path / marker).exists()]
     if (path / "model.safetensors.index.json").exists():
-        kinds.append("safetensors")
-    if len(kinds) != 1:
+        found.append("safetensors")
+    if len(found) != 1:
         raise InputError(
             f"{path} is not a checkpoint: it needs one of {', '.join(FORMAT_MARKERS.values())}, "
-            f"has {' and '.join(kinds) or 'none'}"
+            f"has {' and '.join(found) or 'none'}"
         )
-    return kinds[0]
+    return found[0]
 
 
 def model_of(path: Path) -> ModelConfig:
-    """The model that a checkpoint of any kind says it is, from its `config.json` alone."""
+    """Read the model of a checkpoint of any format, from its `config.json`."""
     if detect_format(path) == "hf":
         return hf.read_config(path)
     return base.read_description(path)[0]
@@ -67,17 +68,18 @@ def model_of(path: Path) -> ModelConfig:
 
 @contextmanager
 def ensure_readable_format(
-    path: Path, kind: str, processes: Processes | None = None
+    path: Path, framework: str, processes: Processes | None = None
 ) -> Iterator[Path]:
-    """A checkpoint of `kind` or of the interchange format with the contents of `path`.
+    """Yield `path`, or a temporary conversion of it that `framework` (torch or jax) can read.
 
-    The other framework's checkpoint is converted on the way, in a process of its own: neither
-    framework's package imports the other. The first of several processes does it for all.
+    A checkpoint of the other framework is converted to the interchange format in another process,
+    since neither package imports the other; among several processes, by the first one. Raises
+    `InputError` in all of them if the conversion fails.
     """
     found = detect_format(path)
-    # Only torch reads what Hugging Face pickled.
-    direct = kind == "torch" or hf.has_safetensors(path)
-    if found in (kind, "safetensors") or (found == "hf" and direct):
+    # Only torch reads the pickles of Hugging Face.
+    direct = framework == "torch" or hf.has_safetensors(path)
+    if found in (framework, "safetensors") or (found == "hf" and direct):
         yield path
         return
     main = processes is None or processes.is_main
@@ -96,14 +98,14 @@ def ensure_readable_format(
 
 
 def _converted(path: Path) -> tuple[str, str]:
-    """A new directory beside a checkpoint with its contents in the interchange format.
+    """Convert a checkpoint to the interchange format in a temporary directory next to it.
 
-    And why they are not in it, if they are not.
+    Returns the directory, and why the conversion failed, or an empty text.
     """
     directory = tempfile.mkdtemp(dir=path.parent, prefix=".converting-")
     arguments = ["-m", "parity.convert", str(path), f"{directory}/{path.name}"]
     command = [sys.executable, *arguments, "--to", "safetensors"]
     done = subprocess.run(command, capture_output=True, text=True)
-    # Its last line is the error; what stands before it are warnings.
+    # The last line is the error, after warnings.
     reason = (done.stderr.splitlines() or ["no reason given"])[-1].removeprefix("error: ")
     return directory, reason if done.returncode else ""

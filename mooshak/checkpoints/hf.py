@@ -1,10 +1,10 @@
-"""Checkpoints of the Hugging Face world: what their keys and tensors are called here.
+"""Read Hugging Face checkpoints: the names of their tensors, and their files.
 
-`model_from_hf` and `model_to_hf` translate the configuration, `hf_name` the names of the tensors,
-and `open_checkpoint` reads such a directory as any other checkpoint. What it has besides weights
-(tokenizer, chat template, generation settings) comes along unchanged: `interchange.COMPANIONS`.
+`hf_name` translates names, hf_config.py the configuration, and `open_checkpoint` reads such a
+directory as any other checkpoint. Tokenizer, chat template and generation settings are copied
+unchanged (`TOKENIZER_FILES`).
 
-HF's Llama turns halves in RoPE, as we do: no matrix is permuted.
+RoPE of HF's Llama rotates halves, as here: no matrix is permuted.
 """
 
 import json
@@ -18,7 +18,7 @@ import numpy as np
 from mooshak.checkpoints.base import (
     FULL_SLICE,
     Checkpoint,
-    Read,
+    ReadTensor,
     Tensors,
     check_tensors,
     row_chunks,
@@ -51,17 +51,17 @@ LAYERS = {
     "mlp.w3": "mlp.up_proj",
     "output_norm": "output_layernorm",
 }
-"""Module of a layer -> what Hugging Face calls it; MODELS are those outside of the layers."""
+"""Module of a layer -> its Hugging Face name; `MODELS` has the modules outside of layers."""
 
 NO_PARAMETERS = (
     r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",  # transformers before 4.32
     r"model\.layers\.\d+\.self_attn\.(bias|masked_bias)",
 )
-"""Tensors that some directories hold and that are computed: nothing is read of them."""
+"""Tensors in some directories that are not parameters: they are ignored."""
 
 
 def hf_name(name: str) -> str:
-    """`layers.3.mlp.w1.weight` -> `model.layers.3.mlp.gate_proj.weight`."""
+    """Translate `layers.3.mlp.w1.weight` to `model.layers.3.mlp.gate_proj.weight`."""
     if match := re.fullmatch(r"layers\.(\d+)\.(.+)\.(weight|bias)", name):
         return f"model.layers.{match[1]}.{LAYERS[match[2]]}.{match[3]}"
     module, _, last = name.rpartition(".")
@@ -69,25 +69,25 @@ def hf_name(name: str) -> str:
 
 
 def read_config(path: Path) -> ModelConfig:
-    """The model of a Hugging Face directory. Raises `InputError` where it is not supported."""
+    """Read the model of a Hugging Face directory. Raises `InputError` if it is not supported."""
     config = path / "config.json"
     return model_from_hf(read_object(config), str(config))
 
 
 @dataclass(frozen=True)
 class HFTensors:
-    """The tensors of a directory under the names that they have there."""
+    """The tensors of a directory under their Hugging Face names."""
 
     tensors: Tensors
-    read: Read
+    read: ReadTensor
     checksums: Mapping[str, str]
 
 
 def open_checkpoint(path: Path, stored: HFTensors | None = None) -> Checkpoint:
-    """Open a Hugging Face directory; `stored` are its tensors if they are not safetensors.
+    """Open a Hugging Face directory; `stored` has its tensors if they are not safetensors.
 
-    Raises `InputError` for a model that is not supported, and for a tensor that is missing, has
-    another shape, or belongs to no parameter.
+    Raises `InputError` for a model that is not supported, or a tensor that is missing, has another
+    shape, or belongs to no parameter.
     """
     model = read_config(path)
     there = stored or _safetensors(path)
@@ -99,7 +99,7 @@ def open_checkpoint(path: Path, stored: HFTensors | None = None) -> Checkpoint:
         if not re.fullmatch(computed, name)
     }
     if model.tie_embeddings and "lm_head.weight" in tensors:
-        # Some programs write what is tied twice.
+        # Some programs write tied weights twice.
         _check_tied(path, there)
         del tensors["lm_head.weight"]
     tensors = check_tensors(path, model, tensors)
@@ -109,14 +109,14 @@ def open_checkpoint(path: Path, stored: HFTensors | None = None) -> Checkpoint:
         return there.read(hf_name(key), rows)
 
     read = verify_on_read(rows_of, tensors, checksums, lambda key: path)
-    along = tokenizer_files(path) | {HF_CONFIG: path / "config.json"}
-    return Checkpoint(path, "hf", model, None, tensors, read, checksums, along)
+    files = tokenizer_files(path) | {HF_CONFIG: path / "config.json"}
+    return Checkpoint(path, "hf", model, None, tensors, read, checksums, files)
 
 
 def _check_tied(path: Path, there: HFTensors) -> None:
-    """Raises `InputError` unless the output head has the embedding's bits.
+    """Raise `InputError` unless the output head is bit-equal to the embedding.
 
-    transformers 4 would go by the embedding, and 5 by both.
+    If they differed, transformers 4 would use the embedding, and 5 both.
     """
     head, embedding = "lm_head.weight", hf_name("embeddings.weight")
     tensor = there.tensors[head]
@@ -126,8 +126,8 @@ def _check_tied(path: Path, there: HFTensors) -> None:
         same = same and np.array_equal(a.view(np.uint8), b.view(np.uint8))
     if not same:
         raise InputError(
-            f"{path}: lm_head.weight is not the embedding, to which tie_word_embeddings ties it; "
-            "set that to false in config.json, or remove the tensor"
+            f"{path}: lm_head.weight differs from the embedding, to which tie_word_embeddings ties "
+            "it; set that to false in config.json, or remove the tensor"
         )
 
 
@@ -144,12 +144,12 @@ def _safetensors(path: Path) -> HFTensors:
 
 
 def has_safetensors(path: Path) -> bool:
-    """Whether the weights are safetensors; else they are a pickle, which only torch reads."""
+    """Return whether the weights are safetensors, not a pickle, which only torch reads."""
     return any(path.glob("model*.safetensors"))
 
 
 def pickle_files(path: Path) -> list[Path]:
-    """`pytorch_model.bin`, or the shards that its index lists; `InputError` if one is missing."""
+    """Return `pytorch_model.bin` or its shards. Raises `InputError` if a file is missing."""
     index = path / "pytorch_model.bin.index.json"
     names = {"pytorch_model.bin"}
     if index.is_file():
@@ -159,5 +159,5 @@ def pickle_files(path: Path) -> list[Path]:
             raise InputError(f"{index} is not an index of shards: {error!r}") from error
     files = [path / name for name in sorted(names)]
     if missing := [file for file in files if not file.is_file()]:
-        raise InputError(f"{missing[0]} is missing; the checkpoint is not whole")
+        raise InputError(f"{missing[0]} is missing; the checkpoint is incomplete")
     return files

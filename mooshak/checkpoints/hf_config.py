@@ -20,7 +20,7 @@ KEYS = {
     "rms_norm_eps": "norm_eps",
     "tie_word_embeddings": "tie_embeddings",
 }
-"""Key of their `config.json` -> key of our model section."""
+"""Key of the Hugging Face `config.json` -> key of the section `model`."""
 
 REQUIRED = tuple(
     key
@@ -42,8 +42,8 @@ INERT = {
     "eos_token_id",
     "initializer_range",
     "is_llama_config",
-    "layer_types",  # Checked: all alike.
-    "max_sequence_length",  # Before transformers 4.28, beside max_position_embeddings.
+    "layer_types",  # Checked: all layers must be alike.
+    "max_sequence_length",  # Before transformers 4.28, in addition to max_position_embeddings.
     "model_type",
     "pad_token_id",
     "pretraining_tp",
@@ -56,14 +56,14 @@ INERT = {
     "unsloth_version",
     "use_cache",
 }
-"""Keys that do not change which function the model is, or are checked."""
+"""Keys that do not change the function of the model, or are checked."""
 
 ONLY = {"hidden_act": "silu", "rope_interleaved": False, "use_mrope": False}
-"""Keys of which one value is supported."""
+"""Keys with only one supported value."""
 
-WHOLE = (*REQUIRED, "num_key_value_heads", "head_dim", "sliding_window", "max_window_layers")
-KINDS: dict[str, tuple[Any, tuple[str, ...]]] = {
-    "a whole number": (int, WHOLE),
+INTEGERS = (*REQUIRED, "num_key_value_heads", "head_dim", "sliding_window", "max_window_layers")
+VALUE_TYPES: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "a whole number": (int, INTEGERS),
     "a number": ((int, float), ("rms_norm_eps", "rope_theta")),
     "true or false": (
         bool,
@@ -72,19 +72,19 @@ KINDS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "a list": (list, ("layer_types",)),
     "an object": (dict, ("rope_parameters", "rope_scaling")),
 }
-"""What the values of some keys have to be, where they are not null."""
+"""Type of a value -> keys whose values must have it, unless they are null."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """What one `model_type` adds to the common keys."""
+    """A `model_type`: its class, and what it adds to the common keys."""
 
     head: str
-    """Its class with a language model's head, which `architectures` names."""
+    """Class of the model with its output head, which `architectures` names."""
     keys: tuple[str, ...] = ()
-    """Keys of its own."""
+    """Additional keys."""
     defaults: tuple[tuple[str, Any], ...] = ()
-    """What transformers takes for keys that are left out, where it is not null or false."""
+    """Defaults of transformers for absent keys, other than null and false."""
 
 
 QWEN_WINDOW = ("use_sliding_window", "sliding_window", "max_window_layers")
@@ -108,10 +108,10 @@ FAMILIES = {
 
 
 def model_from_hf(values: Mapping[str, Any], where: str) -> ModelConfig:
-    """The model that a `config.json` of transformers 4 or 5 describes.
+    """Return the model that a `config.json` of transformers 4 or 5 describes.
 
     Raises `InputError`, naming the file `where`, for an architecture that is not in `FAMILIES`, and
-    for a key that is not used here, by its name: it might make it another function.
+    for an unknown key, which could change the function of the model.
     """
     kind = values.get("model_type")
     if kind not in FAMILIES:
@@ -125,12 +125,12 @@ def model_from_hf(values: Mapping[str, Any], where: str) -> ModelConfig:
     known = {*KEYS, *ROTARY, *INERT, *ONLY, *family.keys}
     if unused := sorted(set(values) - known):
         raise InputError(
-            f"{where}: key {unused[0]!r} ({values[unused[0]]!r}) is not used here; "
-            "the model could be another function with it, so it is refused"
+            f"{where}: key {unused[0]!r} ({values[unused[0]]!r}) is not supported; "
+            "it could change the function of the model"
         )
     if missing := [key for key in REQUIRED if values.get(key) is None]:
         raise InputError(f"{where}: key {missing[0]!r} is missing")
-    for what, (types, keys) in KINDS.items():
+    for what, (types, keys) in VALUE_TYPES.items():
         for key in keys:
             value = values.get(key)
             of_type = isinstance(value, types) and (types is bool or not isinstance(value, bool))
@@ -160,7 +160,7 @@ def model_from_hf(values: Mapping[str, Any], where: str) -> ModelConfig:
 
 
 def _rotary(values: Mapping[str, Any], where: str) -> tuple[float, dict[str, Any] | None]:
-    """Theta and rescaling, of either form of the settings: both have to say the same."""
+    """Return theta and rescaling from both forms of the RoPE settings, which must agree."""
     five, four = values.get("rope_parameters"), values.get("rope_scaling")
     theta, found = values.get("rope_theta"), []
     if five is not None:
@@ -194,12 +194,12 @@ def _scaling(
 
 
 def _window(values: Mapping[str, Any], where: str) -> int | None:
-    """The sliding window of all layers, or None. Raises `InputError` where layers differ in it."""
+    """Return the sliding window of all layers, or None. Raises `InputError` if layers differ."""
     window, layers = values.get("sliding_window"), values["num_hidden_layers"]
     if window is None or not values.get("use_sliding_window", values["model_type"] == "mistral"):
         return None
-    whole = min(values.get("max_window_layers") or 0, layers)
-    default = ["full_attention"] * whole + ["sliding_attention"] * (layers - whole)
+    full = min(values.get("max_window_layers") or 0, layers)
+    default = ["full_attention"] * full + ["sliding_attention"] * (layers - full)
     kinds = set(values.get("layer_types") or default)
     if len(kinds) > 1:
         raise InputError(f"{where}: layers with and without a sliding window are not supported")
@@ -207,10 +207,10 @@ def _window(values: Mapping[str, Any], where: str) -> int | None:
 
 
 def model_to_hf(model: ModelConfig, original: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The `config.json` of a model for transformers 4 and 5.
+    """Return the `config.json` of a model for transformers 4 and 5.
 
-    `original` is the one that the model came from, if it came from one: its family and its inert
-    keys stay. Raises `InputError` where no family of transformers is this function.
+    `original` is the one that the model was read from, if any: its family and its inert keys are
+    preserved. Raises `InputError` if no family of transformers computes this function.
     """
     theta, scaling = model.rope_theta, model.rope_scaling
     five = {"rope_theta": theta, **(scaling or {"rope_type": "default"})}
@@ -218,10 +218,10 @@ def model_to_hf(model: ModelConfig, original: Mapping[str, Any] | None = None) -
     if scaling is not None:
         rotary["rope_scaling"] = scaling
     if original is not None and model_from_hf(original, HF_CONFIG) == model:
-        # Its own form of the settings stays: `type` is what transformers before 4.43 reads.
-        kept = {key: original[key] for key in ROTARY if original.get(key) is not None}
+        # The original form of the settings: transformers before 4.43 reads `type`.
+        as_read = {key: original[key] for key in ROTARY if original.get(key) is not None}
         heads = [FAMILIES[original["model_type"]].head]
-        return {**original, **rotary, **kept, "architectures": heads}
+        return {**original, **rotary, **as_read, "architectures": heads}
     common = {their: getattr(model, our) for their, our in KEYS.items()} | rotary
     own = {
         "attention_bias": model.wo_bias,

@@ -1,4 +1,4 @@
-"""Initial weights from another checkpoint (`init.from`), with rows for added tokens."""
+"""Initial weights from another checkpoint (`init.from`), with new rows for added tokens."""
 
 from dataclasses import fields, replace
 from pathlib import Path
@@ -22,12 +22,12 @@ from mooshak.tokenizer.load import open_tokenizer
 
 
 def resolve(draft: Draft) -> Config:
-    """Return the validated configuration, with what the checkpoint `init.from` supplies.
+    """Return the validated configuration, with model and tokenizer of the checkpoint `init.from`.
 
-    The model is the checkpoint's, except for the keys that were given, and so is the tokenizer
-    unless `tokenizer.path` was given. The checkpoint is read only where keys are missing, and a
-    run that has saved a checkpoint of its own needs it no more: its record, RUN/config.yaml, has
-    these sections. Raises `InputError` where neither is there, or the sections do not fit.
+    Keys of `model` that were given override those of the checkpoint, and so does `tokenizer.path`.
+    The checkpoint is read only if keys are missing; a run that has saved a checkpoint does not need
+    it any more, since RUN/config.yaml has these sections. Raises `InputError` if neither exists, or
+    the sections do not fit together.
     """
     source = draft.sections["init"].from_
     if not source:
@@ -57,7 +57,7 @@ def resolve(draft: Draft) -> Config:
 
 
 def _record(run: Path, source: str) -> Config | None:
-    """The configuration of a run that began with `source` and has saved a checkpoint."""
+    """Return the configuration of a run that started from `source` and has saved a checkpoint."""
     if not (run / "config.yaml").is_file() or newest_checkpoint(run) is None:
         return None
     recorded = load_config(run / "config.yaml")
@@ -65,24 +65,24 @@ def _record(run: Path, source: str) -> Config | None:
 
 
 WITHOUT_PARAMETERS = ("max_seq_len", "rope_theta", "rope_scaling", "sliding_window", "norm_eps")
-"""Keys of the model that fit the weights of `init.from` whatever their value."""
+"""Keys of the model that do not change the shapes of its weights."""
 
 VOCABULARY = ("embeddings.weight", "lm_head.weight")
-"""The parameters that have a row for each piece."""
+"""Parameters with a row per token."""
 
 
 def init_checkpoint(config: Config, source: Checkpoint, tokenizer: Tokenizer) -> Checkpoint:
-    """The weights of `init.from`, with rows for the pieces that the run's tokenizer has besides.
+    """Return the weights of `init.from`, with new rows for the added tokens of the run.
 
-    Raises `InputError` where they are of another model.
+    Raises `InputError` if they belong to another model.
     """
     rows, wanted = source.model.vocab_size, config.model.vocab_size
     free = {key: getattr(config.model, key) for key in WITHOUT_PARAMETERS}
-    grown = replace(source.model, vocab_size=max(rows, wanted), **free)
-    if grown != config.model:
+    extended = replace(source.model, vocab_size=max(rows, wanted), **free)
+    if extended != config.model:
         check_model(source.path, source.model, config)
-    along = source.tokenizer_files
-    old = along.get("tokenizer.model") or along.get("tokenizer.json")
+    files = source.tokenizer_files
+    old = files.get("tokenizer.model") or files.get("tokenizer.json")
     if rows == wanted and (old is None or open_tokenizer(old).vocab_size >= tokenizer.vocab_size):
         return source
     old = old or find_tokenizer(Path(config.init.from_), None)
@@ -90,21 +90,23 @@ def init_checkpoint(config: Config, source: Checkpoint, tokenizer: Tokenizer) ->
 
 
 def with_new_rows(source: Checkpoint, old: Path, new: Tokenizer, vocab_size: int) -> Checkpoint:
-    """The checkpoint with `vocab_size` rows in its embedding and its output head.
+    """Return the checkpoint with `vocab_size` rows in its embedding and its output head.
 
-    Row i of a new piece is the mean of the rows of the pieces that `old` writes its text with; rows
-    that stand for no text are the mean of all. Raises `InputError` where `new` does not begin as
-    `old`.
+    The row of a new token is the mean of the rows of the tokens that `old` encodes its text with;
+    rows without text are the mean of all rows. Computed without a framework: both get the same
+    bits. Raises `InputError` if the tokens of `new` do not start with those of `old`.
     """
     tokenizer = open_tokenizer(old)
     before, pieces = tokenizer.vocab_size, new.pieces()
     if type(tokenizer) is not type(new) or tokenizer.pieces() != pieces[:before]:
-        raise InputError(f"{new.path} does not begin with the pieces of {old}; extend it from that")
+        raise InputError(
+            f"{new.path} does not start with the tokens of {old}; extend that tokenizer"
+        )
     if isinstance(tokenizer, HFTokenizer):
         ids = [tokenizer.parts(piece) for piece in pieces[before:]]
     else:
         proto = read_proto(old)
-        # The text of a piece stands within a text: no space is put before it.
+        # A token is a part of a text: without the dummy prefix.
         proto.normalizer_spec.add_dummy_prefix = False
         inside = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
         ids = inside.encode(new.texts()[before:])

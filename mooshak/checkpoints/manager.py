@@ -1,7 +1,7 @@
-"""The checkpoints of a run: `RUN/checkpoints/{step}`, which appear complete or not at all.
+"""Checkpoints of a run, `RUN/checkpoints/{step}`: background saves, retention, failures.
 
-Which framework wrote one is told by its state: the folder `dcp` (torch), `orbax` (JAX), or the file
-`model.safetensors` (interchange). Beside it stand `config.json` and `trainer_state.json`.
+A checkpoint is renamed to its final name when it is complete. It contains `config.json`,
+`trainer_state.json`, the tokenizer, and `dcp/` (torch), `orbax/` (JAX) or safetensors files.
 """
 
 import shutil
@@ -18,14 +18,14 @@ from mooshak.errors import InputError, PeerError, os_error_text
 from mooshak.tokenizer.files import files_of_tokenizer
 
 POLL_SECONDS = 0.1
-"""Between two questions whether all processes have saved."""
+"""Seconds between two checks that all processes have saved."""
 
 
 class CheckpointManager:
-    """Saves in the background, keeps the newest and the best, and remembers a failure.
+    """Background saves of a run, retention of the newest and the best, and their failures.
 
     A failure in one process ends all of them: they exchange `failed` with the flags of every step,
-    and call `raise_failure` together. The first process names and deletes directories.
+    and call `raise_failure` together. Only the first process renames and deletes directories.
     """
 
     def __init__(self, config: Config, processes: Processes):
@@ -44,16 +44,16 @@ class CheckpointManager:
 
     @property
     def failed(self) -> bool:
-        """Whether something failed in this process that the others do not know of yet."""
+        """Whether a failure of this process has not been reported to the others yet."""
         return self._failure is not None
 
     def save(
         self, state: dict[str, Any], start_writing: Callable[[Path], Callable[[], None]]
     ) -> None:
-        """Save a training state; returns while it is still being written. All processes call it.
+        """Save a training state in the background; all processes call it.
 
-        `start_writing(directory)` takes a snapshot and returns the function that waits for it.
-        Raises what stopped the save before this one, as `raise_failure` does.
+        `start_writing(directory)` takes a snapshot and returns a function that waits until it is
+        written. Raises the failure of the previous save, as `raise_failure` does.
         """
         self.finish()
         final = self.directory / str(state["step"])
@@ -64,7 +64,7 @@ class CheckpointManager:
         with self.defer_failure(what):
             if self.processes.is_main:
                 temporary.mkdir(exist_ok=True)
-        # Before any process waits inside start_writing for one that has failed here.
+        # Before a process could wait in start_writing for one that has failed here.
         self.raise_failure()
 
         def complete(wait: Callable[[], None]) -> None:
@@ -84,9 +84,9 @@ class CheckpointManager:
 
     @contextmanager
     def defer_failure(self, what: str) -> Iterator[None]:
-        """Record an exception of the block, which `raise_failure` raises; `what` says its effect.
+        """Record an exception of the block, which `raise_failure` raises; `what` is its effect.
 
-        An error of the operating system becomes an `InputError` of one line.
+        An `OSError` becomes an `InputError` of one line.
         """
         try:
             yield
@@ -97,7 +97,7 @@ class CheckpointManager:
             self._failure = error
 
     def raise_failure(self) -> None:
-        """Raise what failed in any process: the error itself there, `PeerError` in the others.
+        """Raise the failure of any process: the error itself there, `PeerError` in the others.
 
         All processes call it at the same point of the run.
         """
@@ -113,9 +113,9 @@ class CheckpointManager:
         raise PeerError("; ".join(causes)) from failure
 
     def finish(self) -> None:
-        """Wait until the save under way is complete in all processes; all of them call it.
+        """Wait until the current save is complete in all processes; all of them call it.
 
-        Raises what stopped it, as `raise_failure` does.
+        Raises its failure, as `raise_failure` does.
         """
         while True:
             saving = self._thread is not None and self._thread.is_alive()
@@ -126,16 +126,16 @@ class CheckpointManager:
                 self._thread.join(POLL_SECONDS)
 
     def _prune(self) -> None:
-        """Delete all but the newest and the best. What this program did not write stays."""
+        """Delete all checkpoints but the newest and the best; other files are not touched."""
         steps = complete_steps(self.directory)
-        kept = set(steps[-self.config.checkpoint.keep :])
+        retained = set(steps[-self.config.checkpoint.keep :])
         states = {step: base.read_trainer_state(self.directory / str(step)) for step in steps}
         losses = {step: (state or {}).get("validation_loss") for step, state in states.items()}
         known = {step: loss for step, loss in losses.items() if loss is not None}
         if known:
-            kept.add(min(known, key=lambda step: known[step]))
-        for step in set(steps) - kept:
-            # A directory that is deleted in part must not look like a checkpoint.
+            retained.add(min(known, key=lambda step: known[step]))
+        for step in set(steps) - retained:
+            # A partly deleted directory must not look like a checkpoint.
             unwanted = self.directory / f".{step}.deleting"
             (self.directory / str(step)).rename(unwanted)
             shutil.rmtree(unwanted)
@@ -148,7 +148,7 @@ def _summary(error: BaseException | None) -> str:
 
 
 def complete_steps(directory: Path) -> list[int]:
-    """The steps whose checkpoints in a run's folder of checkpoints are complete, in order."""
+    """Return the steps of the complete checkpoints in a directory, in order."""
     return sorted(
         int(path.name)
         for path in directory.glob("[0-9]*")

@@ -1,4 +1,4 @@
-"""Resume a run: which checkpoint, what `trainer_state.json` holds, and whether it fits."""
+"""Resume a run: find the checkpoint, check that it fits, and describe the training state."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -13,10 +13,11 @@ from mooshak.errors import InputError
 
 
 def resume_from(config: Config, resume: str) -> Path | None:
-    """The checkpoint that a run continues from, or None for a start from the beginning.
+    """Return the checkpoint that a run resumes from, or None for a start from step 0.
 
-    `resume` is auto (the newest complete one in the run directory), never, or a path. A run
-    directory with later checkpoints than that is refused: they would be mistaken for this run's.
+    `resume` is auto (the newest complete one in the run directory), never, or a path. Raises
+    `InputError` if the run directory has later checkpoints, which would be mixed with those of this
+    run.
     """
     directory = Path(config.run.dir) / "checkpoints"
     steps = complete_steps(directory)
@@ -44,9 +45,10 @@ def trainer_state(
     processes: int = 1,
     mesh: str = "",
 ) -> dict[str, Any]:
-    """What `trainer_state.json` holds: `step` optimizer steps done, `loss` that of validation.
+    """Return the content of `trainer_state.json` after `step` optimizer steps.
 
-    `processes` and `mesh` say what the state was written by; they bind nobody who reads it.
+    `loss` is the validation loss. `processes` and `mesh` record how the state was written; it can
+    be read with any others.
     """
     return {
         "format_version": base.FORMAT_VERSION,
@@ -64,22 +66,22 @@ def trainer_state(
 def check_resume(
     config: Config, source: base.Checkpoint, tokenizer: str
 ) -> tuple[int, float | None]:
-    """The step to continue at, and the last validation loss if there was one.
+    """Return the number of steps done, and the last validation loss if there is one.
 
-    Raises `InputError` where the run would not be the same run.
+    Raises `InputError` if the model, the data or the seed differ from those of the checkpoint.
     """
     path, state = source.path, source.trainer_state
     check_model(path, source.model, config)
     if state is None or not source.has_optimizer:
-        raise InputError(f"{path} has only weights; a run continues from a training state")
-    unless_said = {"document_mask": False}
-    present = {"seed": config.run.seed, **unless_said, **_data(config, tokenizer)}
-    past = {"seed": state.get("seed"), **unless_said, **(state.get("data") or {})}
+        raise InputError(f"{path} has only weights; a run resumes from a training state")
+    defaults = {"document_mask": False}
+    present = {"seed": config.run.seed, **defaults, **_data(config, tokenizer)}
+    past = {"seed": state.get("seed"), **defaults, **(state.get("data") or {})}
     for key, value in present.items():
         if past.get(key) != value:
             raise InputError(
-                f"{path} was made with {key} {past.get(key)}, this run has {value}; the position "
-                "in the data is the step only while these stay the same"
+                f"{path} was written with {key} {past.get(key)}, this run has {value}; the step is "
+                "the position in the data only if they are equal"
             )
     if state["step"] > config.train.steps:
         raise InputError(
@@ -89,7 +91,7 @@ def check_resume(
 
 
 def check_model(path: Path, model: ModelConfig, config: Config) -> None:
-    """Raises `InputError` unless the `model` of a checkpoint is the configuration's."""
+    """Raise `InputError` unless the `model` of a checkpoint is that of the configuration."""
     there, here = model_description(model), model_description(config.model)
     for key, value in here.items():
         if there[key] != value:
@@ -100,7 +102,7 @@ def check_model(path: Path, model: ModelConfig, config: Config) -> None:
 
 
 def _data(config: Config, tokenizer: str) -> dict[str, Any]:
-    # Only where it is true: states written before the key existed stay equal.
+    # Only if true: states written before the key existed compare equal.
     mask = {"document_mask": True} if config.data.document_mask else {}
     return {
         "sources": [asdict(source) for source in config.data.sources],

@@ -1,4 +1,8 @@
-"""Read and write the interchange format: safetensors files, sharded or not, chunk by chunk."""
+"""Read and write the interchange format: safetensors files, sharded or not, in chunks.
+
+`config.json` and `model.safetensors`, or shards with an index; for a training state also
+`optimizer.safetensors` and `trainer_state.json`.
+"""
 
 import json
 import struct
@@ -16,7 +20,7 @@ from mooshak.checkpoints.base import (
     FULL_SLICE,
     MOMENTS,
     Checkpoint,
-    Read,
+    ReadTensor,
     Tensors,
     check_tensors,
     read_description,
@@ -32,7 +36,7 @@ from mooshak.tokenizer.files import tokenizer_files
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open an interchange directory. Raises `InputError` for anything that is not whole."""
+    """Open an interchange directory. Raises `InputError` if anything is missing or truncated."""
     model, state = read_description(path)
     stored = read_entries(path, "model", required=True) | read_entries(
         path, "optimizer", required=False
@@ -46,14 +50,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return stored_rows(entry.file, entry.start, entry.dtype, entry.shape, rows)
 
     read = verify_on_read(rows_of, tensors, checksums, lambda key: stored[key].file)
-    along = tokenizer_files(path)
-    return Checkpoint(path, "safetensors", model, state, tensors, read, checksums, along)
+    files = tokenizer_files(path)
+    return Checkpoint(path, "safetensors", model, state, tensors, read, checksums, files)
 
 
 def write_checkpoint(path: Path, source: Checkpoint, shard_size: int | None = None) -> None:
     """Write a checkpoint as an interchange directory; `path` exists only when it is complete.
 
-    Files of more than `shard_size` bytes are cut between tensors.
+    Files of more than `shard_size` bytes are split between tensors.
     """
     tensors = check_tensors(source.path, source.model, source.tensors)
     with atomic_directory(path, source.n_bytes) as directory:
@@ -66,7 +70,7 @@ def write_checkpoint(path: Path, source: Checkpoint, shard_size: int | None = No
 
 
 def write_tensors(
-    directory: Path, name: str, tensors: Tensors, read: Read, shard_size: int | None = None
+    directory: Path, name: str, tensors: Tensors, read: ReadTensor, shard_size: int | None = None
 ) -> None:
     """Write `{name}.safetensors`, or shards of at most `shard_size` bytes and their index."""
     shards = list(_shards(tensors, shard_size))
@@ -89,7 +93,7 @@ def write_tensors(
 
 @dataclass(frozen=True)
 class SafetensorsEntry:
-    """Where a safetensors file holds a tensor."""
+    """Location of a tensor in a safetensors file."""
 
     file: Path
     start: int
@@ -99,7 +103,7 @@ class SafetensorsEntry:
 
 
 def read_entries(path: Path, name: str, required: bool) -> dict[str, SafetensorsEntry]:
-    """The tensors of `{name}.safetensors`, or of the shards that its index lists."""
+    """Read the entries of `{name}.safetensors`, or of the shards in its index: key -> entry."""
     index, single = path / f"{name}.safetensors.index.json", path / f"{name}.safetensors"
     if not index.is_file():
         return _header(single) if required or single.is_file() else {}
@@ -114,21 +118,21 @@ def read_entries(path: Path, name: str, required: bool) -> dict[str, Safetensors
     for file in sorted(set(files.values())):
         if not file.is_file():
             key = next(key for key in files if files[key] == file)
-            raise InputError(f"{file} is missing, which holds tensor {key} and others")
+            raise InputError(f"{file} is missing, with tensor {key} and others")
         stored |= _header(file)
     for key, file in files.items():
         if key not in stored or stored[key].file != file:
-            raise InputError(f"{file} lacks tensor {key}, which {index.name} says it holds")
+            raise InputError(f"{file} lacks tensor {key}, which {index.name} lists")
     return stored
 
 
 def _header(file: Path) -> dict[str, SafetensorsEntry]:
-    """What a safetensors file holds. Raises `InputError` for one that is not whole."""
+    """Read the entries of a safetensors file. Raises `InputError` if it is missing or truncated."""
     if not file.is_file():
-        raise InputError(f"{file} is missing; the checkpoint is not whole")
+        raise InputError(f"{file} is missing; the checkpoint is incomplete")
     try:
         with safe_open(file, framework="numpy"), file.open("rb") as stream:
-            # The library has found the file whole; only the offsets it keeps to itself.
+            # The library has checked the file; it does not expose the offsets.
             (length,) = struct.unpack("<Q", stream.read(8))
             header = json.loads(stream.read(length))
     except (SafetensorError, OSError, ValueError) as error:
@@ -154,7 +158,7 @@ def _header(file: Path) -> dict[str, SafetensorsEntry]:
 def _shards(
     tensors: Tensors, limit: int | None
 ) -> Iterator[dict[str, tuple[np.dtype, tuple[int, ...]]]]:
-    """The tensors in order, cut where a file would have more than `limit` bytes."""
+    """Yield the tensors in order, split so that no file has more than `limit` bytes."""
     shard: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
     for key, tensor in tensors.items():
         if limit and shard and sum(map(size_of, (*shard.values(), tensor))) > limit:
@@ -165,11 +169,11 @@ def _shards(
         yield shard
 
 
-def _write_safetensors(file: Path, tensors: Tensors, read: Read) -> None:
-    """Write a safetensors file some rows at a time (the library's own writer wants all at once)."""
+def _write_safetensors(file: Path, tensors: Tensors, read: ReadTensor) -> None:
+    """Write a safetensors file by rows (the writer of the library needs all tensors in memory)."""
     checksums = Checksums()
     with DirectIOFile(file) as out:
-        # The header comes first and holds the checksums, which are known last.
+        # The header precedes the tensors and has their checksums: it is written again at the end.
         blank = dict.fromkeys(tensors, xxhash.xxh3_64().hexdigest())
         out.write(_header_bytes(tensors, blank))
         for key, _, array in read_ahead(tensors, read, checksums):

@@ -1,4 +1,4 @@
-"""Parse YAML files and command-line overrides into a `Config`, and write it back as YAML."""
+"""Parse YAML files and command-line options into a `Config`, and write it as YAML."""
 
 import argparse
 import functools
@@ -90,17 +90,17 @@ def config_parser(
 
 @dataclass(frozen=True)
 class Draft:
-    """A configuration as it was given: typed, with defaults, not yet validated across sections."""
+    """A configuration with types and defaults, not yet validated across sections."""
 
     sections: dict[str, Any]
-    """Section -> its dataclass; for `model` a dict, since `init.from` may supply missing keys."""
+    """Section -> its dataclass; a dict for `model`, whose missing keys `init.from` may supply."""
     given: frozenset[str]
     """Dotted keys that the YAML file or the command line sets."""
 
     def config(self, **sections: Any) -> Config:
         """Validate and return the configuration, with some sections replaced.
 
-        Opens no file: `init_from.resolve` replaces what a checkpoint supplies.
+        No file is opened: `init_from.resolve` replaces the sections that a checkpoint supplies.
         """
         merged = self.sections | sections
         if isinstance(merged["model"], dict):
@@ -114,11 +114,11 @@ def parse_config(
     find_config: Callable[[jsonargparse.Namespace], Path] | None = None,
     is_record: bool = False,
 ) -> tuple[Draft, jsonargparse.Namespace]:
-    """Return the draft of the configuration and the command's own options.
+    """Return the draft of the configuration, and the options of the command.
 
-    `find_config` returns the record of a run to read where there is no `--config`; `is_record`
-    says that the file is one: it may have keys of older versions. Raises `InputError` for a
-    file that is missing, an unknown key or a value of another type.
+    Without `--config`, the file is `find_config(options)`, the record of a run. Records
+    (`is_record`) may have keys of older versions. Raises `InputError` for a missing file, an
+    unknown key or a value of another type.
     """
     words = _config_first([_long(word) for word in (sys.argv[1:] if argv is None else argv)])
     try:
@@ -142,7 +142,7 @@ def parse_config(
 
 
 def _config_first(words: list[str]) -> list[str]:
-    """Move `--config FILE` to the front: options override the file wherever they stand."""
+    """Move `--config FILE` to the front: options override the file, whatever their order."""
     for i, word in enumerate(words):
         if word == "--config" and i + 1 < len(words):
             return [word, words[i + 1], *words[:i], *words[i + 2 :]]
@@ -152,7 +152,7 @@ def _config_first(words: list[str]) -> list[str]:
 
 
 def _translated(words: list[str], is_record: bool) -> list[str]:
-    """The words, with the text of an older run's record in place of its path."""
+    """Return the words; the path of a record with old keys is replaced by its translated text."""
     path = Path(_config_file(words) or "")
     if words[:1] != ["--config"] or not path.is_file() or not (is_record or is_run_record(path)):
         return words
@@ -165,25 +165,25 @@ def _translated(words: list[str], is_record: bool) -> list[str]:
 
 
 def is_run_record(path: Path) -> bool:
-    """Return whether a YAML file is the `RUN/config.yaml` that a run has written."""
+    """Return whether a YAML file is the `RUN/config.yaml` of a run."""
     return path.name == "config.yaml" and (path.parent / "environment.json").is_file()
 
 
 def _long(word: str) -> str:
-    """`--mesh` is short for `--parallel.mesh`."""
+    """Replace `--mesh` by `--parallel.mesh`."""
     return re.sub(r"^--mesh(?==|$)", "--parallel.mesh", word)
 
 
 def load_draft(path: str | Path, overrides: Sequence[str] = (), is_record: bool = False) -> Draft:
-    """Return the draft in a YAML file, with `--section.key value` overrides."""
+    """Load the draft in a YAML file, with `--section.key value` overrides."""
     words = ["--config", str(path), *overrides]
     return parse_config(config_parser(""), words, is_record=is_record)[0]
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Return the configuration in a YAML file that is complete, such as `RUN/config.yaml`.
+    """Load a complete configuration from a YAML file, such as `RUN/config.yaml`.
 
-    It opens no checkpoint: where `init.from` is to supply keys, use `init_from.resolve`.
+    No checkpoint is opened: `init_from.resolve` completes a draft with the keys of `init.from`.
     """
     return load_draft(path, overrides, is_record=True).config()
 
@@ -195,7 +195,7 @@ def dump_config(config: Config) -> str:
 
 
 def _config_file(words: Sequence[str]) -> str | None:
-    """What stands behind `--config`, which jsonargparse's messages leave out."""
+    """Return the value of `--config`, which the messages of jsonargparse do not contain."""
     option = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     option.add_argument("--config")
     file: str | None = option.parse_known_args(words)[0].config
@@ -203,7 +203,7 @@ def _config_file(words: Sequence[str]) -> str | None:
 
 
 def _explain(message: str) -> str:
-    """jsonargparse's message, with the nearest known key where a key is unknown."""
+    """Return a message of jsonargparse, with the most similar known key for an unknown one."""
     for pattern, prefix in (
         (r"unrecognized arguments: --([\w.\-]+)", "option --"),
         (r"Group '([\w.]+)' does not accept option '([\w.]+)'", "key "),

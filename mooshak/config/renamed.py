@@ -1,7 +1,7 @@
 """Configuration keys that were renamed: old dotted key -> new one.
 
-On a command line and in a user's YAML an old key is an error that names the new one. The records
-that older runs left (RUN/config.yaml) are translated silently.
+On a command line and in a user's YAML, an old key is an error that names the new one. The records
+of older runs (RUN/config.yaml) are translated silently.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ RENAMED = {
 
 
 def translate(sections: dict[str, Any]) -> dict[str, Any]:
-    """Return the sections of a configuration with every renamed key under its new name."""
+    """Return the sections of a configuration with old keys renamed."""
     result = {name: dict(s) if isinstance(s, dict) else s for name, s in sections.items()}
     for old, new in RENAMED.items():
         section, key = old.split(".")

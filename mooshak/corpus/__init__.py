@@ -1,1 +1,1 @@
-"""Text: readers, filters and the generated tales."""
+"""Documents of text: readers, filters, and the generated tales."""

@@ -1,4 +1,4 @@
-"""Filters of documents: normalisation, empty and duplicate documents, the held-out split."""
+"""Filters of documents: normalisation, empty and duplicate documents, validation split."""
 
 import hashlib
 import unicodedata
@@ -8,17 +8,18 @@ from mooshak.config.sections import Config
 
 
 def in_validation(text: str, fraction: float) -> bool:
-    """Whether a document is held out: by a hash of its text, so copies of it are held out too."""
+    """Return whether a document is held out: by a hash of its text, so duplicates are, too."""
     digest = hashlib.blake2b(text.encode(), digest_size=8, person=b"validation").digest()
     return int.from_bytes(digest) < fraction * 2**64
 
 
 def is_normal(text: str) -> bool:
-    """Whether a text is in NFC.
+    """Return whether a text is in NFC.
 
-    Devanagari's nukta composes with three letters only, but wherever it stands `is_normalized`
-    composes the whole text to see. Behind the others another nukta tells the same at a glance:
-    Gujarati's, of the same combining class, composes with none.
+    `is_normalized` has a quick check, which the nukta of Devanagari defeats: it composes with three
+    letters, so the full text is normalised to decide. Behind the letters with which it does not
+    compose, it is replaced by the nukta of Gujarati, which has the same combining class and
+    composes with no letter: the answer is the same, by the quick check.
     """
     if "\u093c" in text:
         for letter in "कखगजडढफ":
@@ -27,12 +28,13 @@ def is_normal(text: str) -> bool:
 
 
 def clean(texts: Iterator[str], config: Config) -> Iterator[str]:
+    """Yield documents normalised and without empty and duplicate ones, as `config.data` says."""
     seen = set()
     for text in texts:
-        # Most text is normal already, which is quicker to see than to make.
+        # Most text is in NFC already, and the check is faster than the normalisation.
         if config.data.normalize_nfc and not is_normal(text):
             text = unicodedata.normalize("NFC", text)
-        # Categories Z and C are separators, controls, and format characters such as ZWJ.
+        # Categories Z and C: separators, controls, and format characters such as ZWJ.
         if config.data.drop_empty and all(unicodedata.category(c)[0] in "ZC" for c in text):
             continue
         if config.data.deduplicate:

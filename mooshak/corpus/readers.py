@@ -1,6 +1,6 @@
-"""Sources of text: an iterator of cleaned documents for each kind of source.
+"""Readers of text sources: an iterator of cleaned documents for each kind.
 
-| kind        | path              | a document is                           |
+| kind        | path              | document                                |
 |-------------|-------------------|-----------------------------------------|
 | tales       |                   | a tale, written by `mooshak.corpus.tales` |
 | text        | glob              | a UTF-8 file                            |
@@ -8,7 +8,7 @@
 | parquet     | glob              | a value of the column `column`          |
 | huggingface | name of a dataset | the field `column` of an example        |
 
-The order is fixed (files sorted by name), so the tokens made of it are too.
+The order is fixed (files sorted by name), and so are the tokens.
 """
 
 import glob
@@ -25,14 +25,14 @@ from mooshak.errors import InputError
 
 
 def documents(source: SourceConfig, config: Config) -> Iterator[str]:
-    """The documents of a source, cleaned as `config.data` says, at most `source.documents`."""
+    """Return the documents of a source, cleaned by `config.data`, at most `source.documents`."""
     return islice(clean(READERS[source.kind](source, config), config), source.documents)
 
 
 def input_state(source: SourceConfig) -> dict[str, int] | None:
-    """What shows a change of a source: number and bytes of its files, the version of the tales.
+    """Return what reveals a change of a source: number and bytes of files, version of the tales.
 
-    None where there is nothing to see.
+    None for Hugging Face datasets, and if there are no files.
     """
     if source.kind == "tales":
         return {"version": tales.version()}
@@ -77,15 +77,15 @@ def _jsonl(source: SourceConfig, config: Config) -> Iterator[str]:
                     where = f"{name}, line {number}: {_reason(error, source.column)}"
                     if broken > config.data.max_broken_lines:
                         raise InputError(
-                            f"source {source.name}: {where}; {broken} broken lines are more than "
+                            f"source {source.name}: {where}; {broken} invalid lines are more than "
                             f"data.max_broken_lines {config.data.max_broken_lines}: "
-                            "mend the file, or raise it"
+                            "repair the file, or raise the limit"
                         ) from None
                     last = where
                 else:
                     yield text
     if broken:
-        print(f"source {source.name}: {broken} broken lines skipped, the last: {last}",
+        print(f"source {source.name}: {broken} invalid lines skipped, the last: {last}",
               file=sys.stderr)  # fmt: skip
 
 
@@ -95,7 +95,7 @@ def _reason(error: Exception, column: str) -> str:
     if isinstance(error, UnicodeEncodeError):
         return f"the field {column!r} has a lone surrogate"
     if isinstance(error, KeyError):
-        return f"there is no field {column!r}"
+        return f"no field {column!r}"
     if isinstance(error, ValueError):
         return f"not JSON ({error})"
     return f"not an object with a text field {column!r}"
@@ -125,7 +125,7 @@ def _parquet(source: SourceConfig, config: Config) -> Iterator[str]:
                     yield from (text for text in batch.column(0).to_pylist() if text is not None)
         except (pyarrow.ArrowInvalid, OSError, UnicodeDecodeError) as error:
             raise InputError(
-                f"source {source.name}: {name} is not a whole Parquet file ({error}); "
+                f"source {source.name}: {name} is not a complete Parquet file ({error}); "
                 "replace it, or set kind"
             ) from error
 
@@ -146,7 +146,7 @@ def _huggingface(source: SourceConfig, config: Config) -> Iterator[str]:
         try:
             examples = load(name=source.subset)
         except ValueError:
-            # Not a configuration but a directory, such as verified/hin of ai4bharat/sangraha.
+            # A directory, not a configuration: such as verified/hin of ai4bharat/sangraha.
             examples = load(data_dir=source.subset)
         for example in examples:
             if source.column not in example:
@@ -173,7 +173,7 @@ READERS = {
 
 
 def _files(source: SourceConfig) -> list[str]:
-    """The source's files. Raises `InputError` when there are none, or all are empty."""
+    """Return the files of a source. Raises `InputError` if there are none, or all are empty."""
     files = _matches(source)
     if not files:
         raise InputError(f"source {source.name}: no file matches {source.path}; set path")

@@ -1,9 +1,9 @@
 """Short bilingual tales: the same tale in Hindi and in English, a pure function of (seed, index).
 
 A tale is a plot (`tale_plots.txt`) whose roles are filled with nouns, adjectives and names
-(`tale_words.txt`) and whose sentences are drawn from alternatives, the same ones in both languages.
-Hindi is inflected here: the oblique case before a postposition, the agreement of verbs and
-adjectives in gender and number; the plots say which word agrees with whom.
+(`tale_words.txt`) and whose sentences are chosen from alternatives, the same in both languages.
+Hindi is inflected here: oblique case before a postposition, agreement of verbs and adjectives in
+gender and number; the plots mark which word agrees with which role.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ _MORAL = {"hi": "सीख", "en": "Moral"}
 
 @dataclass(frozen=True)
 class Noun:
-    """A word of the tales: `tags` say which roles it can fill."""
+    """A noun of the tales; `tags` are the roles that it can fill."""
 
     english: str
     hindi: str
@@ -41,7 +41,7 @@ class Noun:
 
 @dataclass(frozen=True)
 class Actor:
-    """Who or what fills a role. `adjective` and `name` are (English, Hindi) or None."""
+    """The noun that fills a role. `adjective` and `name` are (English, Hindi) or None."""
 
     noun: Noun
     adjective: tuple[str, str] | None
@@ -50,14 +50,14 @@ class Actor:
 
 @dataclass(frozen=True)
 class Tale:
-    """One tale. `sections[section][language]` is its text; `cast` says who fills which role."""
+    """A tale: its text is `sections[section][language]`; `cast` maps roles to actors."""
 
     plot: str
     cast: Mapping[str, Actor]
     sections: Mapping[str, Mapping[str, str]]
 
     def text(self, language: str) -> str:
-        """Title, three paragraphs and the moral."""
+        """Return title, three paragraphs and the moral."""
         paragraphs = (
             " ".join(self.sections[section][language] for section in sections)
             for sections in _PARAGRAPHS
@@ -67,7 +67,7 @@ class Tale:
 
 
 def tale(seed: int, index: int, languages: Sequence[str] = LANGUAGES) -> Tale:
-    """The tale of this index: the same one whoever asks, in whatever order and languages."""
+    """Return the tale of an index, which does not depend on the languages or on other tales."""
     draw = _Draw(seed, index)
     plot = draw.pick(plots())
     cast = _cast(plot, draw)
@@ -85,19 +85,19 @@ def tale(seed: int, index: int, languages: Sequence[str] = LANGUAGES) -> Tale:
 def documents(
     seed: int, count: int, languages: Sequence[str] = LANGUAGES
 ) -> Iterator[tuple[str, str]]:
-    """(language, text) of the tales 0 to `count` - 1, in each of the languages."""
+    """Yield (language, text) of the tales 0 to `count` - 1, in each of the languages."""
     for language in languages:
         if language not in LANGUAGES:
-            raise InputError(f"there are no tales in {language!r}; they are in hi and en")
+            raise InputError(f"there are no tales in {language!r}; use hi or en")
     for index in range(count):
         written = tale(seed, index, languages)
         yield from ((language, written.text(language)) for language in languages)
 
 
 def version() -> int:
-    """Return a checksum of plots, words and what the code makes of them: other tales, other number.
+    """Return a checksum of the plots, the words and a sample of the tales.
 
-    A change of the code that changes no tale, such as of a comment, does not change it.
+    It changes when the tales change, not with every change of the code.
     """
     here = Path(__file__)
     files = (here.with_name("tale_plots.txt"), here.with_name("tale_words.txt"))
@@ -107,7 +107,7 @@ def version() -> int:
 
 @dataclass(frozen=True)
 class Role:
-    """Which nouns and adjectives can fill a role, and whether it may have a name."""
+    """A role of a plot: its possible nouns and adjectives, and whether it may have a name."""
 
     nouns: tuple[Noun, ...]
     adjectives: tuple[tuple[str, str], ...]
@@ -116,7 +116,7 @@ class Role:
 
 @dataclass(frozen=True)
 class Beat:
-    """One sentence or two: the pairs (Hindi, English) of templates, one of which is drawn."""
+    """One or two sentences: alternative pairs (Hindi, English) of templates."""
 
     optional: bool
     pairs: tuple[tuple[str, str], ...]
@@ -124,21 +124,21 @@ class Beat:
 
 @dataclass(frozen=True)
 class Plot:
-    """The skeleton of a tale."""
+    """Roles and sections of a tale."""
 
     name: str
     roles: Mapping[str, Role]
     sections: Mapping[str, tuple[Beat, ...]] = field(repr=False)
 
     def variants(self) -> int:
-        """How many different casts and wordings there are (phrases such as "one day" left out)."""
+        """Return the number of casts times wordings, without phrases such as "one day"."""
         casts = math.prod(len(r.nouns) * max(1, len(r.adjectives)) for r in self.roles.values())
         beats = (beat for beats in self.sections.values() for beat in beats)
         return casts * math.prod(len(beat.pairs) + beat.optional for beat in beats)
 
 
 class _Draw:
-    """Choices from the bits of a hash: no generator's stream that a Python release could change."""
+    """Choices from the bits of a hash, which no release of Python changes."""
 
     def __init__(self, seed: int, index: int) -> None:
         self.bits = int.from_bytes(hashlib.shake_256(f"tale {seed} {index}".encode()).digest(96))
@@ -166,7 +166,7 @@ _SLOT = re.compile(r"\{(\w+)(?:\+(\w+))?(?:([.:/])([^{}]*))?\}")
 _POSTPOSITION = re.compile(
     r"\{(\w)(\.a|\.bare)?\}(?= (?:ने|को|से|का|की|के|में|पर|तक)(?![\u0900-\u097f]))"
 )
-_JOINED = re.compile(r"\{(\w)(\.a|\.bare)?\}(?= और \{\w\.\w*o\})")  # "and" carries the case over.
+_JOINED = re.compile(r"\{(\w)(\.a|\.bare)?\}(?= और \{\w\.\w*o\})")  # "and" takes the same case.
 _SENTENCE_START = re.compile(r"(?:^|(?<=[.!?] )|(?<=[.!?]” )|(?<=“))[a-z]")
 
 
@@ -176,7 +176,7 @@ def _filled(
     cast: Mapping[str, Actor],
     phrases: Mapping[str, tuple[str, str]],
 ) -> str:
-    """The sentence of a pair (Hindi, English) of templates, its slots filled."""
+    """Return the sentence of a pair (Hindi, English) of templates with its slots filled."""
     hindi = language == "hi"
 
     def fill(slot: re.Match) -> str:
@@ -197,7 +197,9 @@ def _filled(
 
 
 def _hindi_noun(actor: Actor, case: str | None) -> str:
-    """`case`: None direct, "o" oblique, "a" and "ao" with article, "bare" and "bareo" no name."""
+    """Return a noun phrase; `case`: None direct, "o" oblique, "a", "ao" with article, "bare",
+    "bareo" without the name.
+    """
     case = case or ""
     oblique, full = case.endswith("o"), case.startswith("a")
     if actor.name and not case.startswith(("a", "bare")):
@@ -214,13 +216,13 @@ def _hindi_noun(actor: Actor, case: str | None) -> str:
     return f"{of}एक {adjective}{word}"
 
 
-# Endings of words that agree, the first that fits: masculine direct -> feminine, -> oblique.
+# Endings of words that agree (the first match is used): masculine direct -> feminine, -> oblique.
 _FEMININE = (("िया", "ी"), ("या", "ई"), ("आ", "ई"), ("ा", "ी"))
 _OBLIQUE = (("आ", "ए"), ("या", "ये"), ("ा", "े"))
 
 
 def _agree(phrase: str, endings: Sequence[tuple[str, str]], only_last: bool = False) -> str:
-    """Every part of `phrase` (or the last) with its masculine ending replaced."""
+    """Return a phrase with the masculine ending of every word (or the last) replaced."""
     parts = re.split(r"([ -])", phrase)
     for i in range(len(parts) - 1 if only_last else 0, len(parts)):
         for old, new in endings:
@@ -231,7 +233,9 @@ def _agree(phrase: str, endings: Sequence[tuple[str, str]], only_last: bool = Fa
 
 
 def _english_noun(actor: Actor, case: str | None) -> str:
-    """`case`: None definite, "a" with article, adjective and name, "bare", or a pronoun."""
+    """Return a noun phrase; `case`: None definite, "a" with article, adjective and name, "bare", or
+    a pronoun.
+    """
     if case in _PRONOUNS:
         return _PRONOUNS[case][0 if actor.noun.masculine else 1]
     if case == "bare":
@@ -244,7 +248,7 @@ def _english_noun(actor: Actor, case: str | None) -> str:
     return actor.name[0] if actor.name else f"the {actor.noun.english}"
 
 
-# Only those who live are spoken of by a pronoun.
+# Only persons and animals have pronouns.
 _PRONOUNS = {
     "he": ("he", "she"),
     "him": ("him", "her"),
@@ -262,7 +266,7 @@ class _Words:
 
 
 def _read(name: str) -> list[str]:
-    """The lines of a data file in NFC, comments left out."""
+    """Return the lines of a data file in NFC, without comments."""
     text = Path(__file__).with_name(name).read_text("utf-8")
     return [x.rstrip() for x in unicodedata.normalize("NFC", text).splitlines() if x[:1] != "#"]
 
@@ -303,7 +307,7 @@ _Snippet = tuple[list[str], tuple[tuple[str, str], ...]]
 
 @cache
 def plots() -> tuple[Plot, ...]:
-    """All plots, in the order of `tale_plots.txt`."""
+    """Return all plots, in the order of `tale_plots.txt`."""
     snippets: dict[str, _Snippet] = {}
     found = []
     for block in "\n".join(_read("tale_plots.txt")).split("\n== ")[1:]:
@@ -346,7 +350,7 @@ def _oblique(slot: re.Match) -> str:
 
 
 def _called(call: str, snippets: Mapping[str, _Snippet]) -> Beat:
-    """The beat of a snippet, its roles renamed to those of the call."""
+    """Return the beat of a snippet with its roles renamed to those of the call."""
     name, *roles = call.lstrip("?").split()
     letters, pairs = snippets[name]
     rename = dict(zip(letters, roles, strict=True))

@@ -1,1 +1,1 @@
-"""From sources to batches: documents (`sources`), token shards (`shards`), batches (`batches`)."""
+"""From documents to batches: token shards (`shards`), sequences and batches (`batches`)."""

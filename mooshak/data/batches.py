@@ -1,10 +1,11 @@
-"""Batches: what training step k reads is a pure function of (seed, k, configuration).
+"""Batches: the batch of training step k is a pure function of (seed, k, configuration).
 
-Each source's tokens are cut into sequences, shuffled anew in every epoch, and mixed by weight into
-one endless list of rows. Step k reads rows k B .. k B + B - 1; processes and workers only divide
-them, so a run resumes on any number of them and the position in the data is the step.
+The tokens of each source are split into sequences, shuffled in every epoch, and interleaved by
+weight into an endless list of rows. Step k reads rows k B .. k B + B - 1, which processes and
+workers only divide among them: a run resumes on any number of processes, and the position in the
+data is the step.
 
-Importing this module imports Grain, which imports jax (it starts no device).
+Importing this module imports Grain, which imports jax (without initialising a device).
 """
 
 import hashlib
@@ -50,7 +51,7 @@ def batches_of_rows(
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
     dataset = grain.MapDataset.source(batches)[start_step:].to_iter_dataset(options)
     if config.data.workers > 0:
-        # Grain's worker processes read absl's flags, which only an absl program has parsed.
+        # Grain's worker processes read the flags of absl, which only an absl program parses.
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(config.data.workers))
@@ -64,10 +65,10 @@ def global_batch(config: Config, step: int) -> Batch[np.ndarray]:
 
 
 def validation_sequences(config: Config) -> dict[str, Batch[np.ndarray]]:
-    """Return for each language the same validation sequences every time, arrays int32 [N, T].
+    """Return the validation sequences of each language, arrays int32 [N, T]; always the same.
 
-    They are spread evenly over the validation splits of the language's sources, and are at most
-    `evaluate.sequences` (0: all). Without a validation fraction there are none.
+    They are spread evenly over the validation splits of the language's sources, at most
+    `evaluate.sequences` of them (0: all). Empty if `data.validation_fraction` is 0.
     """
     if config.data.validation_fraction == 0:
         return {}
@@ -92,7 +93,7 @@ def validation_sequences(config: Config) -> dict[str, Batch[np.ndarray]]:
 
 
 class Mixture:
-    """The endless list of training rows, as those of `PackedSequences`."""
+    """The endless list of training rows, each an item of a `PackedSequences`."""
 
     def __init__(self, config: Config) -> None:
         self.by_weight = WeightedInterleave([source.weight for source in config.data.sources])
@@ -109,9 +110,9 @@ class Mixture:
 
 
 class EpochShuffle:
-    """Sequences without an end: each epoch has all of them, in an order of its own.
+    """An endless list of sequences: all of them in every epoch, in another order.
 
-    The order is that of Grain's `MapDataset.shuffle` and `repeat`.
+    The order is the one of Grain's `MapDataset.shuffle` and `repeat`.
     """
 
     def __init__(self, sequences: "PackedSequences", seed: int) -> None:
@@ -124,10 +125,10 @@ class EpochShuffle:
 
 
 class PackedSequences:
-    """Tokens as a list of sequences: item i is tokens i T .. i T + T, the last one shared with the
-    next item, where it is the first input after having been the last target.
+    """Tokens as a list of sequences: item i is tokens i T .. i T + T.
 
-    An item is int32 [T + 1], or with `document_mask` [2, T + 1]: tokens, and their documents.
+    The last token of an item, its last label, is the first input of the next item. An item is int32
+    [T + 1], or with `document_mask` [2, T + 1]: tokens, and their documents.
     """
 
     def __init__(self, shards: TokenShards, T: int, document_mask: bool = False) -> None:
@@ -157,12 +158,12 @@ class PackedSequences:
 
 
 class WeightedInterleave:
-    """Which source row k comes from, and which of its rows it is.
+    """The map from row k of a mixture to a source and a row of the source.
 
-    The weights are taken as the decimal fractions they are written as and hold in every prefix:
-    of the first k rows the first source has its exact share, rounded up; of the rows that it
-    leaves, the second has its share of what is left, rounded up; and so on. (`MapDataset.mix`
-    does the same with weights that it rounds to a hundredth of the smallest.)
+    The weights are used as exact decimal fractions and hold in every prefix: of the first k rows,
+    the first source has its exact share, rounded up; of the remaining rows, the second source has
+    its share among the remaining sources, rounded up; and so on. (Grain's `MapDataset.mix` does the
+    same with weights rounded to a hundredth of the smallest.)
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
@@ -173,17 +174,17 @@ class WeightedInterleave:
     def __getitem__(self, index: int) -> tuple[int, int]:
         left, before, after = sum(self.weights), index, index + 1
         for source, weight in enumerate(self.weights):
-            # Rows of the sources behind this one, among the first `before` and `after` rows.
-            behind_before = before * (left - weight) // left
-            behind_after = after * (left - weight) // left
-            if behind_before == behind_after:
-                return source, before - behind_before
-            left, before, after = left - weight, behind_before, behind_after
+            # Rows of the sources after this one, among the first `before` and `after` rows.
+            rest_before = before * (left - weight) // left
+            rest_after = after * (left - weight) // left
+            if rest_before == rest_after:
+                return source, before - rest_before
+            left, before, after = left - weight, rest_before, rest_after
         raise AssertionError("the last source takes every row that reaches it")
 
 
 class _RowsOfBatches:
-    """Of every batch of B rows of a mixture the given ones: item k is of step k."""
+    """Some rows of every batch of B rows of a mixture; item k belongs to step k."""
 
     def __init__(self, mixture: Mixture, rows: Sequence[int], B: int) -> None:
         self.mixture, self.rows, self.B = mixture, rows, B

@@ -1,8 +1,8 @@
-"""The manifest of a prepared source, and the array files that it lists.
+"""Manifest of a prepared source, and the array files that it lists.
 
     DIR/{source}/manifest.json
-    DIR/{source}/train-00000.npy            tokens: complete documents, one after the other
-    DIR/{source}/train-00000.offsets.npy    int64 [documents], where each starts in the shard
+    DIR/{source}/train-00000.npy            tokens: complete documents, concatenated
+    DIR/{source}/train-00000.offsets.npy    int64 [documents], first token of each document
 
 An entry of `shards` lists the two files with their sizes and checksums; that of the offsets is
 under `offsets`, which shards prepared by older versions do not have.
@@ -21,20 +21,20 @@ from mooshak.files import write_atomically
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of a source. Raises `InputError` when the source is not prepared."""
+    """Return the manifest of a source. Raises `InputError` if the source is not prepared."""
     path = directory / "manifest.json"
     try:
         return read_json(path)
     except FileNotFoundError:
         raise InputError(
-            f"{path} is missing; make it with `python -m mooshak.data prepare --config FILE`"
+            f"{path} is missing; create it with `python -m mooshak.data prepare --config FILE`"
         ) from None
     except ValueError as error:
         raise InputError(f"{path} is not JSON ({error}); delete it and prepare again") from error
 
 
 def totals(manifest: dict[str, Any], *splits: str) -> dict[str, int]:
-    """Tokens, documents and bytes of text of one or more splits."""
+    """Return the numbers of tokens, documents and bytes of text in some splits."""
     shards = [shard for shard in manifest["shards"] if shard["split"] in splits]
     return {key: sum(shard[key] for shard in shards) for key in ("tokens", "documents", "bytes")}
 
@@ -45,7 +45,7 @@ def has_offsets(manifest: dict[str, Any]) -> bool:
 
 
 def is_manifest_of(path: Path, identity: dict[str, Any]) -> bool:
-    """Whether a manifest (or progress) file is there, readable, and of this identity."""
+    """Return whether a manifest or progress file exists, is readable, and has this identity."""
     try:
         found = read_json(path)
     except (FileNotFoundError, ValueError):
@@ -54,7 +54,7 @@ def is_manifest_of(path: Path, identity: dict[str, Any]) -> bool:
 
 
 def damage(directory: Path, shard: dict[str, Any], checksum: bool = False) -> str | None:
-    """What is wrong with a shard's files, or None. The checksum needs all of them to be read."""
+    """Return what is wrong with the files of a shard, or None; a `checksum` reads them in full."""
     reason = _file_damage(directory, shard, shard["tokens"], checksum)
     if reason is None and "offsets" in shard:
         reason = _file_damage(directory, shard["offsets"], shard["documents"], checksum)
@@ -68,13 +68,13 @@ def _file_damage(directory: Path, entry: dict[str, Any], length: int, checksum: 
     except FileNotFoundError:
         return f"shard {path} is missing"
     except (ValueError, EOFError, OSError):
-        return f"shard {path} is cut short or not an .npy file"
+        return f"shard {path} is truncated or not an .npy file"
     if array.shape != (length,) or array.dtype != entry["dtype"]:
         return f"shard {path} is not the one in the manifest"
     if path.stat().st_size != entry["file_bytes"]:
-        return f"shard {path} has another size than in the manifest"
+        return f"shard {path} does not have the size in the manifest"
     if checksum and hashlib.sha256(path.read_bytes()).hexdigest() != entry["sha256"]:
-        return f"shard {path} has another checksum than in the manifest"
+        return f"shard {path} does not have the checksum in the manifest"
     return None
 
 
@@ -100,9 +100,9 @@ def write_offsets(token_file: Path, offsets: np.ndarray) -> dict[str, Any]:
 def add_offsets(directory: Path, bos_id: int) -> bool:
     """Add document offsets to the shards of a source that have none, from their BOS tokens.
 
-    Every document starts with one BOS. Where a shard has as many of them as documents, no text
-    contains BOS, and each one starts a document. Where it does not, or is damaged, the tokens do
-    not tell where the documents start: return False, with the manifest unchanged.
+    Every document starts with one BOS. If a shard has as many BOS tokens as documents, each one
+    starts a document. Otherwise, or if it is damaged, the starts are unknown: return False, with
+    the manifest unchanged.
     """
     manifest = read_manifest(directory)
     for shard in manifest["shards"]:

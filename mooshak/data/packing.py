@@ -1,4 +1,4 @@
-"""Batches as a structure, and how rows of packed documents become one.
+"""The structure of a batch, made from rows of packed documents.
 
 Imports neither Grain nor a framework: the arrays of a `Batch` are NumPy's, torch's or JAX's.
 
@@ -11,13 +11,13 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import numpy as np
 
 IGNORE_INDEX = -100
-"""The label of a position that does not count in the loss."""
+"""Label of a position that is excluded from the loss."""
 
 Array = TypeVar("Array")
 
 
 class Batch(NamedTuple, Generic[Array]):
-    """Rows of tokens and their labels, each array [B, T]; a pytree for JAX and for torch.
+    """Rows of tokens and their labels, each array [B, T]; a pytree in JAX and in torch.
 
     Without document masks `segments` and `positions` are None and no label is ignored.
     """
@@ -40,14 +40,14 @@ class Batch(NamedTuple, Generic[Array]):
         return self.map(lambda array: array[which])
 
     def chunk(self, n: int) -> "list[Batch[Array]]":
-        """Split into at most `n` batches of equally many rows, the last with the rest."""
+        """Split into at most `n` batches of equal size, the last with the remainder."""
         B = len(self.tokens)  # type: ignore[arg-type]  # an array has a length
         size = -(-B // n)
         return [self.rows(slice(start, start + size)) for start in range(0, B, size)]
 
     @property
     def context(self) -> dict[str, Any]:
-        """Keyword arguments of `Model.hidden` for positions and segments, where there are any."""
+        """Keyword arguments of `Model.hidden_states`: positions and segments, if set."""
         given = {"positions_BT": self.positions, "segments_BT": self.segments}
         return {name: array for name, array in given.items() if array is not None}
 
@@ -55,9 +55,9 @@ class Batch(NamedTuple, Generic[Array]):
 def make_batch(tokens_BS: np.ndarray, segments_BS: np.ndarray | None = None) -> Batch[np.ndarray]:
     """Return inputs and next-token labels of rows of T + 1 tokens, int32.
 
-    `segments_BS` tells the documents in a row apart: neighbouring tokens of one number belong to
-    one document. Positions restart with each document, and the first token of a document is no
-    label: nothing in the document before it predicts it.
+    `segments_BS` numbers the documents in a row: adjacent tokens with one number belong to one
+    document. Positions restart at each document, and the first token of a document is not a label,
+    since the preceding document does not predict it.
     """
     batch = Batch(tokens_BS[:, :-1], tokens_BS[:, 1:])
     if segments_BS is None:
@@ -74,7 +74,7 @@ def make_batch(tokens_BS: np.ndarray, segments_BS: np.ndarray | None = None) -> 
 
 
 def pad_rows(batch: Batch[np.ndarray], n_rows: int) -> Batch[np.ndarray]:
-    """Append rows of padding, whose labels are all ignored, up to `n_rows` rows."""
+    """Append rows of padding, with ignored labels, up to `n_rows` rows."""
     missing = ((0, n_rows - len(batch.tokens)), (0, 0))
     labels_BT = np.pad(batch.labels, missing, constant_values=IGNORE_INDEX)
     return batch.map(lambda array: np.pad(array, missing))._replace(labels=labels_BT)

@@ -1,17 +1,17 @@
-"""Token shards: every document is tokenised once and kept as flat arrays of token ids on disk.
+"""Token shards: every document is tokenized once and stored in flat arrays of token ids.
 
     DIR/{source}/train-00000.npy, train-00001.npy, ..., validation-00000.npy, ..., manifest.json
-    DIR/{source}/train-00000.offsets.npy, ...    the positions at which documents start
+    DIR/{source}/train-00000.offsets.npy, ...    first token of each document
 
-A document is <s> tokens </s>; documents stand one after the other. The shards are plain .npy files,
-read through memory maps: any window of tokens is reachable at once, no library is needed to read
-them, and the sequence length can change without tokenising again. (A record format such as
-ArrayRecord fixes the record, and with it the sequence length.)
+A document is <s> tokens </s>, and documents are concatenated. The shards are plain .npy files,
+memory-mapped: any window of tokens can be read directly, without a library, and the sequence length
+can change without tokenizing again. (A record format such as ArrayRecord fixes the record, and with
+it the sequence length.)
 
-The manifest is written last. A source whose manifest is there is whole; one whose manifest was made
-of other settings, another tokenizer or other files is made again, and replaced when the new one is
-whole. While a source is being made it lives in DIR/{source}~partial, with its finished shards in
-progress.json, and goes on from there after an interruption.
+The manifest is written last: a source with a manifest is complete. If its manifest has other
+settings, another tokenizer or other files, the source is re-tokenized and swapped in atomically.
+Until then its shards are in DIR/{source}~partial, where progress.json lists the finished ones; an
+interrupted preparation resumes there.
 """
 
 import contextlib
@@ -52,17 +52,17 @@ SPLITS = ("train", "validation")
 
 NO_OFFSETS = "the shards have no document offsets, which data.document_mask needs"
 
-# Characters that are tokenised in one call, while the next are read: more would leave the caches.
+# Characters tokenized per call, while the next are read; more would not fit into the CPU caches.
 _BATCH = 250_000
 
 
 def load_or_prepare_shards(
     config: Config, progress: bool = True
 ) -> tuple[Tokenizer, dict[str, dict[str, Any]]]:
-    """The tokenizer and the manifest of every source; makes what is missing and reuses the rest.
+    """Return the tokenizer and the manifest of every source; prepare those that are missing.
 
-    Any number of processes may call it at once: one works, the others wait and reuse. Progress is
-    told on standard error: standard output is for what a command was asked for.
+    Any number of processes may call it concurrently: one prepares, the others wait and reuse its
+    files. Progress is reported on standard error; standard output is for results.
     """
     tokenizer = train.load_or_train_tokenizer(config)
     return tokenizer, prepare(config, tokenizer, progress)
@@ -71,9 +71,9 @@ def load_or_prepare_shards(
 def prepare(
     config: Config, tokenizer: Tokenizer, progress: bool = True
 ) -> dict[str, dict[str, Any]]:
-    """Tokenise the sources that are not tokenised yet. The manifests, by source."""
+    """Tokenize the sources that are not prepared yet; return the manifests by source."""
     sources = config.data.sources
-    # What is whole needs no lock: it may be on a disk that this process cannot write to.
+    # Complete sources need no lock: they may be on a read-only disk.
     if any(_stale(source, config, tokenizer) for source in sources):
         with locked(Path(config.data.dir) / ".lock"):
             for source in sources:
@@ -83,13 +83,13 @@ def prepare(
                     continue
                 if reason:
                     if progress:
-                        print(f"source {source.name}: {reason}; tokenising", file=sys.stderr)
+                        print(f"source {source.name}: {reason}; tokenizing", file=sys.stderr)
                     _prepare_source(source, config, tokenizer, progress)
     return {source.name: read_manifest(Path(config.data.dir) / source.name) for source in sources}
 
 
 class TokenShards:
-    """One split of a source: its tokens as one long array, memory-mapped."""
+    """The tokens of a split of a source as one array, memory-mapped."""
 
     def __init__(self, directory: str | Path, split: str) -> None:
         self.directory, self.split = Path(directory), split
@@ -99,30 +99,30 @@ class TokenShards:
             if shard["split"] == split:
                 if reason := damage(self.directory, shard):
                     raise InputError(
-                        f"{reason}; run `python -m mooshak.data prepare --config FILE` to mend it"
+                        f"{reason}; run `python -m mooshak.data prepare --config FILE` to repair it"
                     )
                 tokens = np.load(self.directory / shard["file"], mmap_mode="r")
-                self._shards.append(tokens.view(np.ndarray))  # Slices of it are quicker made.
+                self._shards.append(tokens.view(np.ndarray))  # A plain array is faster to slice.
                 if "offsets" in shard:
                     offsets = np.load(self.directory / shard["offsets"]["file"], mmap_mode="r")
                     self._offsets.append(offsets.view(np.ndarray))
         self._starts = list(accumulate(map(len, self._shards), initial=0))
 
     def __reduce__(self) -> tuple:
-        # A memory map pickles as its content; another process opens the files itself.
+        # A memory map is pickled by content; another process opens the files instead.
         return TokenShards, (self.directory, self.split)
 
     def __len__(self) -> int:
-        """Number of tokens."""
+        """Return the number of tokens."""
         return self._starts[-1]
 
     @property
     def has_offsets(self) -> bool:
-        """True if it is known where the documents start: `segments` needs it."""
+        """Whether the starts of the documents are known, which `segments` needs."""
         return len(self._offsets) == len(self._shards)
 
     def window(self, start: int, length: int) -> np.ndarray:
-        """Tokens start .. start + length - 1, int32 [length], across shards where needed."""
+        """Return tokens start .. start + length - 1, int32 [length], across shards."""
         result = np.empty(length, np.int32)
         for index, offset, here in self._overlaps(start, length):
             result[here] = self._shards[index][offset : offset + here.stop - here.start]
@@ -150,9 +150,9 @@ class TokenShards:
 
 
 def _identity(source: SourceConfig, config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What the shards of a source are made of; shards of another identity are of no use."""
+    """Return everything that the shards of a source depend on."""
     of_source = asdict(source)
-    for key in ("name", "weight"):  # They change the mixture, not the tokens.
+    for key in ("name", "weight"):  # These change the mixture, not the tokens.
         del of_source[key]
     cleaning = ("normalize_nfc", "drop_empty", "deduplicate")
     return {
@@ -167,7 +167,7 @@ def _identity(source: SourceConfig, config: Config, tokenizer: Tokenizer) -> dic
 
 
 def _stale(source: SourceConfig, config: Config, tokenizer: Tokenizer) -> str | None:
-    """Why a source has to be tokenised (again), or None."""
+    """Return why a source has to be tokenized, or None if its shards are valid."""
     directory = Path(config.data.dir) / source.name
     try:
         manifest = read_json(directory / "manifest.json")
@@ -178,9 +178,9 @@ def _stale(source: SourceConfig, config: Config, tokenizer: Tokenizer) -> str | 
     wanted = _identity(source, config, tokenizer)
     for key, value in wanted.items():
         if key == "input" and value is None:
-            continue  # The files need not be there any more.
+            continue  # The source files may have been removed.
         if manifest.get(key) != value:
-            return f"the shards in {directory} were made with another {key}"
+            return f"the shards in {directory} were prepared with another {key}"
     for shard in manifest["shards"]:
         if reason := damage(directory, shard):
             return reason
@@ -190,12 +190,12 @@ def _stale(source: SourceConfig, config: Config, tokenizer: Tokenizer) -> str | 
 def _prepare_source(
     source: SourceConfig, config: Config, tokenizer: Tokenizer, progress: bool
 ) -> None:
-    """Tokenise a source in its ~partial directory, then put it in its place."""
+    """Tokenize a source in its ~partial directory, then rename it."""
     directory = Path(config.data.dir) / source.name
     partial, old = (directory.with_name(f"{source.name}~{state}") for state in ("partial", "old"))
     identity = _identity(source, config, tokenizer)
     if is_manifest_of(directory / "manifest.json", identity):
-        # The right shards, some of them damaged: go on from those that are good.
+        # Valid shards, some of them damaged: continue from the good ones.
         shutil.rmtree(partial, ignore_errors=True)
         os.replace(directory / "manifest.json", directory / "progress.json")
         os.replace(directory, partial)
@@ -209,13 +209,13 @@ def _prepare_source(
         done.append(shard)
         write_json(partial / "progress.json", {**identity, "shards": done})
     if not done:
-        raise InputError(f"source {source.name} gave no documents; check its path and column")
+        raise InputError(f"source {source.name} has no documents; check its path and column")
     done.sort(key=lambda shard: shard["file"])
     write_json(partial / "manifest.json", {**identity, "shards": done})
     known = {"manifest.json", *(shard["file"] for shard in done)}
     known |= {shard["offsets"]["file"] for shard in done if "offsets" in shard}
     for path in partial.iterdir():
-        if path.name not in known:  # The progress, and what an interrupted write left.
+        if path.name not in known:  # progress.json, and files of an interrupted write.
             path.unlink()
     shutil.rmtree(old, ignore_errors=True)
     if directory.exists():
@@ -227,7 +227,7 @@ def _prepare_source(
 def _finished_shards(
     partial: Path, identity: dict[str, Any], need_offsets: bool
 ) -> list[dict[str, Any]]:
-    """Shards that an interrupted run finished: of each split, those before the first bad one."""
+    """Return the shards that an interrupted run finished: up to the first bad one of a split."""
     name = "progress.json" if (partial / "progress.json").exists() else "manifest.json"
     if not is_manifest_of(partial / name, identity):
         return []
@@ -243,12 +243,12 @@ def _finished_shards(
 
 @dataclass
 class _Split:
-    """The shard of a split that is being filled."""
+    """The current shard of a split."""
 
     name: str
     index: int = 0
     skip: int = 0
-    """Documents of the source, of either split, that this split's finished shards lie within."""
+    """Documents of the source, of either split, up to the last finished shard of this split."""
     arrays: list[np.ndarray] = field(default_factory=list)
     tokens: int = 0
     bytes: int = 0
@@ -277,7 +277,7 @@ def _write_shards(
     done: list[dict[str, Any]],
     progress: bool,
 ) -> Iterator[dict[str, Any]]:
-    """Write the shards that are not in `done`, and describe each once it is on the disk."""
+    """Write the shards that are not in `done`; yield the manifest entry of each when written."""
     dtype = np.dtype(np.uint32 if tokenizer.vocab_size > 65535 else np.uint16)
     splits = {}
     for name in SPLITS:
@@ -287,7 +287,7 @@ def _write_shards(
     skips = {name: split.skip for name, split in splits.items()}
 
     def choose(first: int, texts: list[str]) -> list[tuple[int, str, str]]:
-        """Number, split and text of the documents that are in no finished shard."""
+        """Return number, split and text of the documents that are in no finished shard."""
         chosen = []
         for number, text in enumerate(texts, first + 1):
             name = SPLITS[in_validation(text, config.data.validation_fraction)]
@@ -296,7 +296,7 @@ def _write_shards(
         return chosen
 
     def encode(batch: tuple[int, list[str]]) -> _Encoded:
-        """The tokenizer leaves the interpreter to the thread that reads the next documents."""
+        """Encode a batch in a thread; the tokenizer releases the GIL while the next is read."""
         chosen = choose(*batch)
         texts = [text for _, _, text in chosen]
         return batch, chosen, pool.submit(tokenizer.encode_batch, texts, os.cpu_count() or 1)
@@ -321,7 +321,7 @@ def _write_shards(
 
 
 def _batches(texts: Iterator[str]) -> Iterator[tuple[int, list[str]]]:
-    """Lists of documents, each with the number of documents before it."""
+    """Yield lists of documents, each with the number of documents before it."""
     first, batch, size = 0, [], 0
     for text in texts:
         batch.append(text)
@@ -334,11 +334,11 @@ def _batches(texts: Iterator[str]) -> Iterator[tuple[int, list[str]]]:
 
 
 _Encoded = tuple[tuple[int, list[str]], list[tuple[int, str, str]], Future[list[list[int]]]]
-"""A batch of documents, those of it that are chosen, and their token ids once they are there."""
+"""A batch of documents, the chosen ones, and the future of their token ids."""
 
 
 def _one_ahead(items: Iterator[_Encoded]) -> Iterator[_Encoded]:
-    """The same items, each when the next one has been asked for."""
+    """Yield the items one step late: the next one is already being computed."""
     waiting: deque[_Encoded] = deque()
     for item in items:
         waiting.append(item)
@@ -361,7 +361,7 @@ def _progress_bar(source: SourceConfig, show: bool) -> Iterator[Any]:
     )
     total = source.documents or (1000 if source.kind == "tales" else None)
     with Progress(*columns, console=Console(stderr=True), disable=not show) as bar:
-        task = bar.add_task(f"tokenising {source.name}", total=total, tokens=0)
+        task = bar.add_task(f"tokenizing {source.name}", total=total, tokens=0)
 
         def advance(documents: int, tokens: int) -> None:
             tokens += bar.tasks[task].fields["tokens"]

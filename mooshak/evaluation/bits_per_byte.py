@@ -1,4 +1,4 @@
-"""Bits per byte, and the unigram coder that a model has to beat."""
+"""Bits per byte of held-out text, compared with a unigram coder."""
 
 import json
 import math
@@ -44,21 +44,22 @@ def options(module: str, doc: str | None) -> tuple[Config, jsonargparse.Namespac
 
 
 def _config_of_run(arguments: jsonargparse.Namespace) -> Path:
-    """`RUN/config.yaml` of the checkpoint `RUN/checkpoints/STEP`."""
+    """Return `RUN/config.yaml` of the checkpoint `RUN/checkpoints/STEP`."""
     formats.detect_format(arguments.source)
     path: Path = arguments.source.absolute().parent.parent / "config.yaml"
     if not path.is_file():
-        raise InputError(f"{arguments.source} is not part of a run; name its --config")
+        raise InputError(f"{arguments.source} is not in a run directory; give --config")
     return path
 
 
 def compare(
     evaluate: Callable[[Batch], float], model: ModelConfig, config: Config, checkpoint: Path
 ) -> Scores:
-    """The model's code length of the held-out text beside that of a unigram coder of its tokens.
+    """Return the code length of the held-out text under the model and under a unigram coder.
 
-    `evaluate` gives the summed cross entropy in nats of the labels of a batch that are not ignored;
-    `model` is what the checkpoint says it is. Raises `InputError` if it is not the configuration's.
+    `evaluate` returns the cross entropy of a batch: the sum over labels that are not ignored, in
+    nats. `model` is the model of the checkpoint. Raises `InputError` if it is not that of the
+    configuration.
     """
     # Grain imports jax.
     from mooshak.data.batches import validation_sequences
@@ -70,7 +71,7 @@ def compare(
     for language, batch in validation_sequences(config).items():
         nats = evaluate(batch)
         unigram = unigram_nats(token_counts(config, language), batch.labels)
-        n_tokens = len(counted(batch.labels))
+        n_tokens = len(valid_labels(batch.labels))
         scores[language] = {
             "bits_per_byte": bits_per_byte(nats, batch.labels, token_bytes_V),
             "unigram_bits_per_byte": bits_per_byte(unigram, batch.labels, token_bytes_V),
@@ -89,7 +90,7 @@ def report(scores: Scores, as_json: bool) -> None:
         return
     table = Table(title="held-out text")
     table.add_column("language")
-    for column in ("tokens", "loss", "bits per byte", "of the unigram coder", "ratio"):
+    for column in ("tokens", "loss", "bits per byte", "unigram coder", "ratio"):
         table.add_column(column, justify="right")
     for language, score in scores.items():
         table.add_row(
@@ -104,7 +105,7 @@ def report(scores: Scores, as_json: bool) -> None:
 
 
 def token_counts(config: Config, language: str) -> np.ndarray:
-    """How often each token stands in the training text of a language, int64 [vocab_size]."""
+    """Count each token in the training text of a language, int64 [vocab_size]."""
     counts_V = np.zeros(config.model.vocab_size, np.int64)
     for source in config.data.sources:
         if source.language == language:
@@ -120,12 +121,12 @@ def validation_metrics(
     validation: Mapping[str, Batch],
     token_bytes_V: np.ndarray,
 ) -> dict[str, float]:
-    """`validation_loss` per token over all languages, and `bits_per_byte_{language}` of each.
+    """Return `validation_loss` per token over all languages, and `bits_per_byte_{language}`.
 
-    `evaluate` gives the summed cross entropy in nats of the labels of a batch that are not ignored.
+    `evaluate` returns the cross entropy of a batch, as for `compare`.
     """
     nats = {language: evaluate(batch) for language, batch in validation.items()}
-    n_tokens = sum(len(counted(batch.labels)) for batch in validation.values())
+    n_tokens = sum(len(valid_labels(batch.labels)) for batch in validation.values())
     return {
         "validation_loss": sum(nats.values()) / n_tokens,
         **{
@@ -135,28 +136,30 @@ def validation_metrics(
     }
 
 
-def counted(labels_NT: np.ndarray) -> np.ndarray:
-    """Return the labels that are not ignored, one after the other."""
+def valid_labels(labels_NT: np.ndarray) -> np.ndarray:
+    """Return the labels that are not ignored, flat."""
     return labels_NT[labels_NT != IGNORE_INDEX]
 
 
 def bits_per_byte(nats: float, labels_NT: np.ndarray, token_bytes_V: np.ndarray) -> float:
-    """Code length of the labels that are not ignored, in bits per byte of their text.
+    """Return the code length of the labels that are not ignored, in bits per byte of their text.
 
-    `nats` is their summed cross entropy. Comparable between tokenizers, as loss per token is not.
+    `nats` is the sum of their cross entropy. Unlike the loss per token, the result is comparable
+    between tokenizers.
     """
     return nats / math.log(2) / text_bytes(labels_NT, token_bytes_V)
 
 
 def text_bytes(labels_NT: np.ndarray, token_bytes_V: np.ndarray) -> int:
-    """Bytes of text of the labels that are not ignored."""
-    return int(token_bytes_V[counted(labels_NT)].sum(dtype=np.int64))
+    """Return the UTF-8 bytes of the labels that are not ignored."""
+    return int(token_bytes_V[valid_labels(labels_NT)].sum(dtype=np.int64))
 
 
 def unigram_nats(counts_V: np.ndarray, labels_NT: np.ndarray) -> float:
-    """Cross entropy in nats of the same labels under the training text's token frequencies.
+    """Return the cross entropy of the labels, in nats, under the token frequencies in training.
 
-    `counts_V` are the counts of the tokens in training; one is added to each (Laplace).
+    `counts_V` are the counts of the tokens in the training text, to each of which one is added
+    (Laplace).
     """
     log_p_V = np.log(counts_V + 1.0) - math.log(counts_V.sum() + len(counts_V))
-    return float(-log_p_V[counted(labels_NT)].sum())
+    return float(-log_p_V[valid_labels(labels_NT)].sum())

@@ -1,1 +1,1 @@
-"""Text generation shared by both frameworks."""
+"""Text generation: the Python API and the command, shared by both frameworks."""

@@ -1,4 +1,4 @@
-"""The command line of both `generate` commands: a thin layer over `LM.generate`."""
+"""Command line of both `generate` commands: a thin layer over `LM.generate`."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ from mooshak.command_line import command_parser
 from mooshak.generation.lm import LM
 
 SETTINGS = ("max_new_tokens", "temperature", "top_p", "seed")
-"""Options that are passed on to `LM.generate`."""
+"""Options that are passed to `LM.generate`."""
 
 
 def generate_parser(module: str, doc: str | None) -> argparse.ArgumentParser:
@@ -34,7 +34,7 @@ def generate_parser(module: str, doc: str | None) -> argparse.ArgumentParser:
 
 
 def generate_text(args: argparse.Namespace, load: Callable[..., LM], **options: Any) -> None:
-    """Load the model, continue each prompt and print it with its continuation."""
+    """Load the model and print each prompt with its continuation."""
     lm = load(args.checkpoint, dtype=args.dtype, tokenizer=args.tokenizer)
     settings = {key: getattr(args, key) for key in SETTINGS}
     prompts: Sequence[str] = args.prompt

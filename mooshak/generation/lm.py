@@ -1,6 +1,7 @@
 """The Python API of both frameworks: a language model that generates, streams, scores and chats.
 
-`mooshak_torch.LM` and `mooshak_jax.LM` supply the tokens; what is done with them is here, once.
+`mooshak_torch.LM` and `mooshak_jax.LM` compute tokens and log-probabilities; everything else is
+shared.
 """
 
 import abc
@@ -31,19 +32,20 @@ Step = tuple[np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class Completion:
-    """One sample of what follows a prompt. Printed, it is its text."""
+    """A sample of the continuation of a prompt; `str` returns its text."""
 
     text: str | None
-    """The continuation; None where the checkpoint has no tokenizer."""
+    """The continuation; None if the checkpoint has no tokenizer."""
     token_ids: list[int]
-    """Without the token that ended the text."""
+    """Generated tokens, without the end token."""
     logprobs: list[float] | None
-    """log p of each of `token_ids` under the model, if `logprobs` was set."""
+    """log p of each of `token_ids` under the model, in nats, if the setting `logprobs` is true."""
     finish_reason: str
-    """stop (an end token or a stop text), or length."""
+    """`stop` (an end token or a stop text) or `length` (max_new_tokens)."""
     prompt_token_ids: list[int]
+    """Tokens of the prompt, with BOS if it was a text."""
     index: int = 0
-    """Number of the sample among the `n` of its prompt."""
+    """Index of the sample among the `n` samples of its prompt."""
 
     def __str__(self) -> str:
         return " ".join(map(str, self.token_ids)) if self.text is None else self.text
@@ -58,7 +60,7 @@ class LM(abc.ABC):
     @property
     @abc.abstractmethod
     def model(self) -> Any:
-        """The framework's own model, to call with token ids [B, T] for logits [B, T, V]."""
+        """The model of the framework: called with token ids [B, T], it returns logits [B, T, V]."""
 
     @abc.abstractmethod
     def _steps(
@@ -66,29 +68,29 @@ class LM(abc.ABC):
     ) -> Iterator[Step]:
         """Yield the next token of each row, `max_new_tokens` times.
 
-        Row i continues prompts[i] with the noise of sample number samples[i].
+        Row i continues prompts[i] with the sampling noise of sample samples[i].
         """
 
     @abc.abstractmethod
     def _token_log_probs(self, ids: list[int]) -> np.ndarray:
-        """Return log p(token t | tokens before t) for t = 1 .. T-1, float64 [T - 1]."""
+        """Return log p(token t | tokens before t), t = 1 .. T - 1, in nats, float64 [T - 1]."""
 
     @abc.abstractmethod
     def _checkpoint(self) -> Checkpoint:
-        """Return the weights by canonical name."""
+        """Return the weights under their canonical names, open for reading."""
 
     @overload
     def generate(self, prompt: str, **settings: Any) -> Completion: ...
     @overload
     def generate(self, prompt: Sequence[Any], **settings: Any) -> Any: ...
     def generate(self, prompt: Any, **settings: Any) -> Any:
-        """Continue a prompt: text or token ids. Returns a `Completion`.
+        """Continue a prompt, a text or token ids; return a `Completion`.
 
-        A list of prompts gives a list, each as if it had been asked alone; with `n` > 1 a prompt
-        gives a list of samples. `settings` are the keys of the configuration's section `generate`:
+        A list of prompts returns a list; each result is the same as for the prompt alone. With `n`
+        > 1, each prompt returns a list of samples. `settings` are the fields of `GenerateConfig`:
         max_new_tokens, temperature, top_p, seed, n, stop, ignore_eos, logprobs. Raises `InputError`
-        for a setting that is unknown or out of range, an empty prompt, a token outside of the
-        vocabulary, and a text that would outgrow the model's positions.
+        for an unknown or invalid setting, an empty prompt, a token outside of the vocabulary, or a
+        prompt and continuation that are longer than `max_seq_len`.
         """
         chosen = make_settings(settings)
         many = not isinstance(prompt, str) and len(prompt) > 0 and not _is_id(prompt[0])
@@ -100,50 +102,50 @@ class LM(abc.ABC):
         return grouped if many else grouped[0]
 
     def stream(self, prompt: Prompt, **settings: Any) -> Iterator[str]:
-        """Yield the text of a continuation in chunks, which join to `generate(...).text`.
+        """Yield the continuation of a prompt in chunks of text; joined, `generate(...).text`.
 
-        Settings and errors are those of `generate`, except for `n`, which must be 1.
+        Settings and errors are those of `generate`; `n` must be 1. Raises `InputError` if the
+        checkpoint has no tokenizer.
         """
         chosen, ids = make_settings(settings), self._encode(prompt)
         if chosen.n != 1:
-            raise InputError(f"generate.n {chosen.n}: a stream has one sample")
+            raise InputError(f"generate.n {chosen.n}: a stream has one sample; set n to 1")
         if self.tokenizer is None:
-            raise InputError("the checkpoint has no tokenizer: there is no text to stream")
+            raise InputError("the checkpoint has no tokenizer, so there is no text to stream")
         return self._stream(ids, chosen)
 
     def score(self, text: Any) -> Any:
-        """Return log p(token t | tokens before t), t = 1 .. T-1, in nats: float64 [T - 1].
+        """Return log p(token t | tokens before t), t = 1 .. T - 1, in nats: float64 [T - 1].
 
-        `text` is a text (BOS comes first where the tokenizer has one), token ids, or a list of
-        these, which gives a list. Raises `InputError` for fewer than two tokens.
+        `text` is a text (BOS is prepended), token ids, or a list of these, which returns a list.
+        Raises `InputError` for fewer than two tokens, more than `max_seq_len`, or a token outside
+        of the vocabulary.
         """
         if not isinstance(text, str) and len(text) > 0 and not _is_id(text[0]):
             return [self.score(one) for one in text]
         ids = self._encode(text)
         check_tokens(ids, self.config)
         if not 2 <= len(ids) <= self.config.max_seq_len:
-            raise InputError(
-                f"{len(ids)} tokens cannot be scored; between 2 and {self.config.max_seq_len} can"
-            )
+            raise InputError(f"cannot score {len(ids)} tokens; give 2 .. {self.config.max_seq_len}")
         return self._token_log_probs(ids)
 
     def chat(self, messages: Messages, **settings: Any) -> Any:
-        """Answer a conversation: messages with `role` and `content`, by the chat template.
+        """Generate the next turn of a conversation: messages with `role` and `content`.
 
-        Settings, results and errors are those of `generate`. Raises `InputError` where the
-        checkpoint has no chat template.
+        The prompt is made by the chat template of the checkpoint. Settings, results and errors are
+        those of `generate`. Raises `InputError` if the checkpoint has no chat template.
         """
         if self.tokenizer is None:
-            raise InputError("the checkpoint has no tokenizer, and so no chat template")
+            raise InputError("the checkpoint has no tokenizer, so it has no chat template")
         chosen, ids = make_settings(settings), encode_chat(self.tokenizer, messages)
         rows, samples = [ids] * chosen.n, list(range(chosen.n))
         found = self._complete(rows, samples, chosen, end_of_turn(self.tokenizer))
         return found[0] if chosen.n == 1 else found
 
     def save(self, path: str | Path) -> None:
-        """Write the weights and the tokenizer as an interchange directory.
+        """Write the weights and the tokenizer to a directory in the interchange format.
 
-        Raises `InputError` where `path` exists.
+        Raises `InputError` if `path` exists.
         """
         safetensors.write_checkpoint(Path(path), self._checkpoint())
 
@@ -161,7 +163,7 @@ class LM(abc.ABC):
         settings: GenerateConfig,
         more_ends: set[int] | None = None,
     ) -> list[Completion]:
-        """Generate until every row has ended."""
+        """Generate one completion per row, until all of them have ended."""
         rows = [
             _Row(self, ids, sample, settings, more_ends or set())
             for ids, sample in zip(prompts, samples, strict=True)
@@ -185,7 +187,7 @@ class LM(abc.ABC):
 
 
 class _Row:
-    """A sample while it is generated."""
+    """A sample that is being generated."""
 
     def __init__(
         self, lm: LM, prompt: list[int], index: int, settings: GenerateConfig, ends: set[int]
@@ -203,7 +205,7 @@ class _Row:
             self.ends = set()
 
     def push(self, token: int, log_prob: float) -> str:
-        """Take in a token, unless the row has ended; return the text that became final."""
+        """Append a token, unless the row has ended; return the text that became final."""
         if self.done or token in self.ends:
             self.done = True
             return ""
@@ -227,7 +229,7 @@ class _Row:
 
 
 def make_settings(settings: dict[str, Any]) -> GenerateConfig:
-    """Return the generation settings of keyword arguments. Raises `InputError` for unknown ones."""
+    """Return settings from keyword arguments. Raises `InputError` for unknown or invalid ones."""
     known = {field.name for field in fields(GenerateConfig)}
     if unknown := sorted(settings.keys() - known):
         raise InputError(f"unknown setting {unknown[0]}{did_you_mean(unknown[0], known)}")
@@ -237,20 +239,20 @@ def make_settings(settings: dict[str, Any]) -> GenerateConfig:
 def load_tokenizer(
     checkpoint: Path, model: ModelConfig, given: str | Path | None = None
 ) -> Tokenizer | None:
-    """Return the tokenizer of a checkpoint, `given` or its own; None where it has none.
+    """Return the tokenizer `given`, or that of the checkpoint; None if there is none.
 
-    Raises `InputError` where it does not fit the model's vocabulary.
+    Raises `InputError` if it does not fit the vocabulary of the model.
     """
     path = find_tokenizer(checkpoint, str(given) if given else None, required=False)
     if path is None:
         return None
     tokenizer = open_tokenizer(path)
-    # A model that was not made here may have rows to spare; its tokenizer is in its directory.
+    # A model from elsewhere may have more rows than tokens; its tokenizer is in its directory.
     own = tokenizer.path.parent == checkpoint
     needed = tokenizer.vocab_size if own else tokenizer.padded_vocab_size
     if needed > model.vocab_size or (needed < model.vocab_size and not own):
         raise InputError(
-            f"the tokenizer has {tokenizer.vocab_size} pieces, the model's vocabulary is "
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the vocabulary of the model "
             f"{model.vocab_size}; name the right one with --tokenizer"
         )
     return tokenizer

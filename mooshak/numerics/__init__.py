@@ -1,1 +1,1 @@
-"""Numbers that both frameworks must agree on, computed once in NumPy."""
+"""Quantities that must be bit-equal in both frameworks, computed once in NumPy."""

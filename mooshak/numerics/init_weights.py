@@ -1,10 +1,10 @@
-"""Initial weights: a pure function of (seed, parameter name, element), any slice on its own.
+"""Initial weights: a pure function of (seed, parameter name, element), for any slice.
 
-Element i of a parameter is made from block i of a Philox-4x64 stream (Salmon et al., SC 2011)
-whose key is a hash of the seed and the name. The four 64-bit words of the block are sixteen 16-bit
+Element i of a parameter is computed from block i of a Philox-4x64 stream (Salmon et al., SC 2011)
+whose key is a hash of the seed and the name. The four 64-bit words of a block are sixteen 16-bit
 uniforms; their centred sum is the weight (Irwin-Hall: normal to within 0.08 in excess kurtosis).
-Sums of integers and one multiplication have the same bits on every machine; a normal variate by
-logarithm or rejection has not, or has no element i.
+Sums of integers and one multiplication have the same bits on every machine. A normal variate from a
+logarithm does not, and one from rejection sampling cannot be computed for element i alone.
 """
 
 import hashlib
@@ -14,26 +14,26 @@ import numpy as np
 
 from mooshak.config.model import ModelConfig
 
-# A block holds sixteen uniforms on 0 .. 65535.
+# A block has sixteen uniforms on 0 .. 65535.
 _MEAN = 16 * 65535 / 2
 _STD = math.sqrt(16 * (65536**2 - 1) / 12)
 # Every other 16 bits of a 64-bit word.
 _LANES = np.uint64(0x0000FFFF0000FFFF)
-# Elements made at once: 32 bytes of Philox output each.
+# Elements computed at once, each from 32 bytes of Philox output.
 _CHUNK = 1 << 14
 
 
 def initial_std(model: ModelConfig, name: str) -> float:
-    """Standard deviation of a matrix's initial weights.
+    """Return the standard deviation of the initial weights of a matrix.
 
     | parameter              | std            | because                                          |
     |------------------------|----------------|--------------------------------------------------|
-    | embeddings             | 1              | the first attention reads them without a norm;   |
-    |                        |                | every later one reads unit RMS from output_norm  |
-    |   tied                 | 1 / sqrt(dim)  | as output head they make logits of variance 1    |
-    | wq, wk, wv, w1, w3, w2 | 1 / sqrt(in)   | keeps unit variance                              |
-    |   llama: wo, w2        | the same,      | 2 n_layers of them are added to a stream that no |
-    |                        | / sqrt(2 n_layers) | norm brings back to unit variance            |
+    | embeddings             | 1              | input of the first attention, without a norm;    |
+    |                        |                | later layers get unit RMS from output_norm       |
+    |   tied                 | 1 / sqrt(dim)  | as output head: logits of variance 1             |
+    | wq, wk, wv, w1, w3, w2 | 1 / sqrt(in)   | preserves unit variance                          |
+    |   llama: wo, w2        | 1 / sqrt(in)   | 2 n_layers outputs are summed in the residual    |
+    |                        | / sqrt(2 n_layers) | stream, which no norm rescales               |
     | lm_head                | 0.1 / sqrt(in) | logits near 0: the loss starts at log(vocabulary)|
     """
     if name == "embeddings.weight":
@@ -55,23 +55,23 @@ def initial_weight(
     dtype: np.dtype | type = np.float32,
     gain_std: float = 0.0,
 ) -> np.ndarray:
-    """A block of the initial value of parameter `name`, in canonical `[out, in]` layout.
+    """Return a block of the initial value of parameter `name`, in canonical `[out, in]` layout.
 
-    A gain or bias is a column. `gain_std` draws gains around one and biases around zero (parity
-    models: gains of one hide faults).
+    A gain or bias is a column. `gain_std` is the standard deviation of gains around one and biases
+    around zero; parity models need it, since gains of one hide faults.
     """
     shape = model.parameter_shapes()[name]
     is_column = len(shape) == 1
     mean = 1.0 if name.endswith("norm.weight") else 0.0
     scale = gain_std if is_column else initial_std(model, name)
-    whole = math.prod(shape[1:])
+    width = math.prod(shape[1:])
     top, bottom, _ = rows.indices(shape[0])
-    left, right, _ = columns.indices(whole)
+    left, right, _ = columns.indices(width)
     result = np.full((max(bottom - top, 0), max(right - left, 0)), mean, dtype)
-    # Whole rows follow one another in the stream; parts of rows are runs of their own.
-    runs = result.reshape(1, -1) if result.shape[1] == whole else result
+    # Full rows are contiguous in the stream; parts of rows are separate runs.
+    runs = result.reshape(1, -1) if result.shape[1] == width else result
     for row, run in enumerate(runs if scale else ()):
-        start = (top + row) * whole + left
+        start = (top + row) * width + left
         for offset in range(0, run.size, _CHUNK):
             count = min(_CHUNK, run.size - offset)
             z = standard(f"{seed}:{name}", start + offset, count)
@@ -80,10 +80,10 @@ def initial_weight(
 
 
 def standard(stream: str, start: int, count: int) -> np.ndarray:
-    """Elements start .. start + count of a stream of mean 0 and variance 1, float64."""
+    """Return elements start .. start + count of a stream of mean 0 and variance 1, float64."""
     key = np.frombuffer(hashlib.blake2b(stream.encode(), digest_size=16).digest(), "<u8")
     words = np.random.Philox(key=key, counter=start).random_raw(4 * count)
-    # Sixteen numbers of 16 bits are added within 64-bit words, two lanes of 32 bits at a time.
+    # Sixteen 16-bit numbers are summed within 64-bit words, in two lanes of 32 bits.
     pairs = (words & _LANES) + ((words >> np.uint64(16)) & _LANES)
     sums = pairs[0::4] + pairs[1::4] + pairs[2::4] + pairs[3::4]
     totals = (sums & np.uint64(0xFFFFFFFF)) + (sums >> np.uint64(32))

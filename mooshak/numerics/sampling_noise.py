@@ -1,4 +1,4 @@
-"""The noise of sampling: one uniform number per (seed, sequence, position), for both frameworks."""
+"""Sampling noise: a uniform number per (seed, sample, position), for both frameworks."""
 
 import hashlib
 
@@ -6,9 +6,9 @@ import numpy as np
 
 
 def noise(seed: int, sequence: int, positions: int) -> np.ndarray:
-    """Uniform numbers in [0, 1) for the first positions of a sequence, float64 [positions].
+    """Return uniform numbers in [0, 1) for the first positions of a sequence, float64 [positions].
 
-    A position's number depends neither on how many are asked for nor on the batch around it.
+    The number of a position depends neither on `positions` nor on the other rows of a batch.
     """
     key = np.frombuffer(
         hashlib.blake2b(f"{seed}:{sequence}".encode(), digest_size=16).digest(), "<u8"

@@ -1,4 +1,4 @@
-"""The learning rate of a step, computed once for both frameworks in float64."""
+"""Learning rate of a step, computed in float64 for both frameworks; weight decay by name."""
 
 import math
 
@@ -6,10 +6,10 @@ from mooshak.config.sections import Config
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """Learning rate of optimizer step `step` (0 is the first).
+    """Return the learning rate of optimizer step `step`, counted from 0.
 
-    Linear warm-up to the peak, then cosine (arXiv:1608.03983), constant, or warm-up-stable-decay
-    (arXiv:2404.06395) with a linear decay, down to `min_lr_ratio` of the peak.
+    Linear warmup to the peak, then cosine (arXiv:1608.03983), constant, or warmup-stable-decay
+    (arXiv:2404.06395) with a linear decay; cosine and decay end at `min_lr_ratio` of the peak.
     """
     schedule, peak = config.schedule, config.optimizer.learning_rate
     assert schedule.total_steps is not None
@@ -28,5 +28,5 @@ def learning_rate(config: Config, step: int) -> float:
 
 
 def has_weight_decay(name: str) -> bool:
-    """Whether weight decay applies to a parameter: to matrices, not to gains of norms or biases."""
+    """Return whether weight decay applies to a parameter: to matrices, not to gains or biases."""
     return not name.endswith(("norm.weight", ".bias"))

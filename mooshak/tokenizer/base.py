@@ -53,9 +53,9 @@ class Tokenizer(Protocol):
 
 
 def check_found(found: int, wanted: int, before: int) -> None:
-    """Raises `InputError` where the text gives fewer new pieces than an extension wants."""
+    """Raise `InputError` if the text has fewer new tokens than an extension needs."""
     if found < wanted - before:
         raise InputError(
-            f"the sources have {found} new pieces for {wanted - before} places; lower "
+            f"the sources have only {found} new tokens of {wanted - before}; lower "
             f"tokenizer.vocab_size to {before + found}, or add text"
         )

@@ -16,7 +16,7 @@ CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
     "<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-"""The template of tokenizers that are trained here."""
+"""Template of the tokenizers that this package trains."""
 
 Messages = Sequence[Mapping[str, str]]
 """Turns of a conversation: `role` (system, user, assistant) and `content`."""
@@ -25,10 +25,9 @@ Messages = Sequence[Mapping[str, str]]
 def encode_chat(
     tokenizer: Tokenizer, messages: Messages, add_generation_prompt: bool = True
 ) -> list[int]:
-    """Return the token ids of a conversation, ready for the assistant's next turn.
+    """Return the token ids of a conversation, up to the start of the assistant's next turn.
 
-    Raises `InputError` where the tokenizer has no chat template, or the template refuses the
-    messages.
+    Raises `InputError` if the tokenizer has no chat template, or the template rejects the messages.
     """
     pieces = tokenizer.pieces()
     bos = pieces[tokenizer.bos_id] if 0 <= tokenizer.bos_id < len(pieces) else ""
@@ -46,7 +45,7 @@ def encode_chat(
 
 
 def end_of_turn(tokenizer: Tokenizer) -> set[int]:
-    """Return the tokens that end a turn, besides those that end a text."""
+    """Return the token ids that end a turn, in addition to those that end a text."""
     return {tokenizer.id_of("<|end|>")} if _is_own(tokenizer) else set()
 
 
@@ -89,7 +88,7 @@ def _is_own(tokenizer: Tokenizer) -> bool:
 
 @cache
 def _compiled(template: str) -> jinja2.Template:
-    # A checkpoint's template is a stranger's program.
+    # The template of a checkpoint is untrusted code: it runs in a sandbox.
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
 
     def refuse(message: str) -> None:

@@ -1,11 +1,7 @@
-"""A vocabulary that grows: new pieces in an old tokenizer, and rows for them in the embeddings.
+"""Extend the vocabulary of a tokenizer: new tokens, appended after the existing ones.
 
-So a model that reads Hindi byte by byte continues its pretraining with Hindi pieces. A new row is
-the mean of the rows of the old pieces that its text was written with; computed here, once, it has
-the same bits in both frameworks.
-
-    python -m mooshak.tokenizer extend --init.from LLAMA --tokenizer.path hindi.model \
-        --tokenizer.vocab_size 40000 --config CONFIG
+A model that encodes Hindi byte by byte can so continue its pretraining with Hindi tokens;
+`mooshak.checkpoints.init_from` initialises the new rows of its embedding.
 """
 
 from pathlib import Path
@@ -24,12 +20,12 @@ from mooshak.tokenizer.load import open_tokenizer
 
 
 def extend(config: Config) -> None:
-    """Add pieces of the sources' text to the tokenizer of `init.from`; write `tokenizer.path`.
+    """Extend the tokenizer of `init.from` with tokens of the sources; write `tokenizer.path`.
 
-    It gets `tokenizer.vocab_size` pieces in all. The old ones keep their ids, and the new ones are
-    merged after them: those that a tokenizer of that size, trained on the sources, has besides. A
-    `tokenizer.json` has its settings beside it: they come along. Raises `InputError` where
-    `tokenizer.path` exists, or there are not as many pieces.
+    The result has `tokenizer.vocab_size` tokens. The old ones keep their ids; the new ones, which
+    are merged after them, are those that only a tokenizer of that size trained on the sources has.
+    The settings next to a `tokenizer.json` are copied. Raises `InputError` if `tokenizer.path`
+    exists, or the sources have too few new tokens.
     """
     path, wanted = Path(config.tokenizer.path), config.tokenizer.vocab_size
     if not config.init.from_:
@@ -39,19 +35,19 @@ def extend(config: Config) -> None:
     old = open_tokenizer(find_tokenizer(Path(config.init.from_), None))
     if wanted <= old.vocab_size:
         raise InputError(
-            f"tokenizer.vocab_size {wanted} must be more than the {old.vocab_size} pieces that "
-            f"{config.init.from_} has"
+            f"tokenizer.vocab_size {wanted} must be more than the {old.vocab_size} tokens of "
+            f"{config.init.from_}"
         )
     if not isinstance(old, HFTokenizer):
         write_atomically(path, _with_new_pieces(old, config))
         return
     if path.name != "tokenizer.json":
-        raise InputError(f"{path}: {old.path} grows into another DIRECTORY/tokenizer.json; name it")
-    grown = old.with_new_pieces(train.training_lines(config), wanted)
-    beside = tokenizer_files(old.path.parent)
-    for name in SETTINGS & beside.keys():
-        write_atomically(path.parent / name, beside[name].read_bytes())
-    write_atomically(path, grown)
+        raise InputError(f"{path}: {old.path} is extended to a DIRECTORY/tokenizer.json; name one")
+    extended = old.with_new_pieces(train.training_lines(config), wanted)
+    files = tokenizer_files(old.path.parent)
+    for name in SETTINGS & files.keys():
+        write_atomically(path.parent / name, files[name].read_bytes())
+    write_atomically(path, extended)
 
 
 SETTINGS = {
@@ -61,16 +57,16 @@ SETTINGS = {
     "chat_template.json",
     "generation_config.json",
 }
-"""Files that say how a `tokenizer.json` beside them is used."""
+"""Settings of a `tokenizer.json`, in the same directory."""
 
 
 def _with_new_pieces(old: Tokenizer, config: Config) -> bytes:
-    """The SentencePiece model `old` with as many more pieces as the configuration wants."""
+    """Return the SentencePiece model `old` with new tokens, up to `tokenizer.vocab_size`."""
     proto = read_proto(old.path)
     known = {piece.piece for piece in proto.pieces}
     trained = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     trained.ParseFromString(train.trained_model(config))
-    # Pieces come by rank: what a piece is merged from stands before it.
+    # Tokens are in order of their merges: the parts of a token precede it.
     found = [p.piece for p in trained.pieces if p.type == p.NORMAL and p.piece not in known]
     wanted = config.tokenizer.vocab_size
     check_found(len(found), wanted, old.vocab_size)
@@ -82,7 +78,7 @@ def _with_new_pieces(old: Tokenizer, config: Config) -> bytes:
 
 
 def read_proto(path: Path) -> Any:
-    """The message of a SentencePiece model."""
+    """Return the protobuf message of a SentencePiece model file."""
     proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     proto.ParseFromString(path.read_bytes())
     return proto

@@ -8,7 +8,7 @@ from mooshak.config.parse import load_config
 from mooshak.errors import InputError
 
 HF_CONFIG = "hf_config.json"
-"""Their `config.json`, of a checkpoint that came from Hugging Face."""
+"""Name of the Hugging Face `config.json` in a checkpoint that was converted from there."""
 TOKENIZER_FILES = (
     "tokenizer.model",
     "tokenizer.json",
@@ -22,19 +22,19 @@ TOKENIZER_FILES = (
     "generation_config.json",
     HF_CONFIG,
 )
-"""Files that come along with the weights, whatever the kind of the checkpoint becomes."""
+"""Files that are copied with the weights into a checkpoint of any format."""
 
 
 def tokenizer_files(path: Path) -> dict[str, Path]:
-    """The files of a checkpoint directory that come along with its weights."""
+    """Return the files of a checkpoint directory that are copied with its weights: name -> file."""
     return {name: path / name for name in TOKENIZER_FILES if (path / name).is_file()}
 
 
 def files_of_tokenizer(path: Path) -> dict[str, Path]:
-    """Return the files that a checkpoint needs of the tokenizer `path`: name there -> file.
+    """Return the files of the tokenizer `path` that a checkpoint needs: name in it -> file.
 
-    A SentencePiece model becomes `tokenizer.model`. What stands next to the file under the usual
-    names (settings, chat template) belongs to it only if it has a usual name itself.
+    A SentencePiece model becomes `tokenizer.model`. Files next to it under the standard names
+    (settings, chat template) belong to it only if it has a standard name itself.
     """
     name = "tokenizer.json" if path.suffix == ".json" else "tokenizer.model"
     others = tokenizer_files(path.parent) if path.name == name else {}
@@ -61,9 +61,9 @@ def find_tokenizer(checkpoint: Path, given: str | None) -> Path: ...
 @overload
 def find_tokenizer(checkpoint: Path, given: str | None, required: bool) -> Path | None: ...
 def find_tokenizer(checkpoint: Path, given: str | None, required: bool = True) -> Path | None:
-    """Return the tokenizer of a checkpoint: the one given, the one inside, or that of its run.
+    """Return the tokenizer of a checkpoint: `given`, the one in its directory, or that of its run.
 
-    Without any, returns None, or raises `InputError` if it is `required`.
+    If there is none, returns None, or raises `InputError` if it is `required`.
     """
     if given:
         return Path(given)

@@ -1,7 +1,7 @@
-"""A `tokenizer.json` of Hugging Face, with the face of our own tokenizer.
+"""Tokenizer in a `tokenizer.json` of Hugging Face.
 
-Llama 3, Qwen and SmolLM come with such a file and no SentencePiece model. It is used by the library
-that wrote it, `tokenizers`: what it adds to a text (its first token) it adds here too.
+Llama 3, Qwen and SmolLM have such a file and no SentencePiece model. The library `tokenizers` reads
+it, so its post-processing, such as a first token, applies here, too.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from mooshak.tokenizer.files import HF_CONFIG
 
 
 class HFTokenizer:
-    """Text to token ids and back by a `tokenizer.json`; its specials from the files beside it."""
+    """A map between text and token ids, from a `tokenizer.json` and the settings next to it."""
 
     def __init__(self, path: str | Path) -> None:
         try:
@@ -35,7 +35,7 @@ class HFTokenizer:
         self.fingerprint = hashlib.sha256(text).hexdigest()
         try:
             self._fast = tokenizers.Tokenizer.from_str(text.decode())
-        except Exception as error:  # The library raises no other kind.
+        except Exception as error:  # The library raises no other class.
             raise InputError(f"tokenizer {path} is not a tokenizer.json: {error}") from error
         self._decoder = str(json.loads(text).get("decoder"))
         # Ids may have gaps.
@@ -43,15 +43,15 @@ class HFTokenizer:
         self.padded_vocab_size = -(-self.vocab_size // 64) * 64
         end = self._special("eos")
         if end is None:
-            raise InputError(f"no file beside tokenizer {path} names its eos_token")
+            raise InputError(f"no file next to tokenizer {path} names its eos_token")
         begin, pad = self._special("bos"), self._special("pad")
         self.eos_id = end
-        # Without a token of its own, a document begins after the end of the one before it.
+        # Without a BOS token, documents are separated by EOS.
         self.bos_id = end if begin is None else begin
         self.pad_id = end if pad is None else pad
 
     def _special(self, name: str) -> int | None:
-        """The id of a special token, from `tokenizer_config.json` or `config.json`."""
+        """Return the id of a special token that a file of the directory names, or None."""
         for file in ("tokenizer_config.json", "generation_config.json", "config.json", HF_CONFIG):
             values = read_object(self.path.parent / file)
             token = values.get(f"{name}_token")
@@ -64,37 +64,40 @@ class HFTokenizer:
         return None
 
     def id_of(self, piece: str) -> int:
+        """Return the id of a token. Raises `InputError` if there is none."""
         id = self._fast.token_to_id(piece)
         if id is None:
-            raise InputError(f"tokenizer {self.path} has no piece {piece}")
+            raise InputError(f"tokenizer {self.path} has no token {piece}")
         return int(id)
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
-        """Token ids of a text; with `bos`, and what the file puts around a text by itself."""
+        """Return the token ids of a text; with `bos`, also special tokens that the file adds."""
         ids = list(self._fast.encode(text, add_special_tokens=bos).ids)
         return ids + [self.eos_id] * eos
 
     def encode_batch(self, texts: list[str], threads: int = 1) -> list[list[int]]:
+        """Return the token ids of many texts, encoded in parallel."""
         encoded = self._fast.encode_batch(texts, add_special_tokens=False)
         return [list(one.ids) for one in encoded]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Return the text of token ids, without special tokens."""
         known = [int(id) for id in ids if int(id) < self.vocab_size]
         return str(self._fast.decode(known, skip_special_tokens=True))
 
     def pieces(self) -> list[str]:
-        """The pieces by id, as the file writes them; an id that has none is empty."""
+        """Return the tokens by id, as the file spells them; empty for an unused id."""
         by_id = {id: piece for piece, id in self._fast.get_vocab().items()}
         return [by_id.get(id, "") for id in range(self.vocab_size)]
 
     def parts(self, piece: str) -> list[int]:
-        """Ids of what another tokenizer's piece is written with within a text."""
+        """Return the token ids of a token of another tokenizer, as within a text."""
         return [int(token.id) for token in self._fast.model.tokenize(piece)]
 
     def with_new_pieces(self, lines: Iterator[str], wanted: int) -> str:
-        """The file with `wanted` pieces: behind its own, those that it would learn from `lines`.
+        """Return the file with `wanted` tokens: its own, then those that it learns from `lines`.
 
-        Raises `InputError` where it is no byte-level BPE, or the text has not as many.
+        Raises `InputError` if it is not a byte-level BPE, or the text has too few tokens.
         """
         from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
@@ -102,8 +105,8 @@ class HFTokenizer:
         model = values["model"]
         if model["type"] != "BPE" or "ByteLevel" not in self._decoder:
             raise InputError(
-                f"{self.path} is no BPE of bytes; such a one, or a SentencePiece model "
-                "(tokenizer.model), can be extended"
+                f"{self.path} is not a byte-level BPE; only those and SentencePiece models "
+                "(tokenizer.model) can be extended"
             )
         learner = Tokenizer(models.BPE())
         learner.normalizer = self._fast.normalizer
@@ -116,7 +119,7 @@ class HFTokenizer:
         vocabulary, taken = model["vocab"], self._fast.get_vocab()
         found: list[list[str]] = []
         for a, b in json.loads(learner.to_str())["model"]["merges"]:
-            # Merges come by rank: what a piece is merged from stands before it.
+            # Merges are in order of rank: the parts of a token precede it.
             if a + b not in taken and a in vocabulary and b in vocabulary:
                 vocabulary[a + b] = taken[a + b] = self.vocab_size + len(found)
                 found.append([a, b])
@@ -127,19 +130,19 @@ class HFTokenizer:
         return json.dumps(values, ensure_ascii=False)
 
     def texts(self) -> list[str]:
-        """The text that each piece stands for; none of specials, and of bytes that are no text."""
+        """Return the text of each token; empty for special tokens."""
         specials = {id for id, t in self._fast.get_added_tokens_decoder().items() if t.special}
         return ["" if id in specials else self._fast.decode([id]) for id in range(self.vocab_size)]
 
     def token_bytes(self) -> np.ndarray:
-        """Bytes of text that each id stands for, int32 [padded_vocab_size]; specials have none."""
+        """Return the UTF-8 bytes of each token, int32 [padded_vocab_size]; 0 for special tokens."""
         specials = {id for id, t in self._fast.get_added_tokens_decoder().items() if t.special}
         result = np.zeros(self.padded_vocab_size, np.int32)
         for piece, id in self._fast.get_vocab().items():
             if id in specials:
                 continue
             if "ByteLevel" in self._decoder:
-                result[id] = len(piece)  # A character of a piece is a byte of the text.
+                result[id] = len(piece)  # Each character represents a byte.
             elif len(piece) == 6 and piece.startswith("<0x"):
                 result[id] = 1
             else:

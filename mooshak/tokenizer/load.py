@@ -1,4 +1,4 @@
-"""Open a tokenizer file of any supported kind."""
+"""Open a tokenizer file of any supported format."""
 
 from pathlib import Path
 
@@ -8,7 +8,10 @@ from mooshak.tokenizer.sentencepiece import SentencePieceTokenizer
 
 
 def open_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer in a file: a SentencePiece model, or a `tokenizer.json` of Hugging Face."""
+    """Open a SentencePiece model, or a `tokenizer.json` of Hugging Face.
+
+    Raises `InputError` for a file that is missing or is neither.
+    """
     if Path(path).suffix == ".json":
         return HFTokenizer(path)
     return SentencePieceTokenizer(path)

@@ -1,15 +1,10 @@
-"""The tokenizer: text to token ids and back, without loss, for every Unicode string.
+"""Lossless SentencePiece tokenizer: every Unicode text is decoded to itself.
 
-A SentencePiece BPE model (arXiv:1808.06226) without normalisation, dummy prefix or whitespace
-clean-up; characters without a piece become their UTF-8 bytes. So `decode(encode(text)) == text`,
-which the models published for Hindi do not give: NFKC changes Devanagari. The specials and the
-chat markers are control symbols: no text encodes to them.
-
-    python -m mooshak.tokenizer train  --config configs/demo.yaml
-    python -m mooshak.tokenizer extend --init.from LLAMA --config C --tokenizer.path new.model
-    python -m mooshak.tokenizer encode --config configs/demo.yaml "नमस्ते दुनिया"
-    python -m mooshak.tokenizer decode --tokenizer.path tokenizer.model 1 302 17
-    python -m mooshak.tokenizer report --config configs/demo.yaml
+A BPE model (arXiv:1808.06226) without normalisation, dummy prefix or whitespace clean-up, and with
+byte fallback: characters that are not in the vocabulary become their UTF-8 bytes. So
+`decode(encode(text)) == text`, which does not hold for published models of Hindi, whose NFKC
+normalisation changes Devanagari. Special tokens and chat markers are control symbols: no text is
+encoded to them.
 """
 
 import hashlib
@@ -27,16 +22,16 @@ from mooshak.errors import InputError
 
 CHAT_MARKERS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 
-# SentencePiece writes a space as this character. Where the text itself holds it, it must be
-# bytes, or decoding would give a space.
+# SentencePiece represents a space by this character. Where it occurs in the text, it is encoded as
+# bytes; otherwise it would be decoded to a space.
 _SPACE_MARK = "\u2581"
-# Texts written by a grammar, such as tales, have fewer different words than this; for them words
-# are looked up. Others have many that come once, for which that takes longer.
+# Texts of a grammar, such as the tales, have fewer distinct words than this, and words are cached.
+# Other texts have many words that occur once, for which the cache is slower.
 _FEW_WORDS = 16_384
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model file, as a lossless map between text and token ids."""
+    """A lossless map between text and token ids, from a SentencePiece model file."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -52,17 +47,17 @@ class SentencePieceTokenizer:
         self.fingerprint = hashlib.sha256(model).hexdigest()
         """SHA-256 of the model file."""
         try:
-            # An empty file is a valid message of no pieces.
+            # An empty file would be a valid message without tokens.
             self._model = sentencepiece.SentencePieceProcessor(model_proto=model or b"-")
         except RuntimeError:
             raise InputError(
-                f"tokenizer {path} is not a SentencePiece model, or is cut short; "
+                f"tokenizer {path} is not a SentencePiece model, or is truncated; "
                 "delete it and train or copy it again"
             ) from None
         self.vocab_size: int = self._model.vocab_size()
-        """Number of pieces."""
+        """Number of tokens."""
         self.padded_vocab_size = -(-self.vocab_size // 64) * 64
-        """Number of pieces, rounded up to a multiple of 64: rows of the embedding."""
+        """Number of tokens, rounded up to a multiple of 64: rows of the embedding."""
         self.bos_id: int = self._model.bos_id()
         self.eos_id: int = self._model.eos_id()
         self.pad_id: int = self._model.pad_id() if self._model.pad_id() >= 0 else self.eos_id
@@ -70,19 +65,19 @@ class SentencePieceTokenizer:
         self._space_mark = [self.id_of(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
 
     def id_of(self, piece: str) -> int:
-        """The id of a piece, such as `<|user|>`. Raises `InputError` when there is none."""
+        """Return the id of a token, such as `<|user|>`. Raises `InputError` if there is none."""
         id = self._model.piece_to_id(piece)
         if self._model.id_to_piece(id) != piece:
-            raise InputError(f"tokenizer {self.path} has no piece {piece}; train one with it")
+            raise InputError(f"tokenizer {self.path} has no token {piece}; train one with it")
         return id
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
-        """Token ids of a text, with <s> before it and </s> after it when asked for."""
+        """Return the token ids of a text, with BOS before it and EOS after it if asked for."""
         ids = self.encode_batch([text], threads=1)[0]
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
     def encode_batch(self, texts: list[str], threads: int = 1) -> list[list[int]]:
-        """Token ids of many texts, encoded in parallel."""
+        """Return the token ids of many texts, encoded in parallel."""
         parts = [part for text in texts for part in text.split(_SPACE_MARK)]
         try:
             encoded = self._encode(parts, threads)
@@ -106,8 +101,8 @@ class SentencePieceTokenizer:
         return result
 
     def _encode(self, texts: list[str], threads: int) -> list[list[int]]:
-        """Token ids of texts without space marks, whose words are looked up where that pays."""
-        # SentencePiece works beside the interpreter, on every core; a look-up holds it.
+        """Encode texts without space marks, with the cache of words where that is faster."""
+        # SentencePiece releases the GIL and uses every core; the look-ups hold it.
         if len(texts) == 1 or threads > 2 or not self._of_words:
             return self._model.encode(texts, num_threads=threads)
         split, known = [text.split(" ") for text in texts], self._words
@@ -115,7 +110,7 @@ class SentencePieceTokenizer:
         if len(known) + len(new) > _FEW_WORDS:
             self._of_words, self._words = False, {}
             return self._model.encode(texts, num_threads=threads)
-        # A word has the space before it, the first of a text has none.
+        # A word includes the preceding space, except the first word of a text.
         within = self._model.encode([" " + word for word in new], num_threads=threads)
         known.update(zip(new, within, strict=True))
         result = self._model.encode([words[0] for words in split], num_threads=threads)
@@ -125,7 +120,7 @@ class SentencePieceTokenizer:
 
     @cached_property
     def _of_words(self) -> bool:
-        """Whether a text's pieces are those of its words: none is merged across a space."""
+        """Whether no token spans two words, so that words can be encoded separately."""
         proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
         proto.ParseFromString(self._model.serialized_model_proto())
         spec = proto.normalizer_spec
@@ -138,21 +133,21 @@ class SentencePieceTokenizer:
         )
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of token ids. Incomplete UTF-8 becomes U+FFFD; specials stand for no text."""
+        """Return the text of token ids: U+FFFD for incomplete UTF-8, nothing for special tokens."""
         pieces = [int(id) for id in ids]
         if pieces and not 0 <= min(pieces) <= max(pieces) < self.padded_vocab_size:
             raise InputError(
                 f"token ids must be in 0 .. {self.padded_vocab_size - 1}, "
-                f"got {min(pieces)} .. {max(pieces)}; is this the model's own tokenizer?"
+                f"got {min(pieces)} .. {max(pieces)}; is this the tokenizer of the model?"
             )
         return self._model.decode([id for id in pieces if id < self.vocab_size])
 
     def pieces(self) -> list[str]:
-        """The pieces by id, as the file writes them."""
+        """Return the tokens by id, as the file spells them."""
         return [self._model.id_to_piece(id) for id in range(self.vocab_size)]
 
     def texts(self) -> list[str]:
-        """The text that each piece stands for; none of specials, and none of single bytes."""
+        """Return the text of each token; empty for special tokens and single bytes."""
         specials = (self._model.is_byte, self._model.is_control, self._model.is_unknown)
         return [
             ""
@@ -162,7 +157,7 @@ class SentencePieceTokenizer:
         ]
 
     def token_bytes(self) -> np.ndarray:
-        """Bytes of text that each id stands for, int32 [padded_vocab_size]; specials have none."""
+        """Return the UTF-8 bytes of each token, int32 [padded_vocab_size]; 0 for special tokens."""
         result = np.zeros(self.padded_vocab_size, np.int32)
         result[: self.vocab_size] = [
             self._model.is_byte(id) or len(text.encode()) for id, text in enumerate(self.texts())

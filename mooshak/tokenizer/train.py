@@ -16,29 +16,29 @@ from mooshak.tokenizer.base import Tokenizer
 from mooshak.tokenizer.load import open_tokenizer
 from mooshak.tokenizer.sentencepiece import CHAT_MARKERS
 
-# SentencePiece splits only numbers in 0-9 into digits. A line of its own for each Devanagari digit
-# has the same effect: no piece with two of them is ever seen.
+# SentencePiece splits only the digits 0-9. A separate line for each Devanagari digit has the same
+# effect: no token with two of them occurs.
 _LINE_ENDS = re.compile("\n|(?<=[०-९])|(?=[०-९])")
-# Longest line that is shown to the trainer, in characters (at most 4 bytes each).
+# Maximum line length of the training text, in characters of at most 4 bytes.
 _LINE = 4096
 
 
 def load_or_train_tokenizer(config: Config) -> Tokenizer:
-    """The tokenizer of a configuration, trained first when its file is missing.
+    """Return the tokenizer of a configuration, after training it if its file is missing.
 
-    Raises `InputError` when it does not fit the model's vocabulary.
+    Raises `InputError` if it does not fit the vocabulary of the model.
     """
     path = Path(config.tokenizer.path)
     if not path.exists():
         with locked(path.with_name(f".{path.name}.lock")):
-            if not path.exists():  # Another process may have trained it while this one waited.
+            if not path.exists():  # Another process may have trained it meanwhile.
                 train(config)
     tokenizer = open_tokenizer(path)
-    # A model that was not made here may have rows to spare.
+    # A model from elsewhere may have more rows than tokens.
     spare = bool(config.init.from_) and tokenizer.vocab_size <= config.model.vocab_size
     if tokenizer.padded_vocab_size != config.model.vocab_size and not spare:
         raise InputError(
-            f"tokenizer {path} has {tokenizer.vocab_size} pieces, the model's vocab_size is "
+            f"tokenizer {path} has {tokenizer.vocab_size} tokens, model.vocab_size is "
             f"{config.model.vocab_size}; set model.vocab_size to {tokenizer.padded_vocab_size}, "
             "or delete the tokenizer and train it with another tokenizer.vocab_size"
         )
@@ -46,14 +46,15 @@ def load_or_train_tokenizer(config: Config) -> Tokenizer:
 
 
 def train(config: Config) -> None:
-    """Train a tokenizer on text of the sources and write it to `tokenizer.path`."""
+    """Train a tokenizer on the text of the sources and write it to `tokenizer.path`."""
     write_atomically(Path(config.tokenizer.path), trained_model(config))
 
 
 def trained_model(config: Config) -> bytes:
-    """The model file of a tokenizer that is trained on text of the sources.
+    """Train a tokenizer on the text of the sources; return its model file.
 
-    The same text gives the same file, bit for bit.
+    The same text gives the same file, bit for bit. Raises `InputError` if the sources cannot be
+    read, or `tokenizer.vocab_size` does not fit their text.
     """
     settings, model = config.tokenizer, io.BytesIO()
     lines = 0
@@ -65,7 +66,7 @@ def trained_model(config: Config) -> bytes:
             for line in training_lines(config):
                 lines += 1
                 yield line
-        except InputError as error:  # The trainer would make a RuntimeError of it.
+        except InputError as error:  # The trainer would turn it into a RuntimeError.
             unreadable.append(error)
 
     try:
@@ -96,13 +97,13 @@ def trained_model(config: Config) -> bytes:
         wanted = f"tokenizer.vocab_size {settings.vocab_size}"
         if match := re.search(r"too high .* value <= (\d+)", str(error)):
             raise InputError(
-                f"{wanted} is too large for the text of the sources; at most {match[1]} "
-                "pieces can be made of it: lower it, or add text"
+                f"{wanted} is too large for the text of the sources, which has at most {match[1]} "
+                "tokens: lower it, or add text"
             ) from error
         if match := re.search(r"required_chars\. \d+ vs (\d+)", str(error)):
             raise InputError(
                 f"{wanted} is too small: bytes, specials and the characters of the text are "
-                f"{match[1]} pieces; raise it, or lower tokenizer.character_coverage"
+                f"{match[1]} tokens; raise it, or lower tokenizer.character_coverage"
             ) from error
         raise
     if unreadable:
@@ -111,7 +112,7 @@ def trained_model(config: Config) -> bytes:
 
 
 def training_lines(config: Config) -> Iterator[str]:
-    """Lines of the training documents: from each source its share by weight of the bytes."""
+    """Yield lines of the training documents: of each source, its share of the bytes by weight."""
     weights = sum(source.weight for source in config.data.sources)
     for source in config.data.sources:
         left = int(config.tokenizer.training_bytes * source.weight / weights)
@@ -120,7 +121,7 @@ def training_lines(config: Config) -> Iterator[str]:
                 continue
             content = text.encode()[:left]
             for line in _LINE_ENDS.split(content.decode(errors="ignore")):
-                # A line that is too long would be dropped by the trainer: cut it instead.
+                # The trainer would drop a line that is too long: split it instead.
                 yield from (line[at : at + _LINE] for at in range(0, len(line), _LINE))
             left -= len(content)
             if left <= 0:

@@ -1,6 +1,6 @@
 """The training loop of both frameworks: schedule, metrics, validation, saves, signals, resume.
 
-A framework supplies a `Trainer`; an objective decides what a step minimises.
+A framework supplies a `Trainer`; the objective defines what a step minimises.
 """
 
 import argparse
@@ -28,7 +28,7 @@ PROFILED_STEP = 3
 
 
 class Trainer(Protocol):
-    """The state of a training in one framework, and what the loop asks of it."""
+    """The interface of a framework to the loop: training state, steps, checkpoints."""
 
     framework: str
     """torch or jax."""
@@ -50,7 +50,7 @@ class Trainer(Protocol):
 
     @property
     def device(self) -> str:
-        """Name of the kind of device."""
+        """Name of the device, as the driver reports it."""
         ...
 
     @property
@@ -64,44 +64,43 @@ class Trainer(Protocol):
         ...
 
     def initialize(self, tokenizer: Tokenizer) -> None:
-        """Make the state before the first step."""
+        """Initialise the state before the first step."""
         ...
 
     def open_checkpoint(self, path: Path) -> Checkpoint:
-        """Open a checkpoint that this framework reads."""
+        """Open a checkpoint in a format that this framework reads."""
         ...
 
     def restore(self, source: Checkpoint) -> None:
-        """Make the state that a training checkpoint holds."""
+        """Restore the state of a training checkpoint."""
         ...
 
     def step(self, batch: Batch, rate: float, stop: bool) -> tuple[dict[str, float], bool]:
         """Take one optimizer step on this process's rows.
 
-        Returns `loss` (mean over the global batch), `grad_norm` (before clipping) and further
-        metrics, and whether any process has set `stop`. A step that one process wants to stop
-        after is taken by all of them.
+        Returns `loss` (mean over the global batch), `grad_norm` (before clipping) and other
+        metrics, and whether any process has set `stop`: all processes then stop after this step.
         """
         ...
 
     def evaluate(self, batch: Batch) -> float:
-        """Return the objective's sum over a batch that every process has in full."""
+        """Return the sum of the objective over a batch that every process has in full."""
         ...
 
     def start_saving(self, path: Path) -> Callable[[], None]:
-        """Take a snapshot, start writing it to `path`; return the function that waits for it."""
+        """Start writing a snapshot to `path`; return a function that waits until it is written."""
         ...
 
     def trainer_state(self) -> dict[str, Any]:
-        """Return what `trainer_state.json` holds of this trainer alone."""
+        """Return additional entries of `trainer_state.json`."""
         ...
 
     def peak_memory(self) -> dict[str, float]:
-        """Return `memory_bytes`, the peak of the device, or of this process on a CPU."""
+        """Return `memory_bytes`: the peak memory of the device, or of this process on a CPU."""
         ...
 
     def profiled(self, directory: Path) -> contextlib.AbstractContextManager[None]:
-        """Trace the block into a directory."""
+        """Profile the block; the trace is written to a directory."""
         ...
 
     def explain_timeouts(self) -> contextlib.AbstractContextManager[None]:
@@ -109,7 +108,7 @@ class Trainer(Protocol):
         ...
 
     def close(self) -> None:
-        """Leave the other processes."""
+        """Leave the process group."""
         ...
 
 
@@ -122,13 +121,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def train(config: Config, trainer: Trainer, resume: str = "auto", profile: bool = False) -> None:
-    """Train until `train.steps` are done, a signal comes, or `train.stop_after_step` is reached.
+    """Train up to `train.steps`, `train.stop_after_step`, or a signal.
 
-    `resume` is auto, never or a checkpoint's path; `profile` traces the third step from here into
-    RUN/profile. Raises `InputError` where the run cannot start or a save fails, `PeerError` where
-    another process failed.
+    `resume` is auto, never, or the path of a checkpoint; `profile` traces the third step from the
+    start into RUN/profile. Raises `InputError` if the run cannot start or a save fails, `PeerError`
+    if another process failed.
     """
-    # Grain imports jax, and it starts threads: after the framework has made its devices.
+    # Grain imports jax and starts threads: only after the framework has initialised its devices.
     from mooshak.data.batches import batches_of_rows, validation_sequences
 
     tokenizer, _ = load_or_prepare_shards(config)
@@ -138,7 +137,7 @@ def train(config: Config, trainer: Trainer, resume: str = "auto", profile: bool 
     batches = batches_of_rows(config, trainer.rows, step)
     first, last = step, min(config.train.steps, config.train.stop_after_step or config.train.steps)
     is_main, stopped = trainer.processes.is_main, False
-    # Outermost: once one process has ended, launchers send SIGTERM to those that are still closing.
+    # Outermost: when one process has ended, launchers send SIGTERM to those that are closing.
     with (
         stop_request() as stop,
         contextlib.closing(trainer),
@@ -174,7 +173,7 @@ def train(config: Config, trainer: Trainer, resume: str = "auto", profile: bool 
         manager.finish()
     if is_main:
         if stopped and step < config.train.steps:
-            print(f"stopped after step {step}, saved; the same command continues (--resume auto)")
+            print(f"stopped after step {step}, saved; the same command resumes (--resume auto)")
         else:
             print(f"step {step} of {config.train.steps} done: {manager.directory / str(step)}")
 
@@ -198,7 +197,7 @@ def describe_state(
 def start(
     config: Config, trainer: Trainer, tokenizer: Tokenizer, resume: str
 ) -> tuple[int, float | None]:
-    """Give the trainer its state; return the steps done and the last validation loss."""
+    """Initialise or restore the trainer; return the steps done and the last validation loss."""
     path = resume_from(config, resume)
     if path is None:
         trainer.initialize(tokenizer)

@@ -1,7 +1,7 @@
-"""Memory of a process that trains on a CPU: what a step frees, the next one finds in place.
+"""Settings of glibc's malloc for training on a CPU: memory freed by a step is reused by the next.
 
-glibc gives large blocks back to the kernel at once, and the kernel clears and maps their pages anew
-at their next use: a step that makes and drops a gigabyte takes hundreds of thousands of page faults
+By default, glibc returns large blocks to the kernel, which clears and maps their pages again at the
+next use: a step that allocates and frees a gigabyte takes hundreds of thousands of page faults
 (docs/performance.md).
 """
 
@@ -14,16 +14,16 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
 WARMUP_STEPS = 8
 """Steps after which `retain_freed_memory` is called.
 
-What the first ones leave for good would lie between the blocks that come and go, and cut up the
-heap. Even so a large block may not find its place again, and a run then holds it twice.
+Permanent allocations of the first steps would otherwise fragment the heap. Even so, a large block
+may not fit into the place of its predecessor, and the process then holds it twice.
 """
 
 
 def use_single_arena() -> None:
-    """Let all threads of this process have one heap, the only one that takes large blocks.
+    """Use a single heap for all threads of this process; only the main heap takes large blocks.
 
-    Call it before there are threads, and in a command: it changes the whole process. Without glibc
-    nothing happens.
+    Call it in a command, before threads are started: it affects the full process. Without glibc, it
+    does nothing.
     """
     global _libc
     if platform.libc_ver()[0] == "glibc":
@@ -32,13 +32,13 @@ def use_single_arena() -> None:
 
 
 MAX_RETAINED_BYTES = 2**30
-"""Bytes of the largest block that stays: XLA has all of a step's in one."""
+"""Largest block that is retained; XLA allocates the memory of a step as one block."""
 
 
 def retain_freed_memory() -> None:
-    """Keep freed memory in this process for reuse, if it has one heap (`use_single_arena`).
+    """Retain freed memory in this process for reuse, after `use_single_arena`.
 
-    Every block up to `MAX_RETAINED_BYTES` then comes out of the heap, which never shrinks.
+    Blocks up to `MAX_RETAINED_BYTES` are then allocated from the heap, which never shrinks.
     """
     if _libc is not None:
         _libc.mallopt(_MMAP_THRESHOLD, MAX_RETAINED_BYTES)
@@ -46,4 +46,4 @@ def retain_freed_memory() -> None:
 
 
 _libc: ctypes.CDLL | None = None
-"""glibc, once there is one heap."""
+"""glibc, after `use_single_arena`."""

@@ -1,4 +1,4 @@
-"""The run directory: what was run, with what, and every step's metrics."""
+"""The run directory: configuration, environment, metrics of every step; signals."""
 
 import json
 import os
@@ -61,7 +61,7 @@ class RunLog:
         self.task = self.progress.add_task("training", total=steps, completed=start_step, status="")
 
     def log(self, step: int, seconds: float, metrics: dict[str, float]) -> None:
-        """Record a step (`step` steps are done now) that took `seconds`."""
+        """Write the metrics of a step that took `seconds`; `step` steps are done now."""
         if not self.is_main:
             return
         tokens = self.config.train.batch_size * self.config.T
@@ -79,7 +79,7 @@ class RunLog:
         self.progress.update(self.task, completed=step, status=status)
 
     def close(self) -> None:
-        """Flush everything and put the progress bar down."""
+        """Close the files and the progress bar."""
         if self.is_main:
             self.progress.stop()
             self.file.close()
@@ -89,7 +89,7 @@ class RunLog:
 
 @contextmanager
 def stop_request() -> Iterator[threading.Event]:
-    """Inside the block SIGTERM and SIGINT set the event; a second signal ends the run at once."""
+    """Yield an event that SIGTERM and SIGINT set; a second signal ends the process at once."""
     request = threading.Event()
     previous: dict[signal.Signals, Any] = {}
 
@@ -109,7 +109,7 @@ def stop_request() -> Iterator[threading.Event]:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, commit and command line: what is needed to run the same again."""
+    """Return versions, commit and command line, to reproduce the run."""
     names = ("torch", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     versions = {}
     for name in (*names, "sentencepiece", "safetensors"):
@@ -134,7 +134,7 @@ def environment() -> dict[str, Any]:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a `metrics.jsonl`; one cut off in the middle of writing is left out."""
+    """Read the lines of a `metrics.jsonl`, up to one that was not written completely."""
     lines = []
     for line in path.read_text().splitlines() if path.is_file() else []:
         try:
@@ -145,12 +145,12 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 def losses(run: Path) -> dict[int, float]:
-    """Step -> loss of a run directory's metrics."""
+    """Return step -> loss from the metrics of a run directory."""
     return {int(line["step"]): line["loss"] for line in read_metrics(run / "metrics.jsonl")}
 
 
 def _truncate(path: Path, step: int) -> None:
-    """Drop the lines after `step`: the run goes on from there and writes them again."""
+    """Drop the lines after `step`: the run resumes there and writes them again."""
     if path.is_file():
-        kept = [line for line in read_metrics(path) if line["step"] <= step]
-        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+        retained = [line for line in read_metrics(path) if line["step"] <= step]
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in retained))

@@ -133,7 +133,7 @@ def test_resumes_to_the_same_bytes(
     monkeypatch.setattr(manifest, "write_atomically", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare(config, tiny_tokenizer, progress=False)
-    with pytest.raises(InputError, match=r"manifest\.json is missing; make it with"):
+    with pytest.raises(InputError, match=r"manifest\.json is missing; create it with"):
         TokenShards(Path(config.data.dir) / "hi", "train")
     reused = list(written)
     written.clear()
@@ -190,7 +190,7 @@ def test_other_settings_remake_the_shards(
 ):
     prepare(config, tiny_tokenizer, progress=False)
     prepare(with_data(config, **change), tiny_tokenizer)
-    assert f"were made with another {named}; tokenising" in capsys.readouterr().err
+    assert f"were prepared with another {named}; tokenizing" in capsys.readouterr().err
     fresh = with_data(config, dir=str(tmp_path / "fresh"), **change)
     prepare(fresh, tiny_tokenizer, progress=False)
     assert contents(with_data(config, **change)) == contents(fresh)
@@ -253,10 +253,10 @@ def damage_longer(path: Path) -> None:
     ("damage", "reason"),
     [
         (damage_missing, "is missing"),
-        (damage_cut, "is cut short"),
+        (damage_cut, "is truncated"),
         (damage_header, "not an .npy file"),
         (damage_other, "is not the one in the manifest"),
-        (damage_longer, "has another size"),
+        (damage_longer, "does not have the size"),
     ],
 )
 @pytest.mark.parametrize("file", ["train-00001.npy", "train-00001.offsets.npy"])
@@ -365,7 +365,7 @@ def test_offsets_are_the_document_starts(config: Config, tiny_tokenizer: Tokeniz
 def test_a_source_without_documents(config: Config, tiny_tokenizer: Tokenizer, tmp_path: Path):
     (tmp_path / "blank.jsonl").write_text('{"text": " "}\n')
     source = replace(config.data.sources[0], path=str(tmp_path / "blank.jsonl"))
-    with pytest.raises(InputError, match="source hi gave no documents"):
+    with pytest.raises(InputError, match="source hi has no documents"):
         prepare(with_data(config, sources=[source]), tiny_tokenizer, progress=False)
 
 
@@ -395,7 +395,7 @@ def test_command_line(config: Config, tmp_path: Path, capsys):
         main(["describe", "--config", str(path)])
     assert stopped.value.code == 2 and "manifest.json is missing" in capsys.readouterr().err
     main(["prepare", "--config", str(path)])
-    assert "tokenising" in capsys.readouterr().err
+    assert "tokenizing" in capsys.readouterr().err
     main(["describe", "--config", str(path)])
     shown = capsys.readouterr().out
     found = totals(read_manifest(Path(config.data.dir) / "hi"), "train")

@@ -153,7 +153,7 @@ def test_byte_order_mark_is_no_text(tmp_path: Path):
 
 BROKEN = [
     ("{", "not JSON"),
-    ({"body": "x"}, "there is no field 'text'"),
+    ({"body": "x"}, "no field 'text'"),
     ({"text": 3}, "not an object with a text field 'text'"),
     ({"text": None}, "not an object with a text field"),
     ([1], "not an object with a text field"),
@@ -167,7 +167,7 @@ BROKEN = [
 def test_broken_lines_are_skipped_and_counted(tmp_path: Path, capsys, line, reason):
     source = jsonl(tmp_path / "a.jsonl", {"text": "a"}, line, {"text": "b"}, line)
     assert read(source, max_broken_lines=2) == ["a", "b"]
-    assert "2 broken lines skipped" in capsys.readouterr().err
+    assert "2 invalid lines skipped" in capsys.readouterr().err
     with pytest.raises(InputError, match=rf"a\.jsonl, line 4: .*({reason}).*max_broken_lines 1"):
         read(source, max_broken_lines=1)
 
@@ -193,7 +193,7 @@ def test_bad_parquet(tmp_path: Path):
     whole = (tmp_path / "a.parquet").read_bytes()
     for content in (whole[:-20], b"hello", b"PAR1" + bytes(100) + whole[104:]):
         (tmp_path / "a.parquet").write_bytes(content)
-        with pytest.raises(InputError, match=r"a\.parquet is not a whole Parquet file"):
+        with pytest.raises(InputError, match=r"a\.parquet is not a complete Parquet file"):
             read(source)
 
 

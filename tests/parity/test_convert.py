@@ -164,7 +164,7 @@ def test_shards(state: Checkpoint, tmp_path: Path, refused: Callable) -> None:
     lost = tmp_path / "cut" / files[1]
     lost.unlink()
     line = refused(tmp_path / "cut", tmp_path / "no")
-    assert f"{lost} is missing, which holds tensor exp_avg." in line
+    assert f"{lost} is missing, with tensor exp_avg." in line
     assert not (tmp_path / "no").exists()
 
 
@@ -311,7 +311,7 @@ def test_two_processes_do_not_write_one_destination(state: Checkpoint, tmp_path:
     try:
         assert process.stderr is not None
         process.stderr.readline()
-        with pytest.raises(InputError, match=r"another process is making .*/out"):
+        with pytest.raises(InputError, match=r"another process is writing .*/out"):
             convert(state.path, tmp_path / "out", "torch")
         assert (tmp_path / ".out.unfinished" / "model.safetensors").is_file()
     finally:

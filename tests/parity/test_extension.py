@@ -219,7 +219,7 @@ def test_a_byte_level_tokenizer_grows_too(llama: Path, config: Path, tmp_path: P
         parts = old.encode(grown.decode([row]))
         assert np.allclose(new[row], rows[parts].mean(0), rtol=2**-7, atol=1e-3)
     for path_, size, message in (
-        (tmp_path / "new.model", "380", "grows into another DIRECTORY/tokenizer.json"),
+        (tmp_path / "new.model", "380", "is extended to a DIRECTORY/tokenizer.json"),
         (tmp_path / "tokenizer.json", "9000", "lower tokenizer.vocab_size to"),
     ):
         sizes = ["--tokenizer.path", str(path_), "--tokenizer.vocab_size", size]
@@ -277,7 +277,7 @@ def test_what_does_not_fit_is_named(
 def test_an_extension_needs_room_and_text(config: Path, tmp_path: Path) -> None:
 
     path = ["--tokenizer.path", str(tmp_path / "new.model")]
-    for size, message in (("300", "more than the 320 pieces"), ("5000", "too large for the text")):
+    for size, message in (("300", "more than the 320 tokens"), ("5000", "too large for the text")):
         with pytest.raises(InputError, match=message):
             extend.extend(resolved(config, [*path, "--tokenizer.vocab_size", size]))
     with pytest.raises(InputError, match="name its directory with --init"):

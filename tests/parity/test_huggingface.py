@@ -190,7 +190,7 @@ def test_gguf_refuses_what_llama_cpp_has_no_code_for(tmp_path: Path) -> None:
     [
         ({"model_type": "gemma"}, "model_type 'gemma' is not supported; known: llama"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "architectures .* not supported"),
-        ({"logits_soft_cap": 30.0}, "key 'logits_soft_cap' .30.0. is not used here"),
+        ({"logits_soft_cap": 30.0}, "key 'logits_soft_cap' .30.0. is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
         ({"rope_interleaved": True}, "rope_interleaved True is not supported"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2}}, "dynamic is not supported; linear"),
@@ -213,7 +213,7 @@ def test_gguf_refuses_what_llama_cpp_has_no_code_for(tmp_path: Path) -> None:
         ({"num_hidden_layers": True}, "num_hidden_layers True is not a whole number"),
         ({"rms_norm_eps": "1e-5"}, "rms_norm_eps '1e-5' is not a number"),
         ({"hidden_size": 33}, "here: model.dim 33 is not divisible by model.n_heads 8"),
-        ({"quantization_config": {"bits": 4}}, "key 'quantization_config' .* is not used here"),
+        ({"quantization_config": {"bits": 4}}, "key 'quantization_config' .* is not supported"),
         ({"rope_scaling": "linear"}, "rope_scaling 'linear' is not an object"),
         ({"rope_parameters": {"rope_theta": "x"}}, "rope_theta 'x' is not a number"),
         (
@@ -336,7 +336,7 @@ def test_directories_as_people_have_them(tmp_path: Path, capsys: pytest.CaptureF
     with pytest.raises(InputError, match=f"{last.name} is truncated"):
         open_any(tmp_path / "back")
     first.unlink()
-    with pytest.raises(InputError, match=f"{first.name} is missing, which holds tensor"):
+    with pytest.raises(InputError, match=f"{first.name} is missing, with tensor"):
         open_any(tmp_path / "back")
     index.unlink()
     with pytest.raises(InputError, match=r"model\.safetensors is missing"):
