@@ -1,7 +1,6 @@
 """Shards: whole or not there, resumed to the same bytes, remade when their settings change."""
 
 import json
-import multiprocessing
 import pickle
 import re
 import shutil
@@ -367,25 +366,6 @@ def test_a_source_without_documents(config: Config, tiny_tokenizer: Tokenizer, t
     source = replace(config.data.sources[0], path=str(tmp_path / "blank.jsonl"))
     with pytest.raises(InputError, match="source hi has no documents"):
         prepare(with_data(config, sources=[source]), tiny_tokenizer, progress=False)
-
-
-def _ensure(config: Config, queue: multiprocessing.Queue) -> None:
-    queue.put(load_or_prepare_shards(config, progress=False)[1])
-
-
-def test_several_processes_at_once(config: Config, tmp_path: Path):
-    """As torchrun starts them: nothing is there, the tokenizer included."""
-    config = replace(config, tokenizer=replace(config.tokenizer, path=str(tmp_path / "t.model")))
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    processes = [context.Process(target=_ensure, args=(config, queue)) for _ in range(3)]
-    for process in processes:
-        process.start()
-    manifests = [queue.get(timeout=60) for _ in processes]
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
-    assert manifests[0] == manifests[1] == manifests[2]
 
 
 def test_command_line(config: Config, tmp_path: Path, capsys):

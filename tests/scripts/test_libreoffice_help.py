@@ -12,7 +12,7 @@ import pytest
 
 from mooshak.config.parse import load_config
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "libreoffice_help.py"
 
 PAGE = """<!DOCTYPE html>

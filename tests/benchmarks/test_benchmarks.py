@@ -25,7 +25,7 @@ from benchmarks.cases import (
     step_flops,
 )
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from mooshak.config.model import model_from_json, model_to_json
 from mooshak.config.parse import config_parser, dump_config, load_config, load_draft, parse_config
 from mooshak.errors import InputError
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def test_full_model_has_exactly_2010185728_parameters() -> None:
