@@ -131,7 +131,7 @@ class CheckpointManager:
         retained = set(steps[-self.config.checkpoint.keep :])
         states = {step: base.read_trainer_state(self.directory / str(step)) for step in steps}
         losses = {step: (state or {}).get("validation_loss") for step, state in states.items()}
-        known = {step: loss for step, loss in losses.items() if loss is not None}
+        known = {s: loss for s, loss in losses.items() if loss is not None and loss == loss}
         if known:
             retained.add(min(known, key=lambda step: known[step]))
         for step in set(steps) - retained:

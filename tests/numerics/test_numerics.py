@@ -2,16 +2,12 @@
 
 import math
 from dataclasses import replace
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 
-from mooshak.checkpoints.resume import check_resume, trainer_state
 from mooshak.config.model import ModelConfig
 from mooshak.config.sections import Config, OptimizerConfig, ScheduleConfig, TrainConfig
-from mooshak.errors import InputError
 from mooshak.evaluation.bits_per_byte import bits_per_byte, unigram_nats
 from mooshak.numerics.init_weights import initial_weight, standard
 from mooshak.numerics.rope import rescaled, rope_tables
@@ -140,26 +136,6 @@ def test_noise_depends_on_neither_length_nor_neighbours() -> None:
     assert np.array_equal(noise(1, 2, 5), noise(1, 2, 50)[:5])
     assert not np.array_equal(noise(1, 2, 5), noise(1, 3, 5))
     assert abs(noise(0, 0, 100_000).mean() - 0.5) < 0.01
-
-
-def test_document_mask_is_part_of_a_run_only_where_true(tiny_config: Config) -> None:
-    """States written before the key existed are those of runs without document masks."""
-    plain = tiny_config
-    masked = replace(plain, data=replace(plain.data, document_mask=True))
-    states = [trainer_state(config, 3, "torch", "t", None) for config in (plain, masked)]
-    assert "document_mask" not in states[0]["data"] and states[1]["data"]["document_mask"] is True
-    for config in (plain, masked):
-        for state, same in zip(states, (config is plain, config is masked), strict=True):
-            source: Any = SimpleNamespace(
-                path="P", model=config.model, trainer_state=state, has_optimizer=True
-            )
-            if same:
-                assert check_resume(config, source, "t") == (3, None)
-            else:
-                with pytest.raises(
-                    InputError, match=r"P was written with document_mask (True|False)"
-                ):
-                    check_resume(config, source, "t")
 
 
 def test_bits_per_byte_of_a_uniform_model_over_single_bytes() -> None:

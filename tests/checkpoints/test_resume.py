@@ -1,0 +1,127 @@
+"""Which checkpoint a run resumes from, and which ones it refuses."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from mooshak.checkpoints.manager import complete_steps
+from mooshak.checkpoints.resume import check_resume, resume_from, trainer_state
+from mooshak.config.sections import Config
+from mooshak.errors import InputError
+
+
+def checkpoint(directory: Path, step: int) -> Path:
+    """A directory that has the names of a checkpoint."""
+    path = directory / str(step)
+    path.mkdir(parents=True)
+    (path / "model.safetensors").touch()
+    state = {"format_version": 1, "step": step}
+    (path / "trainer_state.json").write_text(json.dumps(state))
+    return path
+
+
+@pytest.fixture
+def run(tiny_config: Config, tmp_path: Path) -> tuple[Config, Path]:
+    """A configuration and the empty folder of its checkpoints."""
+    config = replace(tiny_config, run=replace(tiny_config.run, dir=str(tmp_path / "run")))
+    return config, tmp_path / "run" / "checkpoints"
+
+
+def test_resume_takes_the_newest_complete_one(run: tuple[Config, Path]) -> None:
+    config, directory = run
+    assert resume_from(config, "auto") is None
+    for step in (9, 100, 20):
+        checkpoint(directory, step)
+    # Numbers, not their digits, are compared; these are incomplete or not a step.
+    (directory / "200").mkdir()
+    (directory / "300.bak").mkdir()
+    (directory / ".400.writing").mkdir()
+    assert complete_steps(directory) == [9, 20, 100]
+    assert resume_from(config, "auto") == directory / "100"
+
+
+def test_resume_never_needs_an_empty_run(run: tuple[Config, Path]) -> None:
+    config, directory = run
+    assert resume_from(config, "never") is None
+    checkpoint(directory, 9)
+    with pytest.raises(InputError, match="holds checkpoints up to step 9"):
+        resume_from(config, "never")
+
+
+def test_resume_from_a_path(run: tuple[Config, Path], tmp_path: Path) -> None:
+    config, directory = run
+    elsewhere = checkpoint(tmp_path / "elsewhere", 9)
+    assert resume_from(config, str(elsewhere)) == elsewhere
+    checkpoint(directory, 9)
+    assert resume_from(config, str(elsewhere)) == elsewhere
+    checkpoint(directory, 10)
+    with pytest.raises(InputError, match="holds checkpoints up to step 10"):
+        resume_from(config, str(elsewhere))
+    with pytest.raises(InputError, match="there is no checkpoint directory /nowhere"):
+        resume_from(config, "/nowhere")
+
+
+def source_of(config: Config, state: dict[str, Any] | None, has_optimizer: bool = True) -> Any:
+    return SimpleNamespace(
+        path="P", model=config.model, trainer_state=state, has_optimizer=has_optimizer
+    )
+
+
+def test_resume_continues_the_same_run(tiny_config: Config) -> None:
+    state = trainer_state(tiny_config, 3, "torch", "t", 1.5, 2, "fsdp=2")
+    assert check_resume(tiny_config, source_of(tiny_config, state), "t") == (3, 1.5)
+    # Through JSON, as it is stored; more steps, other hardware and precision are allowed.
+    state = json.loads(json.dumps(state))
+    longer = replace(tiny_config, train=replace(tiny_config.train, steps=99, dtype="bfloat16"))
+    assert check_resume(longer, source_of(tiny_config, state), "t") == (3, 1.5)
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "message"),
+    [
+        ("run", {"seed": 7}, "made with seed 0, this run has 7"),
+        ("train", {"batch_size": 4}, "made with batch_size 8, this run has 4"),
+        ("train", {"sequence_length": 16}, "made with sequence_length 32, this run has 16"),
+        ("train", {"steps": 2}, "is at step 3, after train.steps 2"),
+        ("data", {"validation_fraction": 0.5}, "made with validation_fraction 0.2"),
+        ("model", {"hidden_dim": 40}, "its hidden_dim is 48, the configuration's is 40"),
+    ],
+)
+def test_resume_of_another_run_is_refused(
+    section: str, change: dict[str, Any], message: str, tiny_config: Config
+) -> None:
+    source = source_of(tiny_config, trainer_state(tiny_config, 3, "torch", "t", None))
+    changed = {section: replace(getattr(tiny_config, section), **change)}
+    with pytest.raises(InputError, match=message):
+        check_resume(replace(tiny_config, **changed), source, "t")
+
+
+def test_resume_needs_tokenizer_and_optimizer(tiny_config: Config) -> None:
+    state = trainer_state(tiny_config, 3, "torch", "t", None)
+    with pytest.raises(InputError, match="made with tokenizer t, this run has u"):
+        check_resume(tiny_config, source_of(tiny_config, state), "u")
+    for source in (source_of(tiny_config, None), source_of(tiny_config, state, False)):
+        with pytest.raises(InputError, match="P has only weights"):
+            check_resume(tiny_config, source, "t")
+
+
+def test_resume_compares_the_document_mask(tiny_config: Config) -> None:
+    """States written before the key existed are those of runs without document masks."""
+    plain = tiny_config
+    masked = replace(plain, data=replace(plain.data, document_mask=True))
+    states = [trainer_state(config, 3, "torch", "t", None) for config in (plain, masked)]
+    assert "document_mask" not in states[0]["data"] and states[1]["data"]["document_mask"] is True
+    for config in (plain, masked):
+        for state, same in zip(states, (config is plain, config is masked), strict=True):
+            source: Any = SimpleNamespace(
+                path="P", model=config.model, trainer_state=state, has_optimizer=True
+            )
+            if same:
+                assert check_resume(config, source, "t") == (3, None)
+            else:
+                with pytest.raises(InputError, match=r"P was made with document_mask (True|False)"):
+                    check_resume(config, source, "t")
