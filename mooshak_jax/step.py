@@ -70,10 +70,13 @@ class Trainer:
         self.state = restore(self.config.model, self.config.train.dtype, source, self.processes)
         self.state["step"] = np.int32(source.trainer_state["step"])
 
-    def step(self, batch: Batch, rate: float, stop: bool) -> tuple[dict[str, float], bool]:
+    def step(
+        self, batch: Batch, rate: float, stop: Callable[[], bool]
+    ) -> tuple[dict[str, float], bool]:
         global_batch = self.processes.shard_local_batch(batch)
         self.state, loss, norm = self._train_step(self.state, global_batch, rate)
-        stopping = self.processes.any_process(stop)
+        # The processes exchange their flags while the devices compute.
+        stopping = self.processes.any_process(stop())
         return {"loss": float(loss), "grad_norm": float(norm)}, stopping
 
     def evaluate(self, batch: Batch) -> float:

@@ -54,14 +54,16 @@ class Trainer:
         self.objective, self.optimizer = make_state(self.config, self.processes, tokenizer, source)
         self.loss_scale = make_loss_scale(self.config, self.optimizer, source)
 
-    def step(self, batch: Batch, rate: float, stop: bool) -> tuple[dict[str, float], bool]:
+    def step(
+        self, batch: Batch, rate: float, stop: Callable[[], bool]
+    ) -> tuple[dict[str, float], bool]:
         parallel, scale = self.processes, self.loss_scale
         local_batch = parallel.shard_local_batch(batch)
         loss, norm = train_step(
             self.objective, self.optimizer, local_batch, rate, self.config, parallel, scale
         )
         # One collective for the loss and the flag.
-        total, stopping = parallel.sum(torch.stack([loss, loss.new_tensor(float(stop))])).tolist()
+        total, stopping = parallel.sum(torch.stack([loss, loss.new_tensor(float(stop()))])).tolist()
         metrics = {"loss": total, "grad_norm": norm.item()}
         if scale is not None:
             metrics["loss_scale"] = scale.scale

@@ -75,11 +75,13 @@ class Trainer(Protocol):
         """Restore the state of a training checkpoint."""
         ...
 
-    def step(self, batch: Batch, rate: float, stop: bool) -> tuple[dict[str, float], bool]:
+    def step(
+        self, batch: Batch, rate: float, stop: Callable[[], bool]
+    ) -> tuple[dict[str, float], bool]:
         """Take one optimizer step on this process's rows.
 
         Returns `loss` (mean over the global batch), `grad_norm` (before clipping) and other
-        metrics, and whether any process has set `stop`: all processes then stop after this step.
+        metrics, and whether `stop`, called after the step, is true in any process.
         """
         ...
 
@@ -150,7 +152,10 @@ def train(config: Config, trainer: Trainer, resume: str = "auto", profile: bool 
             traced = profile and is_main and step - first == PROFILED_STEP - 1
             trace = trainer.profiled(Path(config.run.dir) / "profile") if traced else None
             with trace or contextlib.nullcontext():
-                measured, stopped = trainer.step(batch, rate, stop.is_set() or manager.failed)
+                # The flag is read after the step: a signal during it must not cost another step.
+                measured, stopped = trainer.step(
+                    batch, rate, lambda: stop.is_set() or manager.failed
+                )
             if stopped:
                 manager.raise_failure()
             step += 1
