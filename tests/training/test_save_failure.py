@@ -53,12 +53,12 @@ class Peer:
     """One of them, with the interface of `Parallel`."""
 
     def __init__(self, peers: Peers, rank: int):
-        self.peers, self.rank, self.main = peers, rank, rank == 0
+        self.peers, self.rank, self.is_main = peers, rank, rank == 0
 
-    def tell(self, text: str) -> str:
+    def broadcast(self, text: str) -> str:
         return self.gather(text)[0]
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         self.gather("")
 
     def any_process(self, flag: bool) -> bool:
@@ -68,7 +68,7 @@ class Peer:
         return self.peers.exchange(self.rank, text)
 
     def close(self) -> None:
-        self.wait()
+        self.barrier()
 
 
 def train(checkpoints: CheckpointManager, peer: Peer, last: int, start: Callable[..., Any]) -> None:
@@ -81,6 +81,7 @@ def train(checkpoints: CheckpointManager, peer: Peer, last: int, start: Callable
     checkpoints.finish()
 
 
+@pytest.mark.usefixtures("tiny_tokenizer")
 @pytest.mark.parametrize("last", [4, 10_000])
 @pytest.mark.parametrize(
     ("fault", "bad"),
@@ -145,6 +146,7 @@ def test_failure_is_raised_by_all(
     assert complete_steps(directory) == ([2, 4] if fault == "prune" else [2])
 
 
+@pytest.mark.usefixtures("tiny_tokenizer")
 def test_unknown_error_keeps_its_type(tiny_config: Config, tmp_path: Path) -> None:
     config = replace(tiny_config, run=replace(tiny_config.run, dir=str(tmp_path)))
     checkpoints = CheckpointManager(config, Peer(Peers(1), 0))
