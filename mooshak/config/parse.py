@@ -72,6 +72,7 @@ def config_parser(
         description=description(doc),
         formatter_class=_HelpFormatter,
         exit_on_error=False,
+        allow_abbrev=False,  # `--train.st` may become another option tomorrow.
     )
     result.add_argument(
         "--config", action="config", metavar="FILE", help="YAML file with the sections below"

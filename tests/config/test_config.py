@@ -33,6 +33,7 @@ def test_overrides_win_over_the_file() -> None:
     [
         (["--train.stepz", "5"], "did you mean train.steps?"),
         (["--trian.steps", "5"], "did you mean train.steps?"),
+        (["--train.step", "5"], "did you mean train.steps?"),  # No abbreviations.
         (["--train.steps", "many"], "train.steps"),
         (["--train.dtype", "fp8"], "bfloat16"),
         (["--model.n_heads", "7"], "model.n_heads 7"),
