@@ -27,11 +27,11 @@ from parity.backends import FixedDtype, JaxBackend, TorchBackend
 from parity.comparisons import (
     COMPARISONS,
     STEPS,
+    WITH_ITSELF,
     WITH_NOISE_FLOOR,
     Float64Reference,
     Line,
     ParityCase,
-    cache,
     precision,
 )
 from parity.convert import convert, open_any
@@ -48,8 +48,11 @@ PARTS = (
     "padding",
     "log_probs",
     "gradients",
+    "document_mask",
+    "packing",
     "training",
     "cache",
+    "roll_back",
     "decoding",
     "layouts",
     "round trip",
@@ -68,13 +71,13 @@ def check(
     floors: bool = True,
     low: Sequence[Dtype] = ("float32", "bfloat16"),
 ) -> Iterator[Line]:
-    """The lines of the report, as they are measured.
+    """Yield the lines of the report as they are measured.
 
     Torch computes with the weights of `source`, JAX with those of `other` (the same by default).
-    `controls` measures every line again with a fault planted, `floors` those of float64 in float32;
+    `controls` adds a negative control to every line, `floors` a noise floor to those of float64;
     `low` are the dtypes that are compared with float64.
 
-    Raises `InputError` for checkpoints of two models.
+    Raises `InputError` for checkpoints of two different models.
     """
     model = source.model
     if other is not None and other.model != model:
@@ -100,7 +103,7 @@ def check(
         if name in parts:
             lines = list(measure(case))
             if floors and name in WITH_NOISE_FLOOR:
-                lines = with_noise_floors(case, lines, measure)
+                lines = with_noise_floors(case, lines, measure, name in WITH_ITSELF)
             yield from with_negative_controls(case, lines, measure, faults) if controls else lines
     if "layouts" in parts:
         yield from compare_layouts(case)
@@ -109,12 +112,19 @@ def check(
 
 
 def with_noise_floors(
-    case: ParityCase, lines: list[Line], measure: Callable[[ParityCase], Iterator[Line]]
+    case: ParityCase,
+    lines: list[Line],
+    measure: Callable[[ParityCase], Iterator[Line]],
+    with_itself: bool,
 ) -> list[Line]:
-    """Each line of float64 with its floor: the same measure between float32 and float64."""
-    sides = (case.torch, case.jax)
-    pairs = [(FixedDtype(side, "float64"), FixedDtype(side, "float32")) for side in sides]
-    if measure is cache:  # It compares each framework with itself.
+    """Return each line of float64 with its noise floor: the same measure in float32.
+
+    It is the distance of float32 from float64, or where `measure` compares each framework
+    `with_itself`, that comparison in float32.
+    """
+    backends = (case.torch, case.jax)
+    pairs = [(FixedDtype(one, "float64"), FixedDtype(one, "float32")) for one in backends]
+    if with_itself:
         pairs = [(FixedDtype(case.torch, "float32"), FixedDtype(case.jax, "float32"))]
     floors = dict.fromkeys((line.name for line in lines), 0.0)
     for ours, theirs in pairs:
@@ -129,7 +139,7 @@ def with_negative_controls(
     measure: Callable[[ParityCase], Iterator[Line]],
     faults: Sequence[str],
 ) -> list[Line]:
-    """Each line with what it shows when a fault is planted: the first that it does not let pass."""
+    """Return each line with its measurement under the first injected fault that it detects."""
     for fault, framework in product(faults, ("JAX", "torch")):
         if all(
             line.negative_control is not None and line.negative_control > line.allowed
@@ -148,14 +158,14 @@ def with_negative_controls(
 
 
 def _clip_norm(case: ParityCase) -> float:
-    """Half of the first gradient's norm: it is clipped."""
-    gradients = case.torch.gradients(case.config("float64"), case.tokens_nBS[0])
-    norm = np.linalg.norm([np.linalg.norm(g.ravel()) for g in gradients.values()])
+    """Return half of the first gradient's norm, which makes clipping act."""
+    found = case.torch.forward_backward(case.config("float64"), case.batches[0])
+    norm = np.linalg.norm([np.linalg.norm(g.ravel()) for g in found.gradients.values()])
     return float(norm) / case.inputs_BT.size / 2
 
 
 def weights(source: Checkpoint, other: Checkpoint) -> Line:
-    """The largest difference of a tensor, optimizer included, between two checkpoints."""
+    """Compare the tensors of two checkpoints, optimizer included."""
     common = [key for key in source.tensors if key in other.tensors]
     distances = {key: distance(other.read(key), source.read(key)) for key in common}
     worst = max(distances, key=lambda key: distances[key])
@@ -164,7 +174,7 @@ def weights(source: Checkpoint, other: Checkpoint) -> Line:
 
 
 def round_trip(source: Checkpoint, controls: bool = True) -> Line:
-    """Tensors that change bits from torch to JAX to torch to interchange."""
+    """Count tensors whose bits change from torch to JAX to torch to interchange."""
     with tempfile.TemporaryDirectory(prefix="parity-") as directory:
         path = Path(directory) / "start"
         safetensors.write_checkpoint(path, source)
@@ -176,10 +186,10 @@ def round_trip(source: Checkpoint, controls: bool = True) -> Line:
         def changed(read: Callable[[str], np.ndarray]) -> list[str]:
             return [key for key in source.tensors if not _same_bits(read(key), end.read(key))]
 
-        found, kept = changed(source.read), end.trainer_state == source.trainer_state
+        found, same_state = changed(source.read), end.trainer_state == source.trainer_state
         name = "round trip torch, JAX, torch: tensors that change"
-        where = (found or [""])[0] if kept else "trainer_state.json"
-        line = Line(name, "bits", float(len(found) + (not kept)), 0.0, where=where)
+        where = (found or [""])[0] if same_state else "trainer_state.json"
+        line = Line(name, "bits", float(len(found) + (not same_state)), 0.0, where=where)
         if not controls:
             return line
         first = next(iter(source.tensors))
@@ -201,11 +211,14 @@ FAULTS = {
     "padding": ("padding counts in the loss",),
     "log_probs": ("padding counts in the loss",),
     "gradients": ("RMSNorm epsilon 1e-6",),
+    "document_mask": ("documents see each other",),
+    "packing": ("documents see each other",),
     "training": ("1e-6 added to the norm that clips", "learning rate of the next step"),
     "cache": ("KV cache one position late",),
-    "decoding": ("KV cache one position late",),
+    "roll_back": ("KV cache not truncated",),
+    "decoding": ("KV cache one position late", "top_p ignored"),
 }
-"""Part or dtype -> the faults that are planted, in JAX and then in torch, as its controls."""
+"""Part or dtype -> the faults injected as negative controls, in JAX and then in torch."""
 
 
 def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
@@ -213,17 +226,17 @@ def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def random_checkpoint(model: ModelConfig, seed: int = 0) -> Checkpoint:
-    """A model that never was a checkpoint: initial weights, and gains drawn around one.
+    """Return a model with initial weights and random gains around one.
 
     Its matrices have standard deviation 1 / sqrt(width), 0.07 for the demo. At 0.02 and with gains
-    of one, removing RoPE or swapping two norms would hide below any tolerance.
+    of one, removing RoPE or swapping two norms would stay below any tolerance.
     """
 
     def read(name: str, rows: slice = base.FULL_SLICE) -> np.ndarray:
         return initial_weight(model, seed, name, rows, dtype=np.float64, gain_std=0.2)
 
     tensors = {n: (np.dtype(np.float64), s) for n, s in model.parameter_shapes().items()}
-    return Checkpoint(Path("(drawn)"), "drawn", model, None, tensors, read)
+    return Checkpoint(Path("(random)"), "random", model, None, tensors, read)
 
 
 def write_report(lines: list[Line], directory: Path, title: str) -> None:
@@ -245,7 +258,7 @@ def write_report(lines: list[Line], directory: Path, title: str) -> None:
     write_atomically(directory / "report.html", page)
 
 
-COLUMNS = ("what", "dtype", "measured", "allowed", "floor", "with a fault", "")
+COLUMNS = ("quantity", "dtype", "measured", "allowed", "noise floor", "with a fault", "")
 
 
 def _cells(line: Line) -> list[str]:

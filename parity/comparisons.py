@@ -1,8 +1,13 @@
-"""What `parity.check` compares: a function for each part, which yields lines of the report."""
+"""The comparisons of `parity.check`: a function for each part, which yields lines of the report.
+
+Shapes: B batch, T time, S = T + 1 tokens, n steps.
+Longer than 400 lines: every line of the report is defined here, one part after the other.
+"""
 
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -15,12 +20,16 @@ from mooshak.config.sections import (
     ScheduleConfig,
     TrainConfig,
 )
+from mooshak.data.packing import IGNORE_INDEX, Batch, make_batch
 from mooshak.numerics.schedule import has_weight_decay
-from parity.backends import Arrays, Backend, Step, TorchBackend
+from parity.backends import Arrays, Backend, CacheCall, ForwardBackward, Step, TorchBackend
 from parity.distance import distance, global_distance, worst_tensor
 from parity.tolerances import EPS, FLOAT32_LOGITS, FLOAT64, RATIO, TINY
 
 STEPS = 20
+
+TOP_P = 0.9
+"""Of the lines of nucleus sampling."""
 
 
 @dataclass(frozen=True)
@@ -32,16 +41,16 @@ class Line:
     measured: float
     allowed: float
     noise_floor: float | None = None
-    """What rounding alone does to this quantity: the other framework's own distance from float64
+    """The effect of rounding on this quantity: the other framework's own distance from float64
     where `measured` is one framework's; in float64, the larger of both frameworks' distances of
     float32 from float64, times the ratio of the roundings (`ROUNDING`)."""
     negative_control: float | None = None
-    """What the same line shows with the fault `fault` planted."""
+    """The same measurement with the fault `fault` injected."""
     fault: str = ""
     where: str = ""
-    """Where it first goes wrong; of a line that passes, where the largest difference is."""
+    """First place that is wrong; of a line that passes, the place of the largest difference."""
     layout: str = ""
-    """The mesh or the processes, where it is about them."""
+    """The mesh or the processes that the line is about."""
 
     @property
     def passed(self) -> bool:
@@ -50,7 +59,7 @@ class Line:
 
 @dataclass(frozen=True)
 class ParityCase:
-    """What is compared: both sides, and the tokens that they are given."""
+    """Both backends and the tokens that they are compared on."""
 
     torch: Backend
     jax: Backend
@@ -62,8 +71,18 @@ class ParityCase:
     def inputs_BT(self) -> np.ndarray:
         return self.tokens_nBS[0][:, :-1]
 
+    @property
+    def batches(self) -> list[Batch[np.ndarray]]:
+        """One batch per step."""
+        return [make_batch(tokens_BS) for tokens_BS in self.tokens_nBS]
+
+    @property
+    def packed(self) -> list[Batch[np.ndarray]]:
+        """The same tokens as rows of packed documents, with document masks."""
+        return [make_batch(tokens_BS, segments(tokens_BS.shape)) for tokens_BS in self.tokens_nBS]
+
     def config(self, dtype: Dtype) -> Config:
-        """A recipe in which everything acts: clipping, weight decay, schedule, accumulation."""
+        """Return a recipe that uses clipping, weight decay, a schedule and accumulation."""
         _, batch, tokens = self.tokens_nBS.shape
         return Config(
             model=self.torch.source.model,
@@ -83,8 +102,20 @@ class ParityCase:
         )
 
 
+def segments(shape: tuple[int, ...]) -> np.ndarray:
+    """Return the documents of rows of T + 1 tokens: three per row, one of them a single token."""
+    n_rows, n_tokens = shape
+    short = (n_tokens - 1) // 3
+    long = n_tokens - 2 - short
+    rows = [(short, 1, long), (1, long, short), (long, short, 1), (long, 1, short)]
+    return np.array(
+        [np.repeat((1, 2, 3), (a, b, c + 1)) for a, b, c in (rows[i % 4] for i in range(n_rows))],
+        dtype=np.int32,
+    )
+
+
 def forward(q: ParityCase) -> Iterator[Line]:
-    """Logits and the hidden states of every layer in float64."""
+    """Compare logits and the hidden states of every layer in float64."""
     ours = q.torch.operations("float64", q.inputs_BT)
     theirs = q.jax.operations("float64", q.inputs_BT)
     distances = {
@@ -106,7 +137,7 @@ def _hidden(model: ModelConfig) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class Outline:
-    """What is kept of a training."""
+    """The compared results of a training."""
 
     losses: np.ndarray
     norms: np.ndarray
@@ -119,6 +150,7 @@ class Outline:
 
     @classmethod
     def of(cls, steps: Iterator[Step]) -> "Outline":
+        """Run the steps."""
         losses, norms, first, last = [], [], None, None
         for last in steps:
             first = last if first is None else first
@@ -129,7 +161,7 @@ class Outline:
         return cls(*every, first.exp_avg, last.exp_avg_sq, last.params)
 
     def distances(self, truth: "Outline") -> dict[str, float]:
-        """Relative differences from another training; the worst tensor's, where there are many."""
+        """Return relative differences from another training: of trees, that of the worst tensor."""
         return {
             "losses": distance(self.losses, truth.losses),
             "gradient norms": distance(self.norms, truth.norms),
@@ -141,7 +173,7 @@ class Outline:
 
 @dataclass(frozen=True)
 class Float64Reference:
-    """What torch computes in float64, which the other parts show to be what JAX computes."""
+    """Results of torch in float64, which the other parts show to equal those of JAX."""
 
     operations: Arrays
     losses: np.ndarray
@@ -150,19 +182,20 @@ class Float64Reference:
 
     @classmethod
     def of(cls, q: ParityCase) -> "Float64Reference":
+        """Compute them."""
         config = q.config("float64")
         return cls(
             q.torch.operations("float64", q.inputs_BT),
-            q.torch.losses(config, q.tokens_nBS),
-            q.torch.gradients(config, q.tokens_nBS[0]),
-            Outline.of(q.torch.steps(config, q.tokens_nBS)),
+            q.torch.losses(config, q.batches),
+            q.torch.forward_backward(config, q.batches[0]).gradients,
+            Outline.of(q.torch.steps(config, q.batches)),
         )
 
 
 def precision(truth: Float64Reference, dtype: Dtype, q: ParityCase) -> Iterator[Line]:
-    """How far each framework is in `dtype` from float64, beside how far the other is."""
-    sides, exact = (q.torch, q.jax), truth.operations
-    found = [side.operations(dtype, q.inputs_BT) for side in sides]
+    """Compare each framework's distance from float64 in `dtype` with the other framework's."""
+    backends, exact = (q.torch, q.jax), truth.operations
+    found = [backend.operations(dtype, q.inputs_BT) for backend in backends]
     distances = {key: [distance(f[key], exact[key]) for f in found] for key in exact}
     places = []
     for i in range(2):
@@ -172,13 +205,12 @@ def precision(truth: Float64Reference, dtype: Dtype, q: ParityCase) -> Iterator[
         limit = FLOAT32_LOGITS if (key, dtype) == ("logits", "float32") else np.inf
         yield from _both(name, dtype, distances[key], places, limit)
     config = q.config(dtype)
-    apart = [distance(side.losses(config, q.tokens_nBS), truth.losses) for side in sides]
+    apart = [distance(backend.losses(config, q.batches), truth.losses) for backend in backends]
     yield from _both(f"losses of {STEPS} batches", dtype, apart, places)
-    apart = [
-        global_distance(side.gradients(config, q.tokens_nBS[0]), truth.gradients) for side in sides
-    ]
+    passes = [backend.forward_backward(config, q.batches[0]) for backend in backends]
+    apart = [global_distance(one.gradients, truth.gradients) for one in passes]
     yield from _both("all gradients", dtype, apart, places)
-    trained = [Outline.of(side.steps(config, q.tokens_nBS)) for side in sides]
+    trained = [Outline.of(backend.steps(config, q.batches)) for backend in backends]
     apart = [global_distance(training.params, truth.training.params) for training in trained]
     yield from _both(f"all parameters after {STEPS} AdamW steps", dtype, apart, places)
 
@@ -199,36 +231,42 @@ def _both(
 
 
 def loss(q: ParityCase) -> Iterator[Line]:
-    """The loss of every batch in float64."""
+    """Compare the loss of every batch in float64."""
     config = q.config("float64")
-    ours, theirs = (side.losses(config, q.tokens_nBS) for side in (q.torch, q.jax))
+    ours, theirs = (backend.losses(config, q.batches) for backend in (q.torch, q.jax))
     measured = distance(theirs, ours)
     where = "" if measured <= FLOAT64 else "loss"
     yield Line(f"losses of {STEPS} batches", "float64", measured, FLOAT64, where=where)
 
 
+def _padded(q: ParityCase, padding_BT: np.ndarray) -> Batch[np.ndarray]:
+    """Return the first batch with some labels ignored."""
+    batch = q.batches[0]
+    return batch._replace(labels=np.where(padding_BT, np.int32(IGNORE_INDEX), batch.labels))
+
+
 def padding(q: ParityCase) -> Iterator[Line]:
-    """The loss of a batch in which three labels in ten are padding, in float64."""
-    padding_BT = np.random.default_rng(1).random(q.inputs_BT.shape) < 0.3
-    ours, theirs = (
-        side.padded_loss("float64", q.tokens_nBS[0], padding_BT) for side in (q.torch, q.jax)
-    )
-    measured = abs(theirs / ours - 1)
+    """Compare the loss of a batch in which three labels in ten are padding, in float64."""
+    batch = _padded(q, np.random.default_rng(1).random(q.inputs_BT.shape) < 0.3)
+    config = q.config("float64")
+    ours, theirs = (backend.losses(config, [batch]) for backend in (q.torch, q.jax))
+    measured = distance(theirs, ours)
     where = "" if measured <= FLOAT64 else "loss of labels that are padding"
     yield Line("loss of a padded batch", "float64", measured, FLOAT64, where=where)
 
 
 def log_probs(q: ParityCase) -> Iterator[Line]:
-    """Log-probabilities per token, three labels in ten padding, and their gradients in float64.
+    """Compare log-probabilities per token and their gradients in float64.
 
-    The upstream gradient differs from token to token: normal, and zero for every fifth.
+    Three labels in ten are padding. The upstream gradient differs from token to token: normal, and
+    zero for every fifth.
     """
     random = np.random.default_rng(1)
-    padding_BT = random.random(q.inputs_BT.shape) < 0.3
-    weights_BT = random.normal(size=padding_BT.shape) * (random.random(padding_BT.shape) < 0.8)
+    batch = _padded(q, random.random(q.inputs_BT.shape) < 0.3)
+    weights_BT = random.normal(size=q.inputs_BT.shape)
+    weights_BT *= random.random(weights_BT.shape) < 0.8
     (ours, our_gradients), (theirs, their_gradients) = (
-        side.log_probs("float64", q.tokens_nBS[0], padding_BT, weights_BT)
-        for side in (q.torch, q.jax)
+        backend.log_probs("float64", batch, weights_BT) for backend in (q.torch, q.jax)
     )
     measured = distance(theirs, ours)
     where = "" if measured <= FLOAT64 else "log-probabilities"
@@ -239,25 +277,92 @@ def log_probs(q: ParityCase) -> Iterator[Line]:
 
 
 def gradients(q: ParityCase) -> Iterator[Line]:
-    """Every gradient of the first batch in float64."""
+    """Compare every gradient of the first batch in float64."""
     config = q.config("float64")
-    ours, theirs = (side.gradients(config, q.tokens_nBS[0]) for side in (q.torch, q.jax))
-    distances = {key: distance(theirs[key], value) for key, value in ours.items()}
+    ours, theirs = (backend.forward_backward(config, q.batches[0]) for backend in (q.torch, q.jax))
+    measured, where = _worst_gradient(theirs.gradients, ours.gradients)
+    yield Line("every gradient, the worst", "float64", measured, FLOAT64, where=where)
+
+
+def _worst_gradient(measured: Arrays, truth: Arrays) -> tuple[float, str]:
+    """Return the largest difference of a gradient, and the parameter closest to its cause."""
+    distances = {key: distance(measured[key], value) for key, value in truth.items()}
     worst = max(distances, key=lambda key: distances[key])
-    # Gradients go backwards: the last parameter whose gradient is wrong is nearest to the fault.
+    # Gradients flow backwards: the last parameter whose gradient is wrong is closest to the fault.
     wrong = [key for key in distances if not distances[key] <= FLOAT64]
-    where = (wrong or [worst])[-1]
-    yield Line("every gradient, the worst", "float64", distances[worst], FLOAT64, where=where)
+    return distances[worst], (wrong or [worst])[-1]
+
+
+def document_mask(q: ParityCase) -> Iterator[Line]:
+    """Compare logits, loss and every gradient of packed documents in float64."""
+    config, batch = q.config("float64"), q.packed[0]
+    ours, theirs = (backend.forward_backward(config, batch) for backend in (q.torch, q.jax))
+    yield from _packed_lines("packed documents", theirs, ours, batch)
+
+
+def packing(q: ParityCase) -> Iterator[Line]:
+    """Compare packed documents with each document alone in float64, in each framework."""
+    config, batch = q.config("float64"), q.packed[0]
+    for framework, backend in (("torch", q.torch), ("JAX", q.jax)):
+        packed = backend.forward_backward(config, batch)
+        logits_BTV, loss, grads = np.full_like(packed.logits, np.nan), 0.0, dict[str, Any]()
+        for places, documents in _documents(batch):
+            found = backend.forward_backward(config, documents)
+            for place_, logits_TV in zip(places, found.logits, strict=True):
+                logits_BTV[place_] = logits_TV
+            loss += found.loss
+            grads = {name: grads.get(name, 0.0) + grad for name, grad in found.gradients.items()}
+        alone = ForwardBackward(logits_BTV, loss, grads)
+        name = f"packed documents from each document alone, {framework}"
+        yield from _packed_lines(name, packed, alone, batch)
+
+
+def _documents(
+    batch: Batch[np.ndarray],
+) -> Iterator[tuple[list[tuple[int, slice]], Batch[np.ndarray]]]:
+    """Yield the documents of each length: their places in a batch, and unpacked, one per row."""
+    assert batch.segments is not None
+    by_length: dict[int, list[tuple[int, slice]]] = {}
+    for row, segments_T in enumerate(batch.segments):
+        starts = np.flatnonzero(np.diff(segments_T, prepend=0))
+        for start, end in zip(starts, [*starts[1:], len(segments_T)], strict=True):
+            by_length.setdefault(end - start, []).append((row, slice(start, end)))
+    for places in by_length.values():
+        tokens_BT, labels_BT = (
+            np.stack([array[place] for place in places]) for array in (batch.tokens, batch.labels)
+        )
+        yield places, Batch(tokens_BT, labels_BT)
+
+
+def _packed_lines(
+    name: str, measured: ForwardBackward, truth: ForwardBackward, batch: Batch[np.ndarray]
+) -> Iterator[Line]:
+    """Yield the lines of logits, loss and gradients of a packed batch."""
+    apart = distance(measured.logits, truth.logits)
+    where = ""
+    if not apart <= FLOAT64:
+        assert batch.segments is not None and batch.positions is not None
+        norm_BT = np.linalg.norm(truth.logits, axis=-1)
+        apart_BT = np.linalg.norm(measured.logits - truth.logits, axis=-1)
+        row, t = np.argwhere(~(apart_BT <= FLOAT64 * norm_BT))[0]
+        document, token = batch.segments[row, t], batch.positions[row, t]
+        where = f"row {row}, document {document}, token {token}"
+    yield Line(f"logits of {name}", "float64", apart, FLOAT64, where=where)
+    apart = abs(measured.loss / truth.loss - 1)
+    where = "" if apart <= FLOAT64 else "loss of packed documents"
+    yield Line(f"loss of {name}", "float64", apart, FLOAT64, where=where)
+    apart, where = _worst_gradient(measured.gradients, truth.gradients)
+    yield Line(f"every gradient of {name}, the worst", "float64", apart, FLOAT64, where=where)
 
 
 def training(q: ParityCase) -> Iterator[Line]:
-    """20 steps of the trainers' own step functions side by side, in float64."""
+    """Compare 20 steps of the trainers' own step functions, side by side, in float64."""
     config = q.config("float64")
     names = ("losses", "gradient norms", "exp_avg", "exp_avg_sq", "parameters")
     worst = dict.fromkeys(names, 0.0)
     fault, before = "", q.torch.source
     past: Arrays = {name: before.read(name).astype(np.float64) for name in before.tensors}
-    pairs = zip(q.torch.steps(config, q.tokens_nBS), q.jax.steps(config, q.tokens_nBS), strict=True)
+    pairs = zip(q.torch.steps(config, q.batches), q.jax.steps(config, q.batches), strict=True)
     for k, (ours, theirs) in enumerate(pairs):
         apart = {
             "losses": abs(theirs.loss / ours.loss - 1),
@@ -278,7 +383,7 @@ def training(q: ParityCase) -> Iterator[Line]:
 
 
 def _diagnosis(q: ParityCase, k: int, ours: Step, theirs: Step, past: Arrays) -> str:
-    """What is the first to differ in a step that began alike, in the order of computation."""
+    """Return the first quantity that differs in step k, in the order of computation."""
     ratio = theirs.loss / ours.loss
     if abs(ratio - 1) > FLOAT64:
         if abs(ratio - round(ratio)) < 1e-9 or abs(1 / ratio - round(1 / ratio)) < 1e-9:
@@ -311,15 +416,15 @@ def _diagnosis(q: ParityCase, k: int, ours: Step, theirs: Step, past: Arrays) ->
 
 
 def _batch_of(q: ParityCase, k: int, loss: float, params: Arrays) -> int | None:
-    """The number of the batch that has this loss under the parameters before step k."""
+    """Return the index of the batch that has this loss under the parameters before step k."""
     here = replace(q.torch.source, read=lambda name, rows=base.FULL_SLICE: params[name][rows])
-    losses_n = TorchBackend(here).losses(q.config("float64"), q.tokens_nBS)
+    losses_n = TorchBackend(here).losses(q.config("float64"), q.batches)
     nearest = int(np.abs(losses_n - loss).argmin())
     return nearest if abs(losses_n[nearest] / loss - 1) < 1e-9 else None
 
 
 def _factor(measured: Arrays, truth: Arrays) -> float | None:
-    """The number c with measured = c truth in every tensor, if there is one other than 1."""
+    """Return c where measured = c truth in every tensor and c is not 1; None otherwise."""
     dots = sum(float((measured[n] * truth[n]).sum()) for n in truth)
     factor = dots / sum(float((truth[n] ** 2).sum()) for n in truth)
     scaled = {n: factor * truth[n] for n in truth}
@@ -328,23 +433,54 @@ def _factor(measured: Arrays, truth: Arrays) -> float | None:
 
 
 def cache(q: ParityCase) -> Iterator[Line]:
-    """Logits with the KV cache against those without, in float64."""
+    """Compare logits with the KV cache with logits without a cache, in float64."""
     tokens_BT = q.inputs_BT[:, :24]
-    for framework, side in (("torch", q.torch), ("JAX", q.jax)):
-        truth = side.operations("float64", tokens_BT)["logits"]  # No cache here.
-        measured = distance(side.cached_logits("float64", tokens_BT), truth)
+    half = tokens_BT.shape[1] // 2
+    calls = [CacheCall(0, tokens_BT[:, :half])]
+    calls += [CacheCall(t, tokens_BT[:, t : t + 1]) for t in range(half, tokens_BT.shape[1])]
+    for framework, backend in (("torch", q.torch), ("JAX", q.jax)):
+        truth = backend.operations("float64", tokens_BT)["logits"]  # Uses no cache.
+        found = np.concatenate(backend.cached_logits("float64", calls), 1)
+        measured = distance(found, truth)
         where = "" if measured <= FLOAT64 else f"KV cache of {framework}"
         name = f"logits with KV cache from those without, {framework}"
         yield Line(name, "float64", measured, FLOAT64, where=where)
 
 
+def roll_back(q: ParityCase) -> Iterator[Line]:
+    """Compare logits after a roll-back of the KV cache with logits without a cache, in float64.
+
+    Half of the tokens are read, then others that are rejected; the caches are truncated, and the
+    rest follows: two tokens per call in all rows, or one token per call in a single row.
+    """
+    for n_rows, n_new in ((len(q.inputs_BT), 2), (1, 1)):
+        # Four positions fewer than the model has: room for a cache that is not truncated.
+        tokens_BT, rejected_BT = (batch[:n_rows, :-5][:, :24] for batch in q.tokens_nBS[:2])
+        half = tokens_BT.shape[1] // 2
+        calls = [CacheCall(0, tokens_BT[:, :half])]
+        calls += [CacheCall(t, rejected_BT[:, t : t + 1]) for t in range(half, half + 4)]
+        n_before = len(calls)
+        ends = range(half + n_new, tokens_BT.shape[1] + 1, n_new)
+        calls += [CacheCall(end - n_new, tokens_BT[:, end - n_new : end]) for end in ends]
+        what = f"{n_rows} rows" if n_rows > 1 else f"one row, {n_new} token per call"
+        for framework, backend in (("torch", q.torch), ("JAX", q.jax)):
+            truth = backend.operations("float64", tokens_BT)["logits"][:, half : ends[-1]]
+            found = backend.cached_logits("float64", calls)[n_before:]
+            measured = distance(np.concatenate(found, 1), truth)
+            where = "" if measured <= FLOAT64 else f"roll-back of the KV cache of {framework}"
+            name = f"logits after a roll-back of the KV cache ({what}), {framework}"
+            yield Line(name, "float64", measured, FLOAT64, where=where)
+
+
 def decoding(q: ParityCase) -> Iterator[Line]:
-    """Tokens that differ, greedy and sampled."""
+    """Count tokens that differ, greedy and sampled."""
     prompts = q.tokens_nBS[0][:, :8].tolist()
+    settings = (("greedy", 0.0, 1.0), ("sampled", 1.0, 1.0), (f"top_p {TOP_P} sampled", 1.0, TOP_P))
     for dtype in ("float64", "float32"):
-        for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+        for name, temperature, top_p in settings:
             ours, theirs = (
-                side.generate(dtype, prompts, q.decode, temperature) for side in (q.torch, q.jax)
+                backend.generate(dtype, prompts, q.decode, temperature, top_p)
+                for backend in (q.torch, q.jax)
             )
             different = ours != theirs
             rows, steps = np.nonzero(different)
@@ -360,18 +496,24 @@ COMPARISONS: dict[str, Callable[[ParityCase], Iterator[Line]]] = {
     "padding": padding,
     "log_probs": log_probs,
     "gradients": gradients,
+    "document_mask": document_mask,
+    "packing": packing,
     "training": training,
     "cache": cache,
+    "roll_back": roll_back,
     "decoding": decoding,
 }
 
 
-WITH_NOISE_FLOOR = ("forward", "loss", "padding", "log_probs", "gradients", "training", "cache")
-"""Parts whose lines have a floor; tokens either differ or do not."""
+WITH_NOISE_FLOOR = tuple(part for part in COMPARISONS if part != "decoding")
+"""Parts whose lines have a noise floor; tokens either differ or do not."""
+
+WITH_ITSELF = ("packing", "cache", "roll_back")
+"""Parts that compare each framework with itself."""
 
 
 def place(key: str) -> str:
-    """`layers.3.attention.wq rope out` as `layer 3 attention, RoPE of q`."""
+    """Return `layers.3.attention.wq rope out` as `layer 3 attention, RoPE of q`."""
     path, _, end = key.rpartition(" ")
     match = re.match(r"layers\.(\d+)\.?(.*)", path)
     if not match:

@@ -1,6 +1,6 @@
 """Train on one rank of a layout; `parity.layouts` starts it with torchrun.
 
-DIRECTORY holds `state`, `config.yaml` and `tokens.npy`; the first rank writes `answer.safetensors`
+DIRECTORY holds `state`, `config.yaml` and the batches; the first rank writes `results.safetensors`
 there.
 
 torchrun --nproc-per-node 2 -m parity.rank_worker DIRECTORY

@@ -85,13 +85,12 @@ def test_every_line_of_the_check_passes(model: ModelConfig) -> None:
 def test_training_steps_agree_on_meshes(devices: int, accumulation: int) -> None:
     source = checker.random_checkpoint(MODEL)
     tokens = np.random.default_rng(1).integers(0, 192, (10, 4, 31), dtype=np.int32)
-    config = comparisons.ParityCase(TorchBackend(source), JaxBackend(source), tokens, 0).config(
-        "float64"
-    )
+    case = comparisons.ParityCase(TorchBackend(source), JaxBackend(source), tokens, 0)
+    config = case.config("float64")
     config = replace(config, train=replace(config.train, gradient_accumulation_steps=accumulation))
-    truth = list(TorchBackend(source).steps(config, tokens))
+    truth = list(case.torch.steps(config, case.batches))
     config = replace(config, parallel=replace(config.parallel, mesh=f"data={devices}"))
-    steps = list(JaxBackend(source).steps(config, tokens))
+    steps = list(case.jax.steps(config, case.batches))
     losses = [[step.loss for step in run] for run in (truth, steps)]
     assert np.allclose(*losses, rtol=1e-13, atol=0)
     params = truth[-1].params
@@ -189,8 +188,10 @@ def test_losses_in_float32_are_added_up_as_well_in_both() -> None:
     source = checker.random_checkpoint(replace(LLAMA, max_seq_len=64))
     tokens = np.random.default_rng(1).integers(0, 128, (20, 4, 64), dtype=np.int32)
     case = comparisons.ParityCase(TorchBackend(source), JaxBackend(source), tokens, 0)
-    sides = (case.torch, case.jax)
-    truth = case.torch.losses(case.config("float64"), tokens)
-    apart = [distance.distance(s.losses(case.config("float32"), tokens), truth) for s in sides]
+    truth = case.torch.losses(case.config("float64"), case.batches)
+    apart = [
+        distance.distance(backend.losses(case.config("float32"), case.batches), truth)
+        for backend in (case.torch, case.jax)
+    ]
     # One chain of 252 additions would be off by 1.1e-7.
     assert max(apart) < 8e-8

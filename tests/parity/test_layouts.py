@@ -19,7 +19,7 @@ def test_layouts_change_nothing_and_a_fault_would_show(tmp_path: Path) -> None:
         checker.check(checker.random_checkpoint(MODEL), batch=4, time=20, parts=("layouts",))
     )
     names = {line.layout for line in lines}
-    assert len(names) == 5 and len(lines) == 25
+    assert len(names) == 10 and len(lines) == 50
     for line in lines:
         assert line.noise_floor is not None and line.negative_control is not None
         assert line.noise_floor < line.allowed < line.negative_control

@@ -1,0 +1,161 @@
+"""PyTorch as a backend of the parity check.
+
+Shapes: B batch, T time, V vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch.distributed.tensor import DTensor
+
+import mooshak_torch.decode
+import mooshak_torch.distributed.mesh
+import mooshak_torch.distributed.parallelize
+import mooshak_torch.model
+import mooshak_torch.objectives
+import mooshak_torch.ops.cross_entropy
+import mooshak_torch.optimizer
+import mooshak_torch.params
+import mooshak_torch.step
+from mooshak.checkpoints.base import MOMENTS, Checkpoint
+from mooshak.config.model import Dtype
+from mooshak.config.sections import Config
+from mooshak.data.packing import Batch
+from mooshak.numerics.schedule import learning_rate
+from parity.backends.base import (
+    Arrays,
+    CacheCall,
+    ForwardBackward,
+    Recorder,
+    Step,
+    cache_shape,
+    count_labels,
+)
+
+
+class TorchBackend:
+    """PyTorch with the weights of a checkpoint."""
+
+    name = "torch"
+
+    def __init__(self, source: Checkpoint):
+        self.source = source
+        self.is_main = True
+        """Whether this is the first process of several."""
+
+    def model(self, dtype: Dtype) -> mooshak_torch.model.Model:
+        """Return the model on the CPU."""
+        model = mooshak_torch.model.Model(self.source.model, dtype)
+        mooshak_torch.params.load_params(dict(model.named_parameters()), self.source)
+        return model
+
+    @torch.no_grad()
+    def operations(self, dtype: Dtype, tokens_BT: np.ndarray) -> Arrays:
+        model = self.model(dtype)
+        recorder = Recorder()
+        for path, module in model.named_modules():
+            if path:
+                module.register_forward_pre_hook(
+                    lambda _, inputs, path=path: recorder.add(path, "in", inputs[0])
+                )
+                module.register_forward_hook(
+                    lambda _, inputs, output, path=path: recorder.add(path, "out", output)
+                )
+        logits = model(torch.from_numpy(tokens_BT).long())
+        recorder.values["logits"] = logits
+        return {key: _to_numpy(value) for key, value in recorder.values.items()}
+
+    @torch.no_grad()
+    def losses(self, config: Config, batches: Sequence[Batch[np.ndarray]]) -> np.ndarray:
+        objective = self._objective(config)
+        return np.array([objective(_to_torch(b)).item() / count_labels(b) for b in batches])
+
+    def forward_backward(self, config: Config, batch: Batch[np.ndarray]) -> ForwardBackward:
+        objective, here = self._objective(config), _to_torch(batch)
+        loss = objective(here)
+        loss.backward()
+        with torch.no_grad():
+            logits_BTV = objective.model(here.tokens, **here.context)
+        return ForwardBackward(logits_BTV.numpy(), loss.item(), _gradients(objective.model))
+
+    def _objective(self, config: Config) -> mooshak_torch.objectives.CausalLM:
+        model = self.model(config.train.dtype)
+        return mooshak_torch.objectives.CausalLM(model, config.train.loss_chunk)
+
+    def log_probs(
+        self, dtype: Dtype, batch: Batch[np.ndarray], weights_BT: np.ndarray
+    ) -> tuple[np.ndarray, Arrays]:
+        model, here = self.model(dtype), _to_torch(batch)
+        log_probs_BT = mooshak_torch.ops.cross_entropy.token_log_probs(
+            model.hidden_states(here.tokens), model.head_VD, here.labels, batch.labels.size // 3
+        )
+        log_probs_BT.backward(torch.from_numpy(weights_BT).to(log_probs_BT.dtype))
+        return log_probs_BT.detach().numpy(), _gradients(model)
+
+    def steps(self, config: Config, batches: Sequence[Batch[np.ndarray]]) -> Iterator[Step]:
+        """As `Backend.steps`; under torchrun each process trains on its rows.
+
+        Every process gets the complete result.
+        """
+        parallel = mooshak_torch.distributed.mesh.make_parallel(config)
+        self.is_main = parallel.is_main
+        objective = mooshak_torch.distributed.parallelize.parallelize(
+            mooshak_torch.objectives.make_objective(config.model, config), parallel, config
+        )
+        model = mooshak_torch.objectives.model_of(objective)
+        mooshak_torch.params.load_params(dict(model.named_parameters()), self.source)
+        optimizer = mooshak_torch.optimizer.Optimizer(objective, model, config.optimizer)
+        for step, batch in enumerate(batches):
+            mine = _to_torch(batch).chunk(parallel.dp_size)[parallel.dp_rank]
+            loss, norm = mooshak_torch.step.train_step(
+                objective, optimizer, mine, learning_rate(config, step), config, parallel
+            )
+            loss = parallel.sum(loss)
+            state = optimizer.state()
+            trees = [state[part] for part in ("params", *MOMENTS)]
+            arrays = [{name: _gather(tensor) for name, tensor in tree.items()} for tree in trees]
+            yield Step(loss.item(), norm.item(), *arrays)
+        parallel.close()
+
+    @torch.no_grad()
+    def cached_logits(self, dtype: Dtype, calls: Sequence[CacheCall]) -> list[np.ndarray]:
+        model, length, results = self.model(dtype), 0, []
+        caches = mooshak_torch.model.make_caches(model, *cache_shape(calls))
+        for start, tokens_BT in calls:
+            if start < length:
+                caches = [cache.truncate([start] * len(tokens_BT)) for cache in caches]
+            positions_BT = caches[0].lengths.unsqueeze(1) + torch.arange(tokens_BT.shape[1])
+            logits_BTV = model(torch.from_numpy(tokens_BT).long(), positions_BT, caches)
+            results.append(logits_BTV.numpy())
+            length = start + tokens_BT.shape[1]
+        return results
+
+    def generate(
+        self,
+        dtype: Dtype,
+        prompts: Sequence[Sequence[int]],
+        new_tokens: int,
+        temperature: float,
+        top_p: float = 1.0,
+    ) -> np.ndarray:
+        model = self.model(dtype)
+        return mooshak_torch.decode.generate(model, prompts, new_tokens, temperature, top_p)
+
+
+def _gradients(model: torch.nn.Module) -> Arrays:
+    return {n: p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def _gather(tensor: torch.Tensor) -> np.ndarray:
+    """Copy the full tensor of all processes."""
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).numpy().copy()
+
+
+def _to_torch(batch: Batch[np.ndarray]) -> Batch[torch.Tensor]:
+    return batch.map(lambda array: torch.from_numpy(np.ascontiguousarray(array)).long())
+
+
+def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
