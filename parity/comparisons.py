@@ -52,6 +52,9 @@ class Line:
     layout: str = ""
     """The mesh or the processes that the line is about."""
 
+    documents: bool = False
+    """Whether a line about a layout is about packed documents."""
+
     @property
     def passed(self) -> bool:
         return bool(self.measured <= self.allowed)

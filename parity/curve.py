@@ -35,7 +35,7 @@ from mooshak.training.metrics import losses
 FLOAT64 = 1e-12
 """Allowed relative difference of every step's loss in float64."""
 RATIO = 2.0
-"""Allowed in float32: so many times what a framework differs from itself."""
+"""Allowed in float32, as a multiple of the noise floor."""
 
 DTYPES: tuple[Dtype, ...] = ("float64", "float32")
 
@@ -44,12 +44,12 @@ Losses = dict[int, float]
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: where it begins and what it is compared with."""
+    """One training run."""
 
     name: str
     framework: str
     start: str | None = None
-    """The run whose checkpoint at the change it goes on from."""
+    """The run whose checkpoint, at the step of the change, this run resumes from."""
     devices: int = 1
     options: tuple[str, ...] = ()
 
@@ -61,7 +61,7 @@ RUNS = (
     Run("JAX to torch", "torch", start="JAX"),
     Run("torch on two ranks", "torch", devices=2),
     Run("JAX on two devices", "jax", devices=2),
-    # The negative control: what a curve shows that continues with another epsilon of AdamW.
+    # The negative control continues with a different epsilon of AdamW.
     Run("faulty", "torch", start="torch", options=("--optimizer.eps", "1e-6")),
 )
 PAIRS = (
@@ -70,8 +70,8 @@ PAIRS = (
     ("JAX", "JAX to torch"),
     ("torch to JAX", "JAX to torch"),
 )
-FLOORS = (("torch", "torch on two ranks"), ("JAX", "JAX on two devices"))
-CONTROL = ("torch", "faulty")
+NOISE_FLOORS = (("torch", "torch on two ranks"), ("JAX", "JAX on two devices"))
+NEGATIVE_CONTROL = ("torch", "faulty")
 
 
 @dataclass(frozen=True)
@@ -96,25 +96,30 @@ class Line:
 def curves(
     settings: Sequence[str], config: Config, dtype: Dtype, switch: int, out: Path
 ) -> dict[str, Losses]:
-    """The loss of every step of every run, by the run's name. `settings` are those of `config`."""
+    """Return the loss of every step of every run, by the run's name.
+
+    `settings` are the options that `config` was parsed from.
+    """
     result: dict[str, Losses] = {}
     for run in RUNS:
         directory = out / dtype / run.name.replace(" ", "-")
         own = ("--run.dir", str(directory), *run.options)
         wanted = resolve(parse_config(config_parser(), [*settings, *own])[0])
         start = () if run.start is None else (out / dtype / run.start / f"checkpoints/{switch}",)
-        if not _is_whole(directory, wanted):
+        if not _is_complete(directory, wanted):
             shutil.rmtree(directory, ignore_errors=True)
             train(run, (*settings, *own), start)
         found = losses(directory)
         result[run.name] = (result[run.start] if run.start else {}) | found
         if list(result[run.name]) != list(range(1, config.train.steps + 1)):
-            raise InputError(f"{directory} does not hold every step once; remove it and try again")
+            raise InputError(
+                f"{directory} does not hold every step exactly once; remove it and try again"
+            )
     return result
 
 
 def train(run: Run, settings: Sequence[str], start: Sequence[Path]) -> None:
-    """Carry out one run by the framework's own command. Ends the program when it fails."""
+    """Run the framework's training command. Raises `InputError` when it fails."""
     resume = [word for path in start for word in ("--resume", str(path))]
     words = [sys.executable, "-m"]
     if run.framework == "torch" and run.devices > 1:
@@ -129,21 +134,21 @@ def train(run: Run, settings: Sequence[str], start: Sequence[Path]) -> None:
         raise InputError(f"{run.name}: {reason}")
 
 
-def _is_whole(directory: Path, wanted: Config) -> bool:
-    """Whether the run was carried out with this configuration, to its end."""
+def _is_complete(directory: Path, wanted: Config) -> bool:
+    """Return whether a directory holds a finished run with this configuration."""
     if not (directory / "config.yaml").is_file():
         return False
     there = load_config(directory / "config.yaml")
-    # The mesh is told by the name of the run.
+    # The run's name determines its mesh.
     same = asdict(there) | {"parallel": None} == asdict(wanted) | {"parallel": None}
     return same and max(losses(directory), default=0) == wanted.train.steps
 
 
 def compare(dtype: str, found: Mapping[str, Losses]) -> Iterator[Line]:
-    """The differences of one dtype's curves, each beside the floor."""
+    """Yield the differences of one dtype's curves."""
     relative = dtype == "float64"
-    floor = max(worst(found, pair, relative)[0] for pair in FLOORS)
-    control = worst(found, CONTROL, relative)[0]
+    floor = max(worst(found, pair, relative)[0] for pair in NOISE_FLOORS)
+    control = worst(found, NEGATIVE_CONTROL, relative)[0]
     allowed = FLOAT64 if relative else RATIO * floor
     for pair in PAIRS:
         measured, step = worst(found, pair, relative)
@@ -151,20 +156,20 @@ def compare(dtype: str, found: Mapping[str, Losses]) -> Iterator[Line]:
 
 
 def worst(found: Mapping[str, Losses], pair: tuple[str, str], relative: bool) -> tuple[float, int]:
-    """The largest difference of two curves, and its step."""
+    """Return the largest difference of two curves, and its step."""
     different = differences(found, pair, relative)
     step = max(different, key=lambda k: different[k])
     return different[step], step
 
 
 def differences(found: Mapping[str, Losses], pair: tuple[str, str], relative: bool) -> Losses:
-    """Step -> difference of two curves' losses, absolute or relative."""
+    """Return the absolute or relative difference of two curves at each step."""
     a, b = (found[name] for name in pair)
     return {k: abs(a[k] - b[k]) / (abs(a[k]) if relative else 1.0) for k in a}
 
 
 def plot(found: Mapping[str, Losses], lines: Sequence[Line], switch: int) -> str:
-    """The four curves, and below their differences over the floor, as SVG."""
+    """Plot the four curves, and their differences and the noise floor below, as SVG."""
     relative = lines[0].dtype == "float64"
     styles = {"torch": ("torch", "-"), "JAX": ("jax", "-")}
     styles |= {"torch to JAX": ("jax", "--"), "JAX to torch": ("torch", "--")}
@@ -181,7 +186,7 @@ def plot(found: Mapping[str, Losses], lines: Sequence[Line], switch: int) -> str
         top.set_ylabel("loss, nats per token")
         top.legend(frameon=False)
         smallest = lines[0].allowed / 1e5
-        for pair in FLOORS:
+        for pair in NOISE_FLOORS:
             shown = _shown(differences(found, pair, relative), smallest)
             bottom.plot(*shown, color=COLORS["ink"], alpha=0.25, linewidth=3)
         for pair, color in ((PAIRS[0], "ink"), (PAIRS[1], "jax"), (PAIRS[2], "torch")):
@@ -259,8 +264,8 @@ def main() -> None:
         "largest difference",
         "at step",
         "allowed",
-        "floor",
-        "control",
+        "noise floor",
+        "negative control",
         "",
     )
     table = Table(*columns, title=f"loss curves of {options.steps} steps")

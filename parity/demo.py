@@ -30,7 +30,7 @@ from mooshak.corpus.readers import input_state
 from mooshak.errors import InputError, command
 from mooshak.files import locked, write_atomically
 
-# How tales begin; the model goes on.
+# Beginnings of tales, which the model continues.
 PROMPTS = (
     "एक समय की बात है। एक जंगल में",
     "Once upon a time, a mouse",
@@ -38,10 +38,10 @@ PROMPTS = (
     "Long ago, a little girl",
 )
 
-# The demo is on the CPU, which every machine has.
+# The demo runs on the CPU, which every machine has.
 CPU = {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"}
 
-# A run so short that float64 costs seconds: 40 steps on each side of the change.
+# A run short enough for float64: 40 steps before the change of framework and 40 after it.
 FLOAT64 = {
     "train.dtype": "float64",
     "train.steps": 80,
@@ -59,15 +59,15 @@ class Stage:
     name: str
     title: str
     words: tuple[str, ...]
-    """What stands behind `python -m`."""
+    """The arguments of `python -m`."""
     makes: tuple[Path, ...]
-    """Files and directories that are all there when the stage is complete."""
+    """Output files and directories."""
     prints: Path | None = None
-    """One of them, if it is the command's standard output."""
+    """The output file that is the command's standard output."""
 
 
 def stages(config: Config, settings: Sequence[str], out: Path) -> list[Stage]:
-    """The demo, in order. `settings` are the options that made `config`."""
+    """Return the stages in order. `settings` are the options that `config` was parsed from."""
     steps, half = config.train.steps, config.train.steps // 2
     precise = tuple(word for key, value in FLOAT64.items() for word in (f"--{key}", str(value)))
     prompts = tuple(word for prompt in PROMPTS for word in ("--prompt", prompt))
@@ -91,12 +91,12 @@ def stages(config: Config, settings: Sequence[str], out: Path) -> list[Stage]:
         return (f"mooshak_{framework}.evaluate", str(checkpoint), *settings, *everything, "--json")
 
     def printed(file: str, title: str, words: tuple[str, ...]) -> Stage:
-        """A stage that makes one file, of what its command prints."""
+        """Return a stage whose only file is the standard output of its command."""
         return Stage(Path(file).stem, title, words, (out / file,), prints=out / file)
 
     first, last = out / "torch/checkpoints" / str(half), out / "jax/checkpoints" / str(steps)
     to_jax, back = out / "to-jax", out / "back-in-torch"
-    stayed, kept = out / "stayed", out / "stayed/checkpoints" / str(steps)
+    baseline = out / "baseline"
     short = out / "float64-torch/checkpoints/40"
     on_mesh = ("--mesh", "data=2")
     return [
@@ -127,10 +127,10 @@ def stages(config: Config, settings: Sequence[str], out: Path) -> list[Stage]:
         ),
         Stage("back", "convert back to PyTorch", convert(last, back, "torch"), (back,)),
         Stage(
-            "stayed",
-            "train the second half in PyTorch too, to compare",
-            train("torch", "stayed", "--resume", first),
-            (stayed, kept),
+            "baseline",
+            "train the second half in PyTorch too, as the baseline",
+            train("torch", "baseline", "--resume", first),
+            (baseline, baseline / "checkpoints" / str(steps)),
         ),
         Stage(
             "float64-torch",
@@ -145,10 +145,10 @@ def stages(config: Config, settings: Sequence[str], out: Path) -> list[Stage]:
             (out / "float64-jax", out / "float64-jax/checkpoints/80"),
         ),
         Stage(
-            "float64-stayed",
-            "40 more in PyTorch, to compare",
-            train("torch", "float64-stayed", *precise, "--resume", short),
-            (out / "float64-stayed", out / "float64-stayed/checkpoints/80"),
+            "float64-baseline",
+            "40 more in PyTorch, as the baseline",
+            train("torch", "float64-baseline", *precise, "--resume", short),
+            (out / "float64-baseline", out / "float64-baseline/checkpoints/80"),
         ),
         printed(
             "evaluation-torch.json",
@@ -171,15 +171,15 @@ def stages(config: Config, settings: Sequence[str], out: Path) -> list[Stage]:
 
 
 def carry_out(stages: Sequence[Stage], out: Path, made_of: str) -> int:
-    """Run the stages that are not done; returns how many these were.
+    """Run the stages that are not complete. Returns how many were run.
 
-    `made_of` stands for everything outside that decides the result. Ends the program, with the exit
-    code of the stage, when one fails; what it made then stays without a stamp.
+    `made_of` identifies every input of the demo. Ends the program with the exit code of the stage
+    that fails; its files then have no stamp.
     """
     console = Console(highlight=False, soft_wrap=True)
     key, ran = made_of, 0
     for number, stage in enumerate(stages, 1):
-        # The key holds those of all stages before: what follows a changed stage is made again.
+        # The key includes those of all earlier stages: what follows a changed stage is run again.
         key = hashlib.sha256(json.dumps([key, stage.words]).encode()).hexdigest()
         stamp = out / "stages" / f"{stage.name}.json"
         head = f"[bold]{number:2}/{len(stages)} {stage.title}[/]"
@@ -190,12 +190,12 @@ def carry_out(stages: Sequence[Stage], out: Path, made_of: str) -> int:
         console.print(head)
         console.print(f"$ {line}", style="dim", markup=False)
         stamp.unlink(missing_ok=True)
-        for path in stage.makes:  # What an interrupted or another run left.
+        for path in stage.makes:  # Left over from an interrupted or a different run.
             if path.is_relative_to(out):
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         seconds = run(stage)
         if missing := [path for path in stage.makes if not path.exists()]:
-            sys.exit(f"{stage.title}: {missing[0]} was not made; the same command goes on here")
+            sys.exit(f"{stage.title}: {missing[0]} was not written; the same command resumes here")
         made = {
             "key": key,
             "number": number,
@@ -210,7 +210,7 @@ def carry_out(stages: Sequence[Stage], out: Path, made_of: str) -> int:
 
 
 def run(stage: Stage) -> float:
-    """Run the command of a stage; returns the seconds it took. Ends the program when it fails."""
+    """Run the command of a stage. Returns its seconds; ends the program when it fails."""
     start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-m", *stage.words],
@@ -218,9 +218,9 @@ def run(stage: Stage) -> float:
         env=os.environ | CPU,
     )
     if done.returncode in (1, 2):
-        sys.exit(done.returncode)  # The command has said why.
+        sys.exit(done.returncode)  # The command has printed the reason.
     if done.returncode:
-        sys.exit(f"{stage.title}: ended with {done.returncode}; the same command goes on here")
+        sys.exit(f"{stage.title}: exit code {done.returncode}; the same command resumes here")
     if stage.prints:
         write_atomically(stage.prints, done.stdout)
         print(done.stdout.decode().rstrip())
@@ -228,7 +228,7 @@ def run(stage: Stage) -> float:
 
 
 def is_done(stage: Stage, stamp: Path, key: str) -> bool:
-    """Whether the stage was completed with this key, and its files are still of the same size."""
+    """Return whether a stage was completed with this key and its files have the same sizes."""
     try:
         made = json.loads(stamp.read_text())
     except (FileNotFoundError, ValueError):
@@ -237,7 +237,7 @@ def is_done(stage: Stage, stamp: Path, key: str) -> bool:
 
 
 def sizes(paths: Sequence[Path]) -> dict[str, int]:
-    """Bytes of every file in these files and directories."""
+    """Return the size in bytes of every file in these files and directories."""
     files = [file for path in paths for file in ([path] if path.is_file() else path.rglob("*"))]
     return {str(file): file.stat().st_size for file in sorted(files) if file.is_file()}
 
@@ -270,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with locked(options.out / ".lock"):
             ran = carry_out(stages(config, settings, options.out), options.out, made_of)
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on here")
+        sys.exit("interrupted; the same command resumes here")
     seconds = time.perf_counter() - start
     print(f"{options.out / 'report.html'}: {ran} stages run, {seconds:.0f} seconds")
 

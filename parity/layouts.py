@@ -32,8 +32,6 @@ MESHES = ("data=8", "fsdp=8", "data=2,fsdp=2,tensor=2")
 PROCESSES = {"DDP": "data=2", "FSDP2": "fsdp=2"}
 """Of PyTorch: strategy -> mesh."""
 N_DEVICES = 8
-DOCUMENTS = "document masks"
-"""Ends the layout's name in the lines of packed documents."""
 FAULT = "RMSNorm epsilon 1e-6"
 """Injected into the single process that all layouts are compared with: changes every quantity."""
 
@@ -50,7 +48,7 @@ def compare_layouts(q: ParityCase) -> Iterator[Line]:
     wide = replace(q, tokens_nBS=random.integers(0, vocabulary, shape, dtype=np.int32))
     config = wide.config("float64")
     config = replace(config, train=replace(config.train, gradient_accumulation_steps=1))
-    for batches, suffix in ((wide.batches, ""), (wide.packed, f", {DOCUMENTS}")):
+    for batches, documents in ((wide.batches, False), (wide.packed, True)):
         truth = Outline.of(q.torch.steps(config, batches))
         low = replace(config, train=replace(config.train, dtype="float32"))
         floors = Outline.of(q.torch.steps(low, batches)).distances(truth)
@@ -58,12 +56,20 @@ def compare_layouts(q: ParityCase) -> Iterator[Line]:
             faulty = Outline.of(q.torch.steps(config, batches))
         for name, found in _train_on_layouts(q, config, batches):
             apart, controls = found.distances(truth), found.distances(faulty)
-            layout = name + suffix
+            layout = f"{name}, document masks" if documents else name
             for quantity, measured in apart.items():
                 floor = floors[quantity] * ROUNDING
-                title = f"{quantity} of {STEPS} AdamW steps, {layout}"
-                control = controls[quantity]
-                yield Line(title, "float64", measured, FLOAT64, floor, control, FAULT, "", layout)
+                line = Line(
+                    f"{quantity} of {STEPS} AdamW steps, {layout}", "float64", measured, FLOAT64
+                )
+                yield replace(
+                    line,
+                    noise_floor=floor,
+                    negative_control=controls[quantity],
+                    fault=FAULT,
+                    layout=layout,
+                    documents=documents,
+                )
 
 
 def _train_on_layouts(

@@ -29,27 +29,27 @@ from mooshak.files import write_atomically
 from mooshak.report.html import COLORS, TEMPLATES, power, svg, themed
 from mooshak.training.metrics import losses, read_metrics
 
-# Allowed differences between a curve that changed its framework and one that stayed.
+# Allowed differences of the loss between a run that changed its framework and the baseline.
 CURVE_FLOAT32 = 2e-5  # absolute
 CURVE_FLOAT64 = 1e-12  # relative
 
 
 @dataclass(frozen=True)
 class Curve:
-    """The loss after the change of framework, beside that of the run that stayed."""
+    """The loss after the change of framework, and that of the baseline, which does not change."""
 
     before: dict[int, float]
-    """Step -> loss of the part that both have in common."""
+    """Step -> loss of the part that both share."""
     changed: dict[int, float]
-    stayed: dict[int, float]
+    baseline: dict[int, float]
     relative: bool
     allowed: float
 
     @cached_property
     def differences(self) -> dict[int, float]:
-        """Step -> absolute (or relative) difference."""
-        scale = {step: abs(loss) if self.relative else 1.0 for step, loss in self.stayed.items()}
-        return {s: abs(self.changed[s] - self.stayed[s]) / scale[s] for s in self.stayed}
+        """Step -> absolute or relative difference."""
+        scale = {step: abs(loss) if self.relative else 1.0 for step, loss in self.baseline.items()}
+        return {s: abs(self.changed[s] - self.baseline[s]) / scale[s] for s in self.baseline}
 
     @property
     def worst_step(self) -> int:
@@ -71,7 +71,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt and what each framework made of it."""
+    """One prompt and each framework's continuation."""
 
     prompt: str
     torch: str
@@ -87,24 +87,24 @@ class Sample:
 
 
 def read_curve(runs: Sequence[Path], relative: bool, allowed: float) -> Curve:
-    """The curve from the runs before the change, after it, and without it.
+    """Read a curve from three runs: before the change, after it, and the baseline.
 
     Raises `InputError` unless their steps fit together.
     """
-    before, changed, stayed = map(losses, runs)
-    if not (before and changed) or changed.keys() != stayed.keys() or min(changed) <= max(before):
+    before, changed, baseline = map(losses, runs)
+    if not (before and changed) or changed.keys() != baseline.keys() or min(changed) <= max(before):
         raise InputError(f"the steps of {', '.join(map(str, runs))} do not fit together")
-    return Curve(before, changed, stayed, relative, allowed)
+    return Curve(before, changed, baseline, relative, allowed)
 
 
 def read_samples(torch: Path, jax: Path, prompts: list[str]) -> list[Sample]:
-    """The samples in what the two `generate` commands printed."""
+    """Read the samples from the output of the two `generate` commands."""
     texts = [_texts(path, prompts) for path in (torch, jax)]
     return [Sample(*row) for row in zip(prompts, *texts, strict=True)]
 
 
 def _texts(path: Path, prompts: list[str]) -> list[str]:
-    """What follows each prompt: every text begins with its own and ends in an empty line."""
+    """Return the continuation of each prompt: a text starts with it and ends in an empty line."""
     output, starts = path.read_text(), [0]
     for prompt in prompts[1:]:
         starts.append(output.find(f"\n\n{prompt}", starts[-1]) + 2)
@@ -116,14 +116,14 @@ def _texts(path: Path, prompts: list[str]) -> list[str]:
 
 
 def plot(curve: Curve) -> str:
-    """The loss of all parts, and below the difference, as SVG in the page's colours."""
-    change, stayed = max(curve.before), curve.before | curve.stayed
+    """Plot the loss of all parts, and the difference below, as SVG in the page's colours."""
+    change, baseline = max(curve.before), curve.before | curve.baseline
     changed = {change: curve.before[change]} | curve.changed
     with themed(5.0, 4.5) as figure:
         top, bottom = figure.subplots(2, sharex=True, height_ratios=(2.4, 1))
 
         def draw(axes: Any, scale: float) -> None:
-            axes.plot(*_xy(stayed), color=COLORS["ink"], alpha=0.25, linewidth=4.5 * scale)
+            axes.plot(*_xy(baseline), color=COLORS["ink"], alpha=0.25, linewidth=4.5 * scale)
             axes.plot(*_xy(curve.before), color=COLORS["torch"], linewidth=1.1 * scale)
             axes.plot(*_xy(changed), color=COLORS["jax"], linewidth=1.1 * scale)
             axes.axvline(change + 0.5, color=COLORS["ink"], linewidth=0.6, linestyle=(0, (2, 2)))
@@ -131,7 +131,7 @@ def plot(curve: Curve) -> str:
         draw(top, 1)
         top.set_ylabel("loss, nats per token")
         near = curve.before | curve.changed
-        width = max(3, min(12, len(curve.stayed) // 3))
+        width = max(3, min(12, len(curve.baseline) // 3))
         inset = top.inset_axes((0.56, 0.46, 0.43, 0.54))
         draw(inset, 1.2)
         window = [near[s] for s in near if change - width < s <= change + width + 1]
@@ -166,7 +166,7 @@ def _xy(points: Mapping[int, float]) -> tuple[list[int], list[float]]:
 
 @dataclass(frozen=True)
 class Results:
-    """Everything that the page shows."""
+    """The contents of the page."""
 
     directory: Path
     stages: dict[str, dict[str, Any]]
@@ -182,12 +182,12 @@ class Results:
     """Framework -> language -> `bits_per_byte`, `unigram_bits_per_byte` and their `ratio`."""
 
     def failures(self) -> Iterator[str]:
-        """A line for everything that is not as it has to be."""
+        """Yield a line for each result out of tolerance."""
         for dtype, curve in (("float32", self.curve), ("float64", self.precise)):
             if not curve.passed:
                 yield (
                     f"the {dtype} loss of step {curve.worst_step} differs by {curve.worst:.2g} "
-                    f"after the change of framework, allowed are {curve.allowed:g}"
+                    f"after the change of framework; allowed: {curve.allowed:g}"
                 )
         for sample in self.samples:
             if not sample.passed:
@@ -197,7 +197,7 @@ class Results:
                 yield f"parity.check: {line['name']} ({line['dtype']}): {line['measured']:.2g}"
 
     def command(self, name: str) -> list[str]:
-        """The command line of a stage, quoted for a shell, in parts: an option with its value."""
+        """Return the shell command of a stage in parts: each option with its value."""
         module, *words = self.stages[name]["words"]
         parts = [f"python -m {module}"]
         for word in map(shlex.quote, words):
@@ -208,16 +208,16 @@ class Results:
         return parts
 
     def stage_bytes(self, name: str) -> int:
-        """Bytes of what a stage made."""
+        """Return the size of a stage's files."""
         return sum(self.stages[name]["files"].values())
 
     def speed(self, run: str) -> float:
-        """Tokens per second of the usual step of a run."""
+        """Return the median tokens per second of a run."""
         lines = read_metrics(self.directory / run / "metrics.jsonl")
         return median(line["tokens_per_second"] for line in lines)
 
     def corpus(self) -> list[dict[str, Any]]:
-        """Documents, tokens and bytes of each source."""
+        """Return documents, tokens and bytes of each source."""
         rows = []
         for source in self.config.data.sources:
             counts = totals(read_manifest(Path(self.config.data.dir) / source.name), *SPLITS)
@@ -226,12 +226,12 @@ class Results:
 
 
 def read(directory: Path) -> Results:
-    """The results in the directory of a demo. Raises `InputError` when a stage is missing."""
+    """Read the output directory of a demo. Raises `InputError` when a stage is missing."""
     stamps = {p.stem: json.loads(p.read_text()) for p in (directory / "stages").glob("*.json")}
     made = dict(sorted(stamps.items(), key=lambda stamp: stamp[1]["number"]))
     try:
         prompts = [b for a, b in pairwise(made["samples-jax"]["words"]) if a == "--prompt"]
-        runs = [directory / run for run in ("torch", "jax", "stayed")]
+        runs = [directory / run for run in ("torch", "jax", "baseline")]
         precise = [run.with_name(f"float64-{run.name}") for run in runs]
         return Results(
             directory=directory,
@@ -251,12 +251,12 @@ def read(directory: Path) -> Results:
         )
     except (FileNotFoundError, KeyError) as error:
         raise InputError(
-            f"{directory} does not hold a whole demo ({error}); run `python -m parity.demo`"
+            f"{directory} does not hold a complete demo ({error}); run `python -m parity.demo`"
         ) from error
 
 
 def page(results: Results) -> str:
-    """The HTML."""
+    """Render the page."""
     template = TEMPLATES.get_template("report.html")
     return template.render(r=results, figure=plot(results.curve), failures=[*results.failures()])
 
@@ -274,8 +274,8 @@ def main() -> None:
         print(f"failed: {failures[0]}; see {target}")
         sys.exit(1)
     print(
-        f"{target}: loss differs by {results.curve.worst:.2g} at most, in float64 relatively by "
-        f"{results.precise.worst:.2g}; {len(results.samples)} texts are the same"
+        f"{target}: the loss differs by at most {results.curve.worst:.2g} (float64, relative: "
+        f"{results.precise.worst:.2g}); {len(results.samples)} sampled texts are equal"
     )
 
 

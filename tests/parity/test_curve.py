@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from parity.curve import FLOORS, PAIRS, RUNS, compare
+from parity.curve import NOISE_FLOORS, PAIRS, RUNS, compare
 
 WORDS = "एक चूहा और a mouse जंगल में in the forest शेर से मिला met a lion".split()
 
@@ -33,7 +33,7 @@ train: {{batch_size: 4}}
     report = json.loads((tmp_path / "curve.json").read_text())
     assert report["passed"] and len(report["lines"]) == 4
     for line in report["lines"]:
-        assert line["measured"] <= line["allowed"] < line["control"], line
+        assert line["measured"] <= line["allowed"] < line["negative_control"], line
     assert len(report["losses"]["float64"]["torch to JAX"]) == 8
     assert "<svg" in (tmp_path / "curve.html").read_text()
     # Whole runs are used again; one that is cut short is not.
@@ -49,7 +49,7 @@ train: {{batch_size: 4}}
 
 def test_in_float32_no_more_is_allowed_than_twice_what_a_framework_differs_from_itself() -> None:
     curves = {run.name: {1: 3.0, 2: 2.0} for run in RUNS}
-    curves[FLOORS[0][1]] = {1: 3.0, 2: 2.0 + 2**-20}
+    curves[NOISE_FLOORS[0][1]] = {1: 3.0, 2: 2.0 + 2**-20}
     curves[PAIRS[1][1]] = {1: 3.0, 2: 2.0 - 2**-19}
     assert all(line.passed for line in compare("float32", curves))
     curves[PAIRS[1][1]] = {1: 3.0, 2: 2.0 - 2**-18}

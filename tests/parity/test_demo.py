@@ -164,7 +164,7 @@ def test_a_stage_that_does_not_make_its_files_is_no_success(
 ) -> None:
     out = tmp_path / "out"
     stage = Stage("first", "first", copies[0].words, (*copies[0].makes, out / "more"))
-    with pytest.raises(SystemExit, match="more was not made"):
+    with pytest.raises(SystemExit, match="more was not written"):
         carry_out([stage], out, "")
     assert not list((out / "stages").glob("*"))
 
@@ -187,7 +187,7 @@ def test_bad_input_ends_in_one_line(config: Path, tmp_path: Path) -> None:
         ("parity.demo", "--config", config, "--train.stepz", 3, "did you mean train.steps"),
         ("parity.demo", "--config", tmp_path / "no.yaml", "no.yaml"),
         ("parity.demo", "--config", config, "--train.batch_size", 3, "choose even numbers"),
-        ("parity.report", tmp_path, "does not hold a whole demo"),
+        ("parity.report", tmp_path, "does not hold a complete demo"),
     ):
         done = run(module, *arguments)
         assert done.returncode == 2 and reason in done.stderr
