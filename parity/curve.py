@@ -223,7 +223,7 @@ def main() -> None:
     # The other options are passed to the trainers unchanged.
     options, settings = own.parse_known_args()
     if not 0 < options.switch < options.steps:
-        raise InputError(f"--switch {options.switch} must lie between 0 and --steps")
+        raise InputError(f"--switch {options.switch} must be between 0 and --steps")
     fixed: dict[str, Any] = {
         "train.steps": options.steps,
         "train.log_every": 1,
