@@ -1,8 +1,8 @@
-"""Measure our code and its peers side by side.
+"""Measure our code and its peers in turns.
 
-Every contestant of a case has a process of its own, and they take turns: A B B A. Prints medians
-with their spread, writes OUT/CASE.json and, of all cases that have been measured, OUT/index.html.
-Exits 1 when one of our own contestants fails; a reach that is missed is no failure.
+Every worker of a case runs in a separate process, and they take turns: A B B A. Prints medians with
+their spread, writes OUT/CASE.json and, of all measured cases, OUT/index.html. Exits 1 when one of
+our own workers fails; a missed target is not a failure.
 
 python -m benchmarks
 python -m benchmarks train decode-1 --repetitions 5
@@ -23,7 +23,7 @@ import jinja2
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.cases import CASES, ROOF, Case, Reach, Size
+from benchmarks.cases import CASES, ROOFLINE, Case, Size, Target
 from mooshak.command_line import command_parser
 from mooshak.errors import InputError, command
 from mooshak.files import write_atomically
@@ -32,11 +32,12 @@ from mooshak.tables import print_table
 from mooshak.training.metrics import environment
 
 Measured = dict[str, dict[str, Any]]
-"""Contestant -> `seconds`, `figures`, `median`, `low`, `high`, `others`, `memory`, or `missing`."""
+"""Worker -> `seconds`, `figures`, `median`, `low`, `high`, `other_cpu_share`, `memory`; or
+`missing`."""
 
 
-class Contestant:
-    """The process of a contestant (benchmarks/contestant.py), ready to measure."""
+class Worker:
+    """The process of a worker (benchmarks/worker.py), ready to measure."""
 
     def __init__(self, entry: str, size: Size, errors: IO[str]):
         self.entry, self.errors = entry, errors
@@ -46,11 +47,11 @@ class Contestant:
         )
         self.missing = self._answer().get("missing")
 
-    def __enter__(self) -> "Contestant":
+    def __enter__(self) -> "Worker":
         return self
 
     def __exit__(self, *error: object) -> None:
-        # Without input it ends by itself, and removes its files.
+        # At the end of its input it ends by itself and removes its files.
         assert self.process.stdin is not None
         self.process.stdin.close()
         try:
@@ -60,14 +61,14 @@ class Contestant:
             self.process.wait()
 
     def repeat(self) -> dict[str, float]:
-        """`seconds` of one repetition, and `others`: what other programs took of a processor."""
+        """Return `seconds` and `other_cpu_share` of one repetition (see benchmarks/worker.py)."""
         assert self.process.stdin is not None
         self.process.stdin.write("\n")
         self.process.stdin.flush()
         return self._answer()
 
     def finish(self) -> float:
-        """The most memory that it has had, in bytes."""
+        """End the process. Returns its peak memory in bytes."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         return self._answer()["memory"]
@@ -83,34 +84,34 @@ class Contestant:
 
 
 def measure(case: Case, size: Size, repetitions: int) -> Measured:
-    """One point of a case: every contestant, in turns."""
+    """Measure one point of a case: every worker, in turns."""
     result: Measured = {}
     with ExitStack() as stack, Console(stderr=True).status("") as status:
         running = {}
-        for name, entry in case.contestants.items():
-            status.update(f"{case.name}: {name} sets up")
+        for name, entry in case.workers.items():
+            status.update(f"{case.name}: {name}, setting up")
             errors = stack.enter_context(tempfile.TemporaryFile("w+"))
-            contestant = stack.enter_context(Contestant(entry, size, errors))
-            if contestant.missing:
-                result[name] = {"missing": contestant.missing}
+            worker = stack.enter_context(Worker(entry, size, errors))
+            if worker.missing:
+                result[name] = {"missing": worker.missing}
             else:
-                running[name] = contestant
+                running[name] = worker
         answers: dict[str, list[dict[str, float]]] = {name: [] for name in running}
         for i in range(repetitions):
-            # There and back: none comes always after the same one.
-            for name, contestant in list(running.items())[:: -1 if i % 2 else 1]:
+            # Back and forth, so that no worker always follows the same one.
+            for name, worker in list(running.items())[:: -1 if i % 2 else 1]:
                 status.update(f"{case.name}: {name}, {i + 1} of {repetitions}")
-                answers[name].append(contestant.repeat())
-        for name, contestant in running.items():
+                answers[name].append(worker.repeat())
+        for name, worker in running.items():
             seconds = [answer["seconds"] for answer in answers[name]]
-            others = max(answer["others"] for answer in answers[name])
-            more = {"others": others, "memory": contestant.finish()}
+            share = max(answer["other_cpu_share"] for answer in answers[name])
+            more = {"other_cpu_share": share, "memory": worker.finish()}
             result[name] = summary(case, size, seconds) | more
     return result
 
 
 def summary(case: Case, size: Size, seconds: Sequence[float]) -> dict[str, Any]:
-    """Median, lowest and highest figure of the repetitions."""
+    """Return the median, lowest and highest figure of the repetitions."""
     work = None if case.work is None else case.work(size)
     figures = [s if work is None else work / s for s in seconds]
     middle = statistics.median(figures)
@@ -118,30 +119,28 @@ def summary(case: Case, size: Size, seconds: Sequence[float]) -> dict[str, Any]:
     return {"seconds": list(seconds), "figures": figures, **spread}
 
 
-def reached(reach: Reach, measured: Measured) -> dict[str, Any] | None:
-    """A reach beside what was measured; None where a contestant is missing."""
-    key = "memory" if reach.quantity == "memory" else "median"
-    names = [name for name in (reach.ours, reach.other) if name is not None]
+def check_target(target: Target, measured: Measured) -> dict[str, Any] | None:
+    """Return a target with the measured value; None where a worker is missing."""
+    key = "memory" if target.quantity == "memory" else "median"
+    names = [name for name in (target.ours, target.other) if name is not None]
     if any("missing" in measured[name] for name in names):
         return None
     values: list[float] = [measured[name][key] for name in names]
     value = values[0] if len(values) == 1 else values[0] / values[1]
-    passed = value >= reach.bound if reach.quantity == "speed" else value <= reach.bound
-    row = {"ours": reach.ours, "other": reach.other, "quantity": reach.quantity}
-    return {**row, "bound": reach.bound, "value": value, "passed": passed}
+    passed = value >= target.bound if target.quantity == "speed" else value <= target.bound
+    row = {"ours": target.ours, "other": target.other, "quantity": target.quantity}
+    return {**row, "bound": target.bound, "value": value, "passed": passed}
 
 
 def run(case: Case, full: bool, repetitions: int | None) -> dict[str, Any]:
-    """A case with all its points."""
+    """Measure all points of a case."""
     base = case.full if full else case.tiny
     points = []
     for change in (case.grid if full else ()) or ({},):
         size = base | change
         measured = measure(case, size, repetitions or case.repetitions)
-        rows = [reached(reach, measured) for reach in case.reaches]
-        points.append(
-            {"change": change, "contestants": measured, "reaches": list(filter(None, rows))}
-        )
+        rows = [check_target(target, measured) for target in case.targets]
+        points.append({"change": change, "workers": measured, "targets": list(filter(None, rows))})
         print_point(case, points[-1])
     return {
         "case": case.name,
@@ -154,7 +153,7 @@ def run(case: Case, full: bool, repetitions: int | None) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """What it was measured on and with."""
+    """Return the processor and the versions of the software."""
     names = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
     known = environment()
     chosen = {key: known[key] for key in ("python", "processors", "versions")}
@@ -167,43 +166,44 @@ def _cpuinfo() -> Iterable[str]:
 
 
 def print_point(case: Case, point: Mapping[str, Any]) -> None:
-    """The tables of one point."""
+    """Print the table and the targets of one point."""
     what = ", ".join(f"{key} {value}" for key, value in point["change"].items())
     title = f"{case.name}: {case.title}" + (f", {what}" if what else "")
-    table = Table("contestant", case.unit, "lowest", "highest", "peak memory, GB", title=title)
-    for name, row in point["contestants"].items():
+    table = Table("implementation", case.unit, "lowest", "highest", "peak memory, GB", title=title)
+    for name, row in point["workers"].items():
         if "missing" in row:
             table.add_row(name, f"not installed: {row['missing']}", "", "", "")
             continue
         numbers = (row["median"], row["low"], row["high"])
-        memory = "" if name == ROOF else f"{row['memory'] / 1e9:.2f}"
+        memory = "" if name == ROOFLINE else f"{row['memory'] / 1e9:.2f}"
         table.add_row(name, *(f"{number:,.4g}" for number in numbers), memory)
     print_table(table)
-    for row in point["reaches"]:
+    for row in point["targets"]:
         sign, other = ("≥" if row["quantity"] == "speed" else "≤"), row["other"]
         against = f" of {other}" if other else ""
         verdict = "reached" if row["passed"] else "not reached"
         print(
             f"  {row['ours']}, {row['quantity']}: {row['value']:.3g}{against}"
-            f" (reach {sign} {row['bound']:g}): {verdict}"
+            f" (target {sign} {row['bound']:g}): {verdict}"
         )
 
 
 def write_page(out: Path) -> None:
-    """One page of all results in the directory, in the order of the cases."""
+    """Write one page of all results in the directory, in the order of the cases."""
     files = {case.name: out / f"{case.name}.json" for case in CASES}
     results = [json.loads(file.read_text()) for file in files.values() if file.is_file()]
     here, there = jinja2.FileSystemLoader(Path(__file__).parent), TEMPLATES.loader
     assert there is not None
     pages = TEMPLATES.overlay(loader=jinja2.ChoiceLoader([here, there]))
-    figures = {r["case"]: (growth if len(r["points"]) > 1 else bars)(r) for r in results}
-    page = pages.get_template("page.html").render(results=results, figures=figures, roof=ROOF)
+    figures = {r["case"]: (plot_scaling if len(r["points"]) > 1 else plot_bars)(r) for r in results}
+    template = pages.get_template("page.html")
+    page = template.render(results=results, figures=figures, roofline=ROOFLINE)
     write_atomically(out / "index.html", page)
 
 
-def bars(result: Mapping[str, Any]) -> str:
-    """Every contestant's median as a bar, its repetitions as dots."""
-    rows = {n: r for n, r in result["points"][0]["contestants"].items() if "missing" not in r}
+def plot_bars(result: Mapping[str, Any]) -> str:
+    """Plot every worker's median as a bar, its repetitions as strokes."""
+    rows = {n: r for n, r in result["points"][0]["workers"].items() if "missing" not in r}
     with themed(5.0, 0.5 + 0.26 * len(rows)) as figure:
         axes = figure.subplots()
         for i, (name, row) in enumerate(rows.items()):
@@ -219,8 +219,8 @@ def bars(result: Mapping[str, Any]) -> str:
     return svg(figure)
 
 
-def growth(result: Mapping[str, Any]) -> str:
-    """Speed and memory of every contestant over each size that was varied."""
+def plot_scaling(result: Mapping[str, Any]) -> str:
+    """Plot speed and memory of every worker over each size that is varied."""
     varied: dict[str, list[Mapping[str, Any]]] = {}
     for point in result["points"]:
         varied.setdefault(next(iter(point["change"])), []).append(point)
@@ -228,8 +228,8 @@ def growth(result: Mapping[str, Any]) -> str:
         grid = figure.subplots(2, len(varied), sharey="row", squeeze=False)
         for (top, bottom), (key, points) in zip(grid.T, varied.items(), strict=True):
             sizes = [point["change"][key] for point in points]
-            for name in points[0]["contestants"]:
-                rows = [point["contestants"][name] for point in points]
+            for name in points[0]["workers"]:
+                rows = [point["workers"][name] for point in points]
                 for axes, field, unit in ((top, "median", 1.0), (bottom, "memory", 1e9)):
                     values = [row.get(field, float("nan")) / unit for row in rows]
                     axes.plot(sizes, values, "o-", ms=3, color=COLORS[_color(name)], label=name)
@@ -258,7 +258,7 @@ def main() -> None:
     parser = command_parser("benchmarks", __doc__, usage)
     add = parser.add_argument
     add("cases", nargs="*", metavar="CASE", help=f"some of {', '.join(names)} (all)")
-    text = "repetitions of every program (default: that of the case)"
+    text = "repetitions of every worker (default: that of the case)"
     add("--repetitions", type=int, metavar="N", help=text)
     text = "sizes: full, or tiny, which takes seconds"
     add("--size", choices=("full", "tiny"), default="full", help=text)
@@ -266,7 +266,7 @@ def main() -> None:
     add("--out", type=Path, default=Path("benchmarks/results"), metavar="DIR", help=text)
     options = parser.parse_args()
     if unknown := sorted(set(options.cases) - set(names)):
-        raise InputError(f"no case {unknown[0]!r}; there are {', '.join(names)}")
+        raise InputError(f"no case {unknown[0]!r}; the cases are {', '.join(names)}")
     if options.repetitions is not None and options.repetitions < 1:
         raise InputError("--repetitions must be positive")
     options.out.mkdir(parents=True, exist_ok=True)
@@ -276,7 +276,7 @@ def main() -> None:
             text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
             write_atomically(options.out / f"{case.name}.json", text)
             write_page(options.out)
-    print(f"{options.out / 'index.html'} shows all that has been measured")
+    print(f"{options.out / 'index.html'} shows all results")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""What is measured: the table of cases, their sizes, contestants and reaches.
+"""The table of benchmark cases: their sizes, workers and targets.
 
-A contestant is a function of benchmarks/*.py that a process of its own calls. Its figure is what
-one repetition does (`work`, in the case's unit) by the seconds that it takes. A roof is no program
-but what this machine can do: the same work at the speed of its fastest matrix product, or of its
-memory.
+A worker is a function of benchmarks/*.py that runs in a separate process. Its figure is the work of
+one repetition (`work`, in the case's unit) divided by its seconds. The roofline is the machine's
+limit: the same work at the speed of its fastest matrix product, or of its memory.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,19 +18,19 @@ Size = dict[str, Any]
 TORCH, JAX = "ours, torch", "ours, JAX"
 HF, COMPILED, LITGPT, OPTAX = "HF eager", "HF compiled", "litgpt", "flax/optax loop"
 OURS_COMPILED, OURS_REMAT = "ours, torch compiled", "ours, torch remat dots"
-ROOF = "roof"
+ROOFLINE = "roofline"
 
 
 @dataclass(frozen=True)
-class Reach:
-    """What a figure shall be, as a ratio to another's of the same run."""
+class Target:
+    """A bound on a figure, as a ratio to another worker's figure of the same run."""
 
     ours: str
     other: str | None
     bound: float
     quantity: Literal["speed", "memory", "seconds", "ratio"] = "speed"
-    """speed: at least `bound` times the other's; the rest: at most. Without another: the figure
-    itself."""
+    """speed: at least `bound` times the other's; all others: at most. Without another worker, the
+    bound is on the figure itself."""
 
 
 @dataclass(frozen=True)
@@ -40,22 +39,22 @@ class Case:
 
     name: str
     title: str
-    contestants: Mapping[str, str]
+    workers: Mapping[str, str]
     """Name -> module:function."""
     full: Size
     tiny: Size
-    """Sizes that are measured, and sizes of the test that everything runs."""
+    """Sizes of the measurement, and sizes for the tests."""
     unit: str = "tokens/s"
     work: Callable[[Size], float] | None = None
-    """What a repetition does, in the unit times seconds; None: the figure is what it returns."""
-    reaches: tuple[Reach, ...] = ()
+    """Work of one repetition, in the unit times seconds; None: the worker returns the figure."""
+    targets: tuple[Target, ...] = ()
     repetitions: int = 5
     grid: tuple[Size, ...] = ()
-    """Growth: sizes that replace fields of `full`, one measurement each."""
+    """Scaling: sizes that replace fields of `full`, one measurement each."""
 
 
 def config(size: Size) -> Config:
-    """The configuration of a case: a llama model, so that peers compute the same function."""
+    """Return the configuration of a case: a llama model, which peers can compute too."""
     fields = {k: size[k] for k in ("vocab_size", "dim", "n_layers", "n_heads", "hidden_dim")}
     T = size["sequence_length"]
     model = ModelConfig(architecture="llama", max_seq_len=T, **fields, **size.get("model", {}))
@@ -69,7 +68,7 @@ def config(size: Size) -> Config:
 
 
 def step_flops(size: Size) -> float:
-    """FLOPs of forward and backward over a batch, attention in full (see `flops_per_token`)."""
+    """Return the FLOPs of forward and backward on a batch, with full attention scores."""
     tokens = size["batch_size"] * size["sequence_length"]
     return float(config(size).model.flops_per_token(size["sequence_length"]) * tokens)
 
@@ -83,7 +82,7 @@ def _new_tokens(size: Size) -> float:
 
 
 def _to_shards(name: str, title: str, text: str, documents: int) -> Case:
-    """Ours beside a loop of a script, on some kind of text."""
+    """Return a case that compares ours with a loop in a script, on one kind of text."""
     return Case(
         name,
         title,
@@ -92,7 +91,7 @@ def _to_shards(name: str, title: str, text: str, documents: int) -> Case:
         {"text": text, "documents": 300, "vocab_size": 500},
         unit="documents/s",
         work=lambda size: size["documents"],
-        reaches=(Reach("ours", "sentencepiece in a loop", 1.8),),
+        targets=(Target("ours", "sentencepiece in a loop", 1.8),),
     )
 
 
@@ -130,7 +129,7 @@ GENERATE = {
     JAX: "jax_models:generate",
     HF: "torch_models:hf_generate",
     COMPILED: "torch_models:hf_generate_compiled",
-    ROOF: "roofs:read_weights",
+    ROOFLINE: "roofline:read_weights",
 }
 
 CASES = (
@@ -146,27 +145,27 @@ CASES = (
             COMPILED: "torch_models:hf_train_compiled",
             LITGPT: "torch_models:litgpt_train",
             OPTAX: "jax_models:optax_train",
-            "MKL products": "roofs:torch_products",
-            ROOF: "roofs:products",
+            "MKL products": "roofline:torch_products",
+            ROOFLINE: "roofline:products",
         },
         STEP,
         TINY,
         work=_tokens,
-        reaches=(
-            Reach(TORCH, HF, 1.15),
-            Reach(OURS_COMPILED, COMPILED, 1.15),
-            Reach(TORCH, ROOF, 0.9),
-            Reach(TORCH, "MKL products", 0.9),
-            Reach(TORCH, HF, 0.7, "memory"),
-            Reach(OURS_REMAT, HF, 0.7, "memory"),
-            Reach(OURS_REMAT, HF, 1.15),
-            Reach(JAX, TORCH, 0.9),
-            Reach(JAX, OPTAX, 0.7, "memory"),
+        targets=(
+            Target(TORCH, HF, 1.15),
+            Target(OURS_COMPILED, COMPILED, 1.15),
+            Target(TORCH, ROOFLINE, 0.9),
+            Target(TORCH, "MKL products", 0.9),
+            Target(TORCH, HF, 0.7, "memory"),
+            Target(OURS_REMAT, HF, 0.7, "memory"),
+            Target(OURS_REMAT, HF, 1.15),
+            Target(JAX, TORCH, 0.9),
+            Target(JAX, OPTAX, 0.7, "memory"),
         ),
     ),
     Case(
         "loss",
-        "Forward and backward with a vocabulary of 64,128: the logits' memory",
+        "Forward and backward with a vocabulary of 64,128: memory of the logits",
         {
             TORCH: "torch_models:gradients",
             JAX: "jax_models:gradients",
@@ -184,7 +183,7 @@ CASES = (
         },
         TINY,
         work=_tokens,
-        reaches=(Reach(TORCH, HF, 0.5, "memory"), Reach(TORCH, HF, 1.0)),
+        targets=(Target(TORCH, HF, 0.5, "memory"), Target(TORCH, HF, 1.0)),
         repetitions=3,
     ),
     Case(
@@ -194,10 +193,10 @@ CASES = (
             TORCH: "torch_models:block",
             JAX: "jax_models:block",
             HF: "torch_models:hf_block",
-            "MKL products": "roofs:torch_products",
-            ROOF: "roofs:products",
+            "MKL products": "roofline:torch_products",
+            ROOFLINE: "roofline:products",
         },
-        # The layer alone: a vocabulary of one costs nothing.
+        # Only the layer: a vocabulary of one costs nothing.
         {
             "vocab_size": 1,
             "dim": 4096,
@@ -209,7 +208,7 @@ CASES = (
         },
         TINY | {"vocab_size": 1, "n_layers": 1},
         work=_tokens,
-        reaches=(Reach(TORCH, ROOF, 0.9), Reach(JAX, ROOF, 0.85)),
+        targets=(Target(TORCH, ROOFLINE, 0.9), Target(JAX, ROOFLINE, 0.85)),
     ),
     Case(
         "decode-1",
@@ -218,12 +217,12 @@ CASES = (
         MEDIUM | {"batch_size": 1, "prompt": 16, "new_tokens": 64},
         TINY | {"batch_size": 1, "prompt": 4, "new_tokens": 4},
         work=_new_tokens,
-        reaches=(
-            Reach(TORCH, HF, 2.0),
-            Reach(OURS_COMPILED, COMPILED, 2.0),
-            Reach(JAX, HF, 2.0),
-            Reach(TORCH, ROOF, 0.7),
-            Reach(OURS_COMPILED, ROOF, 0.7),
+        targets=(
+            Target(TORCH, HF, 2.0),
+            Target(OURS_COMPILED, COMPILED, 2.0),
+            Target(JAX, HF, 2.0),
+            Target(TORCH, ROOFLINE, 0.7),
+            Target(OURS_COMPILED, ROOFLINE, 0.7),
         ),
     ),
     Case(
@@ -233,11 +232,11 @@ CASES = (
         MEDIUM | {"batch_size": 16, "prompt": 16, "new_tokens": 32},
         TINY | {"batch_size": 3, "prompt": 4, "new_tokens": 4},
         work=_new_tokens,
-        reaches=(Reach(TORCH, HF, 2.0), Reach(JAX, HF, 2.0)),
+        targets=(Target(TORCH, HF, 2.0), Target(JAX, HF, 2.0)),
     ),
     Case(
         "prefill",
-        "Prompt of 1,024 tokens into the cache, up to the logits of the next",
+        "Prefill of 1,024 tokens into the cache, up to the logits of the next token",
         {
             TORCH: "torch_models:prefill",
             JAX: "jax_models:prefill",
@@ -246,51 +245,54 @@ CASES = (
         MEDIUM | {"batch_size": 1, "prompt": 1024},
         TINY | {"batch_size": 1, "prompt": 8},
         work=lambda size: size["prompt"],
-        reaches=(Reach(TORCH, HF, 1.1),),
+        targets=(Target(TORCH, HF, 1.1),),
     ),
     Case(
         "data",
-        "Batches to the training loop, shuffled windows of a token file",
+        "Batches for the training loop: shuffled windows of a token file",
         {"ours": "pipeline:batches", "torch DataLoader": "pipeline:dataloader"},
         {"tokens": 2**25, "sequence_length": 1024, "batch_size": 8, "steps": 400, "workers": 2},
         {"tokens": 2**14, "sequence_length": 16, "batch_size": 4, "steps": 8, "workers": 2},
         work=lambda size: _tokens(size) * size["steps"],
-        reaches=(Reach("ours", "torch DataLoader", 3.0),),
+        targets=(Target("ours", "torch DataLoader", 3.0),),
     ),
     Case(
-        "fed",
-        "Training step fed by the data pipeline, to one on a constant batch; they take turns",
-        {TORCH: "torch_models:fed_train", JAX: "jax_models:fed_train"},
+        "input_pipeline",
+        "Training step with the input pipeline, relative to one on a constant batch; in turns",
+        {
+            TORCH: "torch_models:train_with_pipeline",
+            JAX: "jax_models:train_with_pipeline",
+        },
         STEP | {"n_layers": 2, "tokens": 2**22, "steps": 10},
         TINY | {"tokens": 2**12, "steps": 2},
         unit="ratio",
-        reaches=(Reach(TORCH, None, 1.01, "ratio"), Reach(JAX, None, 1.01, "ratio")),
+        targets=(Target(TORCH, None, 1.01, "ratio"), Target(JAX, None, 1.01, "ratio")),
     ),
     _to_shards(
         "tokenize",
-        "Text to shards of tokens, validation split and deduplication included: tales",
+        "Text to token shards, including validation split and deduplication: tales",
         "tales",
         20000,
     ),
     _to_shards(
         "tokenize-docs",
-        "The same of text with many different words: the docstrings of Python's library",
+        "Text with many different words to token shards: docstrings of Python's library",
         "docstrings",
         10000,
     ),
     Case(
         "start",
-        "From the command to the end of the first step of the demo's configuration",
+        "From the command to the end of the first step, with the demo's configuration",
         {TORCH: "commands:start_torch", JAX: "commands:start_jax"},
         {},
         {"tiny": True},
         unit="seconds",
-        reaches=(Reach(TORCH, None, 8.0, "seconds"), Reach(JAX, None, 12.0, "seconds")),
+        targets=(Target(TORCH, None, 8.0, "seconds"), Target(JAX, None, 12.0, "seconds")),
         repetitions=3,
     ),
     Case(
         "save",
-        "How long a checkpoint stops the training, 100 M parameters with their moments",
+        "Time that saving a checkpoint blocks training, 100 M parameters with moments",
         {
             TORCH: "torch_models:save",
             "blocking, torch": "torch_models:save_blocking",
@@ -300,15 +302,15 @@ CASES = (
         MEDIUM | {"batch_size": 1},
         TINY,
         unit="seconds",
-        reaches=(
-            Reach(TORCH, "blocking, torch", 0.1, "seconds"),
-            Reach(JAX, "blocking, JAX", 0.1, "seconds"),
+        targets=(
+            Target(TORCH, "blocking, torch", 0.1, "seconds"),
+            Target(JAX, "blocking, JAX", 0.1, "seconds"),
         ),
         repetitions=3,
     ),
     Case(
-        "growth",
-        "Training step as it grows",
+        "scaling",
+        "Training step by sequence length, width and batch size",
         {TORCH: "torch_models:train", HF: "torch_models:hf_train"},
         STEP | {"n_layers": 2, "batch_size": 1},
         TINY,

@@ -1,4 +1,4 @@
-"""Contestants that are whole commands: what a user waits for until the first step is done."""
+"""Workers that run a complete command: the time until the first step is done."""
 
 import subprocess
 import sys
@@ -49,5 +49,5 @@ def _start(module: str, size: Size) -> Repeat:
             raise InputError(f"{module} failed: {done.stderr[-2000:]}")
         return read_metrics(run / "metrics.jsonl")[0]["time"] - start
 
-    repeat()  # Makes the data and the tokenizer, and fills the caches.
+    repeat()  # Prepares data and tokenizer, and fills the caches.
     return repeat

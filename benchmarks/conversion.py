@@ -1,9 +1,9 @@
 """Measure time and memory of `parity.convert`, compared with `cp` of the same bytes.
 
 Before each measurement the source is dropped from the page cache. Memory is the peak of RssAnon
-above that after the imports. `seconds` is the conversion with verification and sync, `whole` the
-process with its imports. `cp` does not verify or sync; `synced` is its time until the copy is on
-disk. A state from Hugging Face has weights only.
+above that after the imports. `seconds` is the conversion with verification and sync,
+`process_seconds` the process with its imports. `cp` does not verify or sync; `cp_synced` is its
+time until the copy is on disk. A state from Hugging Face has weights only.
 
 python -m benchmarks.conversion --size 8GB --out conversion.json
 python -m benchmarks.conversion --size 8GB --from hf --to torch jax hf
@@ -40,7 +40,7 @@ KINDS = (*FORMAT_MARKERS, "hf")
 
 
 def model_of(size: int) -> ModelConfig:
-    """A model whose training state in float32 has about `size` bytes, shaped as the 2 B model."""
+    """Return a model shaped as the 2 B one whose float32 training state has `size` bytes."""
     # 12 bytes for each parameter: 2 x 32 D^2 of vocabulary, 8 layers of (3 + 3 x 2.6875) D^2.
     dim = max(64, 64 * round(math.sqrt(size / 12 / (64 + 8 * 11.0625)) / 64))
     return ModelConfig(
@@ -53,8 +53,8 @@ def model_of(size: int) -> ModelConfig:
     )
 
 
-def drawn_state(model: ModelConfig, moments: Sequence[str] = MOMENTS) -> Checkpoint:
-    """A training state of random bits, which differ from tensor to tensor; or weights alone."""
+def random_state(model: ModelConfig, moments: Sequence[str] = MOMENTS) -> Checkpoint:
+    """Return a training state of random bits, different in each tensor; or weights only."""
     pool = np.tile(np.random.default_rng(0).random(1 << 24, np.float32), 2)
     shapes = model.parameter_shapes()
     keys = [prefix + name for prefix in ("", *(f"{m}." for m in moments)) for name in shapes]
@@ -74,20 +74,20 @@ def drawn_state(model: ModelConfig, moments: Sequence[str] = MOMENTS) -> Checkpo
         return pool[first : first + (stop - start) * width].reshape(stop - start, *shape[1:])
 
     state = {"format_version": 1, "step": 1, "seed": 0} if moments else None
-    return Checkpoint(Path("(drawn)"), "drawn", model, state, tensors, read)
+    return Checkpoint(Path("(random)"), "random", model, state, tensors, read)
 
 
 def measure(source: Path, target: Path, to: str) -> dict[str, float]:
-    """Convert in a process of its own: `seconds`, `whole` and `anon_bytes`."""
+    """Convert in a separate process. Returns `seconds`, `process_seconds` and `anon_bytes`."""
     start = time.perf_counter()
     command = [sys.executable, "-m", "benchmarks.conversion"]
     command += ["--child", str(source), str(target), to]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
-    return {**json.loads(done.stdout), "whole": time.perf_counter() - start}
+    return {**json.loads(done.stdout), "process_seconds": time.perf_counter() - start}
 
 
 def child(source: Path, target: Path, to: str) -> dict[str, float]:
-    """What `measure` starts."""
+    """Convert in this process, which `measure` has started."""
     for kind in {detect_format(source), to}:
         if kind in ("torch", "hf"):
             import mooshak_torch.checkpoint  # noqa: F401
@@ -114,14 +114,14 @@ def child(source: Path, target: Path, to: str) -> dict[str, float]:
 
 
 def rss_anon() -> int:
-    """Bytes of this process's memory that no file backs."""
+    """Return this process's anonymous memory in bytes."""
     status = Path("/proc/self/status").read_text()
     (line,) = (line for line in status.splitlines() if line.startswith("RssAnon:"))
     return 1024 * int(line.split()[1])
 
 
 def copy(source: Path, target: Path) -> dict[str, float]:
-    """Copy with `cp -r`: `seconds`, and `synced` with those until the copy is on the disk."""
+    """Copy with `cp -r`. Returns `seconds`, and `synced` including the sync to the disk."""
     start = time.perf_counter()
     subprocess.run(["cp", "-r", source, target], check=True)
     seconds = time.perf_counter() - start
@@ -129,8 +129,8 @@ def copy(source: Path, target: Path) -> dict[str, float]:
     return {"seconds": seconds, "synced": time.perf_counter() - start}
 
 
-def forget(path: Path) -> None:
-    """Let the files of a directory leave the page cache."""
+def drop_cache(path: Path) -> None:
+    """Drop the files of a directory from the page cache."""
     os.sync()
     for file in filter(Path.is_file, path.rglob("*")):
         with file.open("rb") as opened:
@@ -138,19 +138,21 @@ def forget(path: Path) -> None:
 
 
 def compare(source: Path, to: str, repeats: int) -> dict[str, Any]:
-    """Both by turns, `repeats` times; medians of the times, the largest memory."""
+    """Measure both in turns. Returns medians of the times and the largest memory."""
     target = source.parent / "target"
     copies, runs = [], []
     for _ in range(repeats):
         for is_copy in (True, False):
             shutil.rmtree(target, ignore_errors=True)
-            forget(source)
+            drop_cache(source)
             if is_copy:
                 copies.append(copy(source, target))
             else:
                 runs.append(measure(source, target, to))
     shutil.rmtree(target)
-    seconds = {key: statistics.median(run[key] for run in runs) for key in ("seconds", "whole")}
+    seconds = {
+        key: statistics.median(run[key] for run in runs) for key in ("seconds", "process_seconds")
+    }
     copied, synced = (
         statistics.median(run[key] for run in copies) for key in ("seconds", "synced")
     )
@@ -196,9 +198,9 @@ def main() -> None:
     for kind in args.sources:
         source = args.directory / kind
         if kind == "hf" and not source.exists():
-            export_hf.write_checkpoint(source, drawn_state(model_of(3 * args.size), moments=()))
+            export_hf.write_checkpoint(source, random_state(model_of(3 * args.size), moments=()))
         elif not first.exists():
-            safetensors.write_checkpoint(first, drawn_state(model_of(args.size)))
+            safetensors.write_checkpoint(first, random_state(model_of(args.size)))
         if not source.exists():
             measure(first, source, kind)
         for to in args.to:
@@ -207,8 +209,8 @@ def main() -> None:
                 write_atomically(args.out, json.dumps(results, indent=2) + "\n")
     if not args.keep:
         shutil.rmtree(args.directory)
-    names = ("cp_seconds", "cp_synced", "seconds", "whole", "ratio")
-    columns = ("cp, s", "synced, s", "conversion, s", "whole, s", "ratio", "GB/s", "RssAnon, MiB")
+    names = ("cp_seconds", "cp_synced", "seconds", "process_seconds", "ratio")
+    columns = ("cp, s", "synced, s", "conversion, s", "process, s", "ratio", "GB/s", "RssAnon, MiB")
     table = Table("pair", "GB", *columns)
     for pair, result in results.items():
         size = result["bytes"] / 1e9

@@ -1,4 +1,4 @@
-"""Contestants in JAX: ours, and the loop that a reader of Flax's and optax's guides writes."""
+"""Workers in JAX: ours, and a plain training loop as in the guides of Flax and optax."""
 
 import tempfile
 from collections.abc import Callable
@@ -32,8 +32,8 @@ def train(size: Size) -> Repeat:
     return _warm(lambda: step(batch), WARMUP_STEPS)
 
 
-def fed_train(size: Size) -> Repeat:
-    """Steps of our trainer on what the data pipeline gives, beside steps on the same batch."""
+def train_with_pipeline(size: Size) -> Repeat:
+    """Time of training steps with the input pipeline, relative to steps on a constant batch."""
     from benchmarks.pipeline import our_batches
 
     step, batches = _our_step(size), our_batches(size)
@@ -44,7 +44,7 @@ def fed_train(size: Size) -> Repeat:
 
 
 def gradients(size: Size) -> Repeat:
-    """Loss and gradients of our model, as a step makes them."""
+    """Loss and gradients of our model, as in a step."""
     params = _params(size)
     objective = make_objective(config(size).model, config(size))
     options = make_parallel(config(size)).compiler_options
@@ -79,12 +79,12 @@ def generate(size: Size) -> Repeat:
 
 
 def prefill(size: Size) -> Repeat:
-    """Our generation of a single token: the prompt once through the model."""
+    """Our generation of a single token, which is the prefill of the prompt."""
     return generate(size | {"new_tokens": 1})
 
 
 def save(size: Size) -> Repeat:
-    """Seconds until the training may go on, of a save in the background."""
+    """Seconds until training continues, with a save in the background."""
     return _save(size, blocking=False)
 
 
@@ -94,7 +94,7 @@ def save_blocking(size: Size) -> Repeat:
 
 
 def optax_train(size: Size) -> Repeat:
-    """A plain loop: Flax's modules, all logits at once, optax's chain."""
+    """A plain training loop: Flax modules, all logits at once, an optax chain."""
     model = _Llama(size, nnx.Rngs(0))
     optimizer = nnx.Optimizer(
         model,
@@ -206,18 +206,18 @@ def _params(size: Size) -> Any:
 
 
 def _warm(work: Callable[[], Any], times: int = 2) -> Repeat:
-    """Done before it is measured: it is compiled, and memory is there."""
+    """Run the work before it is measured, to compile it and to allocate its memory."""
 
     def finished() -> None:
         jax.block_until_ready(work())
 
     for _ in range(times):
         finished()
-    retain_freed_memory()  # If the heap is shared.
+    retain_freed_memory()  # Where a single arena is used.
     return lambda: timed(finished)
 
 
 def _batch(size: Size) -> np.ndarray:
-    """Tokens int32 [B, T + 1], always the same."""
+    """Return the same random tokens every time, int32 [B, T + 1]."""
     shape = (size["batch_size"], size["sequence_length"] + 1)
     return np.random.default_rng(0).integers(0, size["vocab_size"], shape).astype(np.int32)

@@ -1,4 +1,4 @@
-"""Contestants of the data pipeline: batches to the training loop, and text to shards."""
+"""Workers of the data pipeline: batches for the training loop, and text to token shards."""
 
 import ast
 import contextlib
@@ -24,17 +24,17 @@ from mooshak.data.packing import Batch
 from mooshak.data.shards import prepare
 from mooshak.tokenizer import train
 
-_kept: list[tempfile.TemporaryDirectory] = []
+_temporary: list[tempfile.TemporaryDirectory] = []
 
 
 def batches(size: Size) -> Repeat:
-    """Ours: Grain over the shards' windows, a shuffle of all of them in every epoch."""
-    return _taken(our_batches(size), size)
+    """Ours: Grain over the windows of all shards, shuffled in every epoch."""
+    return _time_steps(our_batches(size), size)
 
 
 def our_batches(size: Size) -> Iterator[Batch[np.ndarray]]:
-    """Our batches of tokens drawn at random."""
-    directory = _directory() / "drawn"
+    """Return our batches of random tokens."""
+    directory = _directory() / "random"
     directory.mkdir()
     tokens = _tokens(size)
     np.save(directory / "train-00000.npy", tokens)
@@ -50,14 +50,14 @@ def our_batches(size: Size) -> Iterator[Batch[np.ndarray]]:
     T, B = size["sequence_length"], size["batch_size"]
     config = Config(
         model=ModelConfig(vocab_size=64, dim=2, n_layers=1, n_heads=1, max_seq_len=T),
-        data=DataConfig(dir=str(directory.parent), sources=[SourceConfig("drawn")]),
+        data=DataConfig(dir=str(directory.parent), sources=[SourceConfig("random")]),
         train=TrainConfig(batch_size=B),
     )
     return train_batches(config)
 
 
 def dataloader(size: Size) -> Repeat:
-    """torch's DataLoader with worker processes over windows of a memory map, all shuffled."""
+    """torch's DataLoader with worker processes over shuffled windows of a memory map."""
     import torch
     from torch.utils.data import DataLoader, Dataset
 
@@ -87,25 +87,25 @@ def dataloader(size: Size) -> Repeat:
         while True:
             yield from loader
 
-    return _taken(endless(), size)
+    return _time_steps(endless(), size)
 
 
 def tokenize(size: Size) -> Repeat:
-    """Ours: `python -m mooshak.data prepare`, checksums and manifest included."""
+    """Ours: `python -m mooshak.data prepare`, including checksums and manifest."""
     config = _text(size)
     train.load_or_train_tokenizer(config)
     numbers = iter(range(10**6))
 
     def work() -> None:
         data = replace(config.data, dir=f"{config.data.dir}/{next(numbers)}")
-        # A new tokenizer, which has seen no word yet.
+        # A new tokenizer, whose cache of words is empty.
         prepare(replace(config, data=data), train.load_or_train_tokenizer(config), progress=False)
 
     return lambda: timed(work)
 
 
 def sentencepiece_loop(size: Size) -> Repeat:
-    """What a script does: read a line, encode it, append it to an array, write it in the end."""
+    """A plain script: read a line, encode it, append it; write the array at the end."""
     config = _text(size)
     train.load_or_train_tokenizer(config)
     model = sentencepiece.SentencePieceProcessor(model_file=config.tokenizer.path)
@@ -122,13 +122,13 @@ def sentencepiece_loop(size: Size) -> Repeat:
     return lambda: timed(work)
 
 
-def _taken(batches: Iterator[Any], size: Size) -> Repeat:
+def _time_steps(batches: Iterator[Any], size: Size) -> Repeat:
     next(batches)
     return lambda: timed(lambda: [None for _ in islice(batches, size["steps"])])
 
 
 def _text(size: Size) -> Config:
-    """Documents as a JSONL file, and a tokenizer trained on some of them."""
+    """Write documents as a JSONL file. Returns the configuration of their tokenizer and data."""
     directory = _directory()
     path, n = directory / "text.jsonl", size["documents"]
     tales = (text for _, text in documents(0, n // 2, ("hi", "en")))
@@ -147,10 +147,10 @@ def _text(size: Size) -> Config:
 
 
 def _docstrings() -> Iterator[str]:
-    """What the modules, classes and functions of Python's own library say of themselves."""
+    """Yield the docstrings of modules, classes and functions of Python's standard library."""
     library = Path(sysconfig.get_path("stdlib"))
     for path in sorted(set(library.rglob("*.py")) - set(library.glob("site-packages/**/*.py"))):
-        # Some of the library's test files are no Python on purpose.
+        # Some of the library's test files are invalid Python on purpose.
         with contextlib.suppress(SyntaxError, ValueError):
             for node in ast.walk(ast.parse(path.read_bytes())):
                 if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
@@ -163,5 +163,5 @@ def _tokens(size: Size) -> np.ndarray:
 
 
 def _directory() -> Path:
-    _kept.append(tempfile.TemporaryDirectory())
-    return Path(_kept[-1].name)
+    _temporary.append(tempfile.TemporaryDirectory())
+    return Path(_temporary[-1].name)

@@ -1,4 +1,4 @@
-"""What this machine can do: its fastest matrix products, and its memory."""
+"""The machine's limits: its fastest matrix products, and its memory bandwidth."""
 
 from collections.abc import Callable
 
@@ -14,12 +14,12 @@ N = 2048
 
 
 def torch_products(size: Size) -> Repeat:
-    """Seconds of the case's FLOPs at the speed of torch's own product (MKL on x86)."""
+    """Seconds of the case's FLOPs at the speed of torch's own matrix product (MKL on x86)."""
     return _products(size, torch.mm)
 
 
 def products(size: Size) -> Repeat:
-    """The same at the speed of the fastest product: the one that our model takes."""
+    """Seconds of the case's FLOPs at the speed of the matrix product that our model uses."""
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("highest")
     return _products(size, linear)
@@ -45,9 +45,10 @@ def _best(work: Callable[[], object]) -> float:
 
 
 def read_weights(size: Size) -> Repeat:
-    """Seconds to read the model's weights from memory as often as a decoding step does.
+    """Seconds to read the model's weights from memory once per decoded token.
 
-    The embedding is not read but a row of it. Bandwidth is that of a sum over 1 GiB.
+    Of the embedding, a step reads single rows, which are not counted. The bandwidth is that of a
+    sum over 1 GiB.
     """
     model = config(size).model
     n_bytes = 4 * (model.parameter_count() - model.vocab_size * model.dim)

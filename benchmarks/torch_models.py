@@ -1,4 +1,4 @@
-"""Contestants in PyTorch: ours, transformers (eager and compiled) and litgpt."""
+"""Workers in PyTorch: ours, transformers (eager and compiled) and litgpt."""
 
 import tempfile
 from collections.abc import Callable
@@ -43,8 +43,8 @@ def train_remat(size: Size) -> Repeat:
     return train(size | {"train": size.get("train", {}) | {"remat": "dots"}})
 
 
-def fed_train(size: Size) -> Repeat:
-    """Steps of our trainer on what the data pipeline gives, beside steps on the same batch."""
+def train_with_pipeline(size: Size) -> Repeat:
+    """Time of training steps with the input pipeline, relative to steps on a constant batch."""
     from benchmarks.pipeline import our_batches
 
     step, batches = _our_step(size), our_batches(size)
@@ -55,7 +55,7 @@ def fed_train(size: Size) -> Repeat:
 
 
 def gradients(size: Size) -> Repeat:
-    """Loss and gradients of our model, as a step makes them."""
+    """Loss and gradients of our model, as in a step."""
     objective, batch = _our_objective(size)[0], _our_batch(size)
 
     def work() -> None:
@@ -90,12 +90,12 @@ def generate_compiled(size: Size) -> Repeat:
 
 
 def prefill(size: Size) -> Repeat:
-    """Our generation of a single token: the prompt once through the model."""
+    """Our generation of a single token, which is the prefill of the prompt."""
     return generate(size | {"new_tokens": 1})
 
 
 def save(size: Size) -> Repeat:
-    """Seconds until the training may go on, of a save in the background."""
+    """Seconds until training continues, with a save in the background."""
     return _save(size, blocking=False)
 
 

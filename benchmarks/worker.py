@@ -1,11 +1,11 @@
-"""The process of one contestant: it sets up, then measures once for every line that it is sent.
+"""The process of one worker: set up, then measure one repetition for every line of input.
 
 python -m benchmarks.worker MODULE:FUNCTION SIZE_AS_JSON
 
 FUNCTION takes the size and returns a function that does the work once and returns its seconds.
-Answers are lines of JSON: `{}` when it is ready, `{"seconds": ..., "others": ...}` after each
-repetition, and `{"memory": ...}` in bytes once its input ends; `{"missing": reason}` where a peer
-is not installed.
+Answers are lines of JSON: `{}` when ready, `{"seconds": ..., "other_cpu_share": ...}` after each
+repetition, and `{"memory": ...}` in bytes at the end of the input; `{"missing": reason}` where a
+peer is not installed.
 """
 
 import contextlib
@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 Repeat = Callable[[], float]
-"""Does the work once; returns the seconds that it took, or a figure of a case without `work`."""
+"""Does the work once; returns its seconds, or the figure of a case without `work`."""
 
 
 def main() -> None:
     entry, size = sys.argv[1], json.loads(sys.argv[2])
-    # What libraries print must not come between the answers.
+    # Output of libraries must not mix with the answers.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
 
@@ -41,12 +41,12 @@ def main() -> None:
         return
     answer()
     for _ in sys.stdin:
-        answer(**alone(repeat))
+        answer(**measure_undisturbed(repeat))
     answer(memory=peak_memory())
 
 
 def peak_memory() -> float:
-    """Bytes: of the accelerator where there is one, or what the largest process had resident."""
+    """Return bytes: of the accelerator if any, else the largest resident set of a process."""
     torch, jax = sys.modules.get("torch"), sys.modules.get("jax")
     if torch is not None and torch.cuda.is_available():
         return float(torch.cuda.max_memory_allocated())
@@ -56,26 +56,26 @@ def peak_memory() -> float:
     return 1024.0 * max(resource.getrusage(who).ru_maxrss for who in processes)
 
 
-def alone(repeat: Repeat) -> dict[str, float]:
-    """Seconds of a repetition that no other program disturbs, or of the least disturbed of some.
+def measure_undisturbed(repeat: Repeat) -> dict[str, float]:
+    """Measure a repetition that no other program disturbs, or the least disturbed of several.
 
-    `others` is how much of one processor other programs took meanwhile.
+    `other_cpu_share` is the share of one processor that other programs used meanwhile.
     """
     tries: list[tuple[float, float]] = []
     while not tries or (tries[-1][0] > DISTURBED and len(tries) < TRIES):
-        before, start = _others(), time.perf_counter()
+        before, start = _other_cpu_seconds(), time.perf_counter()
         seconds = repeat()
-        share = (_others() - before) / (time.perf_counter() - start)
+        share = (_other_cpu_seconds() - before) / (time.perf_counter() - start)
         tries.append((max(0.0, share), seconds))
     share, seconds = min(tries)
-    return {"seconds": seconds, "others": share}
+    return {"seconds": seconds, "other_cpu_share": share}
 
 
 DISTURBED, TRIES = 0.1, 5
 
 
-def _others() -> float:
-    """Seconds of processor time that processes of other sessions have had; 0 without /proc."""
+def _other_cpu_seconds() -> float:
+    """Return the processor time of processes of other sessions; 0 without /proc."""
     if not Path("/proc/stat").exists():
         return 0.0
     every = Path("/proc/stat").read_text().split("\n", 1)[0].split()
@@ -90,14 +90,14 @@ def _others() -> float:
 
 
 def timed(work: Callable[[], Any]) -> float:
-    """Seconds that the work takes."""
+    """Return the seconds that the work takes."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
 def by_turns(work: Callable[[], Any], other: Callable[[], Any], times: int) -> float:
-    """Time that the work takes, to that of the other: medians of as many turns."""
+    """Return the ratio of the median times of two alternating functions."""
     pairs = [(timed(work), timed(other)) for _ in range(times)]
     return statistics.median(a for a, _ in pairs) / statistics.median(b for _, b in pairs)
 

@@ -1,4 +1,4 @@
-"""Every contestant of every benchmark runs, in tiny size; nothing here looks at the time."""
+"""Every worker of every benchmark runs, in tiny size; nothing here looks at the time."""
 
 import importlib
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from benchmarks.__main__ import reached
+from benchmarks.__main__ import check_target
 from benchmarks.cases import (
     CASES,
     COMPILED,
@@ -20,7 +20,7 @@ from benchmarks.cases import (
     OURS_COMPILED,
     TORCH,
     Case,
-    Reach,
+    Target,
     config,
     step_flops,
 )
@@ -35,11 +35,11 @@ def _as_a_process_starts() -> Iterator[None]:
         yield
 
 
-# A case's sizes and a contestant, each pair once; compiling a peer would take the longest of all.
+# A case's sizes and a worker, each pair once; compiling a peer would take the longest of all.
 ENTRIES = {
     (entry, json.dumps(case.tiny)): (case, entry)
     for case in CASES
-    for name, entry in case.contestants.items()
+    for name, entry in case.workers.items()
     if name not in (COMPILED, OURS_COMPILED)
 }
 
@@ -48,7 +48,7 @@ ENTRIES = {
 @pytest.mark.parametrize(
     ("case", "entry"), ENTRIES.values(), ids=lambda value: getattr(value, "name", value)
 )
-def test_every_contestant_runs(case: Case, entry: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_worker_runs(case: Case, entry: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     module, function = entry.split(":")
     if "litgpt" in function:
@@ -73,7 +73,7 @@ def test_a_case_is_measured_in_processes_and_shown_on_a_page(tmp_path: Path) -> 
         assert not [path for path in Path(temporary).iterdir() if path.is_dir()]
     result = json.loads((tmp_path / "data.json").read_text())
     (point,) = result["points"]
-    for row in point["contestants"].values():
+    for row in point["workers"].values():
         assert len(row["figures"]) == 2 and row["median"] > 0 and row["memory"] > 1e6
         assert row["figures"][0] == pytest.approx(4 * 16 * 8 / row["seconds"][0])
     page = (tmp_path / "index.html").read_text()
@@ -86,27 +86,27 @@ def test_unknown_case_is_one_line() -> None:
     assert done.returncode == 2 and done.stderr.startswith("error: no case 'trian'")
 
 
-def test_reaches_are_ratios_of_one_run() -> None:
+def test_targets_are_ratios_of_one_run() -> None:
     measured = {
         TORCH: {"median": 30.0, "memory": 2.0},
         JAX: {"median": 20.0, "memory": 1.0},
         "peer": {"missing": "no module"},
     }
-    for reach, value, passed in (
-        (Reach(TORCH, JAX, 1.5), 1.5, True),
-        (Reach(TORCH, JAX, 1.6), 1.5, False),
-        (Reach(TORCH, JAX, 1.9, "memory"), 2.0, False),
-        (Reach(TORCH, None, 30.0, "seconds"), 30.0, True),
+    for target, value, passed in (
+        (Target(TORCH, JAX, 1.5), 1.5, True),
+        (Target(TORCH, JAX, 1.6), 1.5, False),
+        (Target(TORCH, JAX, 1.9, "memory"), 2.0, False),
+        (Target(TORCH, None, 30.0, "seconds"), 30.0, True),
     ):
-        row = reached(reach, measured)
+        row = check_target(target, measured)
         assert row is not None and (row["value"], row["passed"]) == (value, passed)
-    assert reached(Reach(TORCH, "peer", 1.0), measured) is None
+    assert check_target(Target(TORCH, "peer", 1.0), measured) is None
 
 
-def test_reaches_name_contestants() -> None:
+def test_targets_name_workers() -> None:
     for case in CASES:
-        for reach in case.reaches:
-            assert {reach.ours, reach.other} - {None} <= set(case.contestants), case.name
+        for target in case.targets:
+            assert {target.ours, target.other} - {None} <= set(case.workers), case.name
 
 
 def test_flops_of_a_step_are_the_configurations() -> None:
