@@ -16,12 +16,12 @@ _TINY += " --data.dir {dir}/data --tokenizer.path {dir}/tokenizer.model"
 
 
 def start_torch(size: Size) -> Repeat:
-    """`python -m mooshak_torch.train --config configs/demo.yaml`."""
+    """Time `python -m mooshak_torch.train --config configs/demo.yaml`."""
     return _start("mooshak_torch.train", size)
 
 
 def start_jax(size: Size) -> Repeat:
-    """`python -m mooshak_jax.train --config configs/demo.yaml`, its compilation cached."""
+    """Time `python -m mooshak_jax.train --config configs/demo.yaml`, compilation cached."""
     return _start("mooshak_jax.train", size)
 
 

@@ -27,13 +27,13 @@ from mooshak_jax.step import initial_state, make_train_step, set_matmul_precisio
 
 
 def train(size: Size) -> Repeat:
-    """One optimizer step of our trainer."""
+    """Time an optimizer step of our trainer."""
     step, batch = _our_step(size), make_batch(_batch(size))
     return _warm(lambda: step(batch), WARMUP_STEPS)
 
 
 def train_with_pipeline(size: Size) -> Repeat:
-    """Time of training steps with the input pipeline, relative to steps on a constant batch."""
+    """Compare the time of steps with the input pipeline with that on a constant batch."""
     from benchmarks.pipeline import our_batches
 
     step, batches = _our_step(size), our_batches(size)
@@ -44,7 +44,7 @@ def train_with_pipeline(size: Size) -> Repeat:
 
 
 def gradients(size: Size) -> Repeat:
-    """Loss and gradients of our model, as in a step."""
+    """Time loss and gradients of our model, as in a step."""
     params = _params(size)
     objective = make_objective(config(size).model, config(size))
     options = make_parallel(config(size)).compiler_options
@@ -53,7 +53,7 @@ def gradients(size: Size) -> Repeat:
 
 
 def block(size: Size) -> Repeat:
-    """Our layer, forward and backward."""
+    """Time forward and backward of our layer."""
     use_single_arena()  # As the trainer's command does.
     graphdef, params = make_graphdef(config(size).model, "float32"), _params(size)
     shape = (size["batch_size"], size["sequence_length"], size["dim"])
@@ -72,29 +72,29 @@ def block(size: Size) -> Repeat:
 
 
 def generate(size: Size) -> Repeat:
-    """Our greedy decoding."""
+    """Time our greedy decoding."""
     graphdef, params = make_graphdef(config(size).model, "float32"), _params(size)
     prompts = _batch(size)[:, : size["prompt"]].tolist()
     return _warm(lambda: our_generate(graphdef, params, prompts, size["new_tokens"]))
 
 
 def prefill(size: Size) -> Repeat:
-    """Our generation of a single token, which is the prefill of the prompt."""
+    """Time our generation of a single token, which is the prefill of the prompt."""
     return generate(size | {"new_tokens": 1})
 
 
 def save(size: Size) -> Repeat:
-    """Seconds until training continues, with a save in the background."""
+    """Time how long a save in the background blocks training."""
     return _save(size, blocking=False)
 
 
 def save_blocking(size: Size) -> Repeat:
-    """Seconds until the state is on the disk."""
+    """Time a save until the state is on the disk."""
     return _save(size, blocking=True)
 
 
 def optax_train(size: Size) -> Repeat:
-    """A plain training loop: Flax modules, all logits at once, an optax chain."""
+    """Time a plain training step: Flax modules, all logits at once, an optax chain."""
     model = _Llama(size, nnx.Rngs(0))
     optimizer = nnx.Optimizer(
         model,

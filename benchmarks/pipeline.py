@@ -28,7 +28,7 @@ _temporary: list[tempfile.TemporaryDirectory] = []
 
 
 def batches(size: Size) -> Repeat:
-    """Ours: Grain over the windows of all shards, shuffled in every epoch."""
+    """Time our batches: Grain over the windows of all shards, shuffled in every epoch."""
     return _time_steps(our_batches(size), size)
 
 
@@ -57,7 +57,7 @@ def our_batches(size: Size) -> Iterator[Batch[np.ndarray]]:
 
 
 def dataloader(size: Size) -> Repeat:
-    """torch's DataLoader with worker processes over shuffled windows of a memory map."""
+    """Time torch's DataLoader with worker processes over shuffled windows of a memory map."""
     import torch
     from torch.utils.data import DataLoader, Dataset
 
@@ -91,7 +91,7 @@ def dataloader(size: Size) -> Repeat:
 
 
 def tokenize(size: Size) -> Repeat:
-    """Ours: `python -m mooshak.data prepare`, including checksums and manifest."""
+    """Time our `python -m mooshak.data prepare`, including checksums and manifest."""
     config = _text(size)
     train.load_or_train_tokenizer(config)
     numbers = iter(range(10**6))
@@ -105,7 +105,7 @@ def tokenize(size: Size) -> Repeat:
 
 
 def sentencepiece_loop(size: Size) -> Repeat:
-    """A plain script: read a line, encode it, append it; write the array at the end."""
+    """Time a plain script: read a line, encode it, append it; write the array at the end."""
     config = _text(size)
     train.load_or_train_tokenizer(config)
     model = sentencepiece.SentencePieceProcessor(model_file=config.tokenizer.path)

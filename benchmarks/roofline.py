@@ -14,12 +14,12 @@ N = 2048
 
 
 def torch_products(size: Size) -> Repeat:
-    """Seconds of the case's FLOPs at the speed of torch's own matrix product (MKL on x86)."""
+    """Time the case's FLOPs at the speed of torch's own matrix product (MKL on x86)."""
     return _products(size, torch.mm)
 
 
 def products(size: Size) -> Repeat:
-    """Seconds of the case's FLOPs at the speed of the matrix product that our model uses."""
+    """Time the case's FLOPs at the speed of the matrix product that our model uses."""
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("highest")
     return _products(size, linear)
@@ -45,7 +45,7 @@ def _best(work: Callable[[], object]) -> float:
 
 
 def read_weights(size: Size) -> Repeat:
-    """Seconds to read the model's weights from memory once per decoded token.
+    """Time reading the model's weights from memory once per decoded token.
 
     Of the embedding, a step reads single rows, which are not counted. The bandwidth is that of a
     sum over 1 GiB.

@@ -27,24 +27,24 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def train(size: Size) -> Repeat:
-    """One optimizer step of our trainer."""
+    """Time an optimizer step of our trainer."""
     step = _our_step(size)
     batch = _our_batch(size)
     return _warm(lambda: step(batch), WARMUP_STEPS)
 
 
 def train_compiled(size: Size) -> Repeat:
-    """The same with `--train.compile true`."""
+    """Time an optimizer step of our trainer with `--train.compile true`."""
     return train(size | {"train": size.get("train", {}) | {"compile": True}})
 
 
 def train_remat(size: Size) -> Repeat:
-    """The same with `--train.remat dots`."""
+    """Time an optimizer step of our trainer with `--train.remat dots`."""
     return train(size | {"train": size.get("train", {}) | {"remat": "dots"}})
 
 
 def train_with_pipeline(size: Size) -> Repeat:
-    """Time of training steps with the input pipeline, relative to steps on a constant batch."""
+    """Compare the time of steps with the input pipeline with that on a constant batch."""
     from benchmarks.pipeline import our_batches
 
     step, batches = _our_step(size), our_batches(size)
@@ -55,7 +55,7 @@ def train_with_pipeline(size: Size) -> Repeat:
 
 
 def gradients(size: Size) -> Repeat:
-    """Loss and gradients of our model, as in a step."""
+    """Time loss and gradients of our model, as in a step."""
     objective, batch = _our_objective(size)[0], _our_batch(size)
 
     def work() -> None:
@@ -66,7 +66,7 @@ def gradients(size: Size) -> Repeat:
 
 
 def block(size: Size) -> Repeat:
-    """Our layer, forward and backward."""
+    """Time forward and backward of our layer."""
     use_single_arena()  # As the trainer's command does.
     model = initialize(Model(config(size).model).to(DEVICE), 0)
     positions_BT = torch.arange(size["sequence_length"], device=DEVICE)[None]
@@ -78,44 +78,44 @@ def block(size: Size) -> Repeat:
 
 
 def generate(size: Size, compiled: bool = False) -> Repeat:
-    """Our greedy decoding."""
+    """Time our greedy decoding."""
     model = initialize(Model(config(size).model).to(DEVICE), 0)
     prompts = _batch(size)[:, : size["prompt"]].tolist()
     return _warm(lambda: our_generate(model, prompts, size["new_tokens"], compiled=compiled))
 
 
 def generate_compiled(size: Size) -> Repeat:
-    """The same with `--compile`."""
+    """Time our greedy decoding with `--compile`."""
     return generate(size, compiled=True)
 
 
 def prefill(size: Size) -> Repeat:
-    """Our generation of a single token, which is the prefill of the prompt."""
+    """Time our generation of a single token, which is the prefill of the prompt."""
     return generate(size | {"new_tokens": 1})
 
 
 def save(size: Size) -> Repeat:
-    """Seconds until training continues, with a save in the background."""
+    """Time how long a save in the background blocks training."""
     return _save(size, blocking=False)
 
 
 def save_blocking(size: Size) -> Repeat:
-    """Seconds until the state is on the disk."""
+    """Time a save until the state is on the disk."""
     return _save(size, blocking=True)
 
 
 def hf_train(size: Size) -> Repeat:
-    """The usual loop around transformers' Llama."""
+    """Time the usual training step of transformers' Llama."""
     return _plain_train(size, _hf(size))
 
 
 def hf_train_compiled(size: Size) -> Repeat:
-    """The same, compiled."""
+    """Time the usual training step of transformers' Llama, compiled."""
     return _plain_train(size, torch.compile(_hf(size)))
 
 
 def hf_gradients(size: Size) -> Repeat:
-    """Loss and gradients of transformers' Llama, all logits at once."""
+    """Time loss and gradients of transformers' Llama, all logits at once."""
     model, batch_BS = _hf(size), _batch(size)
 
     def work() -> None:
@@ -126,7 +126,7 @@ def hf_gradients(size: Size) -> Repeat:
 
 
 def hf_block(size: Size) -> Repeat:
-    """Transformers' Llama layer, forward and backward."""
+    """Time forward and backward of transformers' Llama layer."""
     model = _hf(size).model
     positions_BT = torch.arange(size["sequence_length"], device=DEVICE)[None]
 
@@ -140,10 +140,10 @@ def hf_block(size: Size) -> Repeat:
 
 @torch.no_grad()
 def hf_generate(size: Size, compiled: bool = False) -> Repeat:
-    """Transformers' greedy decoding with its static cache."""
+    """Time transformers' greedy decoding with its static cache."""
     model = _hf(size).eval()
     if compiled:
-        model.forward = torch.compile(model.forward)  # As its documentation has it.
+        model.forward = torch.compile(model.forward)  # As in its documentation.
     prompts_BT = _batch(size)[:, : size["prompt"]]
     options: dict[str, Any] = {
         "max_new_tokens": size["new_tokens"],
@@ -158,12 +158,12 @@ def hf_generate(size: Size, compiled: bool = False) -> Repeat:
 
 
 def hf_generate_compiled(size: Size) -> Repeat:
-    """The same, compiled."""
+    """Time transformers' greedy decoding with its static cache, compiled."""
     return hf_generate(size, compiled=True)
 
 
 def hf_prefill(size: Size) -> Repeat:
-    """Transformers' forward pass with a cache, logits of the last position only."""
+    """Time transformers' prefill: logits of the last position only."""
     model, prompts_BT = _hf(size).eval(), _batch(size)[:, : size["prompt"]]
 
     @torch.no_grad()
@@ -174,7 +174,7 @@ def hf_prefill(size: Size) -> Repeat:
 
 
 def litgpt_train(size: Size) -> Repeat:
-    """The usual loop around litgpt's GPT in the shape of a Llama."""
+    """Time the usual training step of litgpt's GPT in the shape of a Llama."""
     from litgpt import GPT, Config  # type: ignore[import-not-found]
     from litgpt.utils import chunked_cross_entropy  # type: ignore[import-not-found]
 
@@ -235,7 +235,7 @@ def _hf(size: Size) -> Any:
 def _plain_train(
     size: Size, model: Any, loss: Callable[[Tensor, Tensor], Tensor] | None = None
 ) -> Repeat:
-    """What most people write, with torch's fused AdamW."""
+    """Time a plain training step with torch's fused AdamW."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
     batch_BS = _batch(size)
 
@@ -243,7 +243,7 @@ def _plain_train(
         optimizer.zero_grad(set_to_none=True)
         x_BT, y_BT = batch_BS[:, :-1], batch_BS[:, 1:]
         if loss is None:
-            # The labels of transformers are shifted inside.
+            # transformers shifts the labels itself.
             value = model(input_ids=x_BT, labels=x_BT, use_cache=False).loss
         else:
             value = loss(x_BT, y_BT)
@@ -294,7 +294,7 @@ def _save(size: Size, blocking: bool) -> Repeat:
 
 
 def _warm(work: Callable[[], Any], times: int = 2) -> Repeat:
-    """Done before it is measured: memory is there, and what compiles has compiled."""
+    """Run the work before it is measured, to compile it and to allocate its memory."""
 
     def finished() -> None:
         work()
@@ -303,12 +303,12 @@ def _warm(work: Callable[[], Any], times: int = 2) -> Repeat:
 
     for _ in range(times):
         finished()
-    retain_freed_memory()  # If the heap is shared.
+    retain_freed_memory()  # Where a single arena is used.
     return lambda: timed(finished)
 
 
 def _batch(size: Size) -> Tensor:
-    """Tokens [B, T + 1], always the same."""
+    """Return the same random tokens every time, [B, T + 1]."""
     shape = (size["batch_size"], size["sequence_length"] + 1)
     tokens_BS = np.random.default_rng(0).integers(0, size["vocab_size"], shape)
     return torch.from_numpy(tokens_BS).to(DEVICE)

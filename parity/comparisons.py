@@ -76,12 +76,12 @@ class ParityCase:
 
     @property
     def batches(self) -> list[Batch[np.ndarray]]:
-        """One batch per step."""
+        """Return one batch per step."""
         return [make_batch(tokens_BS) for tokens_BS in self.tokens_nBS]
 
     @property
     def packed(self) -> list[Batch[np.ndarray]]:
-        """The same tokens as rows of packed documents, with document masks."""
+        """Return the same tokens as rows of packed documents, with document masks."""
         return [make_batch(tokens_BS, segments(tokens_BS.shape)) for tokens_BS in self.tokens_nBS]
 
     def config(self, dtype: Dtype) -> Config:

@@ -41,7 +41,7 @@ from mooshak.errors import InputError, command
 from mooshak.tables import print_table
 from mooshak.tokenizer.files import find_tokenizer
 
-# A conversion computes nothing: it must not take hold of an accelerator.
+# A conversion computes nothing and must not allocate an accelerator.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -56,18 +56,18 @@ def convert(
     shard_size: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> int:
-    """Write the checkpoint `source` of any kind as `target` of the kind `to`; returns the bytes.
+    """Write the checkpoint `source` of any kind as `target` of the kind `to`. Returns its bytes.
 
-    `dtype` casts the weights; moments keep theirs. `shard_size` cuts safetensors files of more
-    bytes. `progress` is told the bytes of the tensors that are read, and how many there are. Raises
-    `InputError` when the source is not whole or the target exists.
+    `dtype` casts the weights, not the moments. `shard_size` is the maximum size of a safetensors
+    file in bytes. `progress` is called with the bytes of tensors read so far and the total. Raises
+    `InputError` when the source is incomplete or the target exists.
     """
     checkpoint = open_any(source)
     if weights_only:
         names = checkpoint.model.parameter_shapes()
         tensors = {name: checkpoint.tensors[name] for name in names}
         checkpoint = replace(checkpoint, tensors=tensors, trainer_state=None)
-    checkpoint = counted(checkpoint, progress)
+    checkpoint = with_progress(checkpoint, progress)
     if dtype is not None:
         checkpoint = cast(checkpoint, dtype)
     if to == "torch":
@@ -98,8 +98,8 @@ def open_any(path: Path) -> Checkpoint:
     return open_checkpoint(path)
 
 
-def counted(checkpoint: Checkpoint, progress: Callable[[int, int], None]) -> Checkpoint:
-    """The checkpoint, which tells how many of its bytes have been read."""
+def with_progress(checkpoint: Checkpoint, progress: Callable[[int, int], None]) -> Checkpoint:
+    """Return the checkpoint, reporting the bytes read so far and the total."""
     done, total = 0, checkpoint.n_bytes
 
     def read(key: str, rows: slice = FULL_SLICE) -> np.ndarray:
@@ -113,12 +113,12 @@ def counted(checkpoint: Checkpoint, progress: Callable[[int, int], None]) -> Che
 
 
 def cast(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
-    """The checkpoint with its weights in another dtype."""
+    """Return the checkpoint with its weights in another dtype."""
     wanted = base.DTYPES[DTYPES[dtype]]
     weights = checkpoint.model.parameter_shapes()
     tensors = {
-        key: (wanted if key in weights else kept, shape)
-        for key, (kept, shape) in checkpoint.tensors.items()
+        key: (wanted if key in weights else stored, shape)
+        for key, (stored, shape) in checkpoint.tensors.items()
     }
 
     def read(key: str, rows: slice = FULL_SLICE) -> np.ndarray:
@@ -128,7 +128,7 @@ def cast(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """What a checkpoint is, by its metadata alone, and what it lacks to be gone on from."""
+    """Describe a checkpoint from its metadata only, and what is missing to resume from it."""
     checkpoint = open_any(path)
     weights = checkpoint.model.parameter_shapes()
     moments = [key for key in checkpoint.tensors if key not in weights]
@@ -167,7 +167,7 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 STATE = ("step", "seed", "written_by", "schedule", "data", "validation_loss")
-"""What `describe` tells of `trainer_state.json`."""
+"""Keys of `trainer_state.json` in the description."""
 
 
 def _has_tokenizer(path: Path) -> bool:
@@ -178,12 +178,12 @@ def _has_tokenizer(path: Path) -> bool:
 
 
 def print_description(facts: dict[str, Any]) -> None:
-    """For people."""
+    """Print a description as a table."""
     table = Table(title=facts["path"], show_header=False)
     written, data = facts["written_by"] or {}, facts["data"] or {}
     mesh = f", mesh {written['mesh']}" if written.get("mesh") else ""
     sources = ", ".join(str(source.get("name")) for source in data.get("sources", ()))
-    batch = f"{data.get('batch_size')} sequences of {data.get('sequence_length')} a step"
+    batch = f"{data.get('batch_size')} sequences of {data.get('sequence_length')} tokens per step"
     rows = {
         "kind": facts["kind"],
         "model": ", ".join(f"{k} {v}" for k, v in facts["model"].items() if v not in (None, False)),
@@ -211,7 +211,7 @@ def print_description(facts: dict[str, Any]) -> None:
 
 
 def size_in_bytes(text: str) -> int:
-    """`2GB` -> 2_000_000_000; `MiB` and `GiB` are powers of two."""
+    """Parse a size: `2GB` is 2_000_000_000; `MiB` and `GiB` are powers of two."""
     units = {"": 1, "MB": 10**6, "GB": 10**9, "MIB": 1 << 20, "GIB": 1 << 30}
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", text.strip().upper())
     if not match or match[2] not in units or not float(match[1]):
@@ -221,7 +221,7 @@ def size_in_bytes(text: str) -> int:
 
 @contextmanager
 def _bar() -> Iterator[Callable[[int, int], None]]:
-    """A bar with throughput and time left on standard error; at the end, what is read back."""
+    """Show a progress bar with throughput and remaining time on standard error."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -268,9 +268,9 @@ def main() -> None:
         )
         return
     if args.target is None:
-        parser.error("name the directory to make, or --describe")
+        parser.error("name the directory to write, or --describe")
     if args.shard_size and args.to not in ("safetensors", "hf"):
-        parser.error("--shard-size is for --to safetensors and --to hf")
+        parser.error("--shard-size needs --to safetensors or --to hf")
     start = time.perf_counter()
     with _bar() as progress:
         n_bytes = convert(

@@ -1,7 +1,7 @@
-"""Write a Llama-shaped checkpoint as one GGUF file, which llama.cpp and what builds on it read.
+"""Write a Llama-shaped checkpoint as one GGUF file for llama.cpp and programs built on it.
 
-The names and the keys are those of the `gguf` package. llama.cpp's Llama turns neighbours in RoPE
-where we turn halves: the rows of wq and wk are put in its order. Its Qwen turns halves.
+Names and keys are those of the `gguf` package. llama.cpp's Llama applies RoPE to neighbouring
+elements and ours to halves: the rows of wq and wk are permuted accordingly. Its Qwen uses halves.
 """
 
 from pathlib import Path
@@ -33,7 +33,7 @@ TYPES = {
     DTYPES["F16"]: gguf.GGMLQuantizationType.F16,
     DTYPES["BF16"]: gguf.GGMLQuantizationType.BF16,
 }
-"""Our dtype -> the one in the file; what has one dimension is float32 there, as llama.cpp wants."""
+"""Our dtype -> the file's. Tensors of one dimension are float32, as llama.cpp requires."""
 FILE_TYPES = {
     gguf.GGMLQuantizationType.F32: gguf.LlamaFileType.ALL_F32,
     gguf.GGMLQuantizationType.F16: gguf.LlamaFileType.MOSTLY_F16,
@@ -44,14 +44,14 @@ FILE_TYPES = {
 def write_checkpoint(path: Path, source: Checkpoint) -> None:
     """Write the weights of a checkpoint of any kind to the file `path`, one tensor at a time.
 
-    Raises `InputError` for a model that llama.cpp has no code for, and where `path` exists.
+    Raises `InputError` for a model that llama.cpp does not support, and where `path` exists.
     """
     model = source.model
     kind = model_to_hf(model)["model_type"]
     if kind not in ARCHITECTURES:
         raise InputError(
             f"GGUF has no architecture for this model ({kind}"
-            f"{', sliding window' if model.sliding_window else ''}); --to hf writes it"
+            f"{', sliding window' if model.sliding_window else ''}); use --to hf"
         )
     if path.exists():
         raise InputError(f"{path} exists already; remove it or choose another destination")
@@ -93,7 +93,7 @@ ROPE = "rope_freqs.weight"
 
 
 def tensor(source: Checkpoint, name: str, kind: str) -> np.ndarray:
-    """A parameter as the file holds it: for Llama, rows of queries and keys in pairs."""
+    """Return a parameter in the file's layout: for Llama, rows of wq and wk interleaved."""
     array, model = source.read(name), source.model
     if kind != "llama" or (".attention.wq." not in name and ".attention.wk." not in name):
         return array
@@ -102,7 +102,7 @@ def tensor(source: Checkpoint, name: str, kind: str) -> np.ndarray:
 
 
 def frequency_factors(model: ModelConfig) -> np.ndarray | None:
-    """What llama3's rescaling divides each frequency by, float32 [K / 2]; None without it."""
+    """Return the divisor of each RoPE frequency under llama3 scaling, float32 [K / 2], or None."""
     if model.rope_scaling is None or model.rope_scaling["rope_type"] != "llama3":
         return None
     frequencies = model.rope_theta ** (-np.arange(0, model.K, 2, dtype=np.float64) / model.K)
@@ -138,11 +138,11 @@ def _describe(writer: gguf.GGUFWriter, source: Checkpoint) -> None:
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, source: Checkpoint) -> None:
-    """The pieces of the SentencePiece model; rows that no piece has are unused ones."""
+    """Add the tokens of the SentencePiece model; rows beyond them are unused tokens."""
     files = exported_tokenizer_files(source)
     file = files.get("tokenizer.model")
     if file is None:
-        raise InputError(f"{source.path} has no tokenizer.model; GGUF is written from one only")
+        raise InputError(f"{source.path} has no tokenizer.model; GGUF needs one")
     proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     proto.ParseFromString(file.read_bytes())
     spare = range(len(proto.pieces), source.model.vocab_size)
@@ -150,7 +150,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, source: Checkpoint) -> None:
     writer.add_tokenizer_model("llama")
     writer.add_token_list([*(p.piece for p in proto.pieces), *(f"[PAD{i}]" for i in spare)])
     writer.add_token_scores([*(p.score for p in proto.pieces), *(-1e4 for _ in spare)])
-    # SentencePiece and GGUF number the types alike.
+    # SentencePiece and GGUF use the same numbers for token types.
     writer.add_token_types([*(int(p.type) for p in proto.pieces), *(unused for _ in spare)])
     writer.add_add_space_prefix(proto.normalizer_spec.add_dummy_prefix)
     writer.add_add_bos_token(True)

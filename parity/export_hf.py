@@ -1,8 +1,8 @@
 """Write a checkpoint as a directory that transformers loads.
 
-A Llama-shaped model becomes one of transformers' own; the mooshak architecture brings its code
-along (`remote_code/`, which `trust_remote_code=True` loads). A SentencePiece model becomes a
-`tokenizer.json` too, which gives the same ids.
+A Llama-shaped model becomes one of transformers' own classes; the mooshak architecture is exported
+with its code (`remote_code/`, loaded with `trust_remote_code=True`). A SentencePiece model is also
+written as a `tokenizer.json` with the same ids.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ _SPACE_MARK = "\u2581"
 def write_checkpoint(path: Path, source: Checkpoint, shard_size: int | None = None) -> None:
     """Write the weights of a checkpoint of any kind; `path` exists only when it is complete.
 
-    Raises `InputError` where no architecture of transformers is the model's function.
+    Raises `InputError` where no architecture of transformers computes the model's function.
     """
     model, files = source.model, exported_tokenizer_files(source)
     original = json.loads(files.pop(HF_CONFIG).read_bytes()) if HF_CONFIG in files else None
@@ -73,21 +73,21 @@ def write_checkpoint(path: Path, source: Checkpoint, shard_size: int | None = No
 
 
 def exported_tokenizer_files(source: Checkpoint) -> dict[str, Path]:
-    """Name -> file of what comes along: of a run's checkpoint, what its tokenizer stands among."""
+    """Return name -> file of the tokenizer's files that are copied."""
     files = dict(source.tokenizer_files)
     if any(name.startswith("tokenizer") for name in files):
         return files
-    # Weights alone, such as another program writes, have no tokenizer to bring along.
+    # A directory of weights only, as other programs write, has no tokenizer to copy.
     with contextlib.suppress(InputError):
         found = find_tokenizer(source.path, None)
-        beside = tokenizer_files(found.parent)
-        beside.pop(HF_CONFIG, None)
-        files |= beside if found.name in beside else {"tokenizer.model": found}
+        siblings = tokenizer_files(found.parent)
+        siblings.pop(HF_CONFIG, None)
+        files |= siblings if found.name in siblings else {"tokenizer.model": found}
     return files
 
 
 def _dtype(tensors: dict[str, Any]) -> dict[str, str]:
-    """The dtype of the weights, as transformers 5 and as transformers 4 call it."""
+    """Return the dtype of the weights under the keys of transformers 5 and of transformers 4."""
     names = {dtype: DTYPES[name] for name, dtype in base.DTYPES.items()}
     kinds = {names[dtype] for dtype, _ in tensors.values()}
     kind = kinds.pop() if len(kinds) == 1 else "float32"
@@ -117,19 +117,19 @@ def _write_tokenizer(file: Path, directory: Path, model: ModelConfig) -> dict[st
 
 
 def fast_tokenizer(file: Path) -> tokenizers.Tokenizer:
-    """A SentencePiece BPE model as a tokenizer of the `tokenizers` library, with the same ids.
+    """Convert a SentencePiece BPE model to a tokenizer of the `tokenizers` library, with equal ids.
 
-    A space is a space in the vocabulary, not SentencePiece's mark for it: then the mark itself,
-    where a text holds it, becomes bytes, and decoding gives it back. Specials are found in text, as
-    chat templates need it. Raises `InputError` for a model that normalises its text.
+    The vocabulary has spaces instead of SentencePiece's mark for them. The mark itself, where a
+    text contains it, is thus encoded as bytes and decodes to itself. Special tokens are recognised
+    in text, as chat templates require. Raises `InputError` for a model that normalises its text.
     """
     proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     proto.ParseFromString(file.read_bytes())
     spec = proto.normalizer_spec
     if proto.trainer_spec.model_type != 2 or spec.name not in ("identity", ""):
         raise InputError(
-            f"{file} is not a BPE model without normalisation ({spec.name}); only such a one has "
-            "an equal in transformers"
+            f"{file} is not a BPE model without normalisation ({spec.name}); transformers has an "
+            "equal of no other"
         )
     kinds = proto.SentencePiece
     plain = [p for p in proto.pieces if p.type in (kinds.NORMAL, kinds.USER_DEFINED)]
@@ -160,7 +160,7 @@ def fast_tokenizer(file: Path) -> tokenizers.Tokenizer:
 
 
 def model_card(source: Checkpoint, config: dict[str, Any]) -> str:
-    """The `README.md` of the directory: what the model is, and what its run measured."""
+    """Render the model card (`README.md`): sizes, and the metrics of its training run."""
     model, remote = source.model, source.model.architecture == "mooshak"
     trust = ", trust_remote_code=True" if remote else ""
     card = f"""---
@@ -197,7 +197,7 @@ print(tokenizer.decode(tokens[0], skip_special_tokens=True))
 
 
 def training_figures(source: Checkpoint) -> dict[str, str]:
-    """What the run of a training checkpoint has measured up to its step; nothing of weights."""
+    """Read the metrics of a training checkpoint's run up to its step; empty for weights only."""
     state = source.trainer_state
     if state is None:
         return {}

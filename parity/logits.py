@@ -16,7 +16,7 @@ from mooshak.files import atomic_write
 
 
 def logits(source: Path, backend: str, tokens_BT: np.ndarray, dtype: Dtype) -> np.ndarray:
-    """Logits [batch, time, vocab] of int tokens [batch, time] under the checkpoint `source`."""
+    """Compute logits [batch, time, vocab] of int tokens [batch, time] with a checkpoint."""
     if backend == "torch":
         import torch
 
@@ -41,7 +41,7 @@ def logits(source: Path, backend: str, tokens_BT: np.ndarray, dtype: Dtype) -> n
 
 
 def check_tokens(tokens_BT: np.ndarray, model: ModelConfig) -> None:
-    """Raises `InputError` unless these are token ids of the model, [batch, time]."""
+    """Raise `InputError` unless these are token ids of the model, [batch, time]."""
     if tokens_BT.ndim != 2 or tokens_BT.dtype.kind not in "iu" or not tokens_BT.size:
         raise InputError(
             f"tokens are {tokens_BT.dtype} of shape {list(tokens_BT.shape)}; "
@@ -50,7 +50,9 @@ def check_tokens(tokens_BT: np.ndarray, model: ModelConfig) -> None:
     if tokens_BT.min() < 0 or tokens_BT.max() >= model.vocab_size:
         raise InputError(f"a token is outside of the vocabulary, 0 .. {model.vocab_size - 1}")
     if tokens_BT.shape[1] > model.max_seq_len:
-        raise InputError(f"{tokens_BT.shape[1]} tokens are more than {model.max_seq_len} positions")
+        raise InputError(
+            f"{tokens_BT.shape[1]} tokens exceed the model's {model.max_seq_len} positions"
+        )
 
 
 @command

@@ -47,7 +47,7 @@ class Curve:
 
     @cached_property
     def differences(self) -> dict[int, float]:
-        """Step -> absolute or relative difference."""
+        """Return the absolute or relative difference of each step."""
         scale = {step: abs(loss) if self.relative else 1.0 for step, loss in self.baseline.items()}
         return {s: abs(self.changed[s] - self.baseline[s]) / scale[s] for s in self.baseline}
 
@@ -65,7 +65,7 @@ class Curve:
 
     @property
     def exact(self) -> int:
-        """Number of steps whose losses are equal to the last bit."""
+        """Count the steps whose losses are equal to the last bit."""
         return sum(difference == 0.0 for difference in self.differences.values())
 
 

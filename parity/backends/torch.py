@@ -94,9 +94,9 @@ class TorchBackend:
         return log_probs_BT.detach().numpy(), _gradients(model)
 
     def steps(self, config: Config, batches: Sequence[Batch[np.ndarray]]) -> Iterator[Step]:
-        """As `Backend.steps`; under torchrun each process trains on its rows.
+        """Yield the steps as `Backend.steps`.
 
-        Every process gets the complete result.
+        Under torchrun every process trains on its rows and gets the complete results.
         """
         parallel = mooshak_torch.distributed.mesh.make_parallel(config)
         self.is_main = parallel.is_main

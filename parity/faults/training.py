@@ -51,7 +51,7 @@ def count_padding(*places: tuple[Any, str]) -> list[Patch]:
 
 
 def clip_jax(change: Callable[[Any, Any, float], Any]) -> list[Patch]:
-    """`change(gradients, norm, max_norm)` gives JAX's clipped gradients."""
+    """Clip in JAX by `change(gradients, norm, max_norm)`."""
 
     def clip(grads: Any, max_norm: float) -> tuple[Any, Any]:
         norm = optax.tree.norm(grads)
@@ -75,7 +75,7 @@ def clip_epsilon_torch() -> list[Patch]:
 
 
 def optimizer_torch(change: Callable[[Any, Any, Any], Any]) -> list[Patch]:
-    """`change(make_optimizer, model, config)` makes torch's optimizer."""
+    """Make torch's optimizer by `change(make_optimizer, model, config)`."""
     original = mooshak_torch.optimizer.make_optimizer
 
     def make(model: Any, config: Any) -> Any:
@@ -85,7 +85,7 @@ def optimizer_torch(change: Callable[[Any, Any, Any], Any]) -> list[Patch]:
 
 
 def optimizer_jax(change: Callable[..., Any]) -> list[Patch]:
-    """`change(adamw, state, grads, rate, config)` makes JAX's step."""
+    """Update in JAX by `change(adamw, state, grads, rate, config)`."""
     original = js.adamw
     return [(js, "adamw", lambda *args: change(original, *args))]
 
@@ -102,7 +102,7 @@ def uncorrected_jax(adamw: Any, state: Any, *args: Any) -> Any:
 
 
 def step_torch(change: Callable[[int, list, Any], tuple[Any, float]]) -> list[Patch]:
-    """`change(step, batches seen, config)` gives the batch and the rate that torch takes."""
+    """Replace batch and rate of torch's step by those of `change(step, batches, config)`."""
     original, seen = ts.train_step, []
 
     def train_step(
@@ -143,7 +143,7 @@ def summed_torch() -> list[Patch]:
     original = to.CausalLM.forward
 
     def forward(self: Any, batch: Batch) -> torch.Tensor:
-        # The parts of an accumulated batch are told by their number of rows.
+        # Micro-batches are recognised by their number of rows.
         return original(self, batch) * (2 if len(batch.tokens) == SUMMED_ROWS else 1)
 
     return [(to.CausalLM, "forward", forward)]
@@ -159,4 +159,4 @@ def summed_jax() -> list[Patch]:
 
 
 SUMMED_ROWS = 2
-"""Rows of a part in the accumulation of the check: a batch of four in two parts."""
+"""Rows of a micro-batch in the check, which splits a batch of four in two."""

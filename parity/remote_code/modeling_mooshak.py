@@ -1,6 +1,6 @@
 """The Mooshak model for transformers, loaded with `trust_remote_code=True`.
 
-Shapes stand in the names: B batch, T time, S time of the keys, D model width, H query heads,
+Shape suffixes: B batch, T time, S time of the keys, D model width, H query heads,
 G key/value heads, K head width, V vocabulary. The function is that of mooshak_torch/model.py; the
 attention itself, its masks and the cache are those of transformers.
 """
@@ -37,7 +37,7 @@ class MooshakRMSNorm(nn.Module):
 
 
 def rotary(config: MooshakConfig, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position's angles, each float64 [B, 1, T, K / 2]."""
+    """Return cos and sin of the RoPE angles, each float64 [B, 1, T, K / 2]."""
     exponents = torch.arange(0, config.head_dim, 2, device=positions_BT.device).double()
     frequencies = config.rope_theta ** (-exponents / config.head_dim)
     angles_B1Tk = (positions_BT.unsqueeze(-1) * frequencies).unsqueeze(1)
@@ -45,7 +45,7 @@ def rotary(config: MooshakConfig, positions_BT: Tensor) -> tuple[Tensor, Tensor]
 
 
 def rotate(x_BHTK: Tensor, cos_B1Tk: Tensor, sin_B1Tk: Tensor) -> Tensor:
-    """Halves of each head rotated, in at least float32."""
+    """Apply RoPE to the halves of each head, in at least float32."""
     wide = torch.promote_types(x_BHTK.dtype, torch.float32)
     cos, sin = cos_B1Tk.to(wide), sin_B1Tk.to(wide)
     a, b = x_BHTK.to(wide).chunk(2, dim=-1)
@@ -152,7 +152,7 @@ class MooshakModel(MooshakPreTrainedModel):
         output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Hidden states of the last layer, [B, T, D], of tokens [B, T] or of their embeddings."""
+        """Return the last layer's hidden states, [B, T, D], of tokens [B, T] or embeddings."""
         x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None:
@@ -209,8 +209,10 @@ class MooshakForCausalLM(MooshakPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits [B, T, V] of the last `logits_to_keep` positions (0: all), and with labels the
-        loss."""
+        """Return logits [B, T, V] of the last `logits_to_keep` positions (0: all).
+
+        With labels, also the loss.
+        """
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
