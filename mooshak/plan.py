@@ -1,7 +1,7 @@
-"""What a training step needs and how long it takes at least, on machines that need not be here.
+"""Plans of training steps on machines that are not present: lower bounds of time, and output.
 
-The planners of both frameworks measure what their step holds and moves; this file has what is the
-same for both: the arithmetic of time, and how a plan is written down.
+The planners of both frameworks determine the memory and the communication of their step; the time
+model and the output are shared.
 """
 
 import argparse
@@ -28,57 +28,58 @@ STRATEGIES = {
 """Strategy of the torch planner -> its mesh by default; `node` is the number of GPUs of a node."""
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-"""Of a number in the compute dtype."""
+"""Bytes per number in the compute dtype."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One way to lay a training step on a machine. Bytes are of the fullest device."""
+    """Memory, traffic and time of a training step in a layout; bytes of the fullest device."""
 
     machine: str
-    """How many of which devices."""
+    """Number and kind of the devices."""
     layout: str
     """The mesh or strategy."""
     device: Device
     n_devices: int
     memory: dict[str, int]
-    """What is held in the device's memory at the step's peak: part -> bytes."""
+    """Part of the device's memory at the peak of the step -> bytes."""
     capacity: int
-    """Bytes that a program may use there."""
+    """Bytes of device memory available to the program."""
     bytes_sent: dict[str, int] | None
-    """Collective -> bytes that a device sends in a step; None where the step was refused."""
+    """Collective -> bytes that a device sends in a step; None if the step cannot be compiled."""
     flops: int
     """FLOPs of the model for one step, over all devices."""
     times: dict[str, float] = field(default_factory=dict)
-    """Resource (compute, HBM, links) -> seconds of a step at its full speed."""
+    """Resource (compute, HBM, links) -> seconds of a step at the full speed of the resource."""
 
     @property
     def total(self) -> int:
-        """Bytes of the device's memory at the peak."""
+        """Bytes of device memory at the peak."""
         return sum(self.memory.values())
 
     @property
     def fits(self) -> bool:
-        """Whether a device can hold that."""
+        """Whether the step fits into device memory."""
         return self.bytes_sent is not None and self.total <= self.capacity
 
     @property
     def seconds(self) -> float:
-        """Shortest time of a step: what takes longest, all else going on beside it."""
+        """Lower bound of the step time: the slowest resource, with everything else overlapped."""
         return max(self.times.values(), default=float("inf"))
 
     @property
     def bottleneck(self) -> str | None:
-        """The resource that takes longest."""
+        """Resource that takes longest."""
         return max(self.times, key=lambda name: self.times[name]) if self.times else None
 
     @property
     def mfu(self) -> float:
-        """Highest share of the peak FLOP/s that the model's FLOPs can reach (arXiv:2204.02311)."""
+        """Upper bound of the model FLOPs utilisation (arXiv:2204.02311)."""
         return self.flops / self.n_devices / self.device.flops / self.seconds
 
     def to_json(self) -> dict[str, object]:
-        """The plan as an object; times in seconds."""
+        """Return the plan as a JSON object; times in seconds."""
+        sent = self.bytes_sent
         return {
             "machine": self.machine,
             "layout": self.layout,
@@ -87,10 +88,8 @@ class Plan:
             "bytes_per_device": self.total,
             "memory": self.memory,
             "capacity": self.capacity,
-            "bytes_sent_per_step": None
-            if self.bytes_sent is None
-            else sum(self.bytes_sent.values()),
-            "collectives": self.bytes_sent,
+            "bytes_moved_per_step": None if sent is None else sum(sent.values()),
+            "collectives": sent,
             "flops_per_step": self.flops,
             "seconds": self.times,
             "bottleneck": self.bottleneck,
@@ -100,9 +99,9 @@ class Plan:
 
 
 def executed_flops(config: Config) -> int:
-    """FLOPs of a step with what `train.remat` computes again, over all devices.
+    """Return the FLOPs of a step over all devices, with those that `train.remat` recomputes.
 
-    `full` goes through the layers once more, `dots` through the attention (4 T per head and width).
+    `full` recomputes the layers, `dots` the attention (4 T FLOPs per head and channel).
     """
     model, train = config.model, config.train
     tokens = config.T * train.batch_size
@@ -112,20 +111,19 @@ def executed_flops(config: Config) -> int:
         for name, shape in model.parameter_shapes().items()
         if name.startswith("layers.") and len(shape) == 2
     )
-    again = {"none": 0, "dots": attention, "full": attention + matrices}[train.remat]
-    return tokens * (model.flops_per_token(config.T) + again)
+    recomputed = {"none": 0, "dots": attention, "full": attention + matrices}[train.remat]
+    return tokens * (model.flops_per_token(config.T) + recomputed)
 
 
 def memory_traffic(config: Config, rows: int, n_shards: int, tensor: int) -> int:
-    """Bytes that a device reads and writes in its memory in a step, at least.
+    """Return a lower bound of the bytes that a device reads and writes in its memory in a step.
 
-    Every product of matrices reads its operands and writes its result: forward, the gradients of
-    both operands, and forward again with remat full. AdamW reads and writes parameters, gradients
-    and both moments. Everything else is taken to be fused into these.
+    Every matrix product reads its operands and writes its result: in the forward pass, for the
+    gradients of both operands, and in the recomputation of remat full. AdamW reads and writes
+    parameters, gradients and both moments. Everything else is assumed to be fused into these.
 
-    `rows` sequences are the device's, in `train.gradient_accumulation_steps` micro-batches; it
-    holds one of `n_shards` shards of the parameters, and multiplies by one `tensor`-th of each
-    matrix.
+    The device has `rows` sequences, in `train.gradient_accumulation_steps` micro-batches, and one
+    of `n_shards` shards of the parameters; its products use 1 / `tensor` of each matrix.
     """
     train, model = config.train, config.model
     width, tokens = BYTES[train.dtype], rows * config.T
@@ -143,7 +141,7 @@ def memory_traffic(config: Config, rows: int, n_shards: int, tensor: int) -> int
 def step_times(
     config: Config, device: Device, n_devices: int, traffic: int, links: float
 ) -> dict[str, float]:
-    """Seconds of a step's FLOPs, memory traffic (bytes), and links (seconds already)."""
+    """Return the seconds of a step's FLOPs, of its memory traffic in bytes, and of its links."""
     return {
         "compute": executed_flops(config) / n_devices / device.flops,
         "HBM": traffic / device.memory_bandwidth,
@@ -170,7 +168,7 @@ def print_plans(plans: Sequence[Plan], config: Config, arguments: argparse.Names
 
 
 def print_plan(plan: Plan, config: Config) -> None:
-    """A plan for people: does it fit, what fills the memory, what is moved, what bounds it."""
+    """Print a plan: whether it fits, its memory, the bytes sent, and the bottleneck."""
     verdict = "fits" if plan.fits else "does not fit"
     print(f"{plan.machine}, {plan.layout}: {verdict}, {_gb(plan.total)} of {_gb(plan.capacity)}")
     train = config.train
@@ -186,18 +184,18 @@ def print_plan(plan: Plan, config: Config) -> None:
         table.add_row("sent in a step", name, _gb(size))
     print_table(table)
     if plan.times:
-        table = Table("a step's", "amount", "at most per second and device", "seconds, at least")
+        table = Table("per step", "amount", "peak per second and device", "seconds, at least")
         figures = {
             "compute": (f"{executed_flops(config):.4g} FLOP", f"{plan.device.flops:.4g} FLOP"),
             "HBM": ("operands, results, AdamW", _gb(plan.device.memory_bandwidth)),
         }
         links = (
-            f"{_gb(plan.device.link)} a link"
+            f"{_gb(plan.device.link)} per link"
             if plan.device.torus
-            else (f"{_gb(plan.device.link)} in a node, {_gb(plan.device.network)} between")
+            else f"{_gb(plan.device.link)} in a node, {_gb(plan.device.network)} between nodes"
         )
         for name, seconds in plan.times.items():
-            amount, speed = figures.get(name, ("the above", links))
+            amount, speed = figures.get(name, ("bytes sent, as above", links))
             table.add_row(name, amount, speed, f"{seconds:.4f}")
         print_table(table)
         mfu = f"MFU at most {plan.mfu:.0%} of {plan.flops:.4g} FLOP a step"
@@ -206,7 +204,7 @@ def print_plan(plan: Plan, config: Config) -> None:
 
 
 def print_sweep(plans: Sequence[Plan], plot: Path) -> None:
-    """Plans beside each other, best first, as a table and as a picture."""
+    """Print the table of several plans, best first, and draw them."""
     table = Table("", "layout", "fits", "per device", "sent in a step", "bound by", "MFU at most")
     for place, plan in enumerate(plans, 1):
         sent = "" if plan.bytes_sent is None else _gb(sum(plan.bytes_sent.values()))
@@ -216,16 +214,16 @@ def print_sweep(plans: Sequence[Plan], plot: Path) -> None:
         table.add_row(*row)
     print_table(table)
     draw(plans, plot)
-    print(f"drawn in {plot}")
+    print(f"figure: {plot}")
 
 
 def ranked(plans: Sequence[Plan]) -> list[Plan]:
-    """What fits first; of that, the shortest step; of equals, what leaves most memory."""
+    """Return the plans in order: those that fit, by time of a step, then by memory."""
     return sorted(plans, key=lambda plan: (not plan.fits, round(plan.seconds, 4), plan.total))
 
 
 def draw(plans: Sequence[Plan], path: Path) -> None:
-    """Memory of every plan by part, with the capacity, beside its times by resource."""
+    """Draw the memory of every plan by part, with the capacity, and its times by resource."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 1.2 + 0.4 * len(plans)), layout="constrained")
@@ -253,7 +251,7 @@ def draw(plans: Sequence[Plan], path: Path) -> None:
 
 
 def print_json(plans: Sequence[Plan], sweep: bool) -> None:
-    """One object: the plan, or `{"plans": [...]}` with the best first."""
+    """Print one JSON object: the plan, or `{"plans": [...]}`, best first."""
     objects = [plan.to_json() for plan in plans]
     print(json.dumps({"plans": objects} if sweep else objects[0], indent=2))
 

@@ -29,15 +29,15 @@ from mooshak.files import atomic_write
 from mooshak.tables import print_table
 
 FOLDERS = {"hi": "help/hi/text/", "en": "help/en-US/text/"}
-"""Where the pages of each language lie in its package."""
+"""Directory of the pages of each language in its package."""
 REPEAT_WORDS = 8
-"""Paragraphs of fewer words ("Example", "Choose Edit - Undo.") may stand on any number of pages."""
+"""Shorter paragraphs ("Example", "Choose Edit - Undo.") may repeat on any number of pages."""
 
 _VOID = frozenset("area base br col embed hr img input link meta source track wbr".split())
 _INLINE = frozenset("a b bdo code em i img meta small span strong sub sup u wbr".split())
-# Classes of what is not a page's own text: links to other pages, and a heading of every command.
+# Classes of elements that are not text of the page: links to other pages, headings of commands.
 _SKIPPED = frozenset({"related", "relatedtopics", "howtogetheader"})
-# Some text differs by program (a page of none of these shows Writer's) and by operating system.
+# Some text differs by program (other pages show the text for Writer) and by operating system.
 _PROGRAMS = {
     "sbasic": "BASIC",
     "scalc": "CALC",
@@ -50,16 +50,16 @@ _PROGRAMS = {
 
 
 class Page(HTMLParser):
-    """The paragraphs of a help page, as a reader on Linux sees them."""
+    """The paragraphs of a help page, as displayed on Linux."""
 
     def __init__(self, html: str, module: str) -> None:
         super().__init__()
         self.paragraphs: list[str] = []
         self._variants = {"UNIX", _PROGRAMS.get(module, "WRITER")}
-        self._open: list[str] = []  # The tags that are open.
-        # Depths: how many tags are open inside the help text, and inside a part that is left out.
+        self._open: list[str] = []  # Open tags.
+        # Depths (numbers of open tags) of the help text, and of a part that is skipped.
         self._inside = self._skipped = 0
-        self._switches: list[tuple[int, bool]] = []  # The depth, and whether a variant was shown.
+        self._switches: list[tuple[int, bool]] = []  # Depth, and whether a variant was shown.
         self._text: list[str] = []
         self.feed(html)
         self.close()
@@ -81,7 +81,7 @@ class Page(HTMLParser):
             return
         elif self._switches and depth == self._switches[-1][0] + 1:
             switch, shown = self._switches[-1]
-            # The variant without a name is the last one: for whom no other is.
+            # The variant without a name is the last one, the default.
             if shown or (name and name not in self._variants):
                 self._skipped = depth
             else:
@@ -123,8 +123,8 @@ class Page(HTMLParser):
 
 
 def language_of(text: str) -> str | None:
-    """hi when at least half of the letters are Devanagari, en when fewer are, None without any."""
-    # Vowel signs are of the category M.
+    """Return hi if at least half of the letters are Devanagari, else en; None without letters."""
+    # Vowel signs have category M.
     letters = [character for character in text if unicodedata.category(character)[0] in "LM"]
     if not letters:
         return None
@@ -133,7 +133,7 @@ def language_of(text: str) -> str | None:
 
 
 class Counts(Counter[str]):
-    """Paragraphs and bytes, by what became of them."""
+    """Numbers of paragraphs and bytes that were kept, or why they were not."""
 
     def add(self, what: str, text: str) -> None:
         """Count a paragraph."""
@@ -144,8 +144,8 @@ class Counts(Counter[str]):
 def documents(
     pages: dict[str, bytes], language: str, keep_repeats: bool, counts: Counts
 ) -> Iterator[dict[str, str]]:
-    """A document for each page that has text in its language, in the order of the paths."""
-    # English pages also keep numbers and formulas; alone in a Hindi page, they are no text.
+    """Yield a document per page with text in its language, in the order of the paths."""
+    # English pages retain numbers and formulas, too; Hindi pages do not.
     wanted = {"hi": ("hi",), "en": ("en", None)}[language]
     earlier: set[str] = set()
     for path, html in sorted(pages.items()):
@@ -160,14 +160,14 @@ def documents(
                 counts.add("kept", text)
                 kept.append(text)
         earlier.update(kept)
-        # A page of numbers alone is none.
+        # A page with only numbers is dropped.
         if any(language_of(text) == language for text in kept):
             counts["pages"] += 1
             yield {"text": "\n".join(kept), "path": path}
 
 
 def read_pages(package: Path) -> dict[str, dict[str, bytes]]:
-    """The pages in a package, by language and by path below `text/`."""
+    """Read the pages of a package: language -> path below `text/` -> content."""
     found: dict[str, dict[str, bytes]] = {language: {} for language in FOLDERS}
     for name, content in _html_files(package):
         for language, folder in FOLDERS.items():
@@ -203,7 +203,7 @@ def _html_files(package: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _data_member(content: bytes, package: Path) -> bytes:
-    """The member data.tar.* of a .deb file, an `ar` archive (deb(5))."""
+    """Return the member data.tar.* of a .deb file, an `ar` archive (deb(5))."""
     if not content.startswith(b"!<arch>\ndebian-binary"):
         raise InputError(f"{package} is not a Debian package; give a .deb file or a directory")
     at = 8

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Train on the GPUs of one or of several machines. On each of N machines, I = 0 .. N - 1:
+# Train on the GPUs of one machine or several. On each of N machines, I = 0 .. N - 1:
 #
 #   NODES=N NODE=I HEAD=first-host scripts/torchrun.sh --config configs/mooshak-2b.yaml --mesh fsdp=-1
 #
-# One machine needs none of the three. The run directory must be on a disk that all of them see.
+# A single machine needs none of the three. The run directory must be on a disk shared by all.
 set -euo pipefail
 nodes=${NODES:-1}
 if [ "$nodes" -gt 1 ]; then
@@ -11,6 +11,6 @@ if [ "$nodes" -gt 1 ]; then
 else
   place=(--standalone)
 fi
-# torchrun wants to know how many processes: one for a GPU.
+# One process per GPU.
 exec python -m torch.distributed.run "${place[@]}" --nproc-per-node "${PROCESSES:-gpu}" \
   -m mooshak_torch.train "$@"

@@ -285,7 +285,7 @@ def test_what_does_not_fit_is_said_so() -> None:
     plan = small_plan("v5e:1x1", "", WIDE)
     assert not plan.fits and plan.bytes_sent is None
     assert plan.total > plan.capacity > 15e9
-    assert plan.to_json()["bytes_sent_per_step"] is None
+    assert plan.to_json()["bytes_moved_per_step"] is None
 
 
 @pytest.mark.slow
