@@ -123,7 +123,8 @@ def test_resume_compares_the_document_mask(tiny_config: Config) -> None:
             if same:
                 assert check_resume(config, source, "t") == (3, None)
             else:
-                with pytest.raises(
+                refused = r"P was written with document_mask (True|False)"
+                with pytest.raises(InputError, match=refused):
                     InputError, match=r"P was written with document_mask (True|False)"
                 ):
                     check_resume(config, source, "t")
