@@ -125,6 +125,4 @@ def test_resume_compares_the_document_mask(tiny_config: Config) -> None:
             else:
                 refused = r"P was written with document_mask (True|False)"
                 with pytest.raises(InputError, match=refused):
-                    InputError, match=r"P was written with document_mask (True|False)"
-                ):
                     check_resume(config, source, "t")
