@@ -251,6 +251,20 @@ def main() -> None:
             compared = list(compare(dtype, found[dtype]))
             figures[dtype] = plot(found[dtype], compared, options.switch)
             lines += compared
+    _report(lines, found, figures, options)
+    if failed := [line for line in lines if not line.passed]:
+        first = failed[0]
+        print(f"{first.first} and {first.second} differ by {first.measured:.2g} ({first.dtype})")
+        sys.exit(1)
+
+
+def _report(
+    lines: list[Line],
+    found: dict[str, dict[str, Losses]],
+    figures: dict[str, str],
+    options: argparse.Namespace,
+) -> None:
+    """Write curve.json and curve.html, and print the table."""
     rows = [asdict(line) | {"passed": line.passed} for line in lines]
     passed = all(line.passed for line in lines)
     report = {"switch": options.switch, "passed": passed, "lines": rows, "losses": found}
@@ -276,10 +290,6 @@ def main() -> None:
         pair = f"{line.first} – {line.second}"
         table.add_row(pair, line.dtype, measured, str(line.step), *rest, verdict)
     print_table(table)
-    if failed := [line for line in lines if not line.passed]:
-        first = failed[0]
-        print(f"{first.first} and {first.second} differ by {first.measured:.2g} ({first.dtype})")
-        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -68,6 +68,7 @@ class Stage:
 
 def stages(config: Config, settings: Sequence[str], out: Path) -> list[Stage]:
     """Return the stages in order. `settings` are the options that `config` was parsed from."""
+    # Longer than 60 lines: a table, one entry for each of the 16 commands.
     steps, half = config.train.steps, config.train.steps // 2
     precise = tuple(word for key, value in FLOAT64.items() for word in (f"--{key}", str(value)))
     prompts = tuple(word for prompt in PROMPTS for word in ("--prompt", prompt))

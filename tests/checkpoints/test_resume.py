@@ -83,11 +83,11 @@ def test_resume_continues_the_same_run(tiny_config: Config) -> None:
 @pytest.mark.parametrize(
     ("section", "change", "message"),
     [
-        ("run", {"seed": 7}, "made with seed 0, this run has 7"),
-        ("train", {"batch_size": 4}, "made with batch_size 8, this run has 4"),
-        ("train", {"sequence_length": 16}, "made with sequence_length 32, this run has 16"),
+        ("run", {"seed": 7}, "written with seed 0, this run has 7"),
+        ("train", {"batch_size": 4}, "written with batch_size 8, this run has 4"),
+        ("train", {"sequence_length": 16}, "written with sequence_length 32, this run has 16"),
         ("train", {"steps": 2}, "is at step 3, after train.steps 2"),
-        ("data", {"validation_fraction": 0.5}, "made with validation_fraction 0.2"),
+        ("data", {"validation_fraction": 0.5}, "written with validation_fraction 0.2"),
         ("model", {"hidden_dim": 40}, "its hidden_dim is 48, the configuration's is 40"),
     ],
 )
@@ -102,7 +102,7 @@ def test_resume_of_another_run_is_refused(
 
 def test_resume_needs_tokenizer_and_optimizer(tiny_config: Config) -> None:
     state = trainer_state(tiny_config, 3, "torch", "t", None)
-    with pytest.raises(InputError, match="made with tokenizer t, this run has u"):
+    with pytest.raises(InputError, match="written with tokenizer t, this run has u"):
         check_resume(tiny_config, source_of(tiny_config, state), "u")
     for source in (source_of(tiny_config, None), source_of(tiny_config, state, False)):
         with pytest.raises(InputError, match="P has only weights"):
