@@ -124,7 +124,6 @@ class LM(abc.ABC):
         if not isinstance(text, str) and len(text) > 0 and not _is_id(text[0]):
             return [self.score(one) for one in text]
         ids = self._encode(text)
-        check_tokens(ids, self.config)
         if not 2 <= len(ids) <= self.config.max_seq_len:
             raise InputError(f"cannot score {len(ids)} tokens; give 2 .. {self.config.max_seq_len}")
         return self._token_log_probs(ids)
@@ -151,7 +150,9 @@ class LM(abc.ABC):
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if not isinstance(prompt, str):
-            return [int(id) for id in prompt]
+            ids = [int(id) for id in prompt]
+            check_tokens(ids, self.config)
+            return ids
         if self.tokenizer is None:
             raise InputError("the checkpoint has no tokenizer; give token ids instead of a text")
         return self.tokenizer.encode(prompt, bos=True)

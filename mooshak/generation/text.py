@@ -31,10 +31,9 @@ class TextStream:
     def push(self, token: int) -> str:
         """Append a token; return the text that became final."""
         self.ids.append(token)
-        text = self.text
-        for stop in self.stop:
-            if (at := text.find(stop)) >= 0:
-                self.stopped, text = True, text[:at]
+        full = self._continuation()
+        text = self._until_stop(full)
+        self.stopped = len(text) < len(full)
         held = 0 if self.stopped else self._held(text)
         new = text[self._sent : len(text) - held]
         self._sent += len(new)
@@ -49,9 +48,14 @@ class TextStream:
     @property
     def text(self) -> str:
         """The continuation up to a stop text."""
+        return self._until_stop(self._continuation())
+
+    def _continuation(self) -> str:
         text = self._decode(self.ids)
         # The prompt may end within a character, whose last bytes are in the continuation.
-        text = text[len(_common_prefix(self._start, text)) :]
+        return text[len(_common_prefix(self._start, text)) :]
+
+    def _until_stop(self, text: str) -> str:
         ends = [at for stop in self.stop if (at := text.find(stop)) >= 0]
         return text[: min(ends, default=len(text))]
 

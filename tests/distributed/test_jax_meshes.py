@@ -92,7 +92,7 @@ def truth(float64: None) -> list[float]:
         ("tensor=4", {"fuse": True, "remat": "dots"}),
         ("data=2,fsdp=2,tensor=2", {"remat": "full"}),
         ("data=2,fsdp=2,tensor=2", {"scan": True, "fuse": True, "remat": "dots"}),
-        ("fsdp=2,tensor=2", {"scan": True, "accumulation": 2}),
+        ("fsdp=2,tensor=2", {"scan": True, "gradient_accumulation_steps": 2}),
     ],
 )
 def test_every_mesh_and_layout_trains_as_one_device(
