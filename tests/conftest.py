@@ -13,8 +13,11 @@ os.environ.setdefault(
 )
 
 import jax
+import numpy as np
 import pytest
 
+from mooshak.checkpoints import safetensors
+from mooshak.checkpoints.base import FULL_SLICE, Checkpoint
 from mooshak.config.model import ModelConfig
 from mooshak.config.sections import (
     Config,
@@ -25,8 +28,10 @@ from mooshak.config.sections import (
     TokenizerConfig,
     TrainConfig,
 )
+from mooshak.numerics.init_weights import initial_weight
 from mooshak.tokenizer import train
 from mooshak.tokenizer.base import Tokenizer
+from mooshak.tokenizer.files import files_of_tokenizer
 
 # Devices are counted once per process, and a mesh takes as many of them as it needs.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -87,6 +92,37 @@ def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 def tiny_tokenizer(tiny_config: Config) -> Tokenizer:
     """The tokenizer of `tiny_config`."""
     return train.load_or_train_tokenizer(tiny_config)
+
+
+TINY_MODEL = ModelConfig(
+    architecture="llama",
+    vocab_size=512,
+    dim=24,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=10,
+    hidden_dim=36,
+    max_seq_len=64,
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint in the interchange format: drawn weights, and the tokenizer."""
+    shapes = TINY_MODEL.parameter_shapes()
+    tensors = {name: (np.dtype(np.float32), shape) for name, shape in shapes.items()}
+
+    def read(name: str, rows: slice = FULL_SLICE) -> np.ndarray:
+        return initial_weight(TINY_MODEL, 1, name, rows, gain_std=0.2)
+
+    files = files_of_tokenizer(tiny_tokenizer.path)
+    drawn = Checkpoint(
+        Path("drawn"), "drawn", TINY_MODEL, None, tensors, read, tokenizer_files=files
+    )
+    path = tmp_path_factory.mktemp("checkpoint") / "drawn"
+    safetensors.write_checkpoint(path, drawn)
+    return path
 
 
 @pytest.fixture

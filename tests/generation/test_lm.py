@@ -13,46 +13,13 @@ import numpy as np
 import pytest
 
 from mooshak.checkpoints import safetensors
-from mooshak.checkpoints.base import FULL_SLICE, Checkpoint
-from mooshak.config.model import ModelConfig
-from mooshak.config.sections import Config
 from mooshak.errors import InputError
 from mooshak.generation.lm import LM
-from mooshak.numerics.init_weights import initial_weight
-from mooshak.tokenizer.base import Tokenizer
-from mooshak.tokenizer.files import files_of_tokenizer
 
 FRAMEWORKS = ("torch", "jax")
-MODEL = ModelConfig(
-    architecture="llama",
-    vocab_size=512,
-    dim=24,
-    n_layers=2,
-    n_heads=4,
-    n_kv_heads=2,
-    head_dim=10,
-    hidden_dim=36,
-    max_seq_len=64,
-)
 HINDI, ENGLISH = "एक चालाक चूहा", "a clever mouse"
 SAMPLED = {"temperature": 1.5, "top_p": 0.9, "seed": 3}
 MESSAGES = [{"role": "system", "content": ENGLISH}, {"role": "user", "content": HINDI}]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tiny_config: Config, tiny_tokenizer: Tokenizer, tmp_path_factory: Any) -> Path:
-    """An interchange directory with drawn weights and the tokenizer of the tests."""
-    shapes = MODEL.parameter_shapes()
-    tensors = {name: (np.dtype(np.float32), shape) for name, shape in shapes.items()}
-
-    def read(name: str, rows: slice = FULL_SLICE) -> np.ndarray:
-        return initial_weight(MODEL, 1, name, rows, gain_std=0.2)
-
-    files = files_of_tokenizer(tiny_tokenizer.path)
-    source = Checkpoint(Path("drawn"), "drawn", MODEL, None, tensors, read, tokenizer_files=files)
-    path: Path = tmp_path_factory.mktemp("lm") / "checkpoint"
-    safetensors.write_checkpoint(path, source)
-    return path
 
 
 def load(framework: str, path: Path, **options: Any) -> LM:
@@ -61,8 +28,8 @@ def load(framework: str, path: Path, **options: Any) -> LM:
 
 
 @pytest.fixture(scope="module")
-def lms(checkpoint: Path) -> dict[str, LM]:
-    return {framework: load(framework, checkpoint) for framework in FRAMEWORKS}
+def lms(tiny_checkpoint: Path) -> dict[str, LM]:
+    return {framework: load(framework, tiny_checkpoint) for framework in FRAMEWORKS}
 
 
 @pytest.fixture(params=FRAMEWORKS)
@@ -72,12 +39,13 @@ def lm(request: pytest.FixtureRequest, lms: dict[str, LM]) -> LM:
 
 
 @pytest.fixture
-def without_tokenizer(checkpoint: Path, tmp_path: Path) -> Path:
-    shutil.copytree(checkpoint, tmp_path / "weights")
+def without_tokenizer(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    shutil.copytree(tiny_checkpoint, tmp_path / "weights")
     (tmp_path / "weights" / "tokenizer.model").unlink()
     return tmp_path / "weights"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, SAMPLED], ids=["greedy", "sampled"])
 def test_both_frameworks_complete_alike(settings: dict[str, Any], lms: dict[str, LM]) -> None:
     prompts = [HINDI, ENGLISH, [1, 5, 300], np.array([7, 8])]
@@ -139,14 +107,15 @@ def test_stop_text_ends_the_completion(lm: LM) -> None:
     assert found.token_ids == full.token_ids[: len(found.token_ids)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_end_token_is_not_part_of_the_completion(
-    framework: str, lms: dict[str, LM], checkpoint: Path, tmp_path: Path
+    framework: str, lms: dict[str, LM], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     full = lms[framework].generate(ENGLISH, max_new_tokens=12, ignore_eos=True, **SAMPLED)
     end = full.token_ids[4]
     assert end not in full.token_ids[:4]
-    shutil.copytree(checkpoint, tmp_path / "ends")
+    shutil.copytree(tiny_checkpoint, tmp_path / "ends")
     (tmp_path / "ends/generation_config.json").write_text(json.dumps({"eos_token_id": end}))
     lm = load(framework, tmp_path / "ends")
     found = lm.generate(ENGLISH, max_new_tokens=12, **SAMPLED)
@@ -155,6 +124,7 @@ def test_end_token_is_not_part_of_the_completion(
     assert ignored.token_ids == full.token_ids and ignored.finish_reason == "length"
 
 
+@pytest.mark.slow
 def test_prompts_of_a_list_complete_as_alone(lm: LM) -> None:
     prompts = [HINDI, ENGLISH, [1, 2, 3, 4, 5, 6, 7]]
     together = lm.generate(prompts, max_new_tokens=12, **SAMPLED)
@@ -167,6 +137,7 @@ def test_prompts_of_a_list_complete_as_alone(lm: LM) -> None:
     assert other_seed.token_ids != alone[0].token_ids
 
 
+@pytest.mark.slow
 def test_logprobs_are_the_scores(lm: LM) -> None:
     settings = {"max_new_tokens": 12, "ignore_eos": True, **SAMPLED}
     found = lm.generate(HINDI, logprobs=True, **settings)
@@ -189,7 +160,8 @@ def _tokens(lm: LM, ids: np.ndarray) -> Any:
     return jax.numpy.asarray(ids)
 
 
-def test_saved_model_is_loaded_again(lm: LM, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_saved_model_is_loaded_again(lm: LM, tiny_checkpoint: Path, tmp_path: Path) -> None:
     lm.save(tmp_path / "saved")
     truth = lm.generate([HINDI, ENGLISH], max_new_tokens=12, **SAMPLED)
     for framework in FRAMEWORKS:
@@ -197,8 +169,10 @@ def test_saved_model_is_loaded_again(lm: LM, tmp_path: Path) -> None:
         assert again.config == lm.config
         assert again.generate([HINDI, ENGLISH], max_new_tokens=12, **SAMPLED) == truth
     saved = safetensors.open_checkpoint(tmp_path / "saved")
-    for name in MODEL.parameter_shapes():
-        assert np.array_equal(saved.read(name), initial_weight(MODEL, 1, name, gain_std=0.2))
+    original = safetensors.open_checkpoint(tiny_checkpoint)
+    assert saved.model == original.model
+    for name in original.tensors:
+        assert np.array_equal(saved.read(name), original.read(name)), name
     with pytest.raises(InputError, match="saved exists already"):
         lm.save(tmp_path / "saved")
 
@@ -243,9 +217,10 @@ def test_wrong_score_is_named(lm: LM) -> None:
         lm.stream(HINDI, n=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_model_without_tokenizer_takes_ids(
-    framework: str, without_tokenizer: Path, checkpoint: Path, lms: dict[str, LM]
+    framework: str, without_tokenizer: Path, tiny_checkpoint: Path, lms: dict[str, LM]
 ) -> None:
     lm = load(framework, without_tokenizer)
     assert lm.tokenizer is None
@@ -258,7 +233,7 @@ def test_model_without_tokenizer_takes_ids(
             call()
     with pytest.raises(InputError, match="has no tokenizer"):
         lm.stream([1, 2])
-    given = load(framework, without_tokenizer, tokenizer=checkpoint / "tokenizer.model")
+    given = load(framework, without_tokenizer, tokenizer=tiny_checkpoint / "tokenizer.model")
     assert given.generate(HINDI, max_new_tokens=4).text is not None
 
 
@@ -279,12 +254,13 @@ def x64_off() -> Iterator[None]:
     jax.config.update("jax_enable_x64", before)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64_off")
-def test_float64_turns_x64_on_and_warns(checkpoint: Path) -> None:
+def test_float64_turns_x64_on_and_warns(tiny_checkpoint: Path) -> None:
     with pytest.warns(UserWarning, match="x64 mode is now on"):
-        lm = load("jax", checkpoint, dtype="float64")
+        lm = load("jax", tiny_checkpoint, dtype="float64")
     assert jax.config.jax_enable_x64
-    truth = load("torch", checkpoint, dtype="float64")
+    truth = load("torch", tiny_checkpoint, dtype="float64")
     assert lm.score(HINDI) == pytest.approx(truth.score(HINDI), rel=1e-12, abs=0)
     found, other = (m.generate(HINDI, max_new_tokens=12, **SAMPLED) for m in (lm, truth))
     assert found == other
