@@ -55,7 +55,9 @@ class LM(abc.ABC):
     """A loaded language model and its tokenizer."""
 
     config: ModelConfig
+    """Architecture and sizes of the model."""
     tokenizer: Tokenizer | None
+    """The tokenizer; None if the checkpoint has none: prompts are then token ids."""
 
     @property
     @abc.abstractmethod
@@ -83,18 +85,20 @@ class LM(abc.ABC):
     def generate(self, prompt: str, **settings: Any) -> Completion: ...
     @overload
     def generate(self, prompt: Sequence[Any], **settings: Any) -> Any: ...
-    def generate(self, prompt: Any, **settings: Any) -> Any:
+    def generate(
+        self, prompt: Prompt | Sequence[Prompt], **settings: Any
+    ) -> Completion | list[Completion] | list[list[Completion]]:
         """Continue a prompt, a text or token ids; return a `Completion`.
 
-        A list of prompts returns a list; each result is the same as for the prompt alone. With `n`
-        > 1, each prompt returns a list of samples. `settings` are the fields of `GenerateConfig`:
-        max_new_tokens, temperature, top_p, seed, n, stop, ignore_eos, logprobs. Raises `InputError`
-        for an unknown or invalid setting, an empty prompt, a token outside of the vocabulary, or a
-        prompt and continuation that are longer than `max_seq_len`.
+        A list of prompts returns a list; each result is the same as for the prompt alone. If `n` is
+        more than 1, each prompt returns a list of samples. `settings` are the fields of
+        `GenerateConfig`: max_new_tokens, temperature, top_p, seed, n, stop, ignore_eos, logprobs.
+        Raises `InputError` for an unknown or invalid setting, an empty prompt, a token outside of
+        the vocabulary, or a prompt and continuation that are longer than `max_seq_len`.
         """
         chosen = make_settings(settings)
-        many = not isinstance(prompt, str) and len(prompt) > 0 and not _is_id(prompt[0])
-        prompts = [self._encode(p) for p in (prompt if many else [prompt])]
+        given, many = _as_list(prompt)
+        prompts = [self._encode(one) for one in given]
         rows = [(ids, sample) for ids in prompts for sample in range(chosen.n)]
         found = self._complete([ids for ids, _ in rows], [sample for _, sample in rows], chosen)
         grouped: list[Any] = [found[i : i + chosen.n] for i in range(0, len(found), chosen.n)]
@@ -114,16 +118,21 @@ class LM(abc.ABC):
             raise InputError("the checkpoint has no tokenizer, so there is no text to stream")
         return self._stream(ids, chosen)
 
-    def score(self, text: Any) -> Any:
+    @overload
+    def score(self, text: str) -> np.ndarray: ...
+    @overload
+    def score(self, text: Sequence[Any]) -> Any: ...
+    def score(self, text: Prompt | Sequence[Prompt]) -> np.ndarray | list[np.ndarray]:
         """Return log p(token t | tokens before t), t = 1 .. T - 1, in nats: float64 [T - 1].
 
         `text` is a text (BOS is prepended), token ids, or a list of these, which returns a list.
         Raises `InputError` for fewer than two tokens, more than `max_seq_len`, or a token outside
         of the vocabulary.
         """
-        if not isinstance(text, str) and len(text) > 0 and not _is_id(text[0]):
-            return [self.score(one) for one in text]
-        ids = self._encode(text)
+        given, many = _as_list(text)
+        if many:
+            return [self.score(one) for one in given]
+        ids = self._encode(given[0])
         if not 2 <= len(ids) <= self.config.max_seq_len:
             raise InputError(f"cannot score {len(ids)} tokens; give 2 .. {self.config.max_seq_len}")
         return self._token_log_probs(ids)
@@ -259,5 +268,7 @@ def load_tokenizer(
     return tokenizer
 
 
-def _is_id(value: Any) -> bool:
-    return isinstance(value, (int, np.integer))
+def _as_list(prompt: Any) -> tuple[list[Any], bool]:
+    """Return the prompts as a list, and whether a list of prompts was given."""
+    is_one = isinstance(prompt, str) or not len(prompt) or isinstance(prompt[0], (int, np.integer))
+    return ([prompt], False) if is_one else (list(prompt), True)

@@ -26,6 +26,7 @@ COMMANDS = [
     "parity.report",
     "benchmarks",
     "benchmarks.conversion",
+    "scripts/api_docs.py",
     "scripts/libreoffice_help.py",
     "scripts/plot_run.py",
     "scripts/smollm2.py",
