@@ -1,3 +1,3 @@
-"""What both frameworks share; imports neither of them."""
+"""The code shared by both frameworks; it imports neither of them."""
 
 __version__ = "0.1.0"

@@ -59,7 +59,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the step fits into device memory."""
+        """True if the step fits into device memory."""
         return self.bytes_sent is not None and self.total <= self.capacity
 
     @property

@@ -1,7 +1,7 @@
 """Checkpoints of every format as one structure, and the files that all formats share.
 
 A `Checkpoint` has the names and shapes of its tensors and a function that reads one of them, by
-rows: no format is loaded into memory as a whole. Keys are `{name}` for a parameter and
+rows: no checkpoint is loaded into memory at once. Keys are `{name}` for a parameter and
 `exp_avg.{name}`, `exp_avg_sq.{name}` for its moments. `config.json` describes the model, and
 `trainer_state.json` a training state.
 """

@@ -24,7 +24,7 @@ class Processes(Protocol):
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the first process."""
+        """True in the first process."""
 
     def broadcast(self, text: str) -> str:
         """Return the text of the first process, in all of them."""

@@ -90,23 +90,25 @@ def open_checkpoint(path: Path, stored: HFTensors | None = None) -> Checkpoint:
     shape, or belongs to no parameter.
     """
     model = read_config(path)
-    there = stored or _safetensors(path)
-    theirs = {hf_name(name): name for name in model.parameter_shapes()}
+    found = stored or _safetensors(path)
+    canonical = {hf_name(name): name for name in model.parameter_shapes()}
     computed = "|".join(NO_PARAMETERS)
     tensors = {
-        theirs.get(name, name): tensor
-        for name, tensor in there.tensors.items()
+        canonical.get(name, name): tensor
+        for name, tensor in found.tensors.items()
         if not re.fullmatch(computed, name)
     }
     if model.tie_embeddings and "lm_head.weight" in tensors:
         # Some programs write tied weights twice.
-        _check_tied(path, there)
+        _check_tied(path, found)
         del tensors["lm_head.weight"]
     tensors = check_tensors(path, model, tensors)
-    checksums = {theirs[name]: hash for name, hash in there.checksums.items() if name in theirs}
+    checksums = {
+        canonical[name]: hash for name, hash in found.checksums.items() if name in canonical
+    }
 
     def rows_of(key: str, rows: slice = FULL_SLICE) -> np.ndarray:
-        return there.read(hf_name(key), rows)
+        return found.read(hf_name(key), rows)
 
     read = verify_on_read(rows_of, tensors, checksums, lambda key: path)
     files = tokenizer_files(path) | {HF_CONFIG: path / "config.json"}

@@ -44,7 +44,7 @@ class CheckpointManager:
 
     @property
     def failed(self) -> bool:
-        """Whether a failure of this process has not been reported to the others yet."""
+        """True if this process has a failure that it has not reported to the others."""
         return self._failure is not None
 
     def save(

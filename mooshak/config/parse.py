@@ -33,7 +33,7 @@ class _HelpFormatter(HelpFormatter, jsonargparse.DefaultHelpFormatter):
     """Help with the options by section, and their defaults as YAML."""
 
     def _format_action(self, action: argparse.Action) -> str:
-        # The option that reads a section from a file of its own is not worth a line.
+        # Hide the options that read a single section from a file.
         if action.dest in SECTIONS:
             return ""
         return super()._format_action(action)
@@ -63,7 +63,7 @@ def config_parser(
     """Return a parser of `--config FILE` and every `--section.key`.
 
     `module` is the module of the command and `doc` its docstring; the command adds its own options,
-    and passes a `usage` of its own where it has required arguments.
+    and passes another `usage` if it has required arguments.
     """
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     result = jsonargparse.ArgumentParser(

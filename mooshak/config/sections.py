@@ -1,7 +1,7 @@
-"""The configuration: strict dataclasses, read from YAML, changed by `--section.key value`.
+"""Sections of the configuration: strict dataclasses, set in YAML or by `--section.key value`.
 
-Every command builds its parser with `parser()` and reads its arguments with `parse()`. Keys that
-nobody knows are errors that name the nearest known key, wherever they stand.
+mooshak/config/parse.py builds the parser of every command from them. Their docstrings are the help
+texts. An unknown key is an error that names the most similar known one.
 """
 
 import math

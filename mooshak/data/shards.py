@@ -118,7 +118,7 @@ class TokenShards:
 
     @property
     def has_offsets(self) -> bool:
-        """Whether the starts of the documents are known, which `segments` needs."""
+        """True if the starts of the documents are known, which `segments` needs."""
         return len(self._offsets) == len(self._shards)
 
     def window(self, start: int, length: int) -> np.ndarray:

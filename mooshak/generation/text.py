@@ -24,7 +24,7 @@ class TextStream:
         self.tokenizer, self.prompt, self.stop = tokenizer, list(prompt), stop
         self.ids: list[int] = []
         self.stopped = False
-        """Whether a stop text was generated."""
+        """True after a stop text was generated."""
         self._start = self._decode([])
         self._sent = 0
 

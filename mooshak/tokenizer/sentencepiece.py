@@ -120,7 +120,7 @@ class SentencePieceTokenizer:
 
     @cached_property
     def _of_words(self) -> bool:
-        """Whether no token spans two words, so that words can be encoded separately."""
+        """True if no token spans two words: words can be encoded separately."""
         proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
         proto.ParseFromString(self._model.serialized_model_proto())
         spec = proto.normalizer_spec
