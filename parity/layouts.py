@@ -1,8 +1,8 @@
 """Compare the same training on every layout of devices: meshes and processes must change nothing.
 
 JAX builds its meshes from the CPU devices of one process. PyTorch needs a process per rank:
-`train_on_ranks` writes the case to a directory, torchrun starts `parity.rank_worker`, and its first
-process writes the answer there.
+`train_on_ranks` writes the case to a directory, torchrun starts `parity.rank_worker`, and the first
+rank writes the results there.
 """
 
 import subprocess
