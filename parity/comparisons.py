@@ -106,15 +106,19 @@ class ParityCase:
 
 
 def segments(shape: tuple[int, ...]) -> np.ndarray:
-    """Return the documents of rows of T + 1 tokens: three per row, one of them a single token."""
+    """Return the documents of rows of T + 1 tokens, one of a single token in most rows.
+
+    Every fifth row is one document: data-parallel ranks get unequal numbers of labels.
+    """
     n_rows, n_tokens = shape
-    short = (n_tokens - 1) // 3
-    long = n_tokens - 2 - short
-    rows = [(short, 1, long), (1, long, short), (long, short, 1), (long, 1, short)]
-    return np.array(
-        [np.repeat((1, 2, 3), (a, b, c + 1)) for a, b, c in (rows[i % 4] for i in range(n_rows))],
-        dtype=np.int32,
-    )
+    T = n_tokens - 1
+    short, long = T // 3, T - 1 - T // 3
+    rows = [(short, 1, long), (1, long, short), (long, short, 1), (long, 1, short), (T,)]
+    segments_BS = np.ones(shape, np.int32)
+    for row in range(n_rows):
+        for border in np.cumsum(rows[row % 5])[:-1]:
+            segments_BS[row, border:] += 1
+    return segments_BS
 
 
 def forward(q: ParityCase) -> Iterator[Line]:
