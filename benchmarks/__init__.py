@@ -1,1 +1,1 @@
-"""Our code and its peers, measured side by side; no part of the installed package."""
+"""Benchmarks of our code and its peers; not part of the installed package."""

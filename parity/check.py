@@ -1,8 +1,8 @@
 """Prove that the PyTorch and the JAX model are the same function.
 
-SOURCE is a checkpoint of any format, or a configuration (*.yaml), whose model is then drawn with
-weights and gains that let faults show. With OTHER, PyTorch computes with the weights of SOURCE and
-JAX with those of OTHER. docs/parity.md explains the lines and their bounds.
+SOURCE is a checkpoint of any format, or a configuration (*.yaml), whose model then gets random
+weights and gains, which make faults visible. With OTHER, PyTorch computes with the weights of
+SOURCE and JAX with those of OTHER. docs/parity.md explains the lines and their bounds.
 
 python -m parity.check configs/demo.yaml
 python -m parity.check runs/demo/torch/checkpoints/600 runs/demo/jax/checkpoints/1200 --out report

@@ -363,7 +363,7 @@ def _packed_lines(
 
 
 def training(q: ParityCase) -> Iterator[Line]:
-    """Compare 20 steps of the trainers' own step functions, side by side, in float64."""
+    """Compare 20 steps of the trainers' own step functions in lockstep, in float64."""
     config = q.config("float64")
     names = ("losses", "gradient norms", "exp_avg", "exp_avg_sq", "parameters")
     worst = dict.fromkeys(names, 0.0)

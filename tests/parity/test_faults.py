@@ -1,6 +1,6 @@
-"""The check finds faults that people make, and says where they are.
+"""The check finds typical faults and reports where they are.
 
-Each fault stands in one framework alone, torch and JAX by turns.
+Each fault is injected into one framework, torch and JAX in turns.
 """
 
 import re
@@ -93,7 +93,7 @@ def test_without_a_fault_every_line_passes_and_its_control_does_not() -> None:
         if line.negative_control is None or line.negative_control <= line.allowed
     ]
     assert blind == []
-    # What float64 shows lies about its floor: between frameworks, no more than rounding.
+    # Differences in float64 are close to the noise floor: no more than rounding.
     floors = [line for line in lines if line.dtype == "float64" and line.noise_floor is not None]
     assert len(floors) > 10
     assert [line for line in floors if not 1e-19 < line.noise_floor < 1e-12] == []
