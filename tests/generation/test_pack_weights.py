@@ -13,6 +13,7 @@ from torch import Tensor
 import mooshak_torch.decode
 from mooshak.config.model import ModelConfig
 from mooshak.config.sections import OptimizerConfig
+from mooshak.data.packing import Batch
 from mooshak_torch.decode import generate
 from mooshak_torch.model import Linear, Model
 from mooshak_torch.objectives import CausalLM
@@ -85,7 +86,7 @@ def trained(
     for step in range(1, steps + 1):
         batch_BS = torch.from_numpy(np.random.default_rng(step).integers(0, 128, (4, 21)))
         optimizer.zero_grad(set_to_none=True)
-        (objective(batch_BS) / 80).backward()
+        (objective(Batch(batch_BS[:, :-1], batch_BS[:, 1:])) / 80).backward()
         optimizer.step()
         if step in generate_after:
             before = layout(model)
@@ -121,7 +122,8 @@ def test_generate_sees_every_change_of_the_weights(config: ModelConfig, packed: 
             mine.data.copy_(theirs.data + 0.1)
 
     def step() -> None:
-        CausalLM(model, chunk=32)(torch.tensor(PROMPTS[2:3])).backward()
+        tokens_1S = torch.tensor(PROMPTS[2:3])
+        CausalLM(model, chunk=32)(Batch(tokens_1S[:, :-1], tokens_1S[:, 1:])).backward()
         make_optimizer(model, OptimizerConfig(learning_rate=1e-1)).step()
 
     changes = [lambda: None, step, lambda: model.load_state_dict(other.state_dict())]
