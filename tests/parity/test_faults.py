@@ -93,12 +93,12 @@ def test_without_a_fault_every_line_passes_and_its_control_does_not() -> None:
         if line.negative_control is None or line.negative_control <= line.allowed
     ]
     assert blind == []
-    # Differences in float64 are close to the noise floor: no more than rounding. On a CPU, torch
-    # attends to packed documents one by one, as to each alone: some lines are exact in both dtypes.
+    # Differences in float64 are close to the noise floor: no more than rounding.
     floors = [line for line in lines if line.dtype == "float64" and line.noise_floor is not None]
-    inexact = [line for line in floors if line.noise_floor or line.measured]
-    assert len(floors) > 25 and len(floors) - len(inexact) <= 2
-    assert [line for line in inexact if not 1e-19 < line.noise_floor < 1e-12] == []
+    assert len(floors) > 25
+    assert [line for line in floors if line.noise_floor >= 1e-12] == []
+    # A framework may compute packed documents and each document alone alike, to the last bit.
+    assert [x for x in floors if x.noise_floor <= 1e-19 and "document alone" not in x.name] == []
 
 
 def test_two_checkpoints_that_differ_in_one_element() -> None:
