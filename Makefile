@@ -28,10 +28,10 @@ picture: ## render docs/report.png from the report of the demo; needs chromium, 
 WORKERS := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: setup ## run all tests
-	$(BIN)/python -m pytest $(WORKERS)
+	$(BIN)/python -m pytest $(WORKERS) --durations=15
 
 test-fast: setup ## run the fast tests
-	$(BIN)/python -m pytest $(WORKERS) -m 'not slow'
+	$(BIN)/python -m pytest $(WORKERS) --durations=15 -m 'not slow'
 
 benchmark: setup ## measure our code and its peers: benchmarks/results/index.html
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
