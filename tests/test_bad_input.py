@@ -187,6 +187,7 @@ def test_checkpoint_of_another_run(
     assert contents(tmp_path) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 @pytest.mark.parametrize(
     ("damaged", "message"),
@@ -309,6 +310,7 @@ def test_metadata_that_would_call_something(
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_converted(
     refused: Refused, run_of: Callable[[str], tuple[Path, Path]], tmp_path: Path
 ) -> None:

@@ -80,6 +80,7 @@ def test_a_case_is_measured_in_processes_and_shown_on_a_page(tmp_path: Path) -> 
     assert result["title"] in page and "<svg" in page and "<script" not in page
 
 
+@pytest.mark.slow
 def test_unknown_case_is_one_line() -> None:
     words = [sys.executable, "-m", "benchmarks", "trian"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)

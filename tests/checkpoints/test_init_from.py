@@ -143,6 +143,7 @@ def test_old_pieces_keep_their_ids_and_hindi_costs_fewer_tokens(
     assert extended.decode(extended.encode(hindi)) == hindi
 
 
+@pytest.mark.slow
 def test_new_rows_are_means_and_have_the_same_bits_in_both_frameworks(
     llama: Path, config: Path, extended: Tokenizer
 ) -> None:
@@ -228,6 +229,7 @@ def test_a_byte_level_tokenizer_grows_too(llama: Path, config: Path, tmp_path: P
         assert not path_.exists()
 
 
+@pytest.mark.slow
 def test_pretraining_continues_alike_in_both_frameworks(
     config: Path, extended: Tokenizer, tmp_path: Path, command: Command
 ) -> None:
@@ -246,6 +248,7 @@ def test_pretraining_continues_alike_in_both_frameworks(
     assert (tmp_path / "hf/tokenizer.model").read_bytes() == extended.path.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_directory_from_the_hub_generates_in_both_frameworks(
     llama: Path, command: Command
 ) -> None:

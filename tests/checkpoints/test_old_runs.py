@@ -32,6 +32,7 @@ def _in_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # The torch commands set it for good.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("run", "framework"), READERS)
 def test_old_run_resumes(run: str, framework: str) -> None:
     record = Path(run, "config.yaml").read_text()
@@ -51,6 +52,7 @@ def test_old_run_resumes(run: str, framework: str) -> None:
     assert Path(run, "checkpoints/4/tokenizer.model").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("run", "framework"), [("torch", "torch"), ("jax", "jax")])
 def test_old_run_is_evaluated(
     run: str, framework: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

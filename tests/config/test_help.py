@@ -11,6 +11,8 @@ import pytest
 
 from mooshak.config.sections import Config
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 COMMANDS = [
     *(f"mooshak_torch.{name}" for name in ("train", "generate", "evaluate", "plan")),
@@ -61,7 +63,6 @@ def test_commands_are_all_modules_with_a_parser() -> None:
     assert found - {"parity.rank_worker"} == {*programs} - evaluate
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("program", COMMANDS)
 def test_help(program: str) -> None:
     words = [sys.executable, "-c", RUN, program]
@@ -76,7 +77,6 @@ def test_help(program: str) -> None:
     assert json.loads(last) == [0, []]
 
 
-@pytest.mark.slow
 def test_help_of_a_configuration_lists_every_key_with_its_default() -> None:
     words = [sys.executable, "-m", "mooshak_torch.train", "--help"]
     text = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=True).stdout

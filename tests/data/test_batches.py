@@ -139,6 +139,7 @@ def test_a_batch_is_a_pure_function_of_the_step(config: Config):
     assert (global_rows(config, 0) != global_rows(other_seed, 0)).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_process_may_read_any_rows_of_the_batch(config: Config, workers: int):
     rows = [1, 2, 6]
@@ -167,6 +168,7 @@ def test_processes_only_divide_the_batch(config: Config, processes: int, start_s
         assert (together == global_rows(config, start_step + i)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("process", "processes"), [(0, 1), (1, 2)])
 def test_workers_change_nothing(config: Config, process: int, processes: int):
     options = {"start_step": 3, "process": process, "processes": processes}

@@ -4,6 +4,8 @@ import multiprocessing
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from mooshak.config.sections import Config
 from mooshak.data.shards import load_or_prepare_shards
 
@@ -12,6 +14,7 @@ def ensure(config: Config, queue: multiprocessing.Queue) -> None:
     queue.put(load_or_prepare_shards(config, progress=False)[1])
 
 
+@pytest.mark.slow
 def test_shards_are_made_by_one_process(fresh_config: Config, tmp_path: Path) -> None:
     """As torchrun starts them: nothing is there, the tokenizer included."""
     tokenizer = replace(fresh_config.tokenizer, path=str(tmp_path / "t.model"))

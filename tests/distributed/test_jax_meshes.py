@@ -32,6 +32,8 @@ from mooshak_jax.decode import generate
 from mooshak_jax.distributed.mesh import make_parallel
 from mooshak_jax.step import initial_state, make_train_step
 
+pytestmark = pytest.mark.slow
+
 STEPS = 10
 MODEL = ModelConfig(
     vocab_size=192, dim=32, n_layers=2, n_heads=8, n_kv_heads=4, hidden_dim=48, max_seq_len=24
@@ -102,7 +104,6 @@ def test_every_mesh_and_layout_trains_as_one_device(
     assert losses == pytest.approx(truth, rel=1e-10, abs=0)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["data=1", "data=2,fsdp=2,tensor=2"])
 def test_generating_does_not_change_training(mesh: str) -> None:
     config = configured(mesh)

@@ -18,6 +18,8 @@ from mooshak.config.parse import dump_config, load_config
 from mooshak.config.sections import CheckpointConfig, Config, EvaluateConfig, ScheduleConfig
 from mooshak.data.shards import load_or_prepare_shards
 
+pytestmark = pytest.mark.slow
+
 Pair = list[subprocess.Popen]
 
 

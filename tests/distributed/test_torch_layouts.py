@@ -25,6 +25,8 @@ from mooshak_torch.planner import plan
 from mooshak_torch.train import train
 from parity.convert import convert
 
+pytestmark = pytest.mark.slow
+
 STEPS = 10
 
 LAYOUTS: dict[str, tuple[Any, ...]] = {
@@ -122,7 +124,6 @@ def test_a_layout_trains_as_one_process(
     assert_same(runs[f"{name}-{processes}"]["directory"], alone, figures=figures)
 
 
-@pytest.mark.slow
 def test_ranks_divide_by_the_labels_of_all_rows(config: Path, tmp_path: Path, ranks: Ranks) -> None:
     """Rows with unequal numbers of ignored labels, on processes and in accumulation parts."""
     path = tmp_path / "batches.npy"
@@ -142,7 +143,6 @@ def weighted_alone(config: Path, ranks: Ranks) -> Path:
     return directory
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "tensor", "sequence", "zero3"])
 def test_weighted_log_probs_train_as_one_process(
     name: str, config: Path, ranks: Ranks, alone: Path, weighted_alone: Path, tmp_path: Path

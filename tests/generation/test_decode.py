@@ -47,6 +47,7 @@ def test_prompts_of_several_lengths_continue_as_each_does_alone(model: ModelConf
     assert np.array_equal(found, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied"])
 def test_one_sequence_is_decoded_in_bfloat16(tied: bool) -> None:
     model = replace(MODELS["llama"], tie_embeddings=tied)

@@ -84,6 +84,7 @@ def same(a: Checkpoint, b: Checkpoint) -> None:
         assert np.array_equal(a.read(key).view(np.uint8), b.read(key).view(np.uint8)), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [1000, 1 << 24], ids=["many blocks", "one block"])
 def test_every_pair_is_exact(
     state: Checkpoint, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -277,6 +278,7 @@ MOMENTS_OF_DEATH = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("to", "moment"),
     [
@@ -305,6 +307,7 @@ def test_a_kill_leaves_source_and_older_destination_usable(
         assert not (tmp_path / "out" / LOCK).exists() and not (tmp_path / "out/folder").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_do_not_write_one_destination(state: Checkpoint, tmp_path: Path) -> None:
     waiting = "safetensors.verify = lambda _: (print(file=sys.stderr, flush=True), input())"
     process = converting(state.path, tmp_path / "out", "safetensors", waiting)
@@ -319,6 +322,7 @@ def test_two_processes_do_not_write_one_destination(state: Checkpoint, tmp_path:
         process.communicate()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", KINDS)
 def test_a_disk_that_fills_up(state: Checkpoint, to: str, tmp_path: Path) -> None:
     """The limit on the size of files stands for it: the write fails in the middle."""

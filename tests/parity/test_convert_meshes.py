@@ -27,6 +27,8 @@ from parity import checker
 from parity.backends import canonical
 from parity.convert import convert, describe, open_any
 
+pytestmark = pytest.mark.slow
+
 MODEL = ModelConfig(
     vocab_size=192, dim=32, n_layers=3, n_heads=8, n_kv_heads=4, hidden_dim=48, max_seq_len=24
 )

@@ -182,6 +182,7 @@ def test_samples_are_told_apart_by_their_prompts(tmp_path: Path) -> None:
     assert [sample.language for sample in samples] == ["hi", "en", "en"]
 
 
+@pytest.mark.slow
 def test_bad_input_ends_in_one_line(config: Path, tmp_path: Path) -> None:
     for module, *arguments, reason in (
         ("parity.demo", "--config", config, "--train.stepz", 3, "did you mean train.steps"),

@@ -141,6 +141,7 @@ def test_a_pipeline_writes_text(exported: Path) -> None:
     assert written["generated_text"].startswith("एक चूहा")
 
 
+@pytest.mark.slow
 def test_the_trainer_lowers_the_loss_and_what_it_saves_comes_back(
     exported: Path, tmp_path: Path
 ) -> None:

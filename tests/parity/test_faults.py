@@ -16,6 +16,8 @@ from parity import checker
 from parity.comparisons import Line
 from parity.faults import FAULTS, inject_fault
 
+pytestmark = pytest.mark.slow
+
 MODEL = ModelConfig(vocab_size=96, dim=24, n_layers=3, n_heads=3, hidden_dim=40, max_seq_len=40)
 LLAMA = replace(
     MODEL,
@@ -75,7 +77,6 @@ def test_there_are_at_least_44_faults() -> None:
     assert len(FAULTS) >= 44
 
 
-@pytest.mark.slow
 def test_without_a_fault_every_line_passes_and_its_control_does_not() -> None:
     lines = list(
         checker.check(

@@ -62,6 +62,7 @@ MODELS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 def test_every_line_of_the_check_passes(model: ModelConfig) -> None:
     source = checker.random_checkpoint(model)
@@ -80,6 +81,7 @@ def test_every_line_of_the_check_passes(model: ModelConfig) -> None:
     assert [line for line in lines if not line.passed] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 2])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_training_steps_agree_on_meshes(devices: int, accumulation: int) -> None:

@@ -82,6 +82,7 @@ def make(directory: Path, kind: str, dtype: torch.dtype = torch.float32, **setti
     return transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", GRID)
 def test_every_family_is_the_same_function_in_both_frameworks(case: str, tmp_path: Path) -> None:
     kind, settings = GRID[case]

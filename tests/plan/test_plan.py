@@ -50,6 +50,7 @@ def test_no_peak_is_guessed(kind: str) -> None:
     assert peak_flops(kind) is None
 
 
+@pytest.mark.slow
 def test_two_processes_start_on_a_cpu_beside_libtpu_and_say_nothing() -> None:
     """libtpu, where it is installed, complains of a missing TPU and lets one process have it."""
     code = "import mooshak_jax, jax; print(jax.devices()[0].platform, flush=True); input()"
@@ -117,6 +118,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_collectives_of_compiled_programs_against_the_formulas() -> None:
     """On a mesh of 2 x 4; every array has 128 numbers."""
     run = subprocess.run(

@@ -96,6 +96,7 @@ def test_torch_accumulation_changes_no_loss(parts: int, truth: Curve) -> None:
     assert distance(torch_curve(accumulated(parts)), truth) < 1e-13
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [1, 4])
 def test_jax_accumulation_changes_no_loss(parts: int, truth: Curve) -> None:
     assert distance(jax_curve(accumulated(parts)), truth) < 1e-13
@@ -114,6 +115,7 @@ def test_a_batch_without_labels_that_count_has_loss_0() -> None:
     assert torch_curve(CONFIG, [empty]) == jax_curve(CONFIG, [empty]) == [(0.0, 0.0)]
 
 
+@pytest.mark.slow
 def test_evaluation_ignores_labels_in_both_frameworks() -> None:
     """Five rows in batches of three: torch cuts the last one short, JAX pads it."""
     batch = packed_batch(7, 5, 24, 192)

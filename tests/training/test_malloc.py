@@ -19,6 +19,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these settings")
 def test_retained_memory_takes_no_page_faults() -> None:
     """Only in a process with a single arena: `train` called from elsewhere changes nothing."""

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+pytestmark = pytest.mark.slow
+
 STEPS = 8
 
 
@@ -152,7 +154,6 @@ def test_a_signal_saves_and_says_how_to_go_on(framework: str, config: Path, tmp_
     assert (tmp_path / "checkpoints" / str(step) / "trainer_state.json").is_file()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("framework", ["torch", "jax"])
 def test_a_profile_says_where_the_time_goes(framework: str, config: Path, tmp_path: Path) -> None:
     options = (
@@ -234,7 +235,6 @@ def test_all_held_out_text_is_evaluated_on_demand(torch_run: Path) -> None:
     assert tokens == [(held_out - 1) // 32 * 32]
 
 
-@pytest.mark.slow
 def test_one_run_over_five_layouts_has_the_same_curve(
     config: Path, torch_run: Path, tmp_path: Path
 ) -> None:

@@ -174,6 +174,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_peer_error_ends_threads_and_children() -> None:
     # The output of a child that is left behind stays open.
     command = [sys.executable, "-c", STUCK]
