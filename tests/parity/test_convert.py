@@ -18,7 +18,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.numpy import load_file
 
-from benchmarks.conversion import drawn_state, measure, model_of
+from benchmarks.conversion import measure, model_of, random_state
 from mooshak.checkpoints import base, safetensors
 from mooshak.checkpoints.base import FULL_SLICE, MOMENTS, Checkpoint
 from mooshak.config.model import ModelConfig
@@ -339,7 +339,7 @@ def test_a_disk_that_fills_up(state: Checkpoint, to: str, tmp_path: Path) -> Non
 def test_a_conversion_takes_little_memory(tmp_path: Path) -> None:
     """What it takes does not grow with the state: 400 MB here, whose embedding has 43 MB."""
     first = tmp_path / "safetensors"
-    safetensors.write_checkpoint(first, drawn_state(model_of(400_000_000)))
+    safetensors.write_checkpoint(first, random_state(model_of(400_000_000)))
     for source, to in (("safetensors", "torch"), ("torch", "jax"), ("jax", "torch")):
         target = tmp_path / f"{to}-of-{source}"
         memory = measure(tmp_path / source, target, to)["anon_bytes"]
