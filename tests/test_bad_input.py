@@ -147,7 +147,7 @@ def test_tokenizer_of_another_vocabulary(
     assert Path(fresh_config.tokenizer.path).read_bytes() == before
 
 
-def test_batch_or_devices_that_cannot_be_divided(
+def test_indivisible_batch_or_devices(
     refused: Refused, fresh_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = ("--config", written(fresh_config, tmp_path))
@@ -241,7 +241,7 @@ def test_truncated_safetensors(
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_checkpoint_whose_tensors_are_those_of_another_model(
+def test_checkpoint_with_tensors_of_another_model(
     framework: str, refused: Refused, run_of: Callable[[str], tuple[Path, Path]]
 ) -> None:
     config, checkpoint = run_of(framework)
@@ -294,7 +294,7 @@ def test_destination_exists(
     assert contents(tmp_path) == before
 
 
-def test_metadata_that_would_call_something(
+def test_pickled_metadata_is_not_executed(
     refused: Refused, run_of: Callable[[str], tuple[Path, Path]], tmp_path: Path
 ) -> None:
     """DCP's metadata are a pickle: a stranger's must not run."""
@@ -311,7 +311,7 @@ def test_metadata_that_would_call_something(
 
 
 @pytest.mark.slow
-def test_a_checkpoint_that_cannot_be_converted(
+def test_failed_conversion_is_reported_by_all(
     refused: Refused, run_of: Callable[[str], tuple[Path, Path]], tmp_path: Path
 ) -> None:
     """The first process says why, and the others, which convert nothing, say the same."""

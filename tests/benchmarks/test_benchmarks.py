@@ -58,7 +58,7 @@ def test_every_worker_runs(case: Case, entry: str, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.slow
-def test_a_case_is_measured_in_processes_and_shown_on_a_page(tmp_path: Path) -> None:
+def test_case_is_measured_and_shown_on_a_page(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "benchmarks", "data", "--size", "tiny", "--repetitions", "2"]
     # Not in `tmp_path`: the DataLoader has sockets there, whose paths are short.
     with tempfile.TemporaryDirectory() as temporary:

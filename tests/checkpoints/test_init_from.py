@@ -131,9 +131,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     return call
 
 
-def test_old_pieces_keep_their_ids_and_hindi_costs_fewer_tokens(
-    llama: Path, extended: Tokenizer
-) -> None:
+def test_extended_tokenizer_keeps_ids_and_shortens_hindi(llama: Path, extended: Tokenizer) -> None:
     old = SentencePieceTokenizer(llama / "tokenizer.model")
     assert extended.vocab_size == 380
     assert extended.texts()[:320] == old.texts()
@@ -144,7 +142,7 @@ def test_old_pieces_keep_their_ids_and_hindi_costs_fewer_tokens(
 
 
 @pytest.mark.slow
-def test_new_rows_are_means_and_have_the_same_bits_in_both_frameworks(
+def test_new_rows_are_means_with_equal_bits_in_both(
     llama: Path, config: Path, extended: Tokenizer
 ) -> None:
     import mooshak_jax.checkpoint
@@ -177,7 +175,7 @@ def test_new_rows_are_means_and_have_the_same_bits_in_both_frameworks(
         assert np.array_equal(parameter.detach().numpy(), theirs[name]), name
 
 
-def test_a_byte_level_tokenizer_grows_too(llama: Path, config: Path, tmp_path: Path) -> None:
+def test_byte_level_tokenizer_is_extended(llama: Path, config: Path, tmp_path: Path) -> None:
     """As Llama 3, Qwen and SmolLM have one: a `tokenizer.json`, and settings beside it."""
     from tokenizers import Tokenizer as Fast
     from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -230,7 +228,7 @@ def test_a_byte_level_tokenizer_grows_too(llama: Path, config: Path, tmp_path: P
 
 
 @pytest.mark.slow
-def test_pretraining_continues_alike_in_both_frameworks(
+def test_continued_pretraining_is_equal_in_both(
     config: Path, extended: Tokenizer, tmp_path: Path, command: Command
 ) -> None:
     options = ("--config", config, "--tokenizer.path", extended.path, "--model.vocab_size", 384)
@@ -249,9 +247,7 @@ def test_pretraining_continues_alike_in_both_frameworks(
 
 
 @pytest.mark.slow
-def test_a_directory_from_the_hub_generates_in_both_frameworks(
-    llama: Path, command: Command
-) -> None:
+def test_hub_directory_generates_in_both_frameworks(llama: Path, command: Command) -> None:
     options = (llama, "--prompt", "the lion", "--tokens", 12)
     ours, theirs = (command(f"mooshak_{framework}.generate", *options) for framework in FRAMEWORKS)
     assert ours == theirs and ours.startswith("the lion")
@@ -266,7 +262,7 @@ def test_a_directory_from_the_hub_generates_in_both_frameworks(
         (["--init.from", "/nowhere"], "no checkpoint directory /nowhere"),
     ],
 )
-def test_what_does_not_fit_is_named(
+def test_mismatch_with_init_checkpoint_is_named(
     options: list[str], message: str, config: Path, extended: Tokenizer, tmp_path: Path
 ) -> None:
     from mooshak_torch.train import train
@@ -277,7 +273,7 @@ def test_what_does_not_fit_is_named(
         train(resolved(config, options))
 
 
-def test_an_extension_needs_room_and_text(config: Path, tmp_path: Path) -> None:
+def test_extension_needs_a_larger_vocabulary_and_text(config: Path, tmp_path: Path) -> None:
 
     path = ["--tokenizer.path", str(tmp_path / "new.model")]
     for size, message in (("300", "more than the 320 tokens"), ("5000", "too large for the text")):

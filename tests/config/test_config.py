@@ -12,18 +12,18 @@ from mooshak.errors import InputError
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
-def test_full_model_has_exactly_2010185728_parameters() -> None:
+def test_full_model_has_2010185728_parameters() -> None:
     assert load_config(CONFIGS / "mooshak-2b.yaml").model.parameter_count() == 2_010_185_728
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_config_loads_and_its_dump_loads_as_the_same(path: Path, tmp_path: Path) -> None:
+def test_config_file_and_its_dump_load_the_same(path: Path, tmp_path: Path) -> None:
     loaded = load_config(path)
     (tmp_path / "again.yaml").write_text(dump_config(loaded))
     assert load_config(tmp_path / "again.yaml") == loaded
 
 
-def test_overrides_win_over_the_file() -> None:
+def test_overrides_take_precedence_over_the_file() -> None:
     loaded = load_config(CONFIGS / "demo.yaml", ["--train.steps", "7", "--run.dir", "elsewhere"])
     assert (loaded.train.steps, loaded.run.dir, loaded.schedule.total_steps) == (7, "elsewhere", 7)
 
@@ -59,7 +59,7 @@ def test_overrides_win_over_the_file() -> None:
         ),
     ],
 )
-def test_a_wrong_option_is_named(arguments: list[str], message: str) -> None:
+def test_wrong_option_is_named(arguments: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message.replace("?", r"\?")):
         parse_config(config_parser(""), arguments)[0].config()
 
@@ -75,14 +75,14 @@ def test_a_wrong_option_is_named(arguments: list[str], message: str) -> None:
         ("data: {sources: [{name: ..}]}", "must begin with a letter or digit"),
     ],
 )
-def test_a_wrong_key_in_the_file_is_named(text: str, message: str, tmp_path: Path) -> None:
+def test_wrong_key_in_a_file_is_named(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text(text)
     for read in (load_config, load_draft):
         with pytest.raises(InputError, match=message):
             read(tmp_path / "bad.yaml")
 
 
-def test_config_json_goes_round() -> None:
+def test_config_json_round_trip() -> None:
     model = load_config(CONFIGS / "demo.yaml").model
     assert model_from_json(model_to_json(model), "here") == model
     laid_out = replace(model, scan_layers=True, fuse_kernels=True)
@@ -101,7 +101,7 @@ def test_config_json_goes_round() -> None:
         ('{"dim": 3}', "is missing"),
     ],
 )
-def test_a_wrong_config_json_is_named(text: str, message: str) -> None:
+def test_wrong_config_json_is_named(text: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         model_from_json(text, "config.json")
 

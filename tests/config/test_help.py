@@ -77,7 +77,7 @@ def test_help(program: str) -> None:
     assert json.loads(last) == [0, []]
 
 
-def test_help_of_a_configuration_lists_every_key_with_its_default() -> None:
+def test_help_lists_every_key_with_its_default() -> None:
     words = [sys.executable, "-m", "mooshak_torch.train", "--help"]
     text = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=True).stdout
     for name, section in get_type_hints(Config).items():

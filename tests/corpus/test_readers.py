@@ -44,7 +44,7 @@ def test_text_files_are_documents_sorted_by_name(tmp_path: Path):
     assert read(source) == ["a\nशेर ", "b\nशेर ", "c/d\nशेर "]
 
 
-def test_a_name_that_looks_like_a_glob_is_a_name(tmp_path: Path):
+def test_file_name_with_glob_characters_is_a_name(tmp_path: Path):
     (tmp_path / "a[1].txt").write_text("one")
     assert read(SourceConfig("x", kind="text", path=str(tmp_path / "a[1].txt"))) == ["one"]
 
@@ -130,7 +130,7 @@ def test_normal_text_is_seen(text: str):
     assert is_normal(unicodedata.normalize("NFC", text))
 
 
-def test_files_that_are_not_there_or_empty(tmp_path: Path):
+def test_missing_or_empty_files_are_named(tmp_path: Path):
     (tmp_path / "empty.txt").touch()
     for kind in ("text", "jsonl", "parquet"):
         with pytest.raises(InputError, match=r"source x: no file matches .*\*\.md"):
@@ -146,7 +146,7 @@ def test_binary_text_file(tmp_path: Path, content: bytes):
         read(SourceConfig("x", kind="text", path=str(tmp_path / "a.txt")))
 
 
-def test_byte_order_mark_is_no_text(tmp_path: Path):
+def test_byte_order_mark_is_dropped(tmp_path: Path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfa")
     assert read(SourceConfig("x", kind="text", path=str(tmp_path / "a.txt"))) == ["a"]
 

@@ -20,7 +20,7 @@ def many():
     return [tales.tale(0, index) for index in range(COUNT)]
 
 
-def test_there_are_forty_plots_sixty_nouns_and_many_millions_of_tales():
+def test_tales_have_forty_plots_and_millions_of_variants():
     plots = tales.plots()
     assert len({plot.name for plot in plots}) == len(plots) >= 40
     assert len(tales._words().nouns) >= 60
@@ -31,7 +31,7 @@ def test_there_are_forty_plots_sixty_nouns_and_many_millions_of_tales():
         assert plot.variants() > 10_000, plot.name
 
 
-def test_a_tale_depends_on_seed_and_index_only(many):
+def test_tale_depends_only_on_seed_and_index(many):
     assert tales.tale(0, 123).text("hi") == many[123].text("hi")
     assert tales.tale(1, 123).text("hi") != many[123].text("hi")
     pairs = list(tales.documents(0, 3))
@@ -39,7 +39,7 @@ def test_a_tale_depends_on_seed_and_index_only(many):
     assert [text for _, text in tales.documents(0, 3, ("en",))] == [t for _, t in pairs[1::2]]
 
 
-def test_a_tale_is_the_same_in_another_process_and_for_ever():
+def test_tale_is_the_same_in_another_process():
     """Pinned: corpora and graded questions made from the tales must not move by themselves."""
     script = "import mooshak.corpus.tales as t; d = t._Draw(3, 5); print(d.bits % 10**12)"
     seen = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout
@@ -49,14 +49,14 @@ def test_a_tale_is_the_same_in_another_process_and_for_ever():
 PINNED = 847378327201
 
 
-def test_hardly_a_tale_comes_twice_and_every_plot_comes(many):
+def test_tales_rarely_repeat_and_use_every_plot(many):
     assert len({tale.text("hi") for tale in many}) > 0.995 * COUNT
     assert len({tale.text("en") for tale in many}) > 0.995 * COUNT
     counts = Counter(tale.plot for tale in many)
     assert set(counts) == {plot.name for plot in tales.plots()}
 
 
-def test_nothing_of_the_templates_is_left(many):
+def test_tales_contain_no_template_syntax(many):
     for tale in many:
         hindi, english = tale.text("hi"), tale.text("en")
         for text in (hindi, english):
@@ -68,7 +68,7 @@ def test_nothing_of_the_templates_is_left(many):
         assert not re.search(r"[^\x00-\x7f“”]", english), english
 
 
-def test_every_sentence_ends_and_begins_well(many):
+def test_sentences_begin_and_end_properly(many):
     for tale in many:
         for section, text in tale.sections.items():
             if section != "title":
@@ -178,12 +178,12 @@ def test_other_plots_are_another_version(tmp_path, monkeypatch):
     assert tales.version() != before
 
 
-def test_an_unknown_language_is_refused():
+def test_unknown_language_is_refused():
     with pytest.raises(InputError, match="no tales in 'fr'"):
         list(tales.documents(0, 1, ("fr",)))
 
 
-def test_the_command_prints_both_languages():
+def test_tales_command_prints_both_languages():
     run = subprocess.run(
         [sys.executable, "-m", "mooshak.corpus.tales", "--count", "2"],
         capture_output=True,

@@ -114,7 +114,7 @@ def test_epochs_cover_everything_once_in_another_order(config: Config):
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
 
 
-def test_the_order_is_grains_own(config: Config):
+def test_order_is_the_one_of_grain(config: Config):
     """What a run has read stays what it has read: the order is that of Grain's transformations."""
     shuffled = []
     for source in config.data.sources:
@@ -130,7 +130,7 @@ def test_the_order_is_grains_own(config: Config):
         assert (rows[k] == shuffled[source][index]).all()
 
 
-def test_a_batch_is_a_pure_function_of_the_step(config: Config):
+def test_batch_is_a_pure_function_of_the_step(config: Config):
     stream = take(config, 40)
     assert stream[0].shape == (8, 33) and stream[0].dtype == np.int32
     for step in (39, 0, 17):
@@ -141,7 +141,7 @@ def test_a_batch_is_a_pure_function_of_the_step(config: Config):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_process_may_read_any_rows_of_the_batch(config: Config, workers: int):
+def test_process_reads_any_rows_of_the_batch(config: Config, workers: int):
     rows = [1, 2, 6]
     divided = replace(config, data=replace(config.data, workers=workers))
     for step, batch in enumerate(islice(batches_of_rows(divided, rows, 3), 4), 3):
@@ -177,19 +177,19 @@ def test_workers_change_nothing(config: Config, process: int, processes: int):
     assert all((a == b).all() for a, b in zip(expected, found, strict=True))
 
 
-def test_a_late_step_is_reached_at_once(config: Config):
+def test_late_step_is_reached_without_reading_earlier_ones(config: Config):
     (batch,) = take(config, 1, start_step=10**9, process=1, processes=2)
     assert (batch == global_rows(config, 10**9)[4:]).all()
 
 
-def test_a_change_of_one_source_leaves_the_order_of_the_others(config: Config):
+def test_changed_source_keeps_the_order_of_the_others(config: Config):
     only = [replace(config, data=replace(config.data, sources=[s])) for s in config.data.sources]
     first_hi = [row.tobytes() for row in global_rows(only[0], 0)]
     mixed = [row.tobytes() for row in np.concatenate(take(config, 3))]
     assert [row for row in mixed if row in first_hi] == first_hi
 
 
-def test_batch_that_cannot_be_divided(config: Config):
+def test_indivisible_batch_is_refused(config: Config):
     with pytest.raises(InputError, match="batch_size 8 is not divisible by 3 processes"):
         train_batches(config, processes=3)
     with pytest.raises(InputError, match="process 2 is not in"):

@@ -143,9 +143,7 @@ def test_resumes_to_the_same_bytes(
     assert len(reused) + len(written) == len(files)
 
 
-def test_a_damaged_finished_shard_is_not_reused(
-    config: Config, tiny_tokenizer: Tokenizer, tmp_path: Path
-):
+def test_damaged_shard_is_not_reused(config: Config, tiny_tokenizer: Tokenizer, tmp_path: Path):
     prepare(config, tiny_tokenizer, progress=False)
     expected = contents(config)
     directory = Path(config.data.dir) / "hi"
@@ -361,7 +359,9 @@ def test_offsets_are_the_document_starts(config: Config, tiny_tokenizer: Tokeniz
             assert (tokens[offsets[1:] - 1] == tiny_tokenizer.eos_id).all()
 
 
-def test_a_source_without_documents(config: Config, tiny_tokenizer: Tokenizer, tmp_path: Path):
+def test_source_without_documents_is_named(
+    config: Config, tiny_tokenizer: Tokenizer, tmp_path: Path
+):
     (tmp_path / "blank.jsonl").write_text('{"text": " "}\n')
     source = replace(config.data.sources[0], path=str(tmp_path / "blank.jsonl"))
     with pytest.raises(InputError, match="source hi has no documents"):

@@ -116,7 +116,7 @@ def test_generating_does_not_change_training(mesh: str) -> None:
         assert np.array_equal(there, here)
 
 
-def test_queries_in_blocks_see_what_they_see_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_query_chunks_change_no_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     truth, _ = run(llama("data=1"), first=8)
     monkeypatch.setattr("mooshak_jax.ops.attention.QUERY_CHUNK", (7, 7))
     assert run(llama("data=1"), first=8)[0] == pytest.approx(truth, rel=1e-13, abs=0)
@@ -145,7 +145,7 @@ def llama(mesh: str, **layout: bool) -> Config:
     return replace(CONFIG, model=model, parallel=ParallelConfig(mesh=mesh))
 
 
-def test_a_llama_with_all_its_parts_trains_on_a_mesh_as_on_one_device() -> None:
+def test_llama_with_all_options_trains_on_a_mesh() -> None:
     alone, _ = run(llama("data=1"), first=6)
     losses, _ = run(llama("data=2,fsdp=2,tensor=2", scan_layers=True, fuse_kernels=True), first=6)
     assert losses == pytest.approx(alone, rel=1e-10, abs=0)
@@ -155,7 +155,7 @@ def test_a_llama_with_all_its_parts_trains_on_a_mesh_as_on_one_device() -> None:
     ("mesh", "parts"), [("fsdp=8", 8), ("tensor=4", 4), ("data=2,fsdp=2,tensor=2", 4)]
 )
 @pytest.mark.parametrize("layout", [False, True], ids=["plain", "scanned and fused"])
-def test_a_device_holds_its_part_of_the_state(mesh: str, parts: int, layout: bool) -> None:
+def test_device_holds_its_shard_of_the_state(mesh: str, parts: int, layout: bool) -> None:
     config = configured(mesh, scan=layout, fuse=layout)
     parallel = make_parallel(config)
     state = initial_state(params.initialize(config.model, "float64", 0, parallel=parallel))
@@ -178,7 +178,7 @@ LAYOUTS = [
 ]
 
 
-def test_a_checkpoint_of_any_layout_and_mesh_is_restored_in_every_other_to_the_last_bit(
+def test_checkpoint_restores_on_every_mesh_bit_for_bit(
     tmp_path: Path,
 ) -> None:
     models = [replace(MODEL, scan_layers=scan, fuse_kernels=fuse) for _, scan, fuse in LAYOUTS]
@@ -218,7 +218,7 @@ def test_a_checkpoint_of_any_layout_and_mesh_is_restored_in_every_other_to_the_l
         ("data=2", "mesh data=2 is not divisible by parallel.num_slices 4"),
     ],
 )
-def test_a_mesh_that_does_not_fit_is_refused(mesh: str, message: str) -> None:
+def test_mesh_that_does_not_fit_is_refused(mesh: str, message: str) -> None:
     model = replace(MODEL, dim=30, head_dim=None, n_heads=15, n_kv_heads=5)
     config = configured(mesh)
     if "dim" in message:
@@ -229,7 +229,7 @@ def test_a_mesh_that_does_not_fit_is_refused(mesh: str, message: str) -> None:
         make_parallel(config)
 
 
-def test_slices_are_spanned_by_the_data_axis() -> None:
+def test_data_axis_spans_slices() -> None:
     config = configured("data=2,fsdp=4")
     config = replace(config, parallel=replace(config.parallel, num_slices=2))
     ids = [[d.id for d in row] for row in make_parallel(config).mesh.devices.reshape(2, 4)]

@@ -84,7 +84,7 @@ def metrics(directory: Path, key: str) -> list[float]:
     return [line[key] for line in lines if key in line]
 
 
-def test_two_processes_train_stop_go_on_and_evaluate_as_one(config: Path, tmp_path: Path) -> None:
+def test_two_processes_train_resume_and_evaluate_as_one(config: Path, tmp_path: Path) -> None:
     together = ("--config", config)
     # They begin with a checkpoint of PyTorch, which the first of them converts for both.
     begin = load_config(config, ["--train.stop_after_step", "1", "--evaluate.every", "0"])
@@ -129,7 +129,7 @@ def test_two_processes_train_stop_go_on_and_evaluate_as_one(config: Path, tmp_pa
         assert json.loads(scores)[language] == pytest.approx(score, rel=1e-10)
 
 
-def test_a_mesh_that_leaves_a_process_out_is_refused(config: Path) -> None:
+def test_mesh_without_one_process_is_refused(config: Path) -> None:
     wrong = ("--mesh", "data=2", "--parallel.cpu_devices", 2)
     pair = start("mooshak_jax.train", "--config", config, *wrong)
     told = [process.communicate(timeout=120)[1] for process in pair]

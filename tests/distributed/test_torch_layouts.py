@@ -116,7 +116,7 @@ def runs(config: Path, ranks: Ranks) -> dict[str, Run]:
 
 @pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_a_layout_trains_as_one_process(
+def test_layout_trains_as_one_process(
     name: str, processes: int, runs: dict[str, Run], alone: Path
 ) -> None:
     assert len(metrics(alone)) == STEPS and len(metrics(alone, "validation_loss")) == 1
@@ -183,7 +183,7 @@ SHARES = {"ddp": 1, "sequence": 2}
 
 @pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_a_process_holds_its_part(
+def test_process_holds_its_shard(
     name: str, processes: int, config: Path, runs: dict[str, Run]
 ) -> None:
     parts = 2 if name == "hsdp" else SHARES.get(name, processes)
@@ -197,7 +197,7 @@ def test_a_process_holds_its_part(
 
 @pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize("name", LAYOUTS | ZERO)
-def test_a_process_holds_what_is_planned(
+def test_process_holds_the_planned_memory(
     name: str, processes: int, config: Path, runs: dict[str, Run]
 ) -> None:
     """To 2 %, of the process that holds most."""
@@ -223,7 +223,7 @@ def planned_memory(
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_zero_3_keeps_what_is_small_whole(
+def test_zero_3_replicates_small_parameters(
     processes: int, config: Path, tmp_path: Path, ranks: Ranks
 ) -> None:
     """The embedding and the head are not: they are larger than DeepSpeed's threshold."""
@@ -235,7 +235,7 @@ def test_zero_3_keeps_what_is_small_whole(
         assert planned[what] == pytest.approx(max(rank[what] for rank in held), rel=0.02), what
 
 
-def test_every_checkpoint_restores_in_every_layout(
+def test_checkpoint_restores_in_every_layout(
     config: Path, alone: Path, ranks: Ranks, runs: dict[str, Run]
 ) -> None:
     """To the last bit, with the optimizer: from one process, and from two on four and four on two.
@@ -258,7 +258,7 @@ def test_every_checkpoint_restores_in_every_layout(
         assert (sum(compared) if stage else min(compared)) == 3 * whole * len(written)
 
 
-def test_a_run_goes_on_in_every_layout(config: Path, tmp_path: Path, ranks: Ranks) -> None:
+def test_run_resumes_in_every_layout(config: Path, tmp_path: Path, ranks: Ranks) -> None:
     """A step in each, of the other architecture; then a signal to one of two processes, a
     checkpoint of JAX, and one process."""
     steps = len(LAYOUTS) + 6
@@ -284,7 +284,7 @@ def test_a_run_goes_on_in_every_layout(config: Path, tmp_path: Path, ranks: Rank
     assert_same(tmp_path / "chain", tmp_path / "alone")
 
 
-def test_zero_goes_on_in_every_stage(
+def test_zero_resumes_in_every_stage(
     config: Path, tmp_path: Path, ranks: Ranks, ddp32: Path
 ) -> None:
     options = [config, "--train.dtype", "float32", "--train.gradient_accumulation_steps", 2]
@@ -294,7 +294,7 @@ def test_zero_goes_on_in_every_stage(
     assert_same(tmp_path, ddp32, tolerance=5e-6)
 
 
-def test_fsdp_rounds_where_ddp_does(
+def test_fsdp_rounds_to_bfloat16_as_ddp(
     config: Path, tmp_path: Path, ranks: Ranks, ddp32: Path
 ) -> None:
     """In bfloat16: what it gathers narrow is what is multiplied narrow."""
@@ -307,9 +307,7 @@ def test_fsdp_rounds_where_ddp_does(
     assert here != pytest.approx(metrics(ddp32)[:5], rel=1e-6, abs=0)
 
 
-def test_a_resume_on_shards_of_unequal_size_is_exact(
-    config: Path, tmp_path: Path, ranks: Ranks
-) -> None:
+def test_resume_on_uneven_shards_is_exact(config: Path, tmp_path: Path, ranks: Ranks) -> None:
     """torchtitan #809 and #1702: the loss differed after a resume."""
     uneven = ("--model.n_heads", 3, "--model.n_kv_heads", 3, "--model.dim", 30)
     options = [config, *uneven, "--model.head_dim", 10, "--train.dtype", "float32"]
@@ -347,7 +345,9 @@ def test_compiled_layers_train_alike(config: Path, tmp_path: Path, ranks: Ranks)
     assert_same(tmp_path / "compiled", tmp_path / "plain")
 
 
-def test_what_cannot_work_is_said(config: Path, tmp_path: Path, ranks: Ranks) -> None:
+def test_impossible_layout_is_refused_before_allocation(
+    config: Path, tmp_path: Path, ranks: Ranks
+) -> None:
     """Meshes that do not fit, before anything is allocated; a process that does not come."""
     wrong = [
         (("--mesh", "fsdp=3"), "mesh fsdp=3 needs 3 processes and there are 2"),
@@ -379,7 +379,7 @@ def test_what_cannot_work_is_said(config: Path, tmp_path: Path, ranks: Ranks) ->
         mooshak_jax.train.train(load_config(config, ["--train.dtype", "float16"]))
 
 
-def test_float16_skips_what_is_not_finite_and_resumes_exactly(
+def test_float16_skips_overflows_and_resumes_exactly(
     config: Path, tmp_path: Path, ranks: Ranks
 ) -> None:
     options = [config, "--train.dtype", "float16", "--evaluate.every", 0, "--mesh", "fsdp=-1"]

@@ -31,7 +31,7 @@ NEW = 10
 
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
-def test_prompts_of_several_lengths_continue_as_each_does_alone(model: ModelConfig) -> None:
+def test_prompts_of_several_lengths_decode_as_alone(model: ModelConfig) -> None:
     torch_model = initialize(Model(model, "float64"), 0, gain_std=0.1)
     found = mooshak_torch.decode.generate(torch_model, PROMPTS, NEW)
     for prompt, row in zip(PROMPTS, found, strict=True):
@@ -75,7 +75,7 @@ def test_compiled_decoding_gives_the_same_tokens(name: str, onednn: bool) -> Non
             assert np.array_equal(found, plain)
 
 
-def test_compiled_decoding_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_decoding_names_a_missing_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     mooshak_torch.decode._compiled_step.cache_clear()
     model = initialize(Model(MODELS["mooshak"]), 0)

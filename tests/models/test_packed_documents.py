@@ -241,7 +241,7 @@ def test_torch_packed_with_remat_and_compile(
     assert_all_close(torch_grads(model), packed[1])
 
 
-def test_a_cache_ignores_segments() -> None:
+def test_cache_ignores_segments() -> None:
     model, tokens = torch_model(MOOSHAK), torch.from_numpy(TOKENS)
     segments = torch.from_numpy(SEGMENTS)
     with torch.no_grad():

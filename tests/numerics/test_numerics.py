@@ -27,7 +27,7 @@ LLAMA = replace(
 )
 
 
-def test_initial_weights_are_a_pure_function_of_seed_name_and_element() -> None:
+def test_initial_weights_depend_on_seed_name_and_element() -> None:
     # Literal values: a change of the generator would orphan every seed in use.
     expected = [0.92875463, -0.39952716, 0.32404594]
     assert np.allclose(standard("0:embeddings.weight", 0, 3), expected, atol=1e-6)
@@ -36,7 +36,7 @@ def test_initial_weights_are_a_pure_function_of_seed_name_and_element() -> None:
 
 
 @pytest.mark.parametrize("rows", [slice(0, 5), slice(7, 23), slice(39, 40), slice(3, 3)])
-def test_any_slice_of_the_initial_weights_stands_on_its_own(rows: slice) -> None:
+def test_initial_weights_of_a_slice_equal_the_full_ones(rows: slice) -> None:
     name = "layers.1.mlp.w1.weight"
     assert np.array_equal(
         initial_weight(MODEL, 3, name)[rows], initial_weight(MODEL, 3, name, rows)
@@ -65,7 +65,7 @@ def test_rope_tables_rotate_by_position_times_frequency() -> None:
     assert np.allclose(cos**2 + sin**2, 1)
 
 
-def test_llama3_frequencies_keep_the_fast_and_slow_the_slow() -> None:
+def test_llama3_scaling_slows_only_low_frequencies() -> None:
     frequencies = 2 * np.pi * np.array([1.0, 1 / 8, 1 / 16, 1 / 24, 1 / 32, 1 / 1000])
     scaling = {
         "rope_type": "llama3",
@@ -112,7 +112,7 @@ def test_only_matrices_decay(model: ModelConfig) -> None:
     assert spared == {name for name, shape in shapes.items() if len(shape) == 1}
 
 
-def test_what_a_llama_model_begins_with() -> None:
+def test_initial_weights_of_llama() -> None:
     assert not initial_weight(LLAMA, 0, "layers.1.attention.wo.bias").any()
     assert initial_weight(LLAMA, 0, "layers.1.attention.wo.bias", gain_std=0.1).any()
     assert (initial_weight(LLAMA, 0, "layers.0.attention.k_norm.weight") == 1).all()
@@ -132,7 +132,7 @@ def test_flops_count_the_head_once_and_attention_by_its_window() -> None:
     assert LLAMA.flops_per_token(4) < LLAMA.flops_per_token(5)
 
 
-def test_noise_depends_on_neither_length_nor_neighbours() -> None:
+def test_noise_is_independent_of_length_and_neighbours() -> None:
     assert np.array_equal(noise(1, 2, 5), noise(1, 2, 50)[:5])
     assert not np.array_equal(noise(1, 2, 5), noise(1, 3, 5))
     assert abs(noise(0, 0, 100_000).mean() - 0.5) < 0.01

@@ -51,7 +51,7 @@ PAIRS: dict[str, tuple[Callable, Callable, list[tuple[int, ...]]]] = {
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_values_and_gradients_are_those_of_plain_code(name: str) -> None:
+def test_torch_values_and_gradients_equal_plain_code(name: str) -> None:
     ours, plain, shapes = PAIRS[name]
     torch.manual_seed(0)
     inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
@@ -82,7 +82,7 @@ JAX_PAIRS: dict[str, tuple[Callable, Callable, list[float]]] = {
 
 
 @pytest.mark.parametrize("name", JAX_PAIRS)
-def test_values_and_gradients_in_jax_are_those_of_plain_code(name: str) -> None:
+def test_jax_values_and_gradients_equal_plain_code(name: str) -> None:
     ours, plain, special = JAX_PAIRS[name]
     draw = np.random.default_rng(0).normal
     with jax.enable_x64(True):
@@ -97,7 +97,7 @@ def test_values_and_gradients_in_jax_are_those_of_plain_code(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", JAX_PAIRS)
-def test_narrow_numbers_are_rounded_once_in_jax(name: str) -> None:
+def test_jax_low_precision_is_rounded_once(name: str) -> None:
     ours, plain, _ = JAX_PAIRS[name]
     draw = np.random.default_rng(0).normal
     x = jnp.asarray(draw(size=(3, 5, 8)), jnp.bfloat16)
@@ -115,7 +115,7 @@ def gradients(model: Model) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mooshak"])
-def test_what_is_made_again_changes_no_gradient(architecture: str) -> None:
+def test_recomputation_changes_no_gradient(architecture: str) -> None:
     config = ModelConfig(**SIZE, max_seq_len=8, architecture=architecture)
     models = [initialize(Model(config, "float64"), 0) for _ in range(3)]
     layer: Any
@@ -129,7 +129,7 @@ def test_what_is_made_again_changes_no_gradient(architecture: str) -> None:
         assert torch.equal(full[name], gradient), name
 
 
-def test_what_is_made_again_is_not_kept() -> None:
+def test_recomputed_activations_are_not_saved() -> None:
     """Neither with a backward pass to come, nor, for an operation's own result, without one."""
     x, w = torch.randn(4, 8, requires_grad=True), torch.randn(8, 8, requires_grad=True)
     made: list[int] = []

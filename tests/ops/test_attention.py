@@ -35,7 +35,7 @@ def causal(T: int, window: int) -> Array:
 @pytest.mark.parametrize(
     ("queries", "T", "window"), [((4, 9), 30, 30), ((4, 9), 17, 5), ((64, 64), 30, 30)]
 )
-def test_values_and_gradients_are_those_of_all_at_once(
+def test_chunked_attention_equals_full_attention(
     heads: int,
     groups: int,
     queries: tuple[int, int],
@@ -56,7 +56,7 @@ def test_values_and_gradients_are_those_of_all_at_once(
             np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-13)
 
 
-def test_more_keys_than_queries_are_seen_as_the_mask_has_it() -> None:
+def test_attention_with_more_keys_than_queries() -> None:
     draw = np.random.default_rng(0).normal
     with jax.enable_x64(True):
         q, k, v = (jnp.asarray(draw(size=(2, n, 2, 4))) for n in (3, 9, 9))
@@ -64,7 +64,7 @@ def test_more_keys_than_queries_are_seen_as_the_mask_has_it() -> None:
         np.testing.assert_allclose(attention(q, k, v, mask), plain(q, k, v, mask), rtol=1e-12)
 
 
-def test_bfloat16_is_added_up_in_float32() -> None:
+def test_bfloat16_attention_accumulates_in_float32() -> None:
     draw = np.random.default_rng(0).normal
     wide = [jnp.asarray(draw(size=(2, 30, 2, 16)), jnp.bfloat16).astype(jnp.float32) for _ in "qkv"]
     narrow, mask = [a.astype(jnp.bfloat16) for a in wide], causal(30, 30)

@@ -41,7 +41,7 @@ def values(multiply: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> 
     return [a.detach().double() for a in (y, x.grad, w.grad)]
 
 
-def test_float32_is_onednns_and_as_exact_as_pytorchs_own(onednn: mock.Mock) -> None:
+def test_float32_matmul_of_onednn_is_as_exact(onednn: mock.Mock) -> None:
     exact = values(F.linear, torch.float64)
     ours = values(matmul.linear, torch.float32)
     assert onednn.call_count == 3
@@ -52,13 +52,13 @@ def test_float32_is_onednns_and_as_exact_as_pytorchs_own(onednn: mock.Mock) -> N
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_other_dtypes_are_pytorchs_own(dtype: torch.dtype) -> None:
+def test_other_dtypes_use_the_matmul_of_pytorch(dtype: torch.dtype) -> None:
     for ours, plain in zip(values(matmul.linear, dtype), values(F.linear, dtype), strict=True):
         assert torch.equal(ours, plain)
 
 
 @pytest.mark.parametrize("n_rows", [1, 7])
-def test_transposed_views_are_multiplied_as_they_are(onednn: mock.Mock, n_rows: int) -> None:
+def test_transposed_views_are_multiplied_without_a_copy(onednn: mock.Mock, n_rows: int) -> None:
     torch.manual_seed(0)
     a_NI, b_IO = torch.randn(24, n_rows).T, torch.randn(40, 24).T
     expected = a_NI.double() @ b_IO.double()
@@ -66,7 +66,7 @@ def test_transposed_views_are_multiplied_as_they_are(onednn: mock.Mock, n_rows: 
         torch.testing.assert_close(matmul.matmul(left, right).double(), expected, rtol=0, atol=1e-5)
 
 
-def test_what_needs_no_gradient_gets_none(onednn: mock.Mock) -> None:
+def test_matmul_skips_gradients_nobody_needs(onednn: mock.Mock) -> None:
     x, w = torch.randn(4, 8), torch.randn(16, 8, requires_grad=True)
     matmul.linear(x, w).sum().backward()
     assert x.grad is None and w.grad is not None
@@ -77,7 +77,7 @@ def test_what_needs_no_gradient_gets_none(onednn: mock.Mock) -> None:
     ("processor", "mkl", "expected"),
     [("AMD EPYC", True, True), ("Intel Xeon", True, False), ("AMD EPYC", False, False)],
 )
-def test_onednn_is_taken_where_mkl_would_be_slow(processor: str, mkl: bool, expected: bool) -> None:
+def test_onednn_is_used_where_mkl_is_slow(processor: str, mkl: bool, expected: bool) -> None:
     with (
         mock.patch("torch.backends.mkldnn.is_available", return_value=True),
         mock.patch("torch.backends.mkl.is_available", return_value=mkl),
@@ -89,7 +89,7 @@ def test_onednn_is_taken_where_mkl_would_be_slow(processor: str, mkl: bool, expe
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 @mock.patch.object(matmul, "ONEDNN", torch.backends.mkldnn.is_available())
-def test_compiled_products_are_the_same() -> None:
+def test_compiled_matmul_is_the_same() -> None:
     plain = values(matmul.linear, torch.float32)
     compiled = values(torch.compile(matmul.linear, fullgraph=True), torch.float32)
     for a, b in zip(plain, compiled, strict=True):

@@ -86,7 +86,7 @@ def same(a: Checkpoint, b: Checkpoint) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("block", [1000, 1 << 24], ids=["many blocks", "one block"])
-def test_every_pair_is_exact(
+def test_conversion_between_every_pair_is_exact(
     state: Checkpoint, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(base, "CHUNK_BYTES", block)
@@ -101,7 +101,7 @@ def test_every_pair_is_exact(
 
 
 @pytest.mark.parametrize("block", [1000, 1 << 24], ids=["many blocks", "one block"])
-def test_the_frameworks_own_tools_restore_what_is_written(
+def test_framework_tools_restore_what_is_written(
     state: Checkpoint, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(base, "CHUNK_BYTES", block)
@@ -179,7 +179,7 @@ def flip(path: Path, tensor: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_flipped_bit_is_found(
+def test_flipped_bit_is_found(
     state: Checkpoint, kind: str, tmp_path: Path, refused: Callable
 ) -> None:
     convert(state.path, tmp_path / "start", kind)
@@ -195,7 +195,7 @@ def test_a_flipped_bit_is_found(
 
 
 @pytest.mark.parametrize("to", KINDS)
-def test_what_is_written_is_read_back_before_it_has_its_name(
+def test_conversion_verifies_before_it_renames(
     state: Checkpoint, to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = base.verify
@@ -212,7 +212,7 @@ def test_what_is_written_is_read_back_before_it_has_its_name(
 
 
 @pytest.mark.parametrize("to", KINDS)
-def test_no_room_on_the_disk(
+def test_conversion_needs_room_on_the_disk(
     state: Checkpoint, to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
@@ -223,7 +223,7 @@ def test_no_room_on_the_disk(
 
 
 @pytest.mark.parametrize("to", KINDS)
-def test_files_that_cannot_pass_by_the_page_cache(
+def test_conversion_without_direct_io(
     state: Checkpoint, to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*arguments: object) -> int:
@@ -286,7 +286,7 @@ MOMENTS_OF_DEATH = {
         *((kind, "in the middle of the tensors") for kind in ("torch", "jax")),
     ],
 )
-def test_a_kill_leaves_source_and_older_destination_usable(
+def test_kill_leaves_the_source_usable(
     state: Checkpoint, to: str, moment: str, tmp_path: Path
 ) -> None:
     shutil.copytree(state.path, tmp_path / "older")
@@ -308,7 +308,7 @@ def test_a_kill_leaves_source_and_older_destination_usable(
 
 
 @pytest.mark.slow
-def test_two_processes_do_not_write_one_destination(state: Checkpoint, tmp_path: Path) -> None:
+def test_destination_is_written_by_one_process(state: Checkpoint, tmp_path: Path) -> None:
     waiting = "safetensors.verify = lambda _: (print(file=sys.stderr, flush=True), input())"
     process = converting(state.path, tmp_path / "out", "safetensors", waiting)
     try:
@@ -324,7 +324,7 @@ def test_two_processes_do_not_write_one_destination(state: Checkpoint, tmp_path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("to", KINDS)
-def test_a_disk_that_fills_up(state: Checkpoint, to: str, tmp_path: Path) -> None:
+def test_full_disk_ends_in_one_line(state: Checkpoint, to: str, tmp_path: Path) -> None:
     """The limit on the size of files stands for it: the write fails in the middle."""
     full = "resource.setrlimit(resource.RLIMIT_FSIZE, (18_000, 18_000))"
     process = converting(state.path, tmp_path / "out", to, full)
@@ -336,7 +336,7 @@ def test_a_disk_that_fills_up(state: Checkpoint, to: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_a_conversion_takes_little_memory(tmp_path: Path) -> None:
+def test_conversion_takes_little_memory(tmp_path: Path) -> None:
     """What it takes does not grow with the state: 400 MB here, whose embedding has 43 MB."""
     first = tmp_path / "safetensors"
     safetensors.write_checkpoint(first, random_state(model_of(400_000_000)))
@@ -350,7 +350,7 @@ def test_a_conversion_takes_little_memory(tmp_path: Path) -> None:
             target.rename(tmp_path / to)
 
 
-def test_a_description(
+def test_description_of_a_checkpoint(
     state: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     convert(state.path, tmp_path / "weights", "jax", "bfloat16", weights_only=True)
@@ -377,7 +377,7 @@ def test_sizes(text: str, size: int) -> None:
     assert conversion.size_in_bytes(text) == size
 
 
-def test_options_that_do_not_go_together(
+def test_incompatible_options_are_refused(
     state: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for arguments in (

@@ -83,7 +83,7 @@ def truth(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 
 @pytest.mark.parametrize(("mesh", "scan", "fuse"), LAYOUTS)
-def test_any_mesh_and_layout_of_jax(
+def test_conversion_of_any_jax_mesh_and_layout(
     mesh: str,
     scan: bool,
     fuse: bool,
@@ -141,7 +141,7 @@ def losses(directory: Path) -> list[str]:
     return (directory / "metrics.jsonl").read_text().splitlines()
 
 
-def test_two_fsdp_ranks(run_config: Path, tmp_path: Path) -> None:
+def test_conversion_of_two_fsdp_ranks(run_config: Path, tmp_path: Path) -> None:
     torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m")
     train = (*torchrun, "mooshak_torch.train", "--config", run_config, "--mesh", "fsdp=2")
     run(*train, "--run.dir", tmp_path / "run")
@@ -171,7 +171,7 @@ def test_two_fsdp_ranks(run_config: Path, tmp_path: Path) -> None:
         assert ours.read(key).tobytes() == theirs.read(key).tobytes(), key
 
 
-def test_two_jax_processes_of_two_devices(run_config: Path, tmp_path: Path) -> None:
+def test_conversion_of_two_jax_processes(run_config: Path, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"

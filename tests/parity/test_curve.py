@@ -13,7 +13,7 @@ WORDS = "एक चूहा और a mouse जंगल में in the forest
 
 
 @pytest.mark.slow
-def test_four_curves_are_one(tmp_path: Path) -> None:
+def test_loss_curves_agree_across_frameworks(tmp_path: Path) -> None:
     lines = [json.dumps({"text": " ".join([*WORDS[i % 7 :], str(i)])}) for i in range(400)]
     (tmp_path / "text.jsonl").write_text("\n".join(lines))
     (tmp_path / "tiny.yaml").write_text(f"""
@@ -47,7 +47,7 @@ train: {{batch_size: 4}}
     assert len(metrics.read_text().splitlines()) == 4
 
 
-def test_in_float32_no_more_is_allowed_than_twice_what_a_framework_differs_from_itself() -> None:
+def test_float32_tolerance_is_twice_the_noise_floor() -> None:
     curves = {run.name: {1: 3.0, 2: 2.0} for run in RUNS}
     curves[NOISE_FLOORS[0][1]] = {1: 3.0, 2: 2.0 + 2**-20}
     curves[PAIRS[1][1]] = {1: 3.0, 2: 2.0 - 2**-19}

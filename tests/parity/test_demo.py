@@ -60,7 +60,7 @@ def demo(config: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_the_report_holds_everything_and_needs_nothing(demo: Path) -> None:
+def test_report_is_complete_and_self_contained(demo: Path) -> None:
     page = (demo / "report.html").read_text()
     assert "its loss curve did not notice" in re.sub(r"\s+", " ", re.sub("<[^>]*>", "", page))
     assert page.count("<svg") == 1 and "#0102" not in page
@@ -78,7 +78,7 @@ def test_the_report_holds_everything_and_needs_nothing(demo: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_second_call_runs_only_what_is_missing(config: Path, demo: Path) -> None:
+def test_second_call_runs_only_missing_stages(config: Path, demo: Path) -> None:
     again = run("parity.demo", "--config", config, "--out", demo)
     assert again.returncode == 0 and "0 stages run" in again.stdout
     (demo / "report.html").unlink()
@@ -89,7 +89,7 @@ def test_a_second_call_runs_only_what_is_missing(config: Path, demo: Path) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["loss", "float64 loss", "missing step", "text", "parity"])
-def test_the_report_fails_when_something_differs(fault: str, demo: Path, tmp_path: Path) -> None:
+def test_report_fails_when_something_differs(fault: str, demo: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(demo, out)
     metrics = out / ("float64-jax" if fault == "float64 loss" else "jax") / "metrics.jsonl"
@@ -131,7 +131,7 @@ def copies(tmp_path: Path) -> list[Stage]:
     ]
 
 
-def test_a_stage_is_run_again_only_when_it_has_to_be(copies: list[Stage], tmp_path: Path) -> None:
+def test_stage_is_rerun_only_when_its_inputs_change(copies: list[Stage], tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert carry_out(copies, out, "one configuration") == 2
     assert carry_out(copies, out, "one configuration") == 0
@@ -145,7 +145,7 @@ def test_a_stage_is_run_again_only_when_it_has_to_be(copies: list[Stage], tmp_pa
     assert carry_out([changed, copies[1]], out, "another configuration") == 2
 
 
-def test_a_broken_stage_leaves_no_stamp(copies: list[Stage], tmp_path: Path) -> None:
+def test_broken_stage_leaves_no_stamp(copies: list[Stage], tmp_path: Path) -> None:
     out = tmp_path / "out"
     carry_out(copies, out, "")
     (out / "first.json").write_text("{")
@@ -159,9 +159,7 @@ def test_a_broken_stage_leaves_no_stamp(copies: list[Stage], tmp_path: Path) -> 
     assert carry_out(copies, out, "") == 1
 
 
-def test_a_stage_that_does_not_make_its_files_is_no_success(
-    copies: list[Stage], tmp_path: Path
-) -> None:
+def test_stage_without_its_files_fails(copies: list[Stage], tmp_path: Path) -> None:
     out = tmp_path / "out"
     stage = Stage("first", "first", copies[0].words, (*copies[0].makes, out / "more"))
     with pytest.raises(SystemExit, match="more was not written"):
@@ -169,12 +167,12 @@ def test_a_stage_that_does_not_make_its_files_is_no_success(
     assert not list((out / "stages").glob("*"))
 
 
-def test_a_curve_with_a_loss_that_is_no_number_fails() -> None:
+def test_curve_with_a_nan_loss_fails() -> None:
     curve = Curve({1: 3.0}, {2: float("nan"), 3: 2.0}, {2: 2.5, 3: 2.0}, False, 2e-5)
     assert not curve.passed and curve.exact == 1
 
 
-def test_samples_are_told_apart_by_their_prompts(tmp_path: Path) -> None:
+def test_samples_are_split_by_their_prompts(tmp_path: Path) -> None:
     texts = ["चूहा\n\nआया।", "A mouse\n\nA\n", "A mouse"]
     (tmp_path / "t.txt").write_text("".join(f"{text}\n\n" for text in texts))
     samples = read_samples(tmp_path / "t.txt", tmp_path / "t.txt", ["चूहा", "A m", "A mouse"])

@@ -88,7 +88,7 @@ def tokenizer(exported: Path) -> Any:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_it_is_the_same_function(attention: str, theirs: Any, exported: Path) -> None:
+def test_exported_model_is_the_same_function(attention: str, theirs: Any, exported: Path) -> None:
     source = open_any(exported)
     tokens_BT = np.random.default_rng(0).integers(0, 505, (2, 40), dtype=np.int32)
     theirs.set_attn_implementation(attention)
@@ -100,7 +100,7 @@ def test_it_is_the_same_function(attention: str, theirs: Any, exported: Path) ->
     assert distance.distance(found, truth) <= allowed <= tolerances.FLOAT32_LOGITS
 
 
-def test_it_generates_with_its_cache_what_we_generate(theirs: Any, exported: Path) -> None:
+def test_exported_model_generates_the_same_tokens(theirs: Any, exported: Path) -> None:
     prompts = [[1, 40, 300, 7], [1, 9]]
     ours = TorchBackend(open_any(exported)).generate("float32", prompts, 64, 0.0)
     padded = torch.tensor([prompts[0], [3, 3, *prompts[1]]])  # transformers pads on the left.
@@ -112,7 +112,7 @@ def test_it_generates_with_its_cache_what_we_generate(theirs: Any, exported: Pat
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_its_tokenizer_gives_our_ids_and_the_text_back(
+def test_exported_tokenizer_gives_the_same_ids(
     text: str, tokenizer: Any, tiny_tokenizer: Tokenizer
 ) -> None:
     ids = tokenizer(text)["input_ids"]
@@ -120,7 +120,7 @@ def test_its_tokenizer_gives_our_ids_and_the_text_back(
     assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
-def test_a_chat_is_written_in_markers(tokenizer: Any, tiny_tokenizer: Tokenizer) -> None:
+def test_exported_chat_template_uses_markers(tokenizer: Any, tiny_tokenizer: Tokenizer) -> None:
     messages = [{"role": "user", "content": "a mouse"}, {"role": "assistant", "content": "शेर"}]
     ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
     _, user, assistant, end = map(tiny_tokenizer.id_of, CHAT_MARKERS)
@@ -133,7 +133,7 @@ def test_a_chat_is_written_in_markers(tokenizer: Any, tiny_tokenizer: Tokenizer)
     assert ids == [*expected[: expected.index(end) + 1], assistant]
 
 
-def test_a_pipeline_writes_text(exported: Path) -> None:
+def test_exported_model_runs_in_a_pipeline(exported: Path) -> None:
     pipe = transformers.pipeline(
         "text-generation", model=str(exported), tokenizer=str(exported), trust_remote_code=True
     )
@@ -142,9 +142,7 @@ def test_a_pipeline_writes_text(exported: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_trainer_lowers_the_loss_and_what_it_saves_comes_back(
-    exported: Path, tmp_path: Path
-) -> None:
+def test_exported_model_trains_and_comes_back(exported: Path, tmp_path: Path) -> None:
     auto = transformers.AutoModelForCausalLM
     model = auto.from_pretrained(exported, trust_remote_code=True)
     rows = np.random.default_rng(1).integers(0, 505, (4, 24))
@@ -176,7 +174,7 @@ def test_the_trainer_lowers_the_loss_and_what_it_saves_comes_back(
     assert np.array_equal(ours, model.model.layers[1].mlp.down_proj.weight.detach().numpy())
 
 
-def test_an_adapter_of_peft_goes_on_and_off(exported: Path, tmp_path: Path) -> None:
+def test_exported_model_takes_a_peft_adapter(exported: Path, tmp_path: Path) -> None:
     auto = transformers.AutoModelForCausalLM
     base = auto.from_pretrained(exported, trust_remote_code=True)
     tokens = torch.arange(20)[None]
@@ -198,7 +196,7 @@ def test_an_adapter_of_peft_goes_on_and_off(exported: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_lm_eval_finds_our_likelihoods(
+def test_lm_eval_computes_the_same_likelihoods(
     exported: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lm_eval = pytest.importorskip("lm_eval")
@@ -238,14 +236,14 @@ def test_lm_eval_finds_our_likelihoods(
     assert found["perplexity,none"] == pytest.approx(np.exp(-np.mean(sums)), rel=1e-5)
 
 
-def test_the_card_tells_what_the_run_measured(exported: Path) -> None:
+def test_model_card_has_the_measurements_of_the_run(exported: Path) -> None:
     card = (exported / "README.md").read_text()
     assert f"{MODEL.parameter_count():,} parameters" in card
     assert "| tokens seen | 2,560 |" in card and "| loss | 3.2500 |" in card
     assert "| bits per byte hi | 1.5000 |" in card
 
 
-def test_two_dtypes_are_kept(exported: Path, tmp_path: Path) -> None:
+def test_export_keeps_two_dtypes(exported: Path, tmp_path: Path) -> None:
     convert(exported, tmp_path / "half", "hf", dtype="bfloat16")
     auto = transformers.AutoModelForCausalLM
     model = auto.from_pretrained(tmp_path / "half", trust_remote_code=True)
@@ -254,7 +252,7 @@ def test_two_dtypes_are_kept(exported: Path, tmp_path: Path) -> None:
     assert open_any(tmp_path / "ours").tensors["lm_head.weight"][0] == base.DTYPES["BF16"]
 
 
-def test_a_tokenizer_json_alone_will_do(exported: Path, tiny_tokenizer: Tokenizer) -> None:
+def test_export_with_only_a_tokenizer_json(exported: Path, tiny_tokenizer: Tokenizer) -> None:
     ours = open_tokenizer(exported / "tokenizer.json")
     for text in TEXTS:
         ids = ours.encode(text, bos=True)
@@ -267,7 +265,7 @@ def test_a_tokenizer_json_alone_will_do(exported: Path, tiny_tokenizer: Tokenize
     assert ours.id_of("<|end|>") == tiny_tokenizer.id_of("<|end|>")
 
 
-def test_a_byte_level_tokenizer_as_llama_3_has_one(tmp_path: Path) -> None:
+def test_export_of_a_byte_level_tokenizer(tmp_path: Path) -> None:
     made = tokenizers.Tokenizer(tokenizers.models.BPE())
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = tokenizers.decoders.ByteLevel()
@@ -301,7 +299,7 @@ def text_of(tokenizer: Any, prompt: list[int], ids: list[int]) -> str:
     return tokenizer.decode(prompt) + stream.text
 
 
-def test_a_text_ends_where_the_generation_settings_say(
+def test_generation_ends_at_the_configured_tokens(
     exported: Path, tiny_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     """Also by an added token, which the SentencePiece model has no piece for."""
@@ -325,7 +323,7 @@ def test_a_text_ends_where_the_generation_settings_say(
     assert text_of(theirs, [1, *lion, 505], [511, *mouse, 2]) == "a lion a mouse"
 
 
-def test_what_stands_beside_a_runs_tokenizer_comes_along(
+def test_files_next_to_the_tokenizer_are_copied(
     exported: Path, tiny_config: Config, tmp_path: Path
 ) -> None:
     start = exported.parent / "checkpoints" / "20"

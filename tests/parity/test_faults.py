@@ -77,7 +77,7 @@ def test_there_are_at_least_44_faults() -> None:
     assert len(FAULTS) >= 44
 
 
-def test_without_a_fault_every_line_passes_and_its_control_does_not() -> None:
+def test_lines_pass_and_their_controls_fail_without_fault() -> None:
     lines = list(
         checker.check(
             checker.random_checkpoint(replace(MODEL, n_layers=2)),
@@ -102,7 +102,7 @@ def test_without_a_fault_every_line_passes_and_its_control_does_not() -> None:
     assert [x for x in floors if x.noise_floor <= 1e-19 and "document alone" not in x.name] == []
 
 
-def test_two_checkpoints_that_differ_in_one_element() -> None:
+def test_one_differing_element_is_found() -> None:
     source = checker.random_checkpoint(MODEL)
 
     def read(name: str) -> np.ndarray:

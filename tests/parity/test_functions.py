@@ -64,7 +64,7 @@ MODELS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
-def test_every_line_of_the_check_passes(model: ModelConfig) -> None:
+def test_check_passes_every_line(model: ModelConfig) -> None:
     source = checker.random_checkpoint(model)
     lines = list(
         checker.check(
@@ -102,7 +102,7 @@ def test_training_steps_agree_on_meshes(devices: int, accumulation: int) -> None
 
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
-def test_initial_weights_have_the_same_bits_on_both_sides(model: ModelConfig) -> None:
+def test_initial_weights_have_equal_bits_in_both(model: ModelConfig) -> None:
     from mooshak_torch.params import initialize
 
     ours = initialize(Model(model, "float32"), 7)
@@ -113,7 +113,7 @@ def test_initial_weights_have_the_same_bits_on_both_sides(model: ModelConfig) ->
         assert np.array_equal(parameter.detach().numpy(), theirs[name]), name
 
 
-def test_full_model_has_the_canonical_names_and_shapes_on_both_sides() -> None:
+def test_full_model_has_the_canonical_names_and_shapes() -> None:
     full = ModelConfig()
     with torch.device("meta"):
         ours = {name: tuple(p.shape) for name, p in Model(full).named_parameters()}
@@ -129,7 +129,7 @@ def test_full_model_has_the_canonical_names_and_shapes_on_both_sides() -> None:
         assert theirs == model.parameter_shapes()
 
 
-def test_evaluation_is_the_same_with_a_rest_that_fills_no_batch() -> None:
+def test_evaluation_agrees_with_a_partial_last_batch() -> None:
     from mooshak_torch.distributed.mesh import make_parallel
     from mooshak_torch.objectives import CausalLM
     from mooshak_torch.step import evaluate
@@ -149,7 +149,7 @@ def test_evaluation_is_the_same_with_a_rest_that_fills_no_batch() -> None:
     assert np.isclose(jax_step.evaluate(measure, params, batch, config, mesh), truth, rtol=1e-13)
 
 
-def test_greedy_decoding_of_prompts_of_different_lengths_equals_one_by_one() -> None:
+def test_greedy_decoding_of_a_list_equals_one_by_one() -> None:
     from mooshak_torch.decode import generate
 
     model = TorchBackend(checker.random_checkpoint(MODEL)).model("float64")
@@ -159,7 +159,7 @@ def test_greedy_decoding_of_prompts_of_different_lengths_equals_one_by_one() -> 
 
 
 @pytest.mark.parametrize("kind", ["torch", "jax", "safetensors"])
-def test_a_training_state_keeps_its_bits_through_every_format(kind: str, tmp_path: Path) -> None:
+def test_training_state_round_trip_is_exact(kind: str, tmp_path: Path) -> None:
     from mooshak.checkpoints.base import FULL_SLICE, MOMENTS
     from mooshak.checkpoints.safetensors import write_checkpoint
     from parity.convert import open_any
@@ -186,7 +186,7 @@ def test_a_training_state_keeps_its_bits_through_every_format(kind: str, tmp_pat
         assert (tmp_path / "start" / name).read_bytes() == (tmp_path / "end" / name).read_bytes()
 
 
-def test_losses_in_float32_are_added_up_as_well_in_both() -> None:
+def test_float32_loss_sums_are_equally_accurate() -> None:
     source = checker.random_checkpoint(replace(LLAMA, max_seq_len=64))
     tokens = np.random.default_rng(1).integers(0, 128, (20, 4, 64), dtype=np.int32)
     case = comparisons.ParityCase(TorchBackend(source), JaxBackend(source), tokens, 0)

@@ -84,7 +84,7 @@ def make(directory: Path, kind: str, dtype: torch.dtype = torch.float32, **setti
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", GRID)
-def test_every_family_is_the_same_function_in_both_frameworks(case: str, tmp_path: Path) -> None:
+def test_family_is_the_same_function_in_both_frameworks(case: str, tmp_path: Path) -> None:
     kind, settings = GRID[case]
     theirs = make(tmp_path / "hf", kind, **settings)
     source = open_any(tmp_path / "hf")
@@ -119,9 +119,7 @@ def bits(checkpoint: Checkpoint) -> dict[str, tuple[str, bytes]]:
     ("case", "dtype"),
     list(zip(GRID, (torch.float32, torch.bfloat16, torch.float16) * 2, strict=True)),
 )
-def test_the_way_there_and_back_keeps_every_bit(
-    case: str, dtype: torch.dtype, tmp_path: Path
-) -> None:
+def test_round_trip_keeps_every_bit(case: str, dtype: torch.dtype, tmp_path: Path) -> None:
     kind, settings = GRID[case]
     make(tmp_path / "start", kind, dtype, bos_token_id=3, eos_token_id=[5, 7], **settings)
     (tmp_path / "start" / "chat_template.jinja").write_text("{{ messages }}")
@@ -145,7 +143,7 @@ def test_the_way_there_and_back_keeps_every_bit(
 
 
 @pytest.mark.parametrize("case", [case for case, (kind, _) in GRID.items() if kind != "mistral"])
-def test_a_gguf_file_holds_the_model(case: str, tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
+def test_gguf_file_holds_the_model(case: str, tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
     kind, settings = GRID[case]
     settings = settings | {"vocab_size": 512}
     original = make(tmp_path / "hf", kind, **settings)
@@ -177,7 +175,7 @@ def test_a_gguf_file_holds_the_model(case: str, tmp_path: Path, tiny_tokenizer: 
         assert distance.distance(*logits) < 1e-6
 
 
-def test_gguf_refuses_what_llama_cpp_has_no_code_for(tmp_path: Path) -> None:
+def test_gguf_refuses_models_llama_cpp_cannot_run(tmp_path: Path) -> None:
     make(tmp_path / "hf", *GRID["mistral, window"][:1], **GRID["mistral, window"][1])
     with pytest.raises(
         InputError, match=r"no architecture for this model \(mistral, sliding window"
@@ -224,7 +222,7 @@ def test_gguf_refuses_what_llama_cpp_has_no_code_for(tmp_path: Path) -> None:
         ({"model_type": "qwen2", "use_mrope": True}, "use_mrope True is not supported"),
     ],
 )
-def test_what_is_not_supported_is_named(change: dict[str, Any], message: str) -> None:
+def test_unsupported_model_is_named(change: dict[str, Any], message: str) -> None:
     values = SIZES | {"model_type": "llama"} | change
     if values["model_type"] == "qwen2":
         values.pop("architectures", None)
@@ -233,7 +231,7 @@ def test_what_is_not_supported_is_named(change: dict[str, Any], message: str) ->
         model_from_hf(values, "here")
 
 
-def test_a_model_that_has_changed_keeps_its_family_and_what_it_said_besides() -> None:
+def test_changed_model_keeps_its_family_and_other_keys() -> None:
     original = SIZES | {"model_type": "mistral", "sliding_window": None, "rope_scaling": LLAMA3}
     original |= {"num_key_value_heads": 2, "bos_token_id": 7}
     model = model_from_hf(original, "here")
@@ -248,7 +246,7 @@ def test_a_model_that_has_changed_keeps_its_family_and_what_it_said_besides() ->
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
-def test_a_key_that_is_left_out_is_what_transformers_takes(kind: str) -> None:
+def test_missing_key_has_the_default_of_transformers(kind: str) -> None:
     values = {key: SIZES[key] for key in REQUIRED} | {"num_attention_heads": 32}
     values["hidden_size"] = 64
     theirs = json.loads(transformers.AutoConfig.for_model(kind, **values).to_json_string())
@@ -279,7 +277,7 @@ def test_rotary_settings_keep_their_form(
     assert (theirs["rope_theta"], theirs["rope_type"]) == (expected[0], expected[1] or "default")
 
 
-def test_a_key_that_is_left_over_is_an_error_on_either_side(tmp_path: Path) -> None:
+def test_leftover_key_is_an_error_in_both_directions(tmp_path: Path) -> None:
     make(tmp_path, "llama", tie_word_embeddings=True)
     file = tmp_path / "model.safetensors"
     tensors = load_file(file)
@@ -300,7 +298,7 @@ def test_a_key_that_is_left_over_is_an_error_on_either_side(tmp_path: Path) -> N
         open_any(tmp_path)
 
 
-def test_directories_as_people_have_them(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_directories_of_the_hub_are_read(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """A cache of the hub, shards with one gone or cut short, and the command's own last word."""
     make(tmp_path / "one", "llama", torch.float16)
     blobs, snapshot = tmp_path / "hub" / "blobs", tmp_path / "hub" / "snapshots" / "4f2a"
@@ -344,7 +342,7 @@ def test_directories_as_people_have_them(tmp_path: Path, capsys: pytest.CaptureF
         open_any(tmp_path / "back")
 
 
-def test_a_pickle_is_read_as_tensors_alone(tmp_path: Path) -> None:
+def test_pickle_is_read_as_tensors_only(tmp_path: Path) -> None:
     model = make(tmp_path / "hf", "qwen2", torch.bfloat16)
     convert(tmp_path / "hf", tmp_path / "truth", "safetensors")
     (tmp_path / "hf" / "model.safetensors").unlink()

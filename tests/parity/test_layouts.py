@@ -14,7 +14,7 @@ MODEL = ModelConfig(vocab_size=96, dim=16, n_layers=2, n_heads=4, hidden_dim=24,
 
 
 @pytest.mark.slow
-def test_layouts_change_nothing_and_a_fault_would_show(tmp_path: Path) -> None:
+def test_layouts_change_nothing_and_controls_fail(tmp_path: Path) -> None:
     lines = list(
         checker.check(checker.random_checkpoint(MODEL), batch=4, time=20, parts=("layouts",))
     )
@@ -29,7 +29,7 @@ def test_layouts_change_nothing_and_a_fault_would_show(tmp_path: Path) -> None:
     assert all(name in page for name in names)
 
 
-def test_meshes_that_the_model_does_not_allow_are_left_out() -> None:
+def test_meshes_that_do_not_fit_are_left_out() -> None:
     one_head = replace(MODEL, n_heads=1, n_kv_heads=1, head_dim=16)
     config = Config(model=one_head, train=TrainConfig(batch_size=8))
     assert fitting(config) == ["data=8", "fsdp=8"]

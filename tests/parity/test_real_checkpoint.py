@@ -40,7 +40,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def test_a_trained_model_is_the_same_function(smollm2: Path) -> None:
+def test_trained_model_is_the_same_function(smollm2: Path) -> None:
     theirs = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2)
     source = open_any(smollm2)
@@ -75,7 +75,7 @@ def test_a_trained_model_is_the_same_function(smollm2: Path) -> None:
         assert side.generate("float32", prompts, 64, 0.0).tolist() == greedy, side.name
 
 
-def test_it_comes_back_from_jax_with_every_bit(smollm2: Path, tmp_path: Path) -> None:
+def test_trained_model_round_trip_is_exact(smollm2: Path, tmp_path: Path) -> None:
     convert(smollm2, tmp_path / "jax", "jax")
     convert(tmp_path / "jax", tmp_path / "hf", "hf")
     there, back = open_any(smollm2), open_any(tmp_path / "hf")
@@ -89,7 +89,9 @@ def test_it_comes_back_from_jax_with_every_bit(smollm2: Path, tmp_path: Path) ->
     assert configs[0] == configs[1]
 
 
-def test_it_answers(smollm2: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_trained_model_answers_a_chat(
+    smollm2: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     chat = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
     words = ["generate", f"{smollm2}/", "--prompt", chat, "--tokens", "24"]
     monkeypatch.setattr(sys, "argv", words)

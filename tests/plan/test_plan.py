@@ -51,7 +51,7 @@ def test_no_peak_is_guessed(kind: str) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_start_on_a_cpu_beside_libtpu_and_say_nothing() -> None:
+def test_two_cpu_processes_start_next_to_libtpu() -> None:
     """libtpu, where it is installed, complains of a missing TPU and lets one process have it."""
     code = "import mooshak_jax, jax; print(jax.devices()[0].platform, flush=True); input()"
     command = [sys.executable, "-c", code]
@@ -220,7 +220,7 @@ def test_collectives_of_a_program_for_a_tpu(groups: str) -> None:
     }
 
 
-def test_a_loop_whose_turns_are_unknown_is_no_plan() -> None:
+def test_loop_of_unknown_length_is_refused() -> None:
     endless = TPU_PROGRAM.replace("direction=LT", "direction=NE")
     with pytest.raises(ValueError, match="unknown number of iterations"):
         collectives(endless)
@@ -249,7 +249,7 @@ def small_plan(topology: str, mesh: str, model: ModelConfig = BIG) -> Plan:
 
 
 @pytest.mark.slow
-def test_the_step_is_compiled_for_a_slice_that_is_not_here() -> None:
+def test_plan_compiles_for_absent_tpus() -> None:
     """What a device holds is exact; what it sends is at most 1.1 times what FSDP must send."""
     plan = small_plan("v5e:2x2", "fsdp=4")
     assert plan.fits and plan.bytes_sent is not None
@@ -283,7 +283,7 @@ def test_the_step_is_compiled_for_a_slice_that_is_not_here() -> None:
 
 
 @pytest.mark.slow
-def test_what_does_not_fit_is_said_so() -> None:
+def test_plan_reports_what_does_not_fit() -> None:
     plan = small_plan("v5e:1x1", "", WIDE)
     assert not plan.fits and plan.bytes_sent is None
     assert plan.total > plan.capacity > 15e9
@@ -291,7 +291,7 @@ def test_what_does_not_fit_is_said_so() -> None:
 
 
 @pytest.mark.slow
-def test_a_sweep_ranks_every_mesh(
+def test_sweep_ranks_every_mesh(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = replace(BIG, n_layers=1, vocab_size=512, max_seq_len=128)
@@ -323,7 +323,7 @@ def test_a_sweep_ranks_every_mesh(
         (torch_plan.main, ["--strategy", "ddp", "--mesh", "fsdp=8"], "only the axis data"),
     ],
 )
-def test_what_cannot_be_planned_is_one_line(
+def test_wrong_plan_ends_in_one_line(
     main: Callable[[], None],
     argv: list[str],
     message: str,

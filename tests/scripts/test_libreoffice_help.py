@@ -138,7 +138,7 @@ def packages(tmp_path: Path) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize("deb", [False, True], ids=["directories", "packages"])
-def test_the_kept_text(packages: tuple[Path, Path], tmp_path: Path, deb: bool) -> None:
+def test_extracted_text(packages: tuple[Path, Path], tmp_path: Path, deb: bool) -> None:
     result = run(*(map(packed, packages) if deb else packages), "--out", tmp_path / "out")
     assert result.returncode == 0, result.stderr
     assert read(tmp_path / "out" / "hi.jsonl") == KEPT_HINDI
@@ -146,7 +146,7 @@ def test_the_kept_text(packages: tuple[Path, Path], tmp_path: Path, deb: bool) -
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["en.jsonl", "hi.jsonl"]
 
 
-def test_the_figures(packages: tuple[Path, Path], tmp_path: Path) -> None:
+def test_printed_figures(packages: tuple[Path, Path], tmp_path: Path) -> None:
     output = run(*packages, "--out", tmp_path / "out").stdout
     hindi, english = (line for line in output.splitlines() if line[2:4] in ("hi", "en"))
     kept = sum(len(text.encode()) - text.count("\n") for _, text in KEPT_HINDI)
@@ -186,7 +186,7 @@ def test_bad_input_is_one_line(packages: tuple[Path, Path], tmp_path: Path) -> N
         assert not out.exists()
 
 
-def test_the_configuration_reads_what_the_script_writes() -> None:
+def test_config_reads_what_the_script_writes() -> None:
     config = load_config(ROOT / "configs" / "libreoffice-help.yaml")
     assert {source.language: source.path for source in config.data.sources} == {
         "hi": "data/libreoffice-help/hi.jsonl",

@@ -39,13 +39,13 @@ HARD = [
 
 
 @pytest.mark.parametrize("text", HARD)
-def test_hard_strings_survive(tiny_tokenizer: Tokenizer, text: str):
+def test_hard_strings_round_trip(tiny_tokenizer: Tokenizer, text: str):
     ids = tiny_tokenizer.encode(text)
     assert tiny_tokenizer.decode(ids) == text
     assert tiny_tokenizer.token_bytes()[ids].sum() == len(text.encode())
 
 
-def test_every_string_survives(tiny_tokenizer: Tokenizer):
+def test_every_string_round_trips(tiny_tokenizer: Tokenizer):
     sizes = tiny_tokenizer.token_bytes()
     characters = st.characters(exclude_categories=["Cs"]) | st.sampled_from(" \u2581\n\0क्‍षिab<|>")
 
@@ -58,7 +58,7 @@ def test_every_string_survives(tiny_tokenizer: Tokenizer):
     check()
 
 
-def test_a_batch_is_its_texts(tiny_tokenizer: Tokenizer):
+def test_batch_is_encoded_as_its_texts(tiny_tokenizer: Tokenizer):
     one_by_one = [tiny_tokenizer.encode(text) for text in HARD]
     assert tiny_tokenizer.encode_batch(HARD, threads=2) == one_by_one
     assert tiny_tokenizer.encode_batch([]) == []
@@ -68,7 +68,7 @@ def test_a_batch_is_its_texts(tiny_tokenizer: Tokenizer):
     ("changes", "of_words"),
     [({}, True), ({"split_by_whitespace": False}, False), ({"add_dummy_prefix": True}, False)],
 )
-def test_words_are_looked_up_where_they_make_the_text(
+def test_word_cache_is_used_only_where_it_is_exact(
     tmp_path: Path, monkeypatch, changes, of_words: bool
 ):
     """Ids of a batch are those of its whole texts, also for models that merge across spaces."""

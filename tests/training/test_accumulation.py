@@ -108,7 +108,7 @@ def test_jax_mesh_divides_by_the_labels_of_all_rows(truth: Curve) -> None:
     assert distance(jax_curve(accumulated(2, parallel=mesh)), truth) < 1e-12
 
 
-def test_a_batch_without_labels_that_count_has_loss_0() -> None:
+def test_batch_without_counted_labels_has_loss_0() -> None:
     """Such as one in which every token is a document of its own: no division by zero."""
     tokens_BS = np.random.default_rng(0).integers(0, 192, (8, 25), dtype=np.int32)
     empty = make_batch(tokens_BS, np.arange(8 * 25, dtype=np.int32).reshape(8, 25))

@@ -8,7 +8,7 @@ from mooshak_torch.optimizer import clip_gradients
 
 
 @pytest.mark.parametrize("shape", [(3000, 1000), (7, 3), (5,)], ids=str)
-def test_the_norm_of_many_gradients_is_right_to_float32(shape: tuple[int, ...]) -> None:
+def test_norm_of_many_gradients_is_exact_to_float32(shape: tuple[int, ...]) -> None:
     values = np.random.default_rng(0).normal(0, 1e-3, shape).astype(np.float32)
     parameter = torch.nn.Parameter(torch.zeros(shape))
     parameter.grad = torch.tensor(values)

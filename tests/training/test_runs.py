@@ -75,7 +75,7 @@ def torch_run(config: Path) -> Path:
     return directory
 
 
-def test_a_run_records_what_it_was(torch_run: Path) -> None:
+def test_run_directory_has_its_records(torch_run: Path) -> None:
     curve = losses(torch_run)
     assert len(curve) == STEPS and curve[-1] < curve[0]
     assert {"config.yaml", "environment.json", "metrics.jsonl"} <= set(os.listdir(torch_run))
@@ -87,7 +87,7 @@ def test_a_run_records_what_it_was(torch_run: Path) -> None:
 
 
 @pytest.mark.parametrize("framework", ["torch", "jax"])
-def test_a_resumed_run_is_the_uninterrupted_run_to_the_last_bit(
+def test_resumed_run_equals_the_uninterrupted_one(
     framework: str, config: Path, tmp_path: Path
 ) -> None:
     options = ("--config", config, "--train.dtype", "float32", "--checkpoint.keep", 3)
@@ -118,14 +118,12 @@ def test_two_ddp_processes_train_as_one(config: Path, torch_run: Path, tmp_path:
     assert losses(tmp_path) == pytest.approx(losses(torch_run), rel=1e-12, abs=0)
 
 
-def test_a_jax_mesh_trains_as_torch(config: Path, torch_run: Path, tmp_path: Path) -> None:
+def test_jax_mesh_trains_as_torch(config: Path, torch_run: Path, tmp_path: Path) -> None:
     run("mooshak_jax.train", "--config", config, "--run.dir", tmp_path, "--mesh", "data=2")
     assert losses(tmp_path) == pytest.approx(losses(torch_run), rel=1e-12, abs=0)
 
 
-def test_a_run_goes_on_in_the_other_framework_and_comes_back(
-    config: Path, torch_run: Path, tmp_path: Path
-) -> None:
+def test_run_changes_framework_and_back(config: Path, torch_run: Path, tmp_path: Path) -> None:
     options = ("--config", config, "--run.dir", tmp_path)
     run("mooshak_torch.train", *options, "--train.stop_after_step", 3)
     run("mooshak_jax.train", *options, "--train.stop_after_step", 6)
@@ -134,7 +132,9 @@ def test_a_run_goes_on_in_the_other_framework_and_comes_back(
 
 
 @pytest.mark.parametrize("framework", ["torch", "jax"])
-def test_a_signal_saves_and_says_how_to_go_on(framework: str, config: Path, tmp_path: Path) -> None:
+def test_signal_saves_and_reports_how_to_resume(
+    framework: str, config: Path, tmp_path: Path
+) -> None:
     arguments = ["--config", str(config), "--run.dir", str(tmp_path), "--train.steps", "100000"]
     process = subprocess.Popen(
         [sys.executable, "-m", f"mooshak_{framework}.train", *arguments, "--evaluate.every", "0"],
@@ -155,7 +155,7 @@ def test_a_signal_saves_and_says_how_to_go_on(framework: str, config: Path, tmp_
 
 
 @pytest.mark.parametrize("framework", ["torch", "jax"])
-def test_a_profile_says_where_the_time_goes(framework: str, config: Path, tmp_path: Path) -> None:
+def test_profile_lists_the_time_of_operations(framework: str, config: Path, tmp_path: Path) -> None:
     options = (
         "--run.dir",
         tmp_path,
@@ -179,7 +179,7 @@ def test_both_frameworks_generate_the_same_text(config: Path, torch_run: Path) -
     assert run("mooshak_torch.generate", *sampled) == run("mooshak_jax.generate", *sampled)
 
 
-def test_both_frameworks_evaluate_alike(config: Path, torch_run: Path) -> None:
+def test_both_frameworks_evaluate_the_same(config: Path, torch_run: Path) -> None:
     checkpoint = torch_run / "checkpoints" / str(STEPS)
     ours, theirs = (
         json.loads(run(f"mooshak_{framework}.evaluate", checkpoint, "--json"))
@@ -205,7 +205,7 @@ def test_both_frameworks_evaluate_alike(config: Path, torch_run: Path) -> None:
         ("safetensors", "jax", "float32", 1e-5),
     ],
 )
-def test_a_checkpoint_of_any_kind_is_evaluated_as_the_run_was(
+def test_checkpoint_of_any_format_is_evaluated(
     kind: str,
     framework: str,
     dtype: str,
@@ -224,7 +224,7 @@ def test_a_checkpoint_of_any_kind_is_evaluated_as_the_run_was(
         assert score["bits_per_byte"] == pytest.approx(truth, rel=tolerance)
 
 
-def test_all_held_out_text_is_evaluated_on_demand(torch_run: Path) -> None:
+def test_all_held_out_text_is_evaluated_on_request(torch_run: Path) -> None:
     checkpoint = torch_run / "checkpoints" / str(STEPS)
     shown = run("mooshak_torch.evaluate", "--evaluate.sequences", 0, checkpoint)
     tokens = [
@@ -235,7 +235,7 @@ def test_all_held_out_text_is_evaluated_on_demand(torch_run: Path) -> None:
     assert tokens == [(held_out - 1) // 32 * 32]
 
 
-def test_one_run_over_five_layouts_has_the_same_curve(
+def test_run_over_five_layouts_has_the_same_curve(
     config: Path, torch_run: Path, tmp_path: Path
 ) -> None:
     """DDP, FSDP2, a mesh of JAX, one process of torch, another mesh: one run directory."""
