@@ -1,4 +1,4 @@
-"""Fixtures: a small bilingual corpus that the tests write themselves, and a tokenizer for it."""
+"""Fixtures: a small bilingual corpus, its tokenizer, a configuration and a checkpoint."""
 
 import json
 import os

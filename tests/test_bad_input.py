@@ -1,4 +1,4 @@
-"""Bad input ends in one line and exit code 2, in both frameworks, and nothing is lost by it."""
+"""Bad input ends in one line and exit code 2 in both frameworks, and destroys nothing."""
 
 import importlib
 import json

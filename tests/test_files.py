@@ -1,4 +1,4 @@
-"""Files and directories that appear complete or not at all, and locks."""
+"""Files and directories that appear complete or not at all; locks."""
 
 import os
 import shutil

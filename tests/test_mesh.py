@@ -1,4 +1,4 @@
-"""The notation of meshes: `data=2,fsdp=2,tensor=2`."""
+"""Notation of meshes: `data=2,fsdp=2,tensor=2`."""
 
 import pytest
 

@@ -213,6 +213,29 @@ def too_long(root: Path, folders: tuple[str, ...]) -> list[str]:
     return wrong
 
 
+def unmapped_tests(root: Path) -> list[str]:
+    """Files of tests/ that its README does not describe as their docstrings do, and the reverse."""
+    tests = root / "tests"
+    described = {}
+    for file in tests.rglob("*.py"):
+        doc = ast.get_docstring(ast.parse(file.read_text())) or ""
+        described[str(file.relative_to(tests))] = doc.partition("\n")[0].replace("|", "\\|")
+    rows = re.findall(r"^\| `(\S+\.py)` \| (.*) \|$", (tests / "README.md").read_text(), re.M)
+    return sorted({name for name, _ in described.items() ^ dict(rows).items()})
+
+
+def wrong_test_names(root: Path) -> list[str]:
+    """Test functions whose names are too long or used twice in a file, where one never runs."""
+    wrong = []
+    for file in sorted((root / "tests").rglob("test_*.py")):
+        names = re.findall(r"^def (test_\w+)", file.read_text(), re.M)
+        wrong += [name for name in names if len(name) > MAX_NAME or names.count(name) > 1]
+    return wrong
+
+
+MAX_NAME = 60
+
+
 def test_imports_have_no_circle() -> None:
     assert not import_circle(ROOT)
 
@@ -232,6 +255,11 @@ def test_late_imports_have_a_named_reason() -> None:
 
 def test_files_and_functions_are_short() -> None:
     assert not too_long(ROOT, (*PACKAGES, "scripts", "tests"))
+
+
+def test_tests_are_mapped_and_named() -> None:
+    assert not unmapped_tests(ROOT)
+    assert not wrong_test_names(ROOT)
 
 
 def plant(root: Path, **files: str) -> Path:
@@ -313,3 +341,15 @@ def test_length_without_reason_is_found(text: str, reason: str, tmp_path: Path) 
     assert len(too_long(tmp_path, ("mooshak",))) == 1
     plant(tmp_path, mooshak__plan=reason + text)
     assert not too_long(tmp_path, ("mooshak",))
+
+
+def test_unmapped_or_misnamed_test_is_found(tmp_path: Path) -> None:
+    long = "test_" + "x" * 56
+    text = f'"""Files."""\n\ndef test_a(): ...\ndef test_b(): ...\ndef {long}(): ...\n'
+    plant(tmp_path, tests__data__test_files=text.replace("test_b", "test_a"))
+    (tmp_path / "tests/README.md").write_text("| `test_gone.py` | Gone. |\n")
+    assert unmapped_tests(tmp_path) == ["data/test_files.py", "test_gone.py"]
+    assert wrong_test_names(tmp_path) == ["test_a", "test_a", long]
+    plant(tmp_path, tests__data__test_files=text.replace(long, long[:-1]))
+    (tmp_path / "tests/README.md").write_text("| `data/test_files.py` | Files. |\n")
+    assert not unmapped_tests(tmp_path) and not wrong_test_names(tmp_path)

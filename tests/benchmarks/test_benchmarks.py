@@ -1,4 +1,4 @@
-"""Every worker of every benchmark runs, in tiny size; nothing here looks at the time."""
+"""Benchmarks: every worker runs in a tiny size; no test depends on a time."""
 
 import importlib
 import json

@@ -1,4 +1,4 @@
-"""A model from elsewhere goes on here, `--init.from`, also with a vocabulary that has grown."""
+"""`init.from`: training continues from a foreign checkpoint, also with an extended vocabulary."""
 
 import io
 import json

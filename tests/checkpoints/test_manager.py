@@ -1,4 +1,4 @@
-"""The checkpoint manager: what it keeps, what it deletes, when a checkpoint appears."""
+"""Checkpoint manager: which checkpoints it keeps and deletes, and when one appears."""
 
 import json
 import threading

@@ -1,4 +1,4 @@
-"""Runs of an older version, with its keys and files, resume, evaluate and generate."""
+"""Runs of an older version, with old keys and files, resume, evaluate and generate."""
 
 import json
 import shutil

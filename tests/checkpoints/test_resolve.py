@@ -1,4 +1,4 @@
-"""`init.from`: given values win, and a run that has saved does not need the checkpoint again."""
+"""`init.from`: given values win, and a run resumes after the initial checkpoint is deleted."""
 
 import json
 import shutil

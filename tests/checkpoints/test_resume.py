@@ -1,4 +1,4 @@
-"""Which checkpoint a run resumes from, and which ones it refuses."""
+"""Resume: the checkpoint that a run continues from, and those that are refused."""
 
 import json
 from dataclasses import replace

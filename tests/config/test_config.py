@@ -1,4 +1,4 @@
-"""The configuration: what it accepts, and the one line it answers to what it does not."""
+"""Configuration: accepted files and options, and the one-line error for any other."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Renamed keys: an error on the command line and in a YAML, translated in a run's record."""
+"""Renamed keys: errors on the command line and in a YAML, translated in the record of a run."""
 
 from dataclasses import fields
 from pathlib import Path

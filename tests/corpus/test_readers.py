@@ -1,4 +1,4 @@
-"""Sources: every kind gives its documents, cleaned, in a fixed order; bad input names its file."""
+"""Corpus readers: cleaned documents of every kind of source in a fixed order; errors name files."""
 
 import json
 import sys

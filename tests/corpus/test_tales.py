@@ -1,4 +1,4 @@
-"""The tales: deterministic, the same in both languages, inflected, and many."""
+"""Tales: deterministic, parallel in both languages, inflected, and many."""
 
 import re
 import subprocess

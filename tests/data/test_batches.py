@@ -1,4 +1,4 @@
-"""Batches: a pure function of (seed, step, configuration), however the work is divided."""
+"""Batches: a pure function of seed, step and configuration, for any number of processes."""
 
 import hashlib
 import pickle

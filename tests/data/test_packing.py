@@ -1,4 +1,4 @@
-"""Document masks in batches: segments, positions and ignored labels, from text to the loss."""
+"""Document masks in batches: segments, positions and ignored labels, from text to loss."""
 
 import math
 from dataclasses import replace

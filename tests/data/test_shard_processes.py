@@ -1,4 +1,4 @@
-"""Shards that several processes want at once are made by one of them."""
+"""Shards that several processes request at once are prepared by one of them."""
 
 import multiprocessing
 from dataclasses import replace

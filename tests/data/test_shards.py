@@ -1,4 +1,4 @@
-"""Shards: whole or not there, resumed to the same bytes, remade when their settings change."""
+"""Token shards: complete or absent, resumed to equal bytes, remade for other settings."""
 
 import json
 import pickle

@@ -1,4 +1,4 @@
-"""What one process of the tests does: what is asked of it on its standard input, run after run.
+"""Worker process of the torch tests: runs the functions named on its standard input.
 
 Processes take seconds to start; a run of the tiny model takes less. A line asks for one: what to
 do, a configuration's arguments, paths, and the variables that torchrun would set. A line answers.

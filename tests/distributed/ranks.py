@@ -1,4 +1,4 @@
-"""Worker processes of torch tests, and the figures of their runs."""
+"""Pool of worker processes for torch tests, and the metrics of their runs."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Meshes of JAX on eight CPU devices: the same steps, a part of the memory, any layout from any."""
+"""JAX meshes of eight CPU devices: equal steps, sharded memory, checkpoints between layouts."""
 
 import functools
 import math

@@ -1,4 +1,4 @@
-"""Two real processes of two CPU devices each train, stop, go on and evaluate as one."""
+"""Two JAX processes of two CPU devices each train, stop, resume and evaluate as one."""
 
 import json
 import re
@@ -71,8 +71,8 @@ def finish(pair: Pair) -> tuple[str, str]:
             process.kill()
     for process, (_, errors) in zip(pair, told, strict=True):
         assert process.returncode == 0, errors[-3000:]
-    # Gloo, of JAX on CPUs, tells of its connections there; threads of it break each other's lines.
-    gloo = re.compile(r"\[Gloo\]|is connected to \d+ peer ranks|^$")
+    # Gloo, which JAX uses on CPUs, prints its connections; its threads break lines of each other.
+    gloo = re.compile(r"\[Gloo\]|peer ranks|^$")
     lines = [out.splitlines() for out, _ in told]
     first, second = ("\n".join(line for line in own if not gloo.search(line)) for own in lines)
     return first, second

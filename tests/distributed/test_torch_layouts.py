@@ -1,4 +1,4 @@
-"""The torch side on several processes (gloo): every layout trains as one process does."""
+"""PyTorch on several processes (gloo): every layout trains as one process does."""
 
 import json
 import math

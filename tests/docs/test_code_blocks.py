@@ -1,4 +1,4 @@
-"""The Python code blocks of README and docs run, on a small checkpoint."""
+"""Python code blocks of README and docs run on a small checkpoint."""
 
 import re
 from pathlib import Path

@@ -1,5 +1,4 @@
-"""Generation takes short ways: a causal prompt, keys as far as they are written, one position of
-the prompt through the output head. The long way is the whole text through the model, each time."""
+"""Decoding with cache and padding equals the full text through the model at every step."""
 
 import shutil
 from dataclasses import replace

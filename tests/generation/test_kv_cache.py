@@ -1,4 +1,4 @@
-"""The KV cache of both frameworks: calls at any positions give what the full sequence gives.
+"""KV cache of both frameworks: calls at any positions equal the full sequence.
 
 Shapes: B batch, T time, V vocabulary.
 """

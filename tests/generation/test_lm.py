@@ -1,4 +1,4 @@
-"""The Python API: `load`, and an `LM` that generates, streams, scores, chats and saves."""
+"""Python API: `load`, and an `LM` that generates, streams, scores, chats and saves."""
 
 import json
 import shutil

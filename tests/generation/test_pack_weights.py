@@ -1,4 +1,4 @@
-"""Decoding multiplies packed copies of the weights; the model stays as it is, and is trained on."""
+"""Packed weights for decoding are copies: the model does not change, and is trained on."""
 
 import weakref
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Documents of packed rows: the model computes the same as for each document alone."""
+"""Packed documents: the model computes the same as for each document alone."""
 
 import shutil
 from collections.abc import Iterator

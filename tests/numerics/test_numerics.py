@@ -1,4 +1,4 @@
-"""What is computed once for both frameworks: weights, RoPE tables, schedule, sampling noise."""
+"""Shared numerics: initial weights, RoPE tables, schedule, sampling noise, bits per byte."""
 
 import math
 from dataclasses import replace

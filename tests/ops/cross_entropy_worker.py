@@ -1,4 +1,4 @@
-"""One process of torchrun: loss and log-probabilities of a head that is sharded by vocabulary."""
+"""Worker of torchrun: loss and log-probabilities of a head that is sharded by vocabulary."""
 
 import sys
 from pathlib import Path

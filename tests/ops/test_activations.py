@@ -1,4 +1,4 @@
-"""The elementwise parts of layers beside plain code: values, gradients, what torch keeps."""
+"""Activations and RMSNorm against plain code: values, gradients, saved tensors."""
 
 import gc
 import weakref

@@ -1,4 +1,4 @@
-"""Attention: JAX in chunks of the queries against all at once; packed documents in both."""
+"""Attention: JAX in query chunks against full attention; packed documents in both frameworks."""
 
 import math
 from typing import Any

@@ -1,4 +1,4 @@
-"""The products of both models beside the frameworks' own.
+"""Matrix products of both models against those of the frameworks.
 
 In torch those of float32 on AMD's processors are oneDNN's; in JAX their gradients are written by
 hand.

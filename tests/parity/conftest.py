@@ -1,4 +1,4 @@
-"""Eight CPU devices and float64 for JAX, before anything touches a device."""
+"""JAX with eight CPU devices and float64, set before a device is used."""
 
 import jax
 

@@ -1,4 +1,4 @@
-"""Conversion: exact, read by the frameworks' own tools, checked, atomic, in little memory."""
+"""Conversion: exact, readable by the framework tools, verified, atomic, in little memory."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""Conversion from and to checkpoints of any ranks, mesh and layout, to the last bit."""
+"""Conversion from and to checkpoints of any processes, mesh and layout, bit for bit."""
 
 import os
 import shutil

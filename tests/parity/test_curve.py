@@ -1,4 +1,4 @@
-"""Whole loss curves in both frameworks, with changes between them, on a tiny model."""
+"""Loss curves of full runs in both frameworks, with changes between them, on a tiny model."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""The demo: whole on a tiny model, its stages one by one, and what happens when one breaks."""
+"""The demo: in full on a tiny model, its stages one by one, and failing stages."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The mooshak architecture in transformers: what is written for it loads, computes and learns."""
+"""Export to transformers: the mooshak architecture loads, computes, generates and trains there."""
 
 import itertools
 import json

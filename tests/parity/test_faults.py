@@ -1,4 +1,4 @@
-"""The check finds typical faults and reports where they are.
+"""parity.check finds injected faults and reports where they are.
 
 Each fault is injected into one framework, torch and JAX in turns.
 """

@@ -1,4 +1,4 @@
-"""The ladder from operation to training step: torch and JAX against each other, in float64.
+"""From operation to training step: torch and JAX against each other in float64.
 
 The sizes all differ, and grouped heads are among them: a missing transpose cannot pass.
 """

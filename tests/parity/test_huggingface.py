@@ -1,4 +1,4 @@
-"""Hugging Face as an oracle, as a place to come from and to go to, by models that it makes here."""
+"""Hugging Face models, made here, as oracle, source and target of conversion."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The same training on eight CPU devices in every mesh, and on processes that torchrun starts."""
+"""The same training on eight CPU devices in every mesh, and on processes of torchrun."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A trained Llama from elsewhere: SmolLM2-135M-Instruct, as `scripts/smollm2.py` writes it."""
+"""SmolLM2-135M-Instruct, written by scripts/smollm2.py, in both frameworks."""
 
 import os
 import runpy

@@ -1,4 +1,4 @@
-"""The planners: their predictions against what is held, saved and moved."""
+"""Planners: predictions against measured memory, checkpoints and traffic."""
 
 import gc
 import json

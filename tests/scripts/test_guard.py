@@ -1,4 +1,4 @@
-"""scripts/guard.py: what is equal is equal, and a planted change is found and named."""
+"""scripts/guard.py: equal results pass, and a planted change is found and named."""
 
 import json
 import subprocess

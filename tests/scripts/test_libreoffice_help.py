@@ -1,4 +1,4 @@
-"""The text of the LibreOffice help: what is kept of a small pair of packages, to the letter."""
+"""scripts/libreoffice_help.py: the extracted text of a small pair of packages, to the letter."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""The tokenizer: lossless for every string, closed to injected specials, clear about bad files."""
+"""Tokenizer: lossless for every string, safe from injected specials, clear errors."""
 
 import io
 import subprocess

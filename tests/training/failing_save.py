@@ -1,4 +1,4 @@
-"""A training command in which one process cannot save one checkpoint.
+"""A training command in which one process fails to save one checkpoint.
 
 failing_save.py torch|jax RANK FAULT STEP [arguments of the command]
 """

@@ -1,4 +1,4 @@
-"""Accumulation with ignored labels: the loss is divided by the labels of the global batch."""
+"""Gradient accumulation with ignored labels: the denominator counts the global batch."""
 
 from collections.abc import Iterator
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Clipping in float32: what a long sum of squares must not lose."""
+"""Gradient clipping in float32: the sum of many squares is accurate."""
 
 import numpy as np
 import pytest

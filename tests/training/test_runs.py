@@ -1,4 +1,4 @@
-"""Whole runs, as commands in processes of their own: resume, signals, DDP, change of framework."""
+"""Full runs in processes of their own: resume, signals, DDP, change of framework."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The first signal asks a run to stop after its step, the second ends it at once."""
+"""Signals: the first stops a run after its step, the second at once."""
 
 import signal
 import subprocess

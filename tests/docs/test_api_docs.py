@@ -1,11 +1,11 @@
-"""docs/api.md is made from the docstrings, and is up to date."""
+"""docs/api.md is generated from the docstrings, and up to date."""
 
 import runpy
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def test_api_page_is_up_to_date() -> None:
