@@ -93,7 +93,7 @@ def test_atomic_directory_is_made_by_one(tmp_path: Path) -> None:
     path = tmp_path / "out"
     with atomic_directory(path) as directory:
         (directory / "file").write_text("a")
-        with pytest.raises(InputError, match="another process is making"), atomic_directory(path):
+        with pytest.raises(InputError, match="another process is writing"), atomic_directory(path):
             raise AssertionError
     assert (path / "file").read_text() == "a"
 
