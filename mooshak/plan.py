@@ -92,7 +92,7 @@ class Plan:
             "collectives": sent,
             "flops_per_step": self.flops,
             "seconds": self.times,
-            "bottleneck": self.bottleneck,
+            "bound": self.bottleneck,
             "mfu_ceiling": self.mfu,
             "hardware": asdict(self.device),
         }

@@ -50,6 +50,24 @@ def test_no_peak_is_guessed(kind: str) -> None:
     assert peak_flops(kind) is None
 
 
+def test_json_of_a_plan_keeps_its_keys() -> None:
+    """Other programs read them, so renames in the code do not change them."""
+    device = DEVICES["v5e"]
+    sent = {"all-reduce": 6, "all-gather": 4}
+    times = {"compute": 0.5, "links": 2.0}
+    plan = Plan("4 v5e", "data=4", device, 4, {"parameters": 8}, 100, sent, 10**12, times)
+    document = plan.to_json()
+    assert (document["devices"], document["fits"], document["bytes_per_device"]) == (4, True, 8)
+    assert (document["bytes_moved_per_step"], document["collectives"]) == (10, sent)
+    assert (document["seconds"], document["bound"]) == (times, "links")
+    assert document["mfu_ceiling"] == 1e12 / 4 / device.flops / 2.0
+    assert set(document) == {
+        *("machine", "layout", "devices", "hardware", "capacity", "fits"),
+        *("bytes_per_device", "memory", "bytes_moved_per_step", "collectives"),
+        *("flops_per_step", "seconds", "bound", "mfu_ceiling"),
+    }
+
+
 @pytest.mark.slow
 def test_two_cpu_processes_start_next_to_libtpu() -> None:
     """libtpu, where it is installed, complains of a missing TPU and lets one process have it."""
