@@ -213,7 +213,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--switch", type=int, default=100, metavar="N", help=text)
     text = "directory of the runs and the report"
     add("--out", type=Path, default=Path("runs/curve"), metavar="DIR", help=text)
-    add("--dtypes", nargs="+", choices=DTYPES, default=DTYPES, help="dtypes to train in")
+    add("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="dtypes to train in")
 
 
 @command

@@ -206,7 +206,8 @@ def code(call: str) -> str:
         head, tail = call.split("(", 1)[0], call.rsplit(")", 1)[1]
         lines = "".join(f"    {part},\n" for part in split_arguments(tree.args))
         call = f"{head}(\n{lines}){tail}"
-    return f"```python\n{call}\n```"
+    # Not "python": those blocks are examples, which a test runs.
+    return f"```py\n{call}\n```"
 
 
 def split_arguments(args: ast.arguments) -> list[str]:
