@@ -192,8 +192,14 @@ def test_gguf_refuses_models_llama_cpp_cannot_run(tmp_path: Path) -> None:
         ({"logits_soft_cap": 30.0}, "key 'logits_soft_cap' .30.0. is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
         ({"rope_interleaved": True}, "rope_interleaved True is not supported"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2}}, "dynamic is not supported; supported are linear"),
-        ({"rope_scaling": {"type": "yarn", "factor": 2}}, "yarn is not supported; supported are linear"),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2}},
+            "dynamic is not supported; supported are linear",
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 2}},
+            "yarn is not supported; supported are linear",
+        ),
         (
             {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}, "rope_theta": 6.0},
             "rope_parameters say",
