@@ -17,6 +17,8 @@ from mooshak_jax.ops import attention as module
 from mooshak_jax.ops.attention import attention, document_attention
 from mooshak_torch.ops import attention as torch_module
 
+SLOW = pytest.mark.slow
+
 
 def plain(q_BTHK: Array, k_BSGK: Array, v_BSGK: Array, mask_BTS: Array) -> Array:
     B, T, H, K = q_BTHK.shape
@@ -31,9 +33,17 @@ def causal(T: int, window: int) -> Array:
     return ((back_TT >= 0) & (back_TT < window))[None]
 
 
-@pytest.mark.parametrize(("heads", "groups"), [(2, 2), (6, 2), (3, 1)])
 @pytest.mark.parametrize(
-    ("queries", "T", "window"), [((4, 9), 30, 30), ((4, 9), 17, 5), ((64, 64), 30, 30)]
+    ("heads", "groups"),
+    [pytest.param(2, 2, marks=SLOW), (6, 2), pytest.param(3, 1, marks=SLOW)],
+)
+@pytest.mark.parametrize(
+    ("queries", "T", "window"),
+    [
+        pytest.param((4, 9), 30, 30, marks=SLOW),
+        ((4, 9), 17, 5),
+        pytest.param((64, 64), 30, 30, marks=SLOW),
+    ],
 )
 def test_chunked_attention_equals_full_attention(
     heads: int,
