@@ -53,7 +53,7 @@ class Line:
     """The mesh or the processes that the line is about."""
 
     documents: bool = False
-    """Whether a line about a layout is about packed documents."""
+    """True for a line about a layout on packed documents."""
 
     @property
     def passed(self) -> bool:

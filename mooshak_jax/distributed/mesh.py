@@ -24,7 +24,7 @@ from mooshak.mesh import AXES, mesh_sizes, parse_mesh
 from mooshak_jax.distributed.sharding import LOGICAL_AXIS_RULES, partition_spec
 
 SHUTDOWN_SECONDS = 30
-"""How long a process that exits waits for the others to exit; then JAX ends all of them."""
+"""Seconds that a process waits at exit for the others; then JAX ends all of them."""
 
 
 @dataclass(frozen=True)

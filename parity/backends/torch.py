@@ -42,7 +42,7 @@ class TorchBackend:
     def __init__(self, source: Checkpoint):
         self.source = source
         self.is_main = True
-        """Whether this is the first process of several."""
+        """True on the first of several processes."""
 
     def model(self, dtype: Dtype) -> mooshak_torch.model.Model:
         """Return the model on the CPU."""
