@@ -15,6 +15,10 @@ class InputError(Exception):
     exit_code = 2
 
 
+class SaveError(InputError):
+    """A failed save of a checkpoint, whose threads may not have ended. The message is one line."""
+
+
 class PeerError(InputError):
     """Failure or loss of another process of the run. The message is one line: which, and why."""
 
@@ -31,9 +35,10 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
     def wrapped(*args: object, **kwargs: object) -> None:
         try:
             main(*args, **kwargs)
-        except PeerError as error:
+        except (PeerError, SaveError) as error:
             code = _fail(str(error), error.exit_code)
-            # A normal exit would join the threads that wait for the lost process, and hang.
+            # A normal exit would join the threads that wait for the lost process, and hang; and
+            # the unfinished writes of a failed save would add their own lines to the error.
             for child in multiprocessing.active_children():
                 child.kill()
             sys.stdout.flush()

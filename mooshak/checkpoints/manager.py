@@ -14,7 +14,7 @@ from typing import Any
 from mooshak.checkpoints import base
 from mooshak.checkpoints.formats import Processes
 from mooshak.config.sections import Config
-from mooshak.errors import InputError, PeerError, os_error_text
+from mooshak.errors import InputError, PeerError, SaveError, os_error_text
 from mooshak.tokenizer.files import files_of_tokenizer
 
 POLL_SECONDS = 0.1
@@ -86,12 +86,12 @@ class CheckpointManager:
     def defer_failure(self, what: str) -> Iterator[None]:
         """Record an exception of the block, which `raise_failure` raises; `what` is its effect.
 
-        An `OSError` becomes an `InputError` of one line.
+        An `OSError` becomes a `SaveError` of one line.
         """
         try:
             yield
         except OSError as error:
-            self._failure = InputError(f"{what}: {os_error_text(error)}")
+            self._failure = SaveError(f"{what}: {os_error_text(error)}")
             self._failure.__cause__ = error
         except BaseException as error:
             self._failure = error

@@ -22,6 +22,7 @@ from mooshak_torch.ops.matmul import linear
 from parity import tolerances
 from parity.backends import JaxBackend, TorchBackend
 from parity.convert import convert, open_any
+from parity.distance import distance
 
 pytestmark = [
     pytest.mark.slow,
@@ -60,17 +61,17 @@ def test_trained_model_is_the_same_function(smollm2: Path) -> None:
     truth = TorchBackend(source).operations("float64", tokens_BT)["logits"]
 
     @torch.no_grad()
-    def distance() -> float:
-        return distance.distance(theirs(torch.from_numpy(tokens_BT).long()).logits.numpy(), truth)
+    def noise_floor() -> float:
+        return distance(theirs(torch.from_numpy(tokens_BT).long()).logits.numpy(), truth)
 
     # Sums of 1536 products: by MKL, which sums in blocks, and as our model has them, by oneDNN.
-    floor = distance()
+    floor = noise_floor()
     assert floor < 5e-6, floor
     with mock.patch.object(torch.nn.Linear, "forward", lambda self, x: linear(x, self.weight)):
-        floor = max(floor, distance())
+        floor = max(floor, noise_floor())
     for side in (TorchBackend(source), JaxBackend(source)):
         ours = side.operations("float32", tokens_BT)["logits"]
-        found = distance.distance(ours, truth)
+        found = distance(ours, truth)
         assert found <= tolerances.RATIO * floor, (side.name, found, floor)
         assert side.generate("float32", prompts, 64, 0.0).tolist() == greedy, side.name
 

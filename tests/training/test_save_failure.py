@@ -18,7 +18,7 @@ from mooshak.checkpoints.manager import CheckpointManager, complete_steps
 from mooshak.config.parse import dump_config
 from mooshak.config.sections import CheckpointConfig, Config
 from mooshak.data.shards import load_or_prepare_shards
-from mooshak.errors import InputError, PeerError
+from mooshak.errors import PeerError, SaveError
 
 DEADLINE = 240
 """Seconds; most of them are for the start of processes on a busy machine."""
@@ -140,7 +140,7 @@ def test_failure_is_raised_by_all(
     assert sorted(raised) == [0, 1, 2]
     text = f"the checkpoint of step 4 could not be saved: {FAILURES[fault]}"
     for rank, error in raised.items():
-        kind = InputError if rank == bad else PeerError
+        kind = SaveError if rank == bad else PeerError
         assert type(error) is kind
         assert str(error).startswith(text if rank == bad else f"rank {bad} failed: {text}")
     assert complete_steps(directory) == ([2, 4] if fault == "prune" else [2])
@@ -162,24 +162,25 @@ def test_unknown_error_keeps_its_type(tiny_config: Config, tmp_path: Path) -> No
 
 STUCK = """
 import multiprocessing, threading, time
-from mooshak.errors import PeerError, command
+from mooshak.errors import PeerError, SaveError, command
 
 @command
 def main():
     threading.Thread(target=threading.Event().wait).start()
     multiprocessing.get_context("fork").Process(target=time.sleep, args=(10_000,)).start()
-    raise PeerError("rank 0 failed")
+    raise {error}("no space")
 
 main()
 """
 
 
 @pytest.mark.slow
-def test_peer_error_ends_threads_and_children() -> None:
+@pytest.mark.parametrize(("error", "code"), [("PeerError", 3), ("SaveError", 2)])
+def test_command_error_ends_threads_and_children(error: str, code: int) -> None:
     # The output of a child that is left behind stays open.
-    command = [sys.executable, "-c", STUCK]
+    command = [sys.executable, "-c", STUCK.format(error=error)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
-    assert (done.returncode, done.stderr) == (3, "error: rank 0 failed\n")
+    assert (done.returncode, done.stderr) == (code, "error: no space\n")
 
 
 def free_port() -> int:
