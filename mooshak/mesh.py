@@ -23,8 +23,8 @@ def mesh_sizes(text: str, n_devices: int, default: str = "data=-1") -> dict[str,
     if n_devices % known:
         shown = ",".join(f"{axis}={size}" for axis, size in parse_mesh(text or default).items())
         raise InputError(
-            f"mesh {shown} does not divide the {n_devices} devices here; choose another --mesh, "
-            "or --parallel.cpu_devices on a CPU"
+            f"mesh {shown} does not divide the {n_devices} devices here; choose another mesh, or "
+            "more devices (JAX on a CPU: --parallel.cpu_devices, jax_num_cpu_devices)"
         )
     return {axis: size if size > 0 else n_devices // known for axis, size in sizes.items()}
 

@@ -29,12 +29,12 @@ from mooshak.checkpoints.checksums import (
 from mooshak.checkpoints.formats import detect_format, ensure_readable_format
 from mooshak.checkpoints.init_from import init_checkpoint
 from mooshak.config.model import Dtype, ModelConfig
-from mooshak.config.sections import Config
+from mooshak.config.sections import Config, check_tensor_axis
 from mooshak.errors import InputError
 from mooshak.files import atomic_directory
 from mooshak.tokenizer.base import Tokenizer
 from mooshak.tokenizer.files import tokenizer_files
-from mooshak_jax.distributed.mesh import Parallel
+from mooshak_jax.distributed.mesh import Parallel, check_fsdp
 from mooshak_jax.param_names import CanonicalTensor, canonical_tensors
 from mooshak_jax.params import abstract_params, load_params
 from mooshak_jax.zarr import ZarrReader, ZarrWriter
@@ -103,13 +103,17 @@ def load_model(
 ) -> tuple[ModelConfig, Any]:
     """Load the model configuration and parameters of a checkpoint of any format.
 
-    Stacked layers and fused kernels are as in `layout`, shardings as in `parallel`.
+    Stacked layers and fused kernels are as in `layout`, shardings as in `parallel`. Raises
+    `InputError` if the mesh does not divide the model.
     """
     with ensure_readable_format(Path(path), "jax", parallel) as source_path:
         source = open_checkpoint(source_path)
         model = source.model
         if layout is not None:
             model = replace(model, scan_layers=layout.scan_layers, fuse_kernels=layout.fuse_kernels)
+        if parallel is not None:
+            check_tensor_axis(model, parallel.sizes)
+            check_fsdp(model, parallel.sizes)
         return model, load_params(abstract_params(model, dtype, parallel), source.read)
 
 

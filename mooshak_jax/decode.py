@@ -67,17 +67,18 @@ def generate_tokens(
     logits_BV, caches = _step(
         graphdef, params, jnp.asarray(tokens_BT), positions_BT, last_B, caches
     )
+    caches = [layer_cache.truncate(lengths_B) for layer_cache in caches]  # Drop the padding.
     positions_B, last_B = last_B, jnp.zeros_like(last_B)
     unknown_B = np.full(len(prompts), np.nan)
     for t in range(new_tokens):
         token_B = sample(logits_BV, jnp.asarray(uniform_BT[:, t]), temperature, top_p)
         log_prob_B = token_log_prob(logits_BV, token_B) if logprobs else unknown_B
+        # An accelerator computes the next step while the host waits for this token and decodes it.
+        if t + 1 < new_tokens:
+            positions_B = positions_B + 1
+            token_B1, positions_B1 = token_B[:, None], positions_B[:, None]
+            logits_BV, caches = _step(graphdef, params, token_B1, positions_B1, last_B, caches)
         yield np.asarray(token_B), np.asarray(log_prob_B)
-        if t + 1 == new_tokens:
-            break
-        positions_B = positions_B + 1
-        token_B1, positions_B1 = token_B[:, None], positions_B[:, None]
-        logits_BV, caches = _step(graphdef, params, token_B1, positions_B1, last_B, caches)
 
 
 @partial(jax.jit, static_argnames=("temperature", "top_p"))

@@ -9,6 +9,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 
@@ -22,14 +23,17 @@ class KVCache:
     """Keys and values of one layer, [B, S, G, K] each; slot s holds those of position s.
 
     The positions of a call are consecutive. In each row they start at its length, or below: then
-    they overwrite the slots of earlier calls. Masks come from positions: a query at position p sees
-    slots 0 .. p (within the window), never the older contents of later slots.
+    they overwrite the slots of earlier calls. Masks are computed from positions: a query at
+    position p sees slots 0 .. p (within the window), never the older contents of later slots.
     """
 
     k_BSGK: Array
     v_BSGK: Array
     lengths: Array
-    """Number of tokens in each row, [B]: the last position of the latest call, plus one."""
+    """Number of tokens in each row, [B]: the last position of the latest call, plus one.
+
+    After a call with padded rows that counts the padding, until `truncate`.
+    """
     written: bool = False
     """False while all rows are empty. Static: a count would compile one step for each value."""
 
@@ -63,8 +67,8 @@ class KVCache:
         Returns the new cache.
         """
         lengths_B = jnp.asarray(lengths, self.lengths.dtype)
-        # Inside a compiled function the lengths are unknown: `written` may then stay true for an
-        # empty cache, whose slots the masks hide.
-        known = not isinstance(lengths_B, jax.core.Tracer)
-        written = self.written and not (known and not lengths_B.any())
+        # Lengths on a device are not read: `written` may then stay true for an empty cache, whose
+        # slots the masks hide.
+        on_host = not isinstance(lengths, Array)
+        written = self.written and not (on_host and not np.any(lengths))
         return replace(self, lengths=jnp.minimum(self.lengths, lengths_B), written=written)

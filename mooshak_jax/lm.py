@@ -63,7 +63,7 @@ class LM(lm.LM):
             settings.logprobs,
         )
         while True:
-            # Sampling is in float64; the caller's code between two tokens keeps its own setting.
+            # Sampling is in float64; the caller's x64 setting is unchanged between two tokens.
             with jax.enable_x64():
                 step = next(steps, None)
             if step is None:
@@ -89,7 +89,8 @@ class LM(lm.LM):
 
         def read(key: str, rows: slice = FULL_SLICE) -> np.ndarray:
             tensor, leaf = leaves[key]
-            return np.ascontiguousarray(tensor.canonical(np.asarray(leaf))[rows])
+            block, here = tensor.block(rows)
+            return np.ascontiguousarray(tensor.rows(np.asarray(leaf[block]))[here])
 
         files = files_of_tokenizer(self.tokenizer.path) if self.tokenizer else {}
         return Checkpoint(
@@ -115,13 +116,12 @@ def load(
     jax.config.update("jax_default_matmul_precision", "highest")
     if dtype == "float64" and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
         jax.config.update("jax_enable_x64", True)
-        warnings.warn("dtype float64: JAX's x64 mode is now on for the whole process", stacklevel=2)
+        warnings.warn("dtype float64: JAX's x64 mode is now enabled for this process", stacklevel=2)
     try:
         devices = jax.devices(device)
     except RuntimeError as error:
         raise InputError(f"device {device}: {str(error).splitlines()[0]}") from error
-    parallel = make_mesh(mesh or "data=1", devices)
-    config, params = load_model(path, dtype, parallel)
+    config, params = load_model(path, dtype, make_mesh(mesh or "data=1", devices))
     return LM(config, dtype, params, lm.load_tokenizer(Path(path), config, tokenizer))
 
 

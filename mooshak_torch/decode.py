@@ -55,8 +55,9 @@ def generate_tokens(
 
     Prompts of different lengths are each continued at their own position. Temperature 0 is greedy;
     otherwise row b uses the noise of sample number samples[b]. Without `logprobs` the second array
-    is NaN. `compiled` uses torch.compile for the decode step. Raises `InputError` for an empty
-    prompt, a text that exceeds the model's positions, or a missing compiler.
+    is NaN. `compiled` uses torch.compile for the decode step. FSDP modules must be unsharded, since
+    their hooks do not run. Raises `InputError` for an empty prompt, a text that exceeds the model's
+    positions, or a missing compiler.
     """
     step = _compiled_step() if compiled else _step
     tokens_BT, lengths_B = pad_prompts(prompts, new_tokens, model.config)
@@ -65,20 +66,25 @@ def generate_tokens(
     caches = make_caches(model, len(prompts), tokens_BT.shape[1] + new_tokens)
     positions_B = torch.from_numpy(lengths_B).to(device) - 1
     rows_B = torch.arange(len(prompts), device=device)
-    # Only the last position of each prompt goes through the output head.
+    # Only the last position of each prompt is passed to the output head.
     hidden_BTD = model.hidden_states(torch.from_numpy(tokens_BT).to(device).long(), caches=caches)
     logits_BV = model.logits(hidden_BTD[rows_B, positions_B].unsqueeze(1))[:, 0]
-    matrices = (m.weight for m in model.modules() if isinstance(m, Linear))
-    decoder = pack_weights_for_decode(model, matrices, len(prompts), new_tokens)
-    unknown_B = np.full(len(prompts), np.nan)
+    for layer_cache in caches:
+        layer_cache.truncate(lengths_B.tolist())  # Drop the padding.
+    decoder = model
+    if not compiled:  # Inductor knows no packed weights.
+        matrices = (m.weight for m in model.modules() if isinstance(m, Linear))
+        decoder = pack_weights_for_decode(model, matrices, len(prompts), new_tokens)
+    unknown_B = torch.full((len(prompts),), torch.nan, dtype=torch.float64)
     for t in range(new_tokens):
         uniform_B = torch.from_numpy(uniform_BT[:, t]).to(device)
         token_B = sample(logits_BV, uniform_B, temperature, top_p)
-        yield token_B.cpu().numpy(), token_log_prob(logits_BV, token_B) if logprobs else unknown_B
-        if t + 1 == new_tokens:
-            break
-        positions_B = positions_B + 1
-        logits_BV = step(decoder, token_B, positions_B, caches)
+        log_prob_B = token_log_prob(logits_BV, token_B) if logprobs else unknown_B
+        # An accelerator computes the next step while the host waits for this token and decodes it.
+        if t + 1 < new_tokens:
+            positions_B = positions_B + 1
+            logits_BV = step(decoder, token_B, positions_B, caches)
+        yield token_B.cpu().numpy(), log_prob_B.cpu().numpy()
 
 
 def _step(model: Model, token_B: Tensor, positions_B: Tensor, caches: list[KVCache]) -> Tensor:
@@ -114,7 +120,7 @@ def sample(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: floa
     return order_BV.gather(1, rank_B.unsqueeze(1)).squeeze(1)
 
 
-def token_log_prob(logits_BV: Tensor, token_B: Tensor) -> np.ndarray:
+def token_log_prob(logits_BV: Tensor, token_B: Tensor) -> Tensor:
     """Return log p(token) in each row, float64 [B]."""
     log_p_BV = torch.log_softmax(logits_BV.double(), dim=-1)
-    return log_p_BV.gather(1, token_B.unsqueeze(1)).squeeze(1).cpu().numpy()
+    return log_p_BV.gather(1, token_B.unsqueeze(1)).squeeze(1)

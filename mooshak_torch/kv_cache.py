@@ -13,14 +13,14 @@ class KVCache:
     """Keys and values of one layer, [B, S, G, K] each; slot s holds those of position s.
 
     The positions of a call are consecutive. In each row they start at its length, or below: then
-    they overwrite the slots of earlier calls. Masks come from positions: a query at position p sees
-    slots 0 .. p (within the window), never the older contents of later slots.
+    they overwrite the slots of earlier calls. Masks are computed from positions: a query at
+    position p sees slots 0 .. p (within the window), never the older contents of later slots.
     """
 
     k_BSGK: Tensor
     v_BSGK: Tensor
     written: int
-    """No row has more tokens. On the host: reading `lengths` would wait for a GPU."""
+    """Upper bound of `lengths`, on the host: reading `lengths` would wait for a GPU."""
 
     def __init__(self, k_BSGK: Tensor, v_BSGK: Tensor, lengths: Tensor, written: int = 0):
         self.k_BSGK, self.v_BSGK = k_BSGK, v_BSGK
@@ -29,7 +29,10 @@ class KVCache:
 
     @property
     def lengths(self) -> Tensor:
-        """Number of tokens in each row, [B]: the last position of the latest call, plus one."""
+        """Number of tokens in each row, [B]: the last position of the latest call, plus one.
+
+        After a call with padded rows that counts the padding, until `truncate`.
+        """
         return self._last_BT[:, -1] + 1
 
     @lengths.setter
@@ -66,6 +69,7 @@ class KVCache:
         Returns this cache.
         """
         lengths_B = torch.as_tensor(lengths)
-        self.written = min(self.written, int(lengths_B.max()))
+        if lengths_B.device.type == "cpu":  # Otherwise `written` stays larger: masks hide the rest.
+            self.written = min(self.written, int(lengths_B.max()))
         self.lengths = torch.minimum(self.lengths, lengths_B.to(self.k_BSGK.device))
         return self

@@ -21,7 +21,7 @@ from mooshak_torch.checkpoint import load_model
 from mooshak_torch.decode import generate_tokens
 from mooshak_torch.model import Model
 from mooshak_torch.ops.cross_entropy import token_log_probs
-from mooshak_torch.params import to_numpy
+from mooshak_torch.params import numpy_dtype, to_numpy
 from mooshak_torch.step import set_matmul_precision
 
 SCORE_CHUNK = 2048
@@ -63,11 +63,11 @@ class LM(lm.LM):
         return found_1T[0].double().cpu().numpy()
 
     def _checkpoint(self) -> Checkpoint:
-        named = {name: p.detach().cpu() for name, p in self._model.named_parameters()}
-        tensors = {n: (to_numpy(p[:0]).dtype, tuple(p.shape)) for n, p in named.items()}
+        named = dict(self._model.named_parameters())
+        tensors = {n: (numpy_dtype(p.dtype), tuple(p.shape)) for n, p in named.items()}
 
         def read(key: str, rows: slice = FULL_SLICE) -> np.ndarray:
-            return to_numpy(named[key][rows])
+            return to_numpy(named[key].detach()[rows].cpu())
 
         files = files_of_tokenizer(self.tokenizer.path) if self.tokenizer else {}
         return Checkpoint(
@@ -88,12 +88,23 @@ def load(
     `dtype` is the compute dtype. `device` is by default cuda if there is a GPU, else cpu.
     `tokenizer` is the path of a tokenizer, for a checkpoint without one. `compiled` compiles the
     decode step with torch.compile, which pays off for long outputs. Raises `InputError` for a path
-    that is not a checkpoint, an unsupported model, a tokenizer that does not fit the model, and for
-    a mesh: this API runs on one device.
+    that is not a checkpoint, an unsupported model, a tokenizer that does not fit the model, a
+    device that is not available, and for a mesh: this API runs on one device.
     """
     if mesh:
         raise InputError(f"mesh {mesh}: mooshak_torch.load runs on one device; use mooshak_jax")
+    chosen = _device(device)
     set_matmul_precision()
     model = load_model(path, dtype)
     found = lm.load_tokenizer(Path(path), model.config, tokenizer)
-    return LM(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), found, compiled)
+    return LM(model.to(chosen), found, compiled)
+
+
+def _device(name: str | None) -> torch.device:
+    """Return the device of a name, by default a GPU if there is one, else the CPU."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"device {name}: {str(error).splitlines()[0]}") from error
+    return device

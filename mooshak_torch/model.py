@@ -18,7 +18,12 @@ from mooshak.config.model import Dtype, ModelConfig
 from mooshak.numerics.rope import rope_tables
 from mooshak_torch.kv_cache import KVCache
 from mooshak_torch.ops.activations import recompute_in_backward, rms_norm, rotate, swiglu
-from mooshak_torch.ops.attention import attention, document_attention
+from mooshak_torch.ops.attention import (
+    attention,
+    document_attention,
+    document_mask,
+    needs_document_mask,
+)
 from mooshak_torch.ops.matmul import linear
 
 COMPUTE_DTYPE = {
@@ -93,7 +98,7 @@ class Positions(NamedTuple):
     segments_BT: Tensor | None = None
     """Documents of packed rows, as runs of equal integers; attention stays within a document."""
     mask_BTS: Tensor | None = None
-    """Added to the attention scores of cache slots 0 .. S - 1: 0 or -inf. None: empty caches."""
+    """Added to the attention scores, 0 or -inf: of cache slots 0 .. S - 1, or of packed rows."""
 
 
 class Rope(nn.Module):
@@ -295,9 +300,14 @@ class Model(nn.Module):
             positions_BT = positions_T.expand(tokens_BT.shape)
         x_BTD = self.embeddings(tokens_BT).to(COMPUTE_DTYPE[self.dtype])
         positions = self.rope.lookup(positions_BT)._replace(segments_BT=segments_BT)
+        visible_BTS, window = None, self.config.sliding_window
         if caches is not None and caches[0].written > 0:
             n_slots = caches[0].visible_slots(tokens_BT.shape[1])
-            visible_BTS = causal_mask(positions_BT, n_slots, self.config.sliding_window)
+            visible_BTS = causal_mask(positions_BT, n_slots, window)
+        elif caches is None and segments_BT is not None and needs_document_mask(segments_BT):
+            visible_BTS = document_mask(segments_BT, window)
+            positions = positions._replace(segments_BT=None)
+        if visible_BTS is not None:
             mask_BTS = torch.where(visible_BTS, 0.0, -torch.inf).to(x_BTD.dtype)
             positions = positions._replace(mask_BTS=mask_BTS)
         for i, layer in enumerate(self.layers):

@@ -161,16 +161,15 @@ def train_step(
 def evaluate(objective: nn.Module, batch: Batch, config: Config, parallel: Parallel) -> float:
     """Return the summed cross entropy in nats of a batch [N, T] that every process has in full."""
     total = torch.zeros((), dtype=torch.float64, device=parallel.device)
-    full_batch = parallel.shard_local_batch(batch)
-    local_batch = full_batch.rows(slice(parallel.dp_rank, None, parallel.dp_size))
-    n_rows = config.evaluate.batch_size
+    local_batch = batch.rows(slice(parallel.dp_rank, None, parallel.dp_size))
+    n_rows = math.ceil(config.evaluate.batch_size / parallel.dp_size)
     # Each process calls the model equally often, since all gather its parameters together.
-    for start in range(0, math.ceil(len(full_batch.tokens) / parallel.dp_size), n_rows):
+    for start in range(0, math.ceil(len(batch.tokens) / parallel.dp_size), n_rows):
         rows = local_batch.rows(slice(start, start + n_rows))
         if len(rows.tokens):
-            total += objective(rows)
+            total += objective(parallel.shard_local_batch(rows))
         else:
-            objective(full_batch.rows(slice(0, 1)))
+            objective(parallel.shard_local_batch(batch.rows(slice(0, 1))))
     return parallel.sum(total).item()
 
 

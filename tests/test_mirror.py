@@ -59,6 +59,8 @@ ALLOWED: dict[str, dict[str, str]] = {
     },
     "ops/attention": {
         "attention": "SDPA is causal without a mask; JAX takes first keys for its chunks",
+        "needs_document_mask": "torch on a CPU calls SDPA per document; JAX masks in its chunks",
+        "document_mask": "torch on a CPU calls SDPA per document; JAX masks in its chunks",
     },
     "ops/cross_entropy": {
         "FusedLinearCrossEntropy": "FSDP gathers the parameters of modules only",
@@ -146,6 +148,7 @@ ALLOWED: dict[str, dict[str, str]] = {
         "prepare_profiler": "JAX's profiler loads libtpu",
     },
     "distributed/mesh": {
+        "check_fsdp": "FSDP2 shards any width, JAX only what the axis divides",
         "Parallel.device": "a torch process has one device",
         "Parallel.strategy": "JAX has one strategy: shardings on the mesh",
         "Parallel.checkpoint_group": "collectives of torch's saves need their own process group",

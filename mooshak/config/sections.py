@@ -6,6 +6,7 @@ texts. An unknown key is an error that names the most similar known one.
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -345,6 +346,17 @@ class Config:
         return self.train.sequence_length
 
 
+def check_tensor_axis(model: ModelConfig, sizes: Mapping[str, int]) -> None:
+    """Raise `InputError` unless the axis tensor divides the model's heads, MLP and vocabulary."""
+    for key, width in (
+        ("n_kv_heads", model.G),
+        ("hidden_dim", model.hidden_dim),
+        ("vocab_size", model.vocab_size),
+    ):
+        if width % sizes["tensor"]:
+            raise InputError(f"model.{key} {width} is not divisible by tensor={sizes['tensor']}")
+
+
 def check_mesh(config: Config, sizes: dict[str, int]) -> None:
     """Raise `InputError` unless the mesh divides the batch and the model's widths."""
     train, model = config.train, config.model
@@ -355,13 +367,7 @@ def check_mesh(config: Config, sizes: dict[str, int]) -> None:
             f"fsdp={sizes['fsdp']} x train.gradient_accumulation_steps "
             f"{train.gradient_accumulation_steps}"
         )
-    for key, width in (
-        ("n_kv_heads", model.G),
-        ("hidden_dim", model.hidden_dim),
-        ("vocab_size", model.vocab_size),
-    ):
-        if width % sizes["tensor"]:
-            raise InputError(f"model.{key} {width} is not divisible by tensor={sizes['tensor']}")
+    check_tensor_axis(model, sizes)
     if config.parallel.sequence_parallel and config.T % sizes["tensor"]:
         raise InputError(
             f"parallel.sequence_parallel: {config.T} tokens are not divisible by "

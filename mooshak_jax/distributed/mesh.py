@@ -17,10 +17,11 @@ from jax import Array
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mooshak.config.model import ModelConfig
 from mooshak.config.sections import Config, check_mesh
 from mooshak.data.packing import Batch
 from mooshak.errors import InputError
-from mooshak.mesh import AXES, mesh_sizes, parse_mesh
+from mooshak.mesh import AXES, mesh_sizes, mesh_text, parse_mesh
 from mooshak_jax.distributed.sharding import LOGICAL_AXIS_RULES, partition_spec
 
 SHUTDOWN_SECONDS = 30
@@ -55,8 +56,8 @@ class Parallel:
 
     @property
     def layout(self) -> str:
-        """Mesh in the notation of `--mesh`, all axes."""
-        return ",".join(f"{axis}={size}" for axis, size in self.sizes.items())
+        """Mesh in the notation of `--mesh`."""
+        return mesh_text(self.sizes)
 
     @property
     def dp_size(self) -> int:
@@ -137,7 +138,7 @@ class Parallel:
         multihost_utils.sync_global_devices("mooshak")
 
     def close(self) -> None:
-        """Disconnect when all processes have called this; without it an exit waits for them."""
+        """Disconnect once all processes have called this; otherwise an exit waits for them."""
         if self.world_size > 1:
             jax.distributed.shutdown()
 
@@ -169,8 +170,7 @@ def make_parallel(config: Config, devices: Sequence[Any] | None = None) -> Paral
             f"{parallel.num_slices}: data is the axis that spans slices"
         )
     check_mesh(config, sizes)
-    if config.model.dim % sizes["fsdp"]:
-        raise InputError(f"model.dim {config.model.dim} is not divisible by fsdp={sizes['fsdp']}")
+    check_fsdp(config.model, sizes)
     return _arrange(sizes, devices, parallel.num_slices)
 
 
@@ -180,6 +180,12 @@ def make_mesh(text: str, devices: Sequence[Any]) -> Parallel:
     Raises `InputError` if the text is not a mesh, or does not divide the devices.
     """
     return _arrange(mesh_sizes(text, len(devices)), devices)
+
+
+def check_fsdp(model: ModelConfig, sizes: Mapping[str, int]) -> None:
+    """Raise `InputError` unless the axis fsdp divides the model's width."""
+    if model.dim % sizes["fsdp"]:
+        raise InputError(f"model.dim {model.dim} is not divisible by fsdp={sizes['fsdp']}")
 
 
 def _arrange(sizes: Mapping[str, int], devices: Sequence[Any], num_slices: int = 1) -> Parallel:

@@ -5,8 +5,8 @@ pass. The gradients of `token_log_probs` depend on those of its result. Both com
 logits twice: for the normalizer of the softmax, and for the gradients.
 
 Chunks split the vocabulary, not the tokens as in torch: a chunk of an output head that is sharded
-over `fsdp` is gathered for each use, and its gradient is complete at once and goes back to its
-shards, so that no device ever holds the full head or its full gradient.
+over `fsdp` is gathered for each use, and its gradient is complete after one chunk and is reduced
+into its shards, so that no device ever holds the full head or its full gradient.
 Shapes: B batch, T time, D model width, V vocabulary = S shards (`tensor`) x n chunks x C tokens.
 """
 
@@ -23,7 +23,7 @@ from mooshak_jax.ops.matmul import einsum
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def cross_entropy(x_BTD: Array, w_DV: Array, labels_BT: Array, chunk: int) -> Array:
-    """Return the sum of -log p(label) over the tokens, in nats; `IGNORE_INDEX` does not count.
+    """Return the sum of -log p(label) over the tokens, in nats, without the labels `IGNORE_INDEX`.
 
     `x_BTD` are hidden states in the compute dtype and `w_DV` the output head, whose dtype (at least
     float32) is that of the softmax and of the sum. At most `chunk` x V logits are in memory at

@@ -202,7 +202,9 @@ def _strategy_and_sizes(config: Config, world: int) -> tuple[str, dict[str, int]
             f"parallel.strategy {strategy} has only the axis data, not {mesh_text(sizes)}"
         )
     if config.parallel.cpu_offload and strategy not in ("fsdp", "hsdp"):
-        raise InputError(f"parallel.cpu_offload goes with parallel.strategy fsdp, not {strategy}")
+        raise InputError(
+            f"parallel.cpu_offload requires parallel.strategy fsdp or hsdp, not {strategy}"
+        )
     if strategy == "deepspeed":
         deepspeed.check(config)
     return {"hsdp": "fsdp"}.get(strategy, strategy), sizes

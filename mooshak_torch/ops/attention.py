@@ -33,14 +33,13 @@ def document_attention(
 ) -> Tensor:
     """Return causal attention within each document of packed rows, [B, T, H, K].
 
-    A document is a run of equal integers in a row of `segments_BT`. A token sees itself and the
-    tokens before it in its document, at most `window` tokens altogether.
+    A document is a run of equal integers in a row of `segments_BT`. A token attends to itself and
+    to earlier tokens of its document, at most `window` tokens in total. One call per document is
+    faster than one causal call for the row: scores across documents are never computed.
     """
-    # On a CPU one call per document is faster than one causal call for the row: scores across
-    # documents are never computed. On an accelerator, reading the lengths would make the host wait,
-    # and in a compiled graph it would break the graph: both use a boolean mask.
-    if segments_BT.device.type != "cpu" or torch.compiler.is_compiling():
-        return attention(q_BTHK, k_BTGK, v_BTGK, _document_mask(segments_BT, window))
+    # Reading the lengths would break the graph.
+    if torch.compiler.is_compiling():
+        return attention(q_BTHK, k_BTGK, v_BTGK, document_mask(segments_BT, window))
     lengths = _document_lengths(segments_BT)
     # `split`, not slices: the gradient of each slice would be as large as the batch.
     documents = (x.flatten(0, 1).split(lengths) for x in (q_BTHK, k_BTGK, v_BTGK))
@@ -48,13 +47,22 @@ def document_attention(
     for q_tHK, k_tGK, v_tGK in zip(*documents, strict=True):
         mask_1tt = None
         if window is not None and window < len(q_tHK):
-            mask_1tt = _document_mask(segments_BT.new_zeros(1, len(q_tHK)), window)
+            mask_1tt = document_mask(segments_BT.new_zeros(1, len(q_tHK)), window)
         outs_1tHK.append(attention(q_tHK[None], k_tGK[None], v_tGK[None], mask_1tt))
     return torch.cat(outs_1tHK, 1).view_as(q_BTHK)
 
 
-def _document_mask(segments_BT: Tensor, window: int | None = None) -> Tensor:
-    """Return a mask [B, T, T], True where a query sees a key."""
+def needs_document_mask(segments_BT: Tensor) -> bool:
+    """Return True where `document_attention` should be `attention` under a mask for all layers.
+
+    On an accelerator, reading the lengths of the documents would make the host wait. Fake tensors,
+    with which mooshak_torch.plan plans for GPUs, have no lengths.
+    """
+    return segments_BT.device.type != "cpu" or isinstance(segments_BT, FakeTensor)
+
+
+def document_mask(segments_BT: Tensor, window: int | None = None) -> Tensor:
+    """Return the mask of `document_attention` [B, T, T], True where a query sees a key."""
     index_T = torch.arange(segments_BT.shape[1], device=segments_BT.device)
     first_BT = index_T.where(_document_starts(segments_BT), 0).cummax(1).values
     if window is not None:
@@ -70,9 +78,6 @@ def _document_starts(segments_BT: Tensor) -> Tensor:
 
 def _document_lengths(segments_BT: Tensor) -> list[int]:
     """Return the length of every document, row by row."""
-    if isinstance(segments_BT, FakeTensor):
-        # mooshak_torch.plan has no values: assume one document per row, the largest memory.
-        return [segments_BT.shape[1]] * len(segments_BT)
     starts_n = _document_starts(segments_BT).flatten().nonzero().flatten()
     lengths: list[int] = starts_n.diff(append=starts_n.new_tensor([segments_BT.numel()])).tolist()
     return lengths

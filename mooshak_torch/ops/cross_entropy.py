@@ -39,7 +39,7 @@ class FusedLinearCrossEntropy(nn.Module):
 
 
 def cross_entropy(x_BTD: Tensor, w_VD: Tensor, labels_BT: Tensor, chunk: int) -> Tensor:
-    """Return the sum of -log p(label) over the tokens, in nats; `IGNORE_INDEX` does not count.
+    """Return the sum of -log p(label) over the tokens, in nats, without the labels `IGNORE_INDEX`.
 
     `x_BTD` are hidden states in the compute dtype and `w_VD` the output head, whose dtype (at least
     float32) is that of the softmax and of the sum. `chunk` is the number of tokens whose logits are
@@ -50,7 +50,9 @@ def cross_entropy(x_BTD: Tensor, w_VD: Tensor, labels_BT: Tensor, chunk: int) ->
     """
     w_VD, group, first = _local_head(w_VD)
     step = max(1, chunk // len(x_BTD))
-    return _CrossEntropy.apply(x_BTD, w_VD, labels_BT, step, group, first)
+    # Inside the function gradients are off, and what needs them is not known under `no_grad`.
+    differentiate = torch.is_grad_enabled() and (x_BTD.requires_grad or w_VD.requires_grad)
+    return _CrossEntropy.apply(x_BTD, w_VD, labels_BT, step, group, first, differentiate)
 
 
 def token_log_probs(x_BTD: Tensor, w_VD: Tensor, labels_BT: Tensor, chunk: int) -> Tensor:
@@ -82,8 +84,8 @@ class _CrossEntropy(torch.autograd.Function):
         step: int,
         group: dist.ProcessGroup | None,
         first: int,
+        differentiate: bool,
     ) -> Tensor:
-        differentiate = any(ctx.needs_input_grad[:2])
         total = w_VD.new_zeros(())
         if differentiate:
             dx_BTD, dw_VD = torch.empty_like(x_BTD), torch.zeros_like(w_VD)
@@ -105,7 +107,7 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dx_BTD, dw_VD = ctx.saved_tensors
         # In place: PyTorch raises an error on a second backward pass through this node.
-        return dx_BTD.mul_(grads[0]), dw_VD.mul_(grads[0]), None, None, None, None
+        return dx_BTD.mul_(grads[0]), dw_VD.mul_(grads[0]), *[None] * 5
 
 
 class _TokenLogProbs(torch.autograd.Function):

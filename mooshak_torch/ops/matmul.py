@@ -48,14 +48,15 @@ def pack_weights_for_decode(model: M, weights: Iterable[Tensor], n_rows: int, n_
     not follow later changes of `model`: use it for one decoding. `model` is not changed.
 
     `model` itself is returned where packing does not pay off or is not possible: few sequences or
-    tokens, a GPU, an Intel CPU, another dtype than float32, a sharded model, or weights of more
-    than a quarter of the machine's memory.
+    tokens, a GPU, an Intel CPU, another dtype than float32, a sharded model, layers that are
+    compiled or recomputed, or weights of more than a quarter of the machine's memory.
     """
     weights = list(weights)
     few = n_rows < MIN_PACKED_ROWS or n_tokens < MIN_PACKED_TOKENS
     large = sum(w.nbytes for w in weights) > MAX_PACKED_BYTES
-    sharded = any(isinstance(m, FSDPModule) for m in model.modules())
-    if few or large or sharded or not _by_onednn(*weights):
+    # A compiled or recomputed layer has its own `forward`, which is bound to the layer itself.
+    bound = any(isinstance(m, FSDPModule) or "forward" in vars(m) for m in model.modules())
+    if few or large or bound or not _by_onednn(*weights):
         return model
     reorder = torch.ops.mkldnn._reorder_linear_weight
     return _replace_parameters(model, {id(w): reorder(w.detach(), n_rows) for w in weights})

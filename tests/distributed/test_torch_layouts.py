@@ -356,7 +356,7 @@ def test_impossible_layout_is_refused_before_allocation(
         (("--parallel.strategy", "ddp", "--mesh", "fsdp=2"), "ddp has only the axis data"),
         (("--parallel.strategy", "single"), "single, but torchrun started 2 processes"),
         (("--mesh", "tensor=2", "--model.n_kv_heads", 1), "n_kv_heads 1 is not divisible"),
-        (("--parallel.cpu_offload", "true"), "cpu_offload goes with parallel.strategy fsdp"),
+        (("--parallel.cpu_offload", "true"), "cpu_offload requires parallel.strategy fsdp"),
         (
             ("--train.gradient_accumulation_steps", 8),
             "train.batch_size 8 is not divisible by mesh data=2",

@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from typing import Any
 from unittest import mock
 
 import jax
@@ -44,6 +45,28 @@ def test_prompts_of_several_lengths_decode_as_alone(model: ModelConfig) -> None:
         params = mooshak_jax.params.initialize(model, "float64", 0, gain_std=0.1)
         theirs = mooshak_jax.decode.generate(graphdef, params, PROMPTS, NEW)
     assert np.array_equal(found, theirs)
+
+
+def test_caches_do_not_count_the_padding_of_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, lengths = MODELS["mooshak"], [len(prompt) for prompt in PROMPTS]
+    seen = []
+
+    def recorded(*args: Any) -> Any:
+        seen.append(np.array([cache.lengths for cache in args[-1]]).tolist())
+        return step(*args)
+
+    torch_model = initialize(Model(model), 0)
+    step = mooshak_torch.decode._step
+    monkeypatch.setattr(mooshak_torch.decode, "_step", recorded)
+    mooshak_torch.decode.generate(torch_model, PROMPTS, 3)
+    graphdef = mooshak_jax.params.make_graphdef(model, "float32")
+    params = mooshak_jax.params.initialize(model, "float32", 0)
+    step = mooshak_jax.decode._step
+    monkeypatch.setattr(mooshak_jax.decode, "_step", recorded)
+    mooshak_jax.decode.generate(graphdef, params, PROMPTS, 3)
+    in_use = [[[n + more for n in lengths]] * model.n_layers for more in (0, 1)]
+    empty = [[0] * len(PROMPTS)] * model.n_layers
+    assert seen == [*in_use, empty, *in_use]
 
 
 @pytest.mark.slow

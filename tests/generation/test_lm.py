@@ -245,6 +245,23 @@ def test_wrong_checkpoint_is_named(framework: str, tmp_path: Path) -> None:
         load(framework, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("framework", "options", "message"),
+    [
+        ("torch", {"device": "gpu"}, "device gpu: "),
+        ("torch", {"device": "cuda:9"}, "device cuda:9: "),
+        ("jax", {"device": "gpu"}, "device gpu: "),
+        ("jax", {"mesh": "fsdp=5"}, "fsdp=5 does not divide the 8 devices"),
+        ("jax", {"mesh": "tensor=4"}, "model.n_kv_heads 2 is not divisible by tensor=4"),
+    ],
+)
+def test_unavailable_device_is_named(
+    framework: str, options: dict[str, str], message: str, tiny_checkpoint: Path
+) -> None:
+    with pytest.raises(InputError, match=message):
+        load(framework, tiny_checkpoint, **options)
+
+
 @pytest.fixture
 def x64_off() -> Iterator[None]:
     """JAX as a program finds it, whatever other tests have set."""
@@ -257,7 +274,7 @@ def x64_off() -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("x64_off")
 def test_float64_turns_x64_on_and_warns(tiny_checkpoint: Path) -> None:
-    with pytest.warns(UserWarning, match="x64 mode is now on"):
+    with pytest.warns(UserWarning, match="x64 mode is now enabled"):
         lm = load("jax", tiny_checkpoint, dtype="float64")
     assert jax.config.jax_enable_x64
     truth = load("torch", tiny_checkpoint, dtype="float64")

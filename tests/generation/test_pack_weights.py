@@ -12,11 +12,11 @@ from torch import Tensor
 
 import mooshak_torch.decode
 from mooshak.config.model import ModelConfig
-from mooshak.config.sections import OptimizerConfig
+from mooshak.config.sections import Config, OptimizerConfig, TrainConfig
 from mooshak.data.packing import Batch
 from mooshak_torch.decode import generate
 from mooshak_torch.model import Linear, Model
-from mooshak_torch.objectives import CausalLM
+from mooshak_torch.objectives import CausalLM, make_objective
 from mooshak_torch.ops import matmul as products
 from mooshak_torch.ops.matmul import pack_weights_for_decode
 from mooshak_torch.optimizer import make_optimizer
@@ -190,3 +190,20 @@ def test_packed_copy_is_freed_after_decoding() -> None:
     with mock.patch.object(mooshak_torch.decode, "pack_weights_for_decode", pack):
         generate(model, PROMPTS, NEW)
     assert [reference() for reference in references] == [None]
+
+
+def test_compiled_decoding_packs_nothing(
+    packed: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(MODELS["mooshak"])
+    monkeypatch.setattr(mooshak_torch.decode, "_compiled_step", lambda: mooshak_torch.decode._step)
+    found = generate(model, PROMPTS, NEW, compiled=True)
+    assert packed == [] and found.shape == (len(PROMPTS), NEW)
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_layers_with_their_own_forward_are_not_packed(remat: str) -> None:
+    train = TrainConfig(remat=remat)  # type: ignore[arg-type]
+    model = make_objective(MODELS["mooshak"], Config(train=train)).model
+    initialize(model.to_empty(device="cpu"), 0)
+    assert pack_weights_for_decode(model, matrices(model), len(PROMPTS), NEW) is model

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from mooshak.config.sections import Config, ParallelConfig, TrainConfig
 from mooshak_jax import params as jax_params
 from mooshak_jax.distributed.mesh import make_parallel as make_jax_parallel
 from mooshak_jax.ops.cross_entropy import cross_entropy as jax_cross_entropy
+from mooshak_torch import model as torch_model_module
 from mooshak_torch.distributed.mesh import make_parallel
 from mooshak_torch.distributed.parallelize import parallelize
 from mooshak_torch.model import Model, make_caches
@@ -162,6 +164,27 @@ def packed(config: ModelConfig) -> tuple[np.ndarray, Arrays]:
 def test_torch_packed_is_unpacked(alone: Any, packed: Any) -> None:
     assert_close(packed[0], alone[0])
     assert_all_close(packed[1], alone[1])
+
+
+def test_torch_packed_under_one_mask_is_packed(config: ModelConfig, packed: Any) -> None:
+    """As on an accelerator: all layers share one mask."""
+    masks: list[Any] = []
+    attention = torch_model_module.attention
+
+    def recorded(q: Any, k: Any, v: Any, mask: Any) -> Any:
+        masks.append(mask)
+        return attention(q, k, v, mask)
+
+    model, at = torch_model(config), {"positions_BT": POSITIONS, "segments_BT": SEGMENTS}
+    with (
+        mock.patch.object(torch_model_module, "needs_document_mask", lambda _: True),
+        mock.patch.object(torch_model_module, "attention", recorded),
+    ):
+        logits = torch_side(model, TOKENS, LABELS, **at)
+    assert_close(logits, packed[0])
+    assert_all_close(torch_grads(model), packed[1])
+    assert len(masks) == 2 * config.n_layers
+    assert len({id(mask) for mask in masks}) == 2 and masks[0].dtype == torch.float64
 
 
 def test_documents_see_each_other_without_segments(config: ModelConfig, alone: Any) -> None:

@@ -248,6 +248,7 @@ def test_document_attention_plans_without_values(device: str) -> None:
     with FakeTensorMode():
         q, k = (torch.empty(2, 17, n, 4, device=device, requires_grad=True) for n in (6, 2))
         segments = torch.empty(2, 17, dtype=torch.int32, device=device)
-        out = torch_module.document_attention(q, k, k, segments, 5)
+        assert torch_module.needs_document_mask(segments)
+        out = torch_module.attention(q, k, k, torch_module.document_mask(segments, 5))
         out.sum().backward()
         assert q.grad is not None and out.shape == q.grad.shape == (2, 17, 6, 4)

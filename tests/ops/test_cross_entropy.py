@@ -136,6 +136,18 @@ def test_cross_entropy_and_gradients_equal_the_plain_loss(chunk: int) -> None:
     assert np.isclose(scaled(x, w), -3 * truth.sum(), rtol=1e-14)
 
 
+def test_cross_entropy_without_grad_computes_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = given()
+    tx, tw = (torch.tensor(a, requires_grad=True) for a in data[:2])
+    labels = torch.tensor(data.labels_BT)
+    monkeypatch.setattr(torch_ops, "_add_gradients", None)
+    with torch.no_grad():
+        torch_ops.cross_entropy(tx, tw, labels, 6)
+    torch_ops.cross_entropy(tx.detach(), tw.detach(), labels, 6)
+    with pytest.raises(TypeError):
+        torch_ops.cross_entropy(tx.detach(), tw, labels, 6)
+
+
 @pytest.mark.parametrize("chunk", [1, 6, 14, 1000])
 def test_token_log_probs_and_gradients_equal_log_softmax(chunk: int) -> None:
     data = given()
