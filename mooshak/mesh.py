@@ -13,7 +13,7 @@ AXES = ("data", "fsdp", "tensor")
 
 
 def mesh_sizes(text: str, n_devices: int, default: str = "data=-1") -> dict[str, int]:
-    """Return the size of every axis: 1 for an axis without one; -1 is all remaining devices.
+    """Return the size of every axis: 1 for an axis that is not named; -1 is all remaining devices.
 
     An empty text is replaced by `default`. Raises `InputError` if the text is not a mesh, or the
     mesh does not divide the devices.

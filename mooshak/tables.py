@@ -15,7 +15,7 @@ def print_table(table: Table, width: int = 120) -> None:
 def print_times(seconds: Mapping[str, float], counts: Mapping[str, int], most: int = 20) -> None:
     """Print the `most` slowest operations, with their share of the total time."""
     total = sum(seconds.values())
-    table = Table(title=f"where the time goes: {total:.3f} s over all threads")
+    table = Table(title=f"time by operation: {total:.3f} s over all threads")
     for title in ("operation", "calls", "seconds", "share"):
         table.add_column(title, justify="left" if title == "operation" else "right")
     for name in sorted(seconds, key=lambda name: -seconds[name])[:most]:

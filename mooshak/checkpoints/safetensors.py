@@ -173,7 +173,7 @@ def _write_safetensors(file: Path, tensors: Tensors, read: ReadTensor) -> None:
     """Write a safetensors file by rows (the writer of the library needs all tensors in memory)."""
     checksums = Checksums()
     with DirectIOFile(file) as out:
-        # The header precedes the tensors and has their checksums: it is written again at the end.
+        # The header comes first and holds checksums: it is rewritten at the end.
         blank = dict.fromkeys(tensors, xxhash.xxh3_64().hexdigest())
         out.write(_header_bytes(tensors, blank))
         for key, _, array in read_ahead(tensors, read, checksums):

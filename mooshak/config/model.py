@@ -163,7 +163,8 @@ class ModelConfig:
         """Return the FLOPs of one token's forward and backward pass: 6 per weight, plus attention.
 
         Attention is counted over the full sequence, not its causal half, as in PaLM
-        (arXiv:2204.02311, appendix B), or over the sliding window. Embedding look-ups are free.
+        (arXiv:2204.02311, appendix B), or over the sliding window. Embedding
+        look-ups are not counted.
         """
         matrices = {n: _product(s) for n, s in self.parameter_shapes().items() if len(s) == 2}
         if not self.tie_embeddings:

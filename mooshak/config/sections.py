@@ -20,9 +20,9 @@ class TokenizerConfig:
     path: str = "data/demo/tokenizer.model"
     """SentencePiece model file, or a `tokenizer.json` of Hugging Face."""
     vocab_size: int = 64128
-    """Pieces to train; model.vocab_size is this number, rounded up to a multiple of 64."""
+    """Tokens to train; model.vocab_size is this number, rounded up to a multiple of 64."""
     character_coverage: float = 1.0
-    """Share of the characters that become pieces; the others are encoded as bytes."""
+    """Share of the characters that become tokens; the others are encoded as bytes."""
     training_bytes: int = 200_000_000
     """Maximum bytes of training text, taken from the sources by weight."""
 
@@ -234,7 +234,7 @@ class CheckpointConfig:
     every: int = 500
     """Steps between checkpoints; the last step is always saved (0: only the last)."""
     keep: int = 2
-    """Number of newest checkpoints to retain, besides the one with the lowest validation loss."""
+    """Number of newest checkpoints to retain, in addition to the one with the lowest validation loss."""
 
 
 @dataclass(frozen=True)

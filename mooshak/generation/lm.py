@@ -140,7 +140,7 @@ class LM(abc.ABC):
     def chat(self, messages: Messages, **settings: Any) -> Any:
         """Generate the next turn of a conversation: messages with `role` and `content`.
 
-        The prompt is made by the chat template of the checkpoint. Settings, results and errors are
+        The checkpoint's chat template renders the prompt. Settings, results and errors are
         those of `generate`. Raises `InputError` if the checkpoint has no chat template.
         """
         if self.tokenizer is None:

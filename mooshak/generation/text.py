@@ -10,7 +10,7 @@ from mooshak.files import read_object
 from mooshak.tokenizer.base import Tokenizer
 
 REPLACEMENT = "\ufffd"
-"""Decoding of an incomplete UTF-8 sequence."""
+"""U+FFFD, which `decode` returns for an incomplete UTF-8 sequence."""
 
 
 class TextStream:

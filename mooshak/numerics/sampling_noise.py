@@ -5,13 +5,14 @@ import hashlib
 import numpy as np
 
 
-def noise(seed: int, sequence: int, positions: int) -> np.ndarray:
-    """Return uniform numbers in [0, 1) for the first positions of a sequence, float64 [positions].
+def noise(seed: int, sample: int, positions: int) -> np.ndarray:
+    """Return uniform numbers in [0, 1) for the first `positions` new tokens of a sample.
 
-    The number of a position depends neither on `positions` nor on the other rows of a batch.
+    float64 [positions]. The number of a position depends neither on `positions` nor on the other
+    rows of a batch.
     """
     key = np.frombuffer(
-        hashlib.blake2b(f"{seed}:{sequence}".encode(), digest_size=16).digest(), "<u8"
+        hashlib.blake2b(f"{seed}:{sample}".encode(), digest_size=16).digest(), "<u8"
     )
     words = np.random.Philox(key=key).random_raw(positions)
     return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53

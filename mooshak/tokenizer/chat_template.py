@@ -70,7 +70,7 @@ def find_template(tokenizer: Tokenizer) -> str:
 
 
 def encode_with_specials(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Return the token ids of a text in which special tokens are spelled out."""
+    """Return the token ids of a text that contains special tokens as text."""
     pieces = enumerate(zip(tokenizer.pieces(), tokenizer.texts(), strict=True))
     specials = {piece: id for id, (piece, own) in pieces if piece and not own}
     specials = {piece: id for piece, id in specials.items() if not re.fullmatch("<0x..>", piece)}

@@ -1,6 +1,6 @@
 """Extend the vocabulary of a tokenizer: new tokens, appended after the existing ones.
 
-A model that encodes Hindi byte by byte can so continue its pretraining with Hindi tokens;
+A model that encodes Hindi byte by byte can then continue its pretraining with Hindi tokens;
 `mooshak.checkpoints.init_from` initialises the new rows of its embedding.
 """
 
@@ -22,10 +22,10 @@ from mooshak.tokenizer.load import open_tokenizer
 def extend(config: Config) -> None:
     """Extend the tokenizer of `init.from` with tokens of the sources; write `tokenizer.path`.
 
-    The result has `tokenizer.vocab_size` tokens. The old ones keep their ids; the new ones, which
-    are merged after them, are those that only a tokenizer of that size trained on the sources has.
-    The settings next to a `tokenizer.json` are copied. Raises `InputError` if `tokenizer.path`
-    exists, or the sources have too few new tokens.
+    The result has `tokenizer.vocab_size` tokens; the old ones keep their ids. New tokens are those
+    that a tokenizer of this size, trained on the sources, has and the old one lacks; their merges
+    come last. The settings next to a `tokenizer.json` are copied. Raises `InputError` if
+    `tokenizer.path` exists, or the sources have too few new tokens.
     """
     path, wanted = Path(config.tokenizer.path), config.tokenizer.vocab_size
     if not config.init.from_:
