@@ -15,10 +15,10 @@ from mooshak.config.parse import Draft, load_config
 from mooshak.config.sections import Config, TokenizerConfig
 from mooshak.errors import InputError
 from mooshak.tokenizer.base import Tokenizer
-from mooshak.tokenizer.extend import read_proto
 from mooshak.tokenizer.files import find_tokenizer
 from mooshak.tokenizer.hf_tokenizer import HFTokenizer
 from mooshak.tokenizer.load import open_tokenizer
+from mooshak.tokenizer.sentencepiece import parse_proto
 
 
 def resolve(draft: Draft) -> Config:
@@ -105,7 +105,7 @@ def with_new_rows(source: Checkpoint, old: Path, new: Tokenizer, vocab_size: int
     if isinstance(tokenizer, HFTokenizer):
         ids = [tokenizer.parts(piece) for piece in pieces[before:]]
     else:
-        proto = read_proto(old)
+        proto = parse_proto(old.read_bytes())
         # A token is a part of a text: without the dummy prefix.
         proto.normalizer_spec.add_dummy_prefix = False
         inside = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())

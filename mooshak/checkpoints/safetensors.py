@@ -44,12 +44,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     described = {key: (entry.dtype, entry.shape) for key, entry in stored.items()}
     tensors = check_tensors(path, model, described)
     checksums = {key: entry.checksum for key, entry in stored.items() if entry.checksum}
-
-    def rows_of(key: str, rows: slice = FULL_SLICE) -> np.ndarray:
-        entry = stored[key]
-        return stored_rows(entry.file, entry.start, entry.dtype, entry.shape, rows)
-
-    read = verify_on_read(rows_of, tensors, checksums, lambda key: stored[key].file)
+    read = verify_on_read(entry_reader(stored), tensors, checksums, lambda key: stored[key].file)
     files = tokenizer_files(path)
     return Checkpoint(path, "safetensors", model, state, tensors, read, checksums, files)
 
@@ -124,6 +119,16 @@ def read_entries(path: Path, name: str, required: bool) -> dict[str, Safetensors
         if key not in stored or stored[key].file != file:
             raise InputError(f"{file} lacks tensor {key}, which {index.name} lists")
     return stored
+
+
+def entry_reader(stored: Mapping[str, SafetensorsEntry]) -> ReadTensor:
+    """Return a function that reads the tensors of some entries."""
+
+    def read(key: str, rows: slice = FULL_SLICE) -> np.ndarray:
+        entry = stored[key]
+        return stored_rows(entry.file, entry.start, entry.dtype, entry.shape, rows)
+
+    return read
 
 
 def _header(file: Path) -> dict[str, SafetensorsEntry]:

@@ -234,7 +234,8 @@ class CheckpointConfig:
     every: int = 500
     """Steps between checkpoints; the last step is always saved (0: only the last)."""
     keep: int = 2
-    """Number of newest checkpoints to retain, in addition to the one with the lowest validation loss."""
+    """Number of newest checkpoints to retain, in addition to the one with the lowest validation
+    loss."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Sampling noise: a uniform number per (seed, sample, position), for both frameworks."""
 
-import hashlib
-
 import numpy as np
+
+from mooshak.numerics.philox import random_words
 
 
 def noise(seed: int, sample: int, positions: int) -> np.ndarray:
@@ -11,8 +11,5 @@ def noise(seed: int, sample: int, positions: int) -> np.ndarray:
     float64 [positions]. The number of a position depends neither on `positions` nor on the other
     rows of a batch.
     """
-    key = np.frombuffer(
-        hashlib.blake2b(f"{seed}:{sample}".encode(), digest_size=16).digest(), "<u8"
-    )
-    words = np.random.Philox(key=key).random_raw(positions)
+    words = random_words(f"{seed}:{sample}", 0, positions)
     return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
