@@ -77,10 +77,8 @@ def init_checkpoint(config: Config, source: Checkpoint, tokenizer: Tokenizer) ->
     Raises `InputError` if they belong to another model.
     """
     rows, wanted = source.model.vocab_size, config.model.vocab_size
-    free = {key: getattr(config.model, key) for key in WITHOUT_PARAMETERS}
-    extended = replace(source.model, vocab_size=max(rows, wanted), **free)
-    if extended != config.model:
-        check_model(source.path, source.model, config)
+    more_rows = ("vocab_size",) if rows < wanted else ()
+    check_model(source.path, source.model, config, (*WITHOUT_PARAMETERS, *more_rows))
     files = source.tokenizer_files
     old = files.get("tokenizer.model") or files.get("tokenizer.json")
     if rows == wanted and (old is None or open_tokenizer(old).vocab_size >= tokenizer.vocab_size):

@@ -1,5 +1,6 @@
 """Resume a run: find the checkpoint, check that it fits, and describe the training state."""
 
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -90,11 +91,16 @@ def check_resume(
     return state["step"], state.get("validation_loss")
 
 
-def check_model(path: Path, model: ModelConfig, config: Config) -> None:
-    """Raise `InputError` unless the `model` of a checkpoint is that of the configuration."""
+def check_model(
+    path: Path, model: ModelConfig, config: Config, ignored: Collection[str] = ()
+) -> None:
+    """Raise `InputError` unless the `model` of a checkpoint is that of the configuration.
+
+    Keys in `ignored` may differ.
+    """
     there, here = model_description(model), model_description(config.model)
     for key, value in here.items():
-        if there[key] != value:
+        if there[key] != value and key not in ignored:
             raise InputError(
                 f"{path} is a checkpoint of another model: its {key} is {there[key]}, "
                 f"the configuration's is {value}"

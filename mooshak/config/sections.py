@@ -126,6 +126,9 @@ class OptimizerConfig:
     max_grad_norm: float = 1.0
     """Global norm to which larger gradients are scaled down."""
 
+    def __post_init__(self) -> None:
+        require(self.max_grad_norm >= 0, "optimizer.max_grad_norm must not be negative")
+
 
 @dataclass(frozen=True)
 class ScheduleConfig:
@@ -141,6 +144,9 @@ class ScheduleConfig:
     """Final learning rate as a fraction of the peak (cosine, wsd)."""
     total_steps: int | None = None
     """Step at which the schedule ends (null: train.steps)."""
+
+    def __post_init__(self) -> None:
+        require(self.warmup_steps >= 0, "schedule.warmup_steps must not be negative")
 
 
 @dataclass(frozen=True)
@@ -173,6 +179,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "loss_chunk", "log_every"):
             require(getattr(self, name) > 0, f"train.{name} must be positive")
+        for name in ("sequence_length", "stop_after_step"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"train.{name} must be positive or null")
 
 
 @dataclass(frozen=True)
@@ -236,6 +245,12 @@ class CheckpointConfig:
     keep: int = 2
     """Number of newest checkpoints to retain, in addition to the one with the lowest validation
     loss."""
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0, "checkpoint.every must not be negative")
+        require(
+            self.keep > 0, "checkpoint.keep must be positive: a run keeps its newest checkpoint"
+        )
 
 
 @dataclass(frozen=True)

@@ -75,4 +75,6 @@ def find_tokenizer(checkpoint: Path, given: str | None, required: bool = True) -
         return Path(load_config(config).tokenizer.path)
     if not required:
         return None
-    raise InputError(f"{checkpoint} has no tokenizer.model or .json; name one with --tokenizer")
+    raise InputError(
+        f"{checkpoint} has no tokenizer.model or .json; name one with --tokenizer.path"
+    )

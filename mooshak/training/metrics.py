@@ -118,14 +118,14 @@ def environment() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             continue
     here = Path(__file__).parent
-    git = subprocess.run(
-        ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"],
-        capture_output=True,
-        text=True,
-    )
+    git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:  # git is not installed.
+        commit = ""
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "git_commit": git.stdout.strip() or None,
+        "git_commit": commit or None,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processors": os.cpu_count(),
