@@ -248,9 +248,7 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         require(self.every >= 0, "checkpoint.every must not be negative")
-        require(
-            self.keep > 0, "checkpoint.keep must be positive: a run keeps its newest checkpoint"
-        )
+        require(self.keep > 0, "checkpoint.keep must be positive: the newest one is always kept")
 
 
 @dataclass(frozen=True)

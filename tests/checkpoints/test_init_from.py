@@ -257,7 +257,10 @@ def test_hub_directory_generates_in_both_frameworks(llama: Path, command: Comman
     ("options", "message"),
     [
         (["--model.n_layers", "3"], "its n_layers is 2"),
-        (["--model.max_seq_len", "40", "--model.n_layers", "3"], "its n_layers is 2"),
+        (
+            ["--tokenizer.path", "EXTENDED", "--model.vocab_size", "384", "--model.n_layers", "3"],
+            "its n_layers is 2",
+        ),
         (["--model.vocab_size", "320"], "its vocab_size is 330"),
         (["--tokenizer.path", "EXTENDED"], "set model.vocab_size to 384"),
         (["--init.from", "/nowhere"], "no checkpoint directory /nowhere"),
