@@ -42,15 +42,16 @@ def trainer_state(
     step: int,
     framework: str,
     tokenizer: str,
-    loss: float | None,
+    validated: tuple[int, float] | None,
     processes: int = 1,
     mesh: str = "",
 ) -> dict[str, Any]:
     """Return the content of `trainer_state.json` after `step` optimizer steps.
 
-    `loss` is the validation loss. `processes` and `mesh` record how the state was written; it can
-    be read with any others.
+    `validated` is the step of the last validation and its loss. `processes` and `mesh` record how
+    the state was written; it can be read with any others.
     """
+    validation_step, loss = validated or (None, None)
     return {
         "format_version": base.FORMAT_VERSION,
         "step": step,
@@ -61,13 +62,14 @@ def trainer_state(
         "optimizer": asdict(config.optimizer),
         "data": _data(config, tokenizer),
         "validation_loss": loss,
+        "validation_step": validation_step,
     }
 
 
 def check_resume(
     config: Config, source: base.Checkpoint, tokenizer: str
-) -> tuple[int, float | None]:
-    """Return the number of steps done, and the last validation loss if there is one.
+) -> tuple[int, tuple[int, float] | None]:
+    """Return the number of steps done; the step of the last validation and its loss, or None.
 
     Raises `InputError` if the model, the data or the seed differ from those of the checkpoint.
     """
@@ -88,7 +90,8 @@ def check_resume(
         raise InputError(
             f"{path} is at step {state['step']}, after train.steps {config.train.steps}"
         )
-    return state["step"], state.get("validation_loss")
+    step, loss = state["step"], state.get("validation_loss")
+    return step, None if loss is None else (state.get("validation_step", step), loss)
 
 
 def check_model(

@@ -37,14 +37,18 @@ def files_of_tokenizer(path: Path) -> dict[str, Path]:
     standard names (settings, chat template) next to it belong to it; next to a SentencePiece model,
     which does not need them, only if it has the standard name itself.
     """
-    is_json = path.suffix == ".json"
-    name = "tokenizer.json" if is_json else "tokenizer.model"
-    has_settings = is_json or path.name == name
+    name = standard_name(path)
+    has_settings = path.suffix == ".json" or path.name == name
     others = tokenizer_files(path.parent) if has_settings else {}
     own = {key: file for key, file in others.items() if key not in VOCABULARY_FILES}
     if has_settings and is_hf(path.parent):
         own[HF_CONFIG] = path.parent / "config.json"
     return own | {name: path}
+
+
+def standard_name(path: Path) -> str:
+    """Return the name of a tokenizer's file in a checkpoint."""
+    return "tokenizer.json" if path.suffix == ".json" else "tokenizer.model"
 
 
 VOCABULARY_FILES = ("tokenizer.model", "tokenizer.json")

@@ -17,6 +17,7 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mooshak.checkpoints.manager import record_of
 from mooshak.config.parse import dump_config
 from mooshak.config.sections import Config
 from mooshak.files import write_atomically
@@ -37,7 +38,7 @@ class RunLog:
         if not is_main:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.directory / "config.yaml", dump_config(config))
+        write_atomically(self.directory / "config.yaml", dump_config(record_of(config)))
         write_atomically(
             self.directory / "environment.json", json.dumps(environment(), indent=2) + "\n"
         )
