@@ -28,7 +28,8 @@ class PeerError(InputError):
 def command(main: Callable[..., None]) -> Callable[..., None]:
     """Wrap the `main` of a command: an `InputError` is printed as `error: ...`, with its exit code.
 
-    So is a full disk: the user has to free space, and a traceback would not say so.
+    A full disk is reported in the same way: the user has to free space, and a traceback would not
+    say so.
     """
 
     @functools.wraps(main)

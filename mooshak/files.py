@@ -142,8 +142,8 @@ def _to_disk(path: Path) -> None:
 def read_uncached(path: Path) -> io.BufferedReader:
     """Open a file for reads that do not leave its pages in the page cache.
 
-    Data that is read once would evict pages that are used again; and free memory can be slower than
-    the disk: a virtual machine requests pages that have been free for seconds from its host.
+    Pages that are read once would evict useful ones, and on a VM, allocating page cache can be
+    slower than the disk.
     """
     return io.BufferedReader(_Uncached(path))
 

@@ -36,7 +36,7 @@ class Device:
     torus: int = 0
     """TPU: dimensions of the torus, with two links in each."""
     wrap: int = 0
-    """TPU: sides of a slice that are multiples of this number are closed to rings."""
+    """TPU: a slice axis has wraparound links if its size is a multiple of this."""
 
 
 DEVICES = {

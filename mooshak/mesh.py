@@ -12,16 +12,16 @@ from mooshak.errors import InputError
 AXES = ("data", "fsdp", "tensor")
 
 
-def mesh_sizes(text: str, n_devices: int, default: str = "data=-1") -> dict[str, int]:
-    """Return the size of every axis: 1 for an axis without one; -1 is all remaining devices.
+def mesh_sizes(text: str, n_devices: int) -> dict[str, int]:
+    """Return the size of every axis: 1 for an axis that is not named; -1 is all remaining devices.
 
-    An empty text is replaced by `default`. Raises `InputError` if the text is not a mesh, or the
+    An empty text is `data=-1`. Raises `InputError` if the text is not a mesh, or the
     mesh does not divide the devices.
     """
-    sizes = dict.fromkeys(AXES, 1) | parse_mesh(text or default)
+    sizes = dict.fromkeys(AXES, 1) | parse_mesh(text or "data=-1")
     known = math.prod(size for size in sizes.values() if size > 0)
     if n_devices % known:
-        shown = ",".join(f"{axis}={size}" for axis, size in parse_mesh(text or default).items())
+        shown = ",".join(f"{axis}={size}" for axis, size in parse_mesh(text).items())
         raise InputError(
             f"mesh {shown} does not divide the {n_devices} devices here; choose another mesh, or "
             "more devices (JAX on a CPU: --parallel.cpu_devices, jax_num_cpu_devices)"

@@ -101,11 +101,12 @@ class Plan:
 def executed_flops(config: Config) -> int:
     """Return the FLOPs of a step over all devices, with those that `train.remat` recomputes.
 
-    `full` recomputes the layers, `dots` the attention (4 T FLOPs per head and channel).
+    `full` recomputes the layers, `dots` the attention (4 FLOPs per head, channel and
+    position that a token attends to).
     """
     model, train = config.model, config.train
     tokens = config.T * train.batch_size
-    attention = 4 * model.n_layers * model.n_heads * model.K * config.T
+    attention = 4 * model.n_layers * model.n_heads * model.K * model.attended(config.T)
     matrices = sum(
         2 * shape[0] * shape[1]
         for name, shape in model.parameter_shapes().items()

@@ -21,11 +21,6 @@ def test_mesh_sizes(text: str, n_devices: int, sizes: tuple[int, int, int]) -> N
     assert tuple(mesh_sizes(text, n_devices).values()) == sizes
 
 
-def test_mesh_sizes_take_the_default_for_no_text() -> None:
-    assert mesh_sizes("", 4, default="fsdp=-1") == {"data": 1, "fsdp": 4, "tensor": 1}
-    assert mesh_sizes("data=4", 4, default="fsdp=-1") == {"data": 4, "fsdp": 1, "tensor": 1}
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [

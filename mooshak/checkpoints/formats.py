@@ -48,15 +48,15 @@ def detect_format(path: Path) -> str:
         raise InputError(f"there is no checkpoint directory {path}")
     if is_hf(path):
         return "hf"
-    found = [name for name, marker in FORMAT_MARKERS.items() if (path / marker).exists()]
+    found = {name for name, marker in FORMAT_MARKERS.items() if (path / marker).exists()}
     if (path / "model.safetensors.index.json").exists():
-        found.append("safetensors")
+        found.add("safetensors")
     if len(found) != 1:
         raise InputError(
             f"{path} is not a checkpoint: it needs one of {', '.join(FORMAT_MARKERS.values())}, "
-            f"has {' and '.join(found) or 'none'}"
+            f"has {' and '.join(sorted(found)) or 'none'}"
         )
-    return found[0]
+    return found.pop()
 
 
 def model_of(path: Path) -> ModelConfig:

@@ -22,11 +22,10 @@ from mooshak.checkpoints.base import (
     Tensors,
     check_tensors,
     row_chunks,
-    stored_rows,
 )
 from mooshak.checkpoints.checksums import verify_on_read
 from mooshak.checkpoints.hf_config import model_from_hf
-from mooshak.checkpoints.safetensors import read_entries
+from mooshak.checkpoints.safetensors import entry_reader, read_entries
 from mooshak.config.model import ModelConfig
 from mooshak.errors import InputError
 from mooshak.files import read_object
@@ -135,14 +134,9 @@ def _check_tied(path: Path, there: HFTensors) -> None:
 
 def _safetensors(path: Path) -> HFTensors:
     stored = read_entries(path, "model", required=True)
-
-    def read(key: str, rows: slice = FULL_SLICE) -> np.ndarray:
-        entry = stored[key]
-        return stored_rows(entry.file, entry.start, entry.dtype, entry.shape, rows)
-
     tensors = {key: (entry.dtype, entry.shape) for key, entry in stored.items()}
     checksums = {key: entry.checksum for key, entry in stored.items() if entry.checksum}
-    return HFTensors(tensors, read, checksums)
+    return HFTensors(tensors, entry_reader(stored), checksums)
 
 
 def has_safetensors(path: Path) -> bool:

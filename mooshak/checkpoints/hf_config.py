@@ -42,7 +42,7 @@ INERT = {
     "eos_token_id",
     "initializer_range",
     "is_llama_config",
-    "layer_types",  # Checked: all layers must be alike.
+    "layer_types",  # Checked: all layers must have the same type.
     "max_sequence_length",  # Before transformers 4.28, in addition to max_position_embeddings.
     "model_type",
     "pad_token_id",
@@ -63,7 +63,7 @@ ONLY = {"hidden_act": "silu", "rope_interleaved": False, "use_mrope": False}
 
 INTEGERS = (*REQUIRED, "num_key_value_heads", "head_dim", "sliding_window", "max_window_layers")
 VALUE_TYPES: dict[str, tuple[Any, tuple[str, ...]]] = {
-    "a whole number": (int, INTEGERS),
+    "an integer": (int, INTEGERS),
     "a number": ((int, float), ("rms_norm_eps", "rope_theta")),
     "true or false": (
         bool,

@@ -15,10 +15,10 @@ from mooshak.config.parse import Draft, load_config
 from mooshak.config.sections import Config, TokenizerConfig
 from mooshak.errors import InputError
 from mooshak.tokenizer.base import Tokenizer
-from mooshak.tokenizer.extend import read_proto
-from mooshak.tokenizer.files import find_tokenizer
+from mooshak.tokenizer.files import VOCABULARY_FILES, find_tokenizer
 from mooshak.tokenizer.hf_tokenizer import HFTokenizer
 from mooshak.tokenizer.load import open_tokenizer
+from mooshak.tokenizer.sentencepiece import parse_proto
 
 
 def resolve(draft: Draft) -> Config:
@@ -74,38 +74,41 @@ VOCABULARY = ("embeddings.weight", "lm_head.weight")
 def init_checkpoint(config: Config, source: Checkpoint, tokenizer: Tokenizer) -> Checkpoint:
     """Return the weights of `init.from`, with new rows for the added tokens of the run.
 
-    Raises `InputError` if they belong to another model.
+    Raises `InputError` if they belong to another model, or their tokens are not the run's first.
     """
     rows, wanted = source.model.vocab_size, config.model.vocab_size
-    free = {key: getattr(config.model, key) for key in WITHOUT_PARAMETERS}
-    extended = replace(source.model, vocab_size=max(rows, wanted), **free)
-    if extended != config.model:
-        check_model(source.path, source.model, config)
-    files = source.tokenizer_files
-    old = files.get("tokenizer.model") or files.get("tokenizer.json")
-    if rows == wanted and (old is None or open_tokenizer(old).vocab_size >= tokenizer.vocab_size):
+    more_rows = ("vocab_size",) if rows < wanted else ()
+    check_model(source.path, source.model, config, (*WITHOUT_PARAMETERS, *more_rows))
+    files = [source.tokenizer_files.get(name) for name in VOCABULARY_FILES]
+    # A directory may have both: then the one of the run's kind.
+    known = sorted(filter(None, files), key=lambda file: file.suffix != tokenizer.path.suffix)
+    if rows == wanted and not known:
         return source
-    old = old or find_tokenizer(Path(config.init.from_), None)
+    file = known[0] if known else find_tokenizer(Path(config.init.from_), None)
+    old = open_tokenizer(file)
+    if type(old) is not type(tokenizer) or tokenizer.pieces()[: old.vocab_size] != old.pieces():
+        raise InputError(
+            f"{tokenizer.path} does not start with the tokens of {file}; extend that tokenizer"
+        )
+    if rows == wanted and old.vocab_size == tokenizer.vocab_size:
+        return source
     return with_new_rows(source, old, tokenizer, wanted)
 
 
-def with_new_rows(source: Checkpoint, old: Path, new: Tokenizer, vocab_size: int) -> Checkpoint:
+def with_new_rows(
+    source: Checkpoint, old: Tokenizer, new: Tokenizer, vocab_size: int
+) -> Checkpoint:
     """Return the checkpoint with `vocab_size` rows in its embedding and its output head.
 
     The row of a new token is the mean of the rows of the tokens that `old` encodes its text with;
     rows without text are the mean of all rows. Computed without a framework: both get the same
-    bits. Raises `InputError` if the tokens of `new` do not start with those of `old`.
+    bits. The tokens of `new` start with those of `old`.
     """
-    tokenizer = open_tokenizer(old)
-    before, pieces = tokenizer.vocab_size, new.pieces()
-    if type(tokenizer) is not type(new) or tokenizer.pieces() != pieces[:before]:
-        raise InputError(
-            f"{new.path} does not start with the tokens of {old}; extend that tokenizer"
-        )
-    if isinstance(tokenizer, HFTokenizer):
-        ids = [tokenizer.parts(piece) for piece in pieces[before:]]
+    before = old.vocab_size
+    if isinstance(old, HFTokenizer):
+        ids = [old.parts(piece) for piece in new.pieces()[before:]]
     else:
-        proto = read_proto(old)
+        proto = parse_proto(old.path.read_bytes())
         # A token is a part of a text: without the dummy prefix.
         proto.normalizer_spec.add_dummy_prefix = False
         inside = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())

@@ -8,6 +8,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from mooshak.checkpoints import base
 from mooshak.checkpoints.formats import Processes
 from mooshak.config.sections import Config
 from mooshak.errors import InputError, PeerError, SaveError, os_error_text
-from mooshak.tokenizer.files import files_of_tokenizer
+from mooshak.files import write_atomically
+from mooshak.tokenizer.files import files_of_tokenizer, standard_name, tokenizer_files
 
 POLL_SECONDS = 0.1
 """Seconds between two checks that all processes have saved."""
@@ -31,12 +33,13 @@ class CheckpointManager:
     def __init__(self, config: Config, processes: Processes):
         self.directory = Path(config.run.dir) / "checkpoints"
         self.config, self.processes = config, processes
-        self.files = files_of_tokenizer(Path(config.tokenizer.path))
+        self.files: dict[str, Path] = {}
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         with self.defer_failure(f"{self.directory} could not be prepared"):
             if processes.is_main:
                 self.directory.mkdir(parents=True, exist_ok=True)
+                self.files = _copy_tokenizer(config)
                 for ending in ("writing", "deleting"):
                     for unfinished in self.directory.glob(f".*.{ending}"):
                         shutil.rmtree(unfinished)
@@ -50,19 +53,21 @@ class CheckpointManager:
     def save(
         self, state: dict[str, Any], start_writing: Callable[[Path], Callable[[], None]]
     ) -> None:
-        """Save a training state in the background; all processes call it.
+        """Save a training state in the background, unless it is saved; all processes call it.
 
         `start_writing(directory)` takes a snapshot and returns a function that waits until it is
         written. Raises the failure of the previous save, as `raise_failure` does.
         """
         self.finish()
         final = self.directory / str(state["step"])
-        if final.exists():
+        if state["step"] in complete_steps(self.directory):
             return
         temporary = self.directory / f".{final.name}.writing"
         what = f"the checkpoint of step {final.name} could not be saved"
         with self.defer_failure(what):
             if self.processes.is_main:
+                if final.exists():
+                    raise SaveError(f"{what}: {final} is in the way and incomplete; remove it")
                 temporary.mkdir(exist_ok=True)
         # Before a process could wait in start_writing for one that has failed here.
         self.raise_failure()
@@ -130,7 +135,7 @@ class CheckpointManager:
         steps = complete_steps(self.directory)
         retained = set(steps[-self.config.checkpoint.keep :])
         states = {step: base.read_trainer_state(self.directory / str(step)) for step in steps}
-        losses = {step: (state or {}).get("validation_loss") for step, state in states.items()}
+        losses = {step: _loss_of_step(state) for step, state in states.items() if state}
         known = {s: loss for s, loss in losses.items() if loss is not None and loss == loss}
         if known:
             retained.add(min(known, key=lambda step: known[step]))
@@ -139,6 +144,35 @@ class CheckpointManager:
             unwanted = self.directory / f".{step}.deleting"
             (self.directory / str(step)).rename(unwanted)
             shutil.rmtree(unwanted)
+
+
+def _loss_of_step(state: dict[str, Any]) -> float | None:
+    """Return the validation loss of a training state, or None if it is of an earlier step."""
+    # Older versions did not record the step.
+    current = state.get("validation_step", state["step"]) == state["step"]
+    return state.get("validation_loss") if current else None
+
+
+def _copy_tokenizer(config: Config) -> dict[str, Path]:
+    """Copy the files of the tokenizer to RUN/tokenizer, from where every save takes them.
+
+    The originals may be deleted during the run: with `init.from`, or with an older checkpoint.
+    """
+    directory = Path(config.run.dir) / "tokenizer"
+    files = files_of_tokenizer(Path(config.tokenizer.path))
+    for name in tokenizer_files(directory).keys() - files.keys():
+        (directory / name).unlink()
+    for name, file in files.items():
+        write_atomically(directory / name, file.read_bytes())
+    return tokenizer_files(directory)
+
+
+def record_of(config: Config) -> Config:
+    """Return the configuration for RUN/config.yaml: after `init.from`, with RUN/tokenizer."""
+    if not config.init.from_:
+        return config
+    path = Path(config.run.dir) / "tokenizer" / standard_name(Path(config.tokenizer.path))
+    return replace(config, tokenizer=replace(config.tokenizer, path=str(path)))
 
 
 def _summary(error: BaseException | None) -> str:

@@ -1,5 +1,6 @@
 """Resume a run: find the checkpoint, check that it fits, and describe the training state."""
 
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,15 +42,16 @@ def trainer_state(
     step: int,
     framework: str,
     tokenizer: str,
-    loss: float | None,
+    validated: tuple[int, float] | None,
     processes: int = 1,
     mesh: str = "",
 ) -> dict[str, Any]:
     """Return the content of `trainer_state.json` after `step` optimizer steps.
 
-    `loss` is the validation loss. `processes` and `mesh` record how the state was written; it can
-    be read with any others.
+    `validated` is the step of the last validation and its loss. `processes` and `mesh` record how
+    the state was written; it can be read with any others.
     """
+    validation_step, loss = validated or (None, None)
     return {
         "format_version": base.FORMAT_VERSION,
         "step": step,
@@ -60,13 +62,14 @@ def trainer_state(
         "optimizer": asdict(config.optimizer),
         "data": _data(config, tokenizer),
         "validation_loss": loss,
+        "validation_step": validation_step,
     }
 
 
 def check_resume(
     config: Config, source: base.Checkpoint, tokenizer: str
-) -> tuple[int, float | None]:
-    """Return the number of steps done, and the last validation loss if there is one.
+) -> tuple[int, tuple[int, float] | None]:
+    """Return the number of steps done; the step of the last validation and its loss, or None.
 
     Raises `InputError` if the model, the data or the seed differ from those of the checkpoint.
     """
@@ -87,14 +90,20 @@ def check_resume(
         raise InputError(
             f"{path} is at step {state['step']}, after train.steps {config.train.steps}"
         )
-    return state["step"], state.get("validation_loss")
+    step, loss = state["step"], state.get("validation_loss")
+    return step, None if loss is None else (state.get("validation_step", step), loss)
 
 
-def check_model(path: Path, model: ModelConfig, config: Config) -> None:
-    """Raise `InputError` unless the `model` of a checkpoint is that of the configuration."""
+def check_model(
+    path: Path, model: ModelConfig, config: Config, ignored: Collection[str] = ()
+) -> None:
+    """Raise `InputError` unless the `model` of a checkpoint is that of the configuration.
+
+    Keys in `ignored` may differ.
+    """
     there, here = model_description(model), model_description(config.model)
     for key, value in here.items():
-        if there[key] != value:
+        if there[key] != value and key not in ignored:
             raise InputError(
                 f"{path} is a checkpoint of another model: its {key} is {there[key]}, "
                 f"the configuration's is {value}"

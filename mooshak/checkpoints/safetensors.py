@@ -44,12 +44,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     described = {key: (entry.dtype, entry.shape) for key, entry in stored.items()}
     tensors = check_tensors(path, model, described)
     checksums = {key: entry.checksum for key, entry in stored.items() if entry.checksum}
-
-    def rows_of(key: str, rows: slice = FULL_SLICE) -> np.ndarray:
-        entry = stored[key]
-        return stored_rows(entry.file, entry.start, entry.dtype, entry.shape, rows)
-
-    read = verify_on_read(rows_of, tensors, checksums, lambda key: stored[key].file)
+    read = verify_on_read(entry_reader(stored), tensors, checksums, lambda key: stored[key].file)
     files = tokenizer_files(path)
     return Checkpoint(path, "safetensors", model, state, tensors, read, checksums, files)
 
@@ -126,6 +121,16 @@ def read_entries(path: Path, name: str, required: bool) -> dict[str, Safetensors
     return stored
 
 
+def entry_reader(stored: Mapping[str, SafetensorsEntry]) -> ReadTensor:
+    """Return a function that reads the tensors of some entries."""
+
+    def read(key: str, rows: slice = FULL_SLICE) -> np.ndarray:
+        entry = stored[key]
+        return stored_rows(entry.file, entry.start, entry.dtype, entry.shape, rows)
+
+    return read
+
+
 def _header(file: Path) -> dict[str, SafetensorsEntry]:
     """Read the entries of a safetensors file. Raises `InputError` if it is missing or truncated."""
     if not file.is_file():
@@ -173,7 +178,7 @@ def _write_safetensors(file: Path, tensors: Tensors, read: ReadTensor) -> None:
     """Write a safetensors file by rows (the writer of the library needs all tensors in memory)."""
     checksums = Checksums()
     with DirectIOFile(file) as out:
-        # The header precedes the tensors and has their checksums: it is written again at the end.
+        # The header comes first and holds checksums: it is rewritten at the end.
         blank = dict.fromkeys(tensors, xxhash.xxh3_64().hexdigest())
         out.write(_header_bytes(tensors, blank))
         for key, _, array in read_ahead(tensors, read, checksums):

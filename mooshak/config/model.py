@@ -4,18 +4,19 @@ import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 from mooshak.errors import InputError, did_you_mean, require
 
 Dtype: TypeAlias = Literal["float64", "float32", "bfloat16", "float16"]
+Architecture: TypeAlias = Literal["mooshak", "llama"]
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Architecture and sizes of the model; the contents of a checkpoint's `config.json`."""
 
-    architecture: Literal["mooshak", "llama"] = "mooshak"
+    architecture: Architecture = "mooshak"
     """Block class of the layers."""
     vocab_size: int = 64128
     """Rows of the embedding and of the output head: the tokens of the tokenizer, rounded up to a
@@ -62,6 +63,11 @@ class ModelConfig:
     """JAX: fuse wq, wk and wv, and w1 and w3, into one matrix product each."""
 
     def __post_init__(self) -> None:
+        require(
+            self.architecture in get_args(Architecture),
+            f"model.architecture {self.architecture!r} is unknown; known are "
+            f"{' and '.join(get_args(Architecture))}",
+        )
         for name in ("vocab_size", "dim", "n_layers", "n_heads", "hidden_dim", "max_seq_len"):
             require(getattr(self, name) > 0, f"model.{name} must be positive")
         if self.head_dim is None:
@@ -78,7 +84,8 @@ class ModelConfig:
             self.G > 0 and self.n_heads % self.G == 0,
             f"model.n_heads {self.n_heads} is not a multiple of model.n_kv_heads {self.G}",
         )
-        require(self.norm_eps > 0, "model.norm_eps must be positive")
+        for name in ("norm_eps", "rope_theta"):
+            require(getattr(self, name) > 0, f"model.{name} must be positive")
         if self.rope_scaling is not None:
             _check_rope_scaling(self.rope_scaling)
         require(
@@ -159,16 +166,21 @@ class ModelConfig:
         """Return the number of parameters."""
         return sum(_product(shape) for shape in self.parameter_shapes().values())
 
+    def attended(self, sequence_length: int) -> int:
+        """Return the positions that a token attends to: the sequence, or the sliding window."""
+        return min(sequence_length, self.sliding_window or sequence_length)
+
     def flops_per_token(self, sequence_length: int) -> int:
         """Return the FLOPs of one token's forward and backward pass: 6 per weight, plus attention.
 
         Attention is counted over the full sequence, not its causal half, as in PaLM
-        (arXiv:2204.02311, appendix B), or over the sliding window. Embedding look-ups are free.
+        (arXiv:2204.02311, appendix B), or over the sliding window. Embedding
+        look-ups are not counted.
         """
         matrices = {n: _product(s) for n, s in self.parameter_shapes().items() if len(s) == 2}
         if not self.tie_embeddings:
             del matrices["embeddings.weight"]
-        seen = min(sequence_length, self.sliding_window or sequence_length)
+        seen = self.attended(sequence_length)
         return 6 * sum(matrices.values()) + 12 * self.n_layers * self.n_heads * self.K * seen
 
 
@@ -196,6 +208,7 @@ ROPE_SCALINGS = {
 
 
 def _check_rope_scaling(scaling: Mapping[str, Any]) -> None:
+    require(isinstance(scaling, Mapping), f"model.rope_scaling {scaling!r} is not an object")
     kind = str(scaling.get("rope_type"))
     require(
         kind in ROPE_SCALINGS,

@@ -148,14 +148,14 @@ def _config_first(words: list[str]) -> list[str]:
         if word == "--config" and i + 1 < len(words):
             return [word, words[i + 1], *words[:i], *words[i + 2 :]]
         if word.startswith("--config="):
-            return [word, *words[:i], *words[i + 1 :]]
+            return ["--config", word.removeprefix("--config="), *words[:i], *words[i + 1 :]]
     return words
 
 
 def _translated(words: list[str], is_record: bool) -> list[str]:
     """Return the words; the path of a record with old keys is replaced by its translated text."""
     path = Path(_config_file(words) or "")
-    if words[:1] != ["--config"] or not path.is_file() or not (is_record or is_run_record(path)):
+    if not path.is_file() or not (is_record or is_run_record(path)):
         return words
     try:
         values = yaml.safe_load(path.read_text())

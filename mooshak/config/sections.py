@@ -21,9 +21,9 @@ class TokenizerConfig:
     path: str = "data/demo/tokenizer.model"
     """SentencePiece model file, or a `tokenizer.json` of Hugging Face."""
     vocab_size: int = 64128
-    """Pieces to train; model.vocab_size is this number, rounded up to a multiple of 64."""
+    """Tokens to train; model.vocab_size is this number, rounded up to a multiple of 64."""
     character_coverage: float = 1.0
-    """Share of the characters that become pieces; the others are encoded as bytes."""
+    """Share of the characters that become tokens; the others are encoded as bytes."""
     training_bytes: int = 200_000_000
     """Maximum bytes of training text, taken from the sources by weight."""
 
@@ -127,6 +127,9 @@ class OptimizerConfig:
     max_grad_norm: float = 1.0
     """Global norm to which larger gradients are scaled down."""
 
+    def __post_init__(self) -> None:
+        require(self.max_grad_norm >= 0, "optimizer.max_grad_norm must not be negative")
+
 
 @dataclass(frozen=True)
 class ScheduleConfig:
@@ -142,6 +145,9 @@ class ScheduleConfig:
     """Final learning rate as a fraction of the peak (cosine, wsd)."""
     total_steps: int | None = None
     """Step at which the schedule ends (null: train.steps)."""
+
+    def __post_init__(self) -> None:
+        require(self.warmup_steps >= 0, "schedule.warmup_steps must not be negative")
 
 
 @dataclass(frozen=True)
@@ -174,6 +180,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "loss_chunk", "log_every"):
             require(getattr(self, name) > 0, f"train.{name} must be positive")
+        for name in ("sequence_length", "stop_after_step"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"train.{name} must be positive or null")
 
 
 @dataclass(frozen=True)
@@ -235,7 +244,12 @@ class CheckpointConfig:
     every: int = 500
     """Steps between checkpoints; the last step is always saved (0: only the last)."""
     keep: int = 2
-    """Number of newest checkpoints to retain, besides the one with the lowest validation loss."""
+    """Number of newest checkpoints to retain, in addition to the one with the lowest validation
+    loss."""
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0, "checkpoint.every must not be negative")
+        require(self.keep > 0, "checkpoint.keep must be positive: the newest one is always kept")
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,9 @@ def in_validation(text: str, fraction: float) -> bool:
 def is_normal(text: str) -> bool:
     """Return whether a text is in NFC.
 
-    `is_normalized` has a quick check, which the nukta of Devanagari defeats: it composes with three
-    letters, so the full text is normalised to decide. Behind the letters with which it does not
-    compose, it is replaced by the nukta of Gujarati, which has the same combining class and
-    composes with no letter: the answer is the same, by the quick check.
+    `is_normalized` has a fast path, which a Devanagari nukta disables. After the letters in
+    `letter` it never composes, so the Gujarati nukta (same combining class, composes with nothing)
+    replaces it; the result is the same.
     """
     if "\u093c" in text:
         for letter in "कखगजडढफ":

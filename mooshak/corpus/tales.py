@@ -7,7 +7,6 @@ gender and number; the plots mark which word agrees with which role.
 """
 
 import hashlib
-import math
 import re
 import unicodedata
 import zlib
@@ -129,12 +128,6 @@ class Plot:
     name: str
     roles: Mapping[str, Role]
     sections: Mapping[str, tuple[Beat, ...]] = field(repr=False)
-
-    def variants(self) -> int:
-        """Return the number of casts times wordings, without phrases such as "one day"."""
-        casts = math.prod(len(r.nouns) * max(1, len(r.adjectives)) for r in self.roles.values())
-        beats = (beat for beats in self.sections.values() for beat in beats)
-        return casts * math.prod(len(beat.pairs) + beat.optional for beat in beats)
 
 
 class _Draw:

@@ -97,24 +97,25 @@ def write_offsets(token_file: Path, offsets: np.ndarray) -> dict[str, Any]:
     return write_array(token_file.with_suffix(".offsets.npy"), offsets.astype(np.int64))
 
 
-def add_offsets(directory: Path, bos_id: int) -> bool:
+def add_offsets(directory: Path, bos_id: int, eos_id: int) -> bool:
     """Add document offsets to the shards of a source that have none, from their BOS tokens.
 
-    Every document starts with one BOS. If a shard has as many BOS tokens as documents, each one
-    starts a document. Otherwise, or if it is damaged, the starts are unknown: return False, with
-    the manifest unchanged.
+    Every document starts with one BOS, and ends with another if that is also EOS. If a shard has
+    just as many of them, they show the starts. Otherwise, or if it is damaged, the starts are
+    unknown: return False, with the manifest unchanged.
     """
     manifest = read_manifest(directory)
+    per_document = 2 if bos_id == eos_id else 1
     for shard in manifest["shards"]:
         if "offsets" in shard:
             continue
         if damage(directory, shard, checksum=True):
             return False
         path = directory / shard["file"]
-        offsets = np.flatnonzero(np.load(path, mmap_mode="r") == bos_id)
-        if len(offsets) != shard["documents"]:
+        found = np.flatnonzero(np.load(path, mmap_mode="r") == bos_id)
+        if len(found) != per_document * shard["documents"]:
             return False
-        shard["offsets"] = write_offsets(path, offsets)
+        shard["offsets"] = write_offsets(path, found[::per_document])
     write_json(directory / "manifest.json", manifest)
     return True
 

@@ -40,7 +40,7 @@ class Batch(NamedTuple, Generic[Array]):
         return self.map(lambda array: array[which])
 
     def chunk(self, n: int) -> "list[Batch[Array]]":
-        """Split into at most `n` batches of equal size, the last with the remainder."""
+        """Split by rows into at most `n` batches; the last may be smaller."""
         B = len(self.tokens)  # type: ignore[arg-type]  # an array has a length
         size = -(-B // n)
         return [self.rows(slice(start, start + size)) for start in range(0, B, size)]

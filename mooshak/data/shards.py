@@ -79,7 +79,8 @@ def prepare(
             for source in sources:
                 reason = _stale(source, config, tokenizer)
                 directory = Path(config.data.dir) / source.name
-                if reason == NO_OFFSETS and add_offsets(directory, tokenizer.bos_id):
+                ids = tokenizer.bos_id, tokenizer.eos_id
+                if reason == NO_OFFSETS and add_offsets(directory, *ids):
                     continue
                 if reason:
                     if progress:
@@ -194,11 +195,11 @@ def _prepare_source(
     directory = Path(config.data.dir) / source.name
     partial, old = (directory.with_name(f"{source.name}~{state}") for state in ("partial", "old"))
     identity = _identity(source, config, tokenizer)
-    if is_manifest_of(directory / "manifest.json", identity):
-        # Valid shards, some of them damaged: continue from the good ones.
+    begun = is_manifest_of(partial / "progress.json", identity)
+    if is_manifest_of(directory / "manifest.json", identity) and not begun:
+        # Valid shards, some of them damaged: continue from copies of the good ones.
         shutil.rmtree(partial, ignore_errors=True)
-        os.replace(directory / "manifest.json", directory / "progress.json")
-        os.replace(directory, partial)
+        shutil.copytree(directory, partial, copy_function=_link)
     done = _finished_shards(partial, identity, config.data.document_mask)
     if not done:
         shutil.rmtree(partial, ignore_errors=True)
@@ -222,6 +223,14 @@ def _prepare_source(
         os.replace(directory, old)
     os.replace(partial, directory)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _link(source: str, target: str) -> None:
+    """Copy a file as a hard link where the file system has them: shards are large."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def _finished_shards(

@@ -55,7 +55,7 @@ def _config_of_run(arguments: jsonargparse.Namespace) -> Path:
 def compare(
     evaluate: Callable[[Batch], float], model: ModelConfig, config: Config, checkpoint: Path
 ) -> Scores:
-    """Return the code length of the held-out text under the model and under a unigram coder.
+    """Return bits per byte, loss and counts by language, for the model and a unigram baseline.
 
     `evaluate` returns the cross entropy of a batch: the sum over labels that are not ignored, in
     nats. `model` is the model of the checkpoint. Raises `InputError` if it is not that of the

@@ -6,9 +6,10 @@ shared.
 
 import abc
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, get_type_hints, overload
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from mooshak.checkpoints import safetensors
 from mooshak.checkpoints.base import Checkpoint
 from mooshak.config.model import ModelConfig
 from mooshak.config.sections import GenerateConfig
-from mooshak.errors import InputError, did_you_mean
+from mooshak.errors import InputError, did_you_mean, require
 from mooshak.generation.text import TextStream, check_tokens, end_ids
 from mooshak.tokenizer.base import Tokenizer
 from mooshak.tokenizer.chat_template import Messages, encode_chat, end_of_turn
@@ -140,7 +141,7 @@ class LM(abc.ABC):
     def chat(self, messages: Messages, **settings: Any) -> Any:
         """Generate the next turn of a conversation: messages with `role` and `content`.
 
-        The prompt is made by the chat template of the checkpoint. Settings, results and errors are
+        The checkpoint's chat template renders the prompt. Settings, results and errors are
         those of `generate`. Raises `InputError` if the checkpoint has no chat template.
         """
         if self.tokenizer is None:
@@ -175,7 +176,7 @@ class LM(abc.ABC):
     ) -> list[Completion]:
         """Generate one completion per row, until all of them have ended."""
         rows = [
-            _Row(self, ids, sample, settings, more_ends or set())
+            _Row(self, ids, sample, settings, more_ends or set(), streamed=False)
             for ids, sample in zip(prompts, samples, strict=True)
         ]
         for tokens_B, log_probs_B in self._steps(prompts, samples, settings):
@@ -186,7 +187,7 @@ class LM(abc.ABC):
         return [row.completion() for row in rows]
 
     def _stream(self, ids: list[int], settings: GenerateConfig) -> Iterator[str]:
-        row = _Row(self, ids, 0, settings, set())
+        row = _Row(self, ids, 0, settings, set(), streamed=True)
         for (token,), (log_prob,) in self._steps([ids], [0], settings):
             if text := row.push(int(token), float(log_prob)):
                 yield text
@@ -200,10 +201,18 @@ class _Row:
     """A sample that is being generated."""
 
     def __init__(
-        self, lm: LM, prompt: list[int], index: int, settings: GenerateConfig, ends: set[int]
+        self,
+        lm: LM,
+        prompt: list[int],
+        index: int,
+        settings: GenerateConfig,
+        ends: set[int],
+        streamed: bool,
     ):
         self.prompt, self.index, self.settings = prompt, index, settings
         self.done = False
+        # Each decoding is of all tokens: without need, only `completion` decodes.
+        self.decodes = streamed or bool(settings.stop)
         self.ids: list[int] = []
         self.log_probs: list[float] = []
         self.stream: TextStream | None = None
@@ -223,6 +232,9 @@ class _Row:
         self.log_probs.append(log_prob)
         if self.stream is None:
             return ""
+        if not self.decodes:
+            self.stream.ids.append(token)
+            return ""
         text = self.stream.push(token)
         self.done = self.stream.stopped
         return text
@@ -240,10 +252,26 @@ class _Row:
 
 def make_settings(settings: dict[str, Any]) -> GenerateConfig:
     """Return settings from keyword arguments. Raises `InputError` for unknown or invalid ones."""
-    known = {field.name for field in fields(GenerateConfig)}
-    if unknown := sorted(settings.keys() - known):
-        raise InputError(f"unknown setting {unknown[0]}{did_you_mean(unknown[0], known)}")
+    types = get_type_hints(GenerateConfig)
+    if unknown := sorted(settings.keys() - types.keys()):
+        raise InputError(f"unknown setting {unknown[0]}{did_you_mean(unknown[0], types)}")
+    for name, value in settings.items():
+        wanted = _wanted_type(value, types[name])
+        require(not wanted, f"generate.{name} {value!r} must be {wanted}")
     return GenerateConfig(**settings)
+
+
+def _wanted_type(value: Any, annotation: Any) -> str:
+    """Return the type that a setting must have, or an empty text if `value` has it."""
+    is_bool = isinstance(value, (bool, np.bool_))
+    if annotation is bool:
+        return "" if is_bool else "true or false"
+    if annotation is int:
+        return "" if isinstance(value, Integral) and not is_bool else "an integer"
+    if annotation is float:
+        return "" if isinstance(value, Real) and not is_bool else "a number"
+    is_list = isinstance(value, Sequence) and all(isinstance(one, str) for one in value)
+    return "" if is_list else "a text or a list of texts"
 
 
 def load_tokenizer(

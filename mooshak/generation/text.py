@@ -10,7 +10,7 @@ from mooshak.files import read_object
 from mooshak.tokenizer.base import Tokenizer
 
 REPLACEMENT = "\ufffd"
-"""Decoding of an incomplete UTF-8 sequence."""
+"""U+FFFD, which `decode` returns for an incomplete UTF-8 sequence."""
 
 
 class TextStream:
@@ -66,9 +66,16 @@ class TextStream:
 
     def _held(self, text: str) -> int:
         """Return the number of characters at the end that may still change."""
-        incomplete = len(text) - len(text.rstrip(REPLACEMENT))
-        begun = (n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n]))
-        return max(incomplete, max(begun, default=0))
+        whole = text.rstrip(REPLACEMENT)
+        # An incomplete character may be the next one of a stop text.
+        begun = (
+            len(text) - len(begins) + n
+            for begins in (text, whole)
+            for stop in self.stop
+            for n in range(1, len(stop))
+            if begins.endswith(stop[:n])
+        )
+        return max(len(text) - len(whole), max(begun, default=0))
 
 
 def _common_prefix(a: str, b: str) -> str:

@@ -7,12 +7,12 @@ Sums of integers and one multiplication have the same bits on every machine. A n
 logarithm does not, and one from rejection sampling cannot be computed for element i alone.
 """
 
-import hashlib
 import math
 
 import numpy as np
 
 from mooshak.config.model import ModelConfig
+from mooshak.numerics.philox import random_words
 
 # A block has sixteen uniforms on 0 .. 65535.
 _MEAN = 16 * 65535 / 2
@@ -81,8 +81,7 @@ def initial_weight(
 
 def standard(stream: str, start: int, count: int) -> np.ndarray:
     """Return elements start .. start + count of a stream of mean 0 and variance 1, float64."""
-    key = np.frombuffer(hashlib.blake2b(stream.encode(), digest_size=16).digest(), "<u8")
-    words = np.random.Philox(key=key, counter=start).random_raw(4 * count)
+    words = random_words(stream, start, 4 * count)
     # Sixteen 16-bit numbers are summed within 64-bit words, in two lanes of 32 bits.
     pairs = (words & _LANES) + ((words >> np.uint64(16)) & _LANES)
     sums = pairs[0::4] + pairs[1::4] + pairs[2::4] + pairs[3::4]

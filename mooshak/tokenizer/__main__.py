@@ -33,7 +33,7 @@ def _report(config: Config, tokenizer: Tokenizer, most: int) -> None:
 
     from rich.table import Table
 
-    table = Table(title=f"{tokenizer.path}: {tokenizer.vocab_size} pieces")
+    table = Table(title=f"{tokenizer.path}: {tokenizer.vocab_size} tokens")
     for title in ("language", "documents", "bytes per token", "tokens per word", "worst words"):
         table.add_column(title, justify="left" if title in ("language", "worst words") else "right")
     for language in dict.fromkeys(source.language for source in config.data.sources):
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         extend(config)
     tokenizer = open_tokenizer(config.tokenizer.path)
     if action in ("train", "extend"):
-        print(f"{tokenizer.path}: {tokenizer.vocab_size} pieces")
+        print(f"{tokenizer.path}: {tokenizer.vocab_size} tokens")
     elif action == "report":
         _report(config, tokenizer, options.documents)
     elif action == "encode":

@@ -52,6 +52,11 @@ class Tokenizer(Protocol):
         ...
 
 
+def padded(vocab_size: int) -> int:
+    """Return the rows of the embedding: `vocab_size`, rounded up to a multiple of 64."""
+    return -(-vocab_size // 64) * 64
+
+
 def check_found(found: int, wanted: int, before: int) -> None:
     """Raise `InputError` if the text has fewer new tokens than an extension needs."""
     if found < wanted - before:

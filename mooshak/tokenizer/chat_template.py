@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
+from typing import Any
 
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -22,26 +23,51 @@ Messages = Sequence[Mapping[str, str]]
 """Turns of a conversation: `role` (system, user, assistant) and `content`."""
 
 
-def encode_chat(
-    tokenizer: Tokenizer, messages: Messages, add_generation_prompt: bool = True
-) -> list[int]:
+def encode_chat(tokenizer: Tokenizer, messages: Messages) -> list[int]:
     """Return the token ids of a conversation, up to the start of the assistant's next turn.
 
-    Raises `InputError` if the tokenizer has no chat template, or the template rejects the messages.
+    Our own template encodes contents as plain text: `<|end|>` inside a content is no control token.
+    Raises `InputError` if the tokenizer has no chat template, a message is not a `role` and a
+    `content`, or the template rejects the messages.
     """
+    _check(messages)
+    template = find_template(tokenizer)
+    if template == CHAT_TEMPLATE and _is_own(tokenizer):
+        return _encode_own(tokenizer, messages)
     pieces = tokenizer.pieces()
     bos = pieces[tokenizer.bos_id] if 0 <= tokenizer.bos_id < len(pieces) else ""
     eos = pieces[tokenizer.eos_id] if 0 <= tokenizer.eos_id < len(pieces) else ""
     try:
-        text = _compiled(find_template(tokenizer)).render(
+        text = _compiled(template).render(
             messages=[dict(message) for message in messages],
-            add_generation_prompt=add_generation_prompt,
+            add_generation_prompt=True,
             bos_token=bos,
             eos_token=eos,
         )
     except jinja2.TemplateError as error:
         raise InputError(f"the chat template of {tokenizer.path} fails: {error}") from error
     return encode_with_specials(tokenizer, text)
+
+
+def _check(messages: Any) -> None:
+    if isinstance(messages, str) or not isinstance(messages, Sequence):
+        raise InputError(f"messages must be a list, not {messages!r}")
+    for message in messages:
+        found = message if isinstance(message, Mapping) else {}
+        if not all(isinstance(found.get(key), str) for key in ("role", "content")):
+            raise InputError(f"message {message!r} must have the texts role and content")
+
+
+def _encode_own(tokenizer: Tokenizer, messages: Messages) -> list[int]:
+    """Return the token ids of `CHAT_TEMPLATE`."""
+    ids = [tokenizer.bos_id]
+    for message in messages:
+        marker = f"<|{message['role']}|>"
+        if marker not in CHAT_MARKERS[:-1]:
+            raise InputError(f"role {message['role']!r} is unknown; use system, user or assistant")
+        ids += [tokenizer.id_of(marker), *tokenizer.encode(message["content"])]
+        ids.append(tokenizer.id_of("<|end|>"))
+    return [*ids, tokenizer.id_of("<|assistant|>")]
 
 
 def end_of_turn(tokenizer: Tokenizer) -> set[int]:
@@ -70,7 +96,7 @@ def find_template(tokenizer: Tokenizer) -> str:
 
 
 def encode_with_specials(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Return the token ids of a text in which special tokens are spelled out."""
+    """Return the token ids of a text that contains special tokens as text."""
     pieces = enumerate(zip(tokenizer.pieces(), tokenizer.texts(), strict=True))
     specials = {piece: id for id, (piece, own) in pieces if piece and not own}
     specials = {piece: id for piece, id in specials.items() if not re.fullmatch("<0x..>", piece)}

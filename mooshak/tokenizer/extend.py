@@ -1,13 +1,10 @@
 """Extend the vocabulary of a tokenizer: new tokens, appended after the existing ones.
 
-A model that encodes Hindi byte by byte can so continue its pretraining with Hindi tokens;
+A model that encodes Hindi byte by byte can then continue its pretraining with Hindi tokens;
 `mooshak.checkpoints.init_from` initialises the new rows of its embedding.
 """
 
 from pathlib import Path
-from typing import Any
-
-from sentencepiece import sentencepiece_model_pb2
 
 from mooshak.config.sections import Config
 from mooshak.errors import InputError
@@ -17,15 +14,16 @@ from mooshak.tokenizer.base import Tokenizer, check_found
 from mooshak.tokenizer.files import find_tokenizer, tokenizer_files
 from mooshak.tokenizer.hf_tokenizer import HFTokenizer
 from mooshak.tokenizer.load import open_tokenizer
+from mooshak.tokenizer.sentencepiece import parse_proto
 
 
 def extend(config: Config) -> None:
     """Extend the tokenizer of `init.from` with tokens of the sources; write `tokenizer.path`.
 
-    The result has `tokenizer.vocab_size` tokens. The old ones keep their ids; the new ones, which
-    are merged after them, are those that only a tokenizer of that size trained on the sources has.
-    The settings next to a `tokenizer.json` are copied. Raises `InputError` if `tokenizer.path`
-    exists, or the sources have too few new tokens.
+    The result has `tokenizer.vocab_size` tokens; the old ones keep their ids. New tokens are those
+    that a tokenizer of this size, trained on the sources, has and the old one lacks; their merges
+    come last. The settings next to a `tokenizer.json` are copied. Raises `InputError` if
+    `tokenizer.path` exists, or the sources have too few new tokens.
     """
     path, wanted = Path(config.tokenizer.path), config.tokenizer.vocab_size
     if not config.init.from_:
@@ -62,10 +60,9 @@ SETTINGS = {
 
 def _with_new_pieces(old: Tokenizer, config: Config) -> bytes:
     """Return the SentencePiece model `old` with new tokens, up to `tokenizer.vocab_size`."""
-    proto = read_proto(old.path)
+    proto = parse_proto(old.path.read_bytes())
     known = {piece.piece for piece in proto.pieces}
-    trained = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
-    trained.ParseFromString(train.trained_model(config))
+    trained = parse_proto(train.trained_model(config))
     # Tokens are in order of their merges: the parts of a token precede it.
     found = [p.piece for p in trained.pieces if p.type == p.NORMAL and p.piece not in known]
     wanted = config.tokenizer.vocab_size
@@ -75,10 +72,3 @@ def _with_new_pieces(old: Tokenizer, config: Config) -> bytes:
         proto.pieces.add(piece=piece, score=lowest - rank)
     proto.trainer_spec.vocab_size = wanted
     return bytes(proto.SerializeToString())
-
-
-def read_proto(path: Path) -> Any:
-    """Return the protobuf message of a SentencePiece model file."""
-    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
-    proto.ParseFromString(path.read_bytes())
-    return proto

@@ -33,15 +33,22 @@ def tokenizer_files(path: Path) -> dict[str, Path]:
 def files_of_tokenizer(path: Path) -> dict[str, Path]:
     """Return the files of the tokenizer `path` that a checkpoint needs: name in it -> file.
 
-    A SentencePiece model becomes `tokenizer.model`. Files next to it under the standard names
-    (settings, chat template) belong to it only if it has a standard name itself.
+    A SentencePiece model becomes `tokenizer.model`, a `.json` file `tokenizer.json`. The files with
+    standard names (settings, chat template) next to it belong to it; next to a SentencePiece model,
+    which does not need them, only if it has the standard name itself.
     """
-    name = "tokenizer.json" if path.suffix == ".json" else "tokenizer.model"
-    others = tokenizer_files(path.parent) if path.name == name else {}
+    name = standard_name(path)
+    has_settings = path.suffix == ".json" or path.name == name
+    others = tokenizer_files(path.parent) if has_settings else {}
     own = {key: file for key, file in others.items() if key not in VOCABULARY_FILES}
-    if path.name == name and is_hf(path.parent):
+    if has_settings and is_hf(path.parent):
         own[HF_CONFIG] = path.parent / "config.json"
     return own | {name: path}
+
+
+def standard_name(path: Path) -> str:
+    """Return the name of a tokenizer's file in a checkpoint."""
+    return "tokenizer.json" if path.suffix == ".json" else "tokenizer.model"
 
 
 VOCABULARY_FILES = ("tokenizer.model", "tokenizer.json")
@@ -75,4 +82,6 @@ def find_tokenizer(checkpoint: Path, given: str | None, required: bool = True) -
         return Path(load_config(config).tokenizer.path)
     if not required:
         return None
-    raise InputError(f"{checkpoint} has no tokenizer.model or .json; name one with --tokenizer")
+    raise InputError(
+        f"{checkpoint} has no tokenizer.model or .json; name one with --tokenizer.path"
+    )

@@ -13,7 +13,7 @@ import numpy as np
 
 from mooshak.errors import InputError
 from mooshak.files import read_object
-from mooshak.tokenizer.base import check_found
+from mooshak.tokenizer.base import check_found, padded
 from mooshak.tokenizer.files import HF_CONFIG
 
 
@@ -40,7 +40,7 @@ class HFTokenizer:
         self._decoder = str(json.loads(text).get("decoder"))
         # Ids may have gaps.
         self.vocab_size = 1 + max(self._fast.get_vocab().values(), default=-1)
-        self.padded_vocab_size = -(-self.vocab_size // 64) * 64
+        self.padded_vocab_size = padded(self.vocab_size)
         end = self._special("eos")
         if end is None:
             raise InputError(f"no file next to tokenizer {path} names its eos_token")

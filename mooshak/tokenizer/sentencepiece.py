@@ -13,12 +13,14 @@ from collections.abc import Sequence
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from mooshak.errors import InputError
+from mooshak.tokenizer.base import padded
 
 CHAT_MARKERS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 
@@ -28,6 +30,13 @@ _SPACE_MARK = "\u2581"
 # Texts of a grammar, such as the tales, have fewer distinct words than this, and words are cached.
 # Other texts have many words that occur once, for which the cache is slower.
 _FEW_WORDS = 16_384
+
+
+def parse_proto(model: bytes) -> Any:
+    """Return the protobuf message in a SentencePiece model file."""
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    proto.ParseFromString(model)
+    return proto
 
 
 class SentencePieceTokenizer:
@@ -56,7 +65,7 @@ class SentencePieceTokenizer:
             ) from None
         self.vocab_size: int = self._model.vocab_size()
         """Number of tokens."""
-        self.padded_vocab_size = -(-self.vocab_size // 64) * 64
+        self.padded_vocab_size = padded(self.vocab_size)
         """Number of tokens, rounded up to a multiple of 64: rows of the embedding."""
         self.bos_id: int = self._model.bos_id()
         self.eos_id: int = self._model.eos_id()
@@ -121,8 +130,7 @@ class SentencePieceTokenizer:
     @cached_property
     def _of_words(self) -> bool:
         """True if no token spans two words: words can be encoded separately."""
-        proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
-        proto.ParseFromString(self._model.serialized_model_proto())
+        proto = parse_proto(self._model.serialized_model_proto())
         spec = proto.normalizer_spec
         changes = spec.add_dummy_prefix or spec.remove_extra_whitespaces
         return (

@@ -10,7 +10,7 @@ import sentencepiece
 from mooshak.config.sections import Config
 from mooshak.corpus.filters import in_validation
 from mooshak.corpus.readers import documents
-from mooshak.errors import InputError
+from mooshak.errors import InputError, require
 from mooshak.files import locked, write_atomically
 from mooshak.tokenizer.base import Tokenizer
 from mooshak.tokenizer.load import open_tokenizer
@@ -26,10 +26,11 @@ _LINE = 4096
 def load_or_train_tokenizer(config: Config) -> Tokenizer:
     """Return the tokenizer of a configuration, after training it if its file is missing.
 
-    Raises `InputError` if it does not fit the vocabulary of the model.
+    Raises `InputError` if it does not fit the vocabulary of the model, or cannot be trained.
     """
     path = Path(config.tokenizer.path)
     if not path.exists():
+        _check_trainable(config)
         with locked(path.with_name(f".{path.name}.lock")):
             if not path.exists():  # Another process may have trained it meanwhile.
                 train(config)
@@ -47,7 +48,17 @@ def load_or_train_tokenizer(config: Config) -> Tokenizer:
 
 def train(config: Config) -> None:
     """Train a tokenizer on the text of the sources and write it to `tokenizer.path`."""
+    _check_trainable(config)
     write_atomically(Path(config.tokenizer.path), trained_model(config))
+
+
+def _check_trainable(config: Config) -> None:
+    """Raise `InputError` if `tokenizer.path` can only be an existing file."""
+    require(
+        not config.init.from_ and Path(config.tokenizer.path).suffix != ".json",
+        f"tokenizer.path {config.tokenizer.path}: only a SentencePiece model of a run without "
+        "init.from is trained; name an existing file, or extend that of init.from",
+    )
 
 
 def trained_model(config: Config) -> bytes:

@@ -133,7 +133,7 @@ def train(config: Config, trainer: Trainer, resume: str = "auto", profile: bool 
     from mooshak.data.batches import batches_of_rows, validation_sequences
 
     tokenizer, _ = load_or_prepare_shards(config)
-    step, validation_loss = start(config, trainer, tokenizer, resume)
+    step, validated = start(config, trainer, tokenizer, resume)
     validation = validation_sequences(config) if config.evaluate.every else {}
     token_bytes_V = tokenizer.token_bytes()
     batches = batches_of_rows(config, trainer.rows, step)
@@ -166,14 +166,14 @@ def train(config: Config, trainer: Trainer, resume: str = "auto", profile: bool 
             seconds = time.perf_counter() - began
             if validation and (step % config.evaluate.every == 0 or step == last):
                 scores = validation_metrics(trainer.evaluate, validation, token_bytes_V)
-                validation_loss = scores["validation_loss"]
+                validated = step, scores["validation_loss"]
                 metrics |= scores
             if step % config.train.log_every == 0 or step == last:
                 with manager.defer_failure(f"step {step} could not be logged"):
                     log.log(step, seconds, metrics)
             every = config.checkpoint.every
             if step == last or stopped or (every and step % every == 0):
-                state = describe_state(config, trainer, tokenizer, step, validation_loss)
+                state = describe_state(config, trainer, tokenizer, step, validated)
                 manager.save(state, trainer.start_saving)
         manager.finish()
     if is_main:
@@ -184,7 +184,11 @@ def train(config: Config, trainer: Trainer, resume: str = "auto", profile: bool 
 
 
 def describe_state(
-    config: Config, trainer: Trainer, tokenizer: Tokenizer, step: int, validation_loss: float | None
+    config: Config,
+    trainer: Trainer,
+    tokenizer: Tokenizer,
+    step: int,
+    validated: tuple[int, float] | None,
 ) -> dict[str, Any]:
     """Return the contents of `trainer_state.json`."""
     common = trainer_state(
@@ -192,7 +196,7 @@ def describe_state(
         step,
         trainer.framework,
         tokenizer.fingerprint,
-        validation_loss,
+        validated,
         trainer.world_size,
         trainer.layout,
     )
@@ -201,14 +205,14 @@ def describe_state(
 
 def start(
     config: Config, trainer: Trainer, tokenizer: Tokenizer, resume: str
-) -> tuple[int, float | None]:
-    """Initialise or restore the trainer; return the steps done and the last validation loss."""
+) -> tuple[int, tuple[int, float] | None]:
+    """Initialise or restore the trainer; return the steps done, and step and loss of validation."""
     path = resume_from(config, resume)
     if path is None:
         trainer.initialize(tokenizer)
         return 0, None
     with ensure_readable_format(path, trainer.framework, trainer.processes) as readable:
         source = trainer.open_checkpoint(readable)
-        step, validation_loss = check_resume(config, source, tokenizer.fingerprint)
+        step, validated = check_resume(config, source, tokenizer.fingerprint)
         trainer.restore(source)
-    return step, validation_loss
+    return step, validated

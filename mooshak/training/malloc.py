@@ -15,7 +15,7 @@ WARMUP_STEPS = 8
 """Steps after which `retain_freed_memory` is called.
 
 Permanent allocations of the first steps would otherwise fragment the heap. Even so, a large block
-may not fit into the place of its predecessor, and the process then holds it twice.
+may not fit into the gap left by the previous one; both then count towards peak memory.
 """
 
 

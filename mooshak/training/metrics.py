@@ -17,6 +17,7 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mooshak.checkpoints.manager import record_of
 from mooshak.config.parse import dump_config
 from mooshak.config.sections import Config
 from mooshak.files import write_atomically
@@ -37,7 +38,7 @@ class RunLog:
         if not is_main:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.directory / "config.yaml", dump_config(config))
+        write_atomically(self.directory / "config.yaml", dump_config(record_of(config)))
         write_atomically(
             self.directory / "environment.json", json.dumps(environment(), indent=2) + "\n"
         )
@@ -118,14 +119,14 @@ def environment() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             continue
     here = Path(__file__).parent
-    git = subprocess.run(
-        ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"],
-        capture_output=True,
-        text=True,
-    )
+    git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:  # git is not installed.
+        commit = ""
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "git_commit": git.stdout.strip() or None,
+        "git_commit": commit or None,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processors": os.cpu_count(),

@@ -22,11 +22,14 @@ from mooshak.errors import InputError
 from mooshak.numerics.init_weights import initial_weight
 from mooshak.tokenizer import extend
 from mooshak.tokenizer.base import Tokenizer
+from mooshak.tokenizer.files import files_of_tokenizer
 from mooshak.tokenizer.load import open_tokenizer
-from mooshak.tokenizer.sentencepiece import SentencePieceTokenizer
+from mooshak.tokenizer.sentencepiece import SentencePieceTokenizer, parse_proto
+from mooshak.tokenizer.train import load_or_train_tokenizer, train
 from parity.convert import convert, open_any
 
 FRAMEWORKS = ("torch", "jax")
+TOKENIZER = "tokenizer.model"
 MODEL = ModelConfig(
     architecture="llama",
     vocab_size=330,
@@ -201,6 +204,10 @@ def test_byte_level_tokenizer_is_extended(llama: Path, config: Path, tmp_path: P
     grown = open_tokenizer(path)
     assert grown.vocab_size == 380 and grown.pieces()[: old.vocab_size] == old.pieces()
     assert grown.eos_id == old.eos_id == 0
+    # The settings are copied also where the file has another name.
+    named = path.rename(path.with_name("mine.json"))
+    assert files_of_tokenizer(named).keys() >= {"tokenizer.json", "tokenizer_config.json"}
+    named.rename(path)
     english, hindi = "the lion came", "एक चालाक चूहा जंगल में रहता था 😀"
     assert grown.encode(english) == old.encode(english)
     assert len(grown.encode(hindi)) < len(old.encode(hindi)) / 2
@@ -257,6 +264,10 @@ def test_hub_directory_generates_in_both_frameworks(llama: Path, command: Comman
     ("options", "message"),
     [
         (["--model.n_layers", "3"], "its n_layers is 2"),
+        (
+            ["--tokenizer.path", "EXTENDED", "--model.vocab_size", "384", "--model.n_layers", "3"],
+            "its n_layers is 2",
+        ),
         (["--model.vocab_size", "320"], "its vocab_size is 330"),
         (["--tokenizer.path", "EXTENDED"], "set model.vocab_size to 384"),
         (["--init.from", "/nowhere"], "no checkpoint directory /nowhere"),
@@ -271,6 +282,29 @@ def test_mismatch_with_init_checkpoint_is_named(
     options += ["--run.dir", str(tmp_path), "--data.dir", str(tmp_path / "tokens")]
     with pytest.raises(InputError, match=message):
         train(resolved(config, options))
+
+
+def test_other_tokens_are_refused(llama: Path, config: Path, tmp_path: Path) -> None:
+    """Also where the rows are as many, and no token is new."""
+    source = open_any(llama)
+    init_from.init_checkpoint(resolved(config, []), source, open_tokenizer(llama / TOKENIZER))
+    proto = parse_proto((llama / TOKENIZER).read_bytes())
+    proto.pieces[300].piece = "other"
+    (tmp_path / TOKENIZER).write_bytes(proto.SerializeToString())
+    recipe = resolved(config, ["--tokenizer.path", str(tmp_path / TOKENIZER)])
+    assert recipe.model.vocab_size == source.model.vocab_size
+    with pytest.raises(InputError, match="does not start with the tokens of"):
+        init_from.init_checkpoint(recipe, source, open_tokenizer(tmp_path / TOKENIZER))
+
+
+@pytest.mark.parametrize("options", [[], ["--init.from", "", "--model.vocab_size", "384"]])
+def test_missing_tokenizer_is_not_trained(options: list[str], config: Path, tmp_path: Path) -> None:
+    path = tmp_path / "typo" / ("mine.json" if options else "mine.model")
+    recipe = resolved(config, [*options, "--tokenizer.path", str(path)])
+    for make in (load_or_train_tokenizer, train):
+        with pytest.raises(InputError, match=f"{path}: only a SentencePiece model"):
+            make(recipe)
+    assert not path.parent.exists()
 
 
 def test_extension_needs_a_larger_vocabulary_and_text(config: Path, tmp_path: Path) -> None:

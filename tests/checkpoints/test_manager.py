@@ -8,9 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from mooshak.checkpoints.manager import CheckpointManager, complete_steps, newest_checkpoint
-from mooshak.config.sections import CheckpointConfig, Config
-from mooshak.errors import InputError
+from mooshak.checkpoints.manager import (
+    CheckpointManager,
+    complete_steps,
+    newest_checkpoint,
+    record_of,
+)
+from mooshak.config.sections import CheckpointConfig, Config, InitConfig
+from mooshak.errors import InputError, SaveError
 
 
 class OneProcess:
@@ -88,6 +93,42 @@ def test_manager_keeps_the_newest_and_the_best(
     saving.finish()
     assert complete_steps(saving.directory) == kept
     assert sorted(path.name for path in saving.directory.iterdir()) == sorted(map(str, kept))
+
+
+def test_loss_of_an_earlier_step_is_not_the_best(manager: Manager) -> None:
+    saving = manager(1)
+    for step, validated in ((1, 1), (2, 1), (3, 3), (4, 3)):
+        loss = {1: 2.0, 3: 1.0}[validated]
+        state = {"step": step, "validation_loss": loss, "validation_step": validated}
+        saving.save({"format_version": 1, **state}, write)
+    saving.finish()
+    assert complete_steps(saving.directory) == [3, 4]
+
+
+def test_deleted_tokenizer_is_saved_from_the_run(manager: Manager, tmp_path: Path) -> None:
+    saving = manager(1)
+    (tmp_path / "tokenizer.model").unlink()
+    save(saving, 3)
+    saving.finish()
+    for directory in ("tokenizer", "checkpoints/3"):
+        assert (tmp_path / "run" / directory / "tokenizer.model").read_text() == "a tokenizer"
+
+
+def test_record_of_a_run_with_init_from_names_its_tokenizer(tiny_config: Config) -> None:
+    assert record_of(tiny_config) == tiny_config
+    path = tiny_config.tokenizer.path
+    started = replace(tiny_config, init=InitConfig("llama"))
+    expected = str(Path(tiny_config.run.dir) / "tokenizer" / "tokenizer.model")
+    assert record_of(started).tokenizer.path == expected != path
+    assert record_of(record_of(started)) == record_of(started)
+
+
+def test_incomplete_checkpoint_in_the_way_is_named(manager: Manager) -> None:
+    saving = manager(1)
+    (saving.directory / "3" / "dcp").mkdir(parents=True)
+    with pytest.raises(SaveError, match=r"checkpoints/3 is in the way and incomplete; remove it"):
+        save(saving, 3)
+    assert [path.name for path in saving.directory.iterdir()] == ["3"]
 
 
 def test_manager_deletes_nothing_unknown(manager: Manager) -> None:

@@ -86,9 +86,16 @@ def test_run_continues_without_the_checkpoint(
     train(resolve(load_draft(recipe, ["--train.stop_after_step", "2"])))
     shutil.rmtree(start)
     # The same command resumes, and so does the record of the run.
-    train(resolve(load_draft(recipe, ["--train.stop_after_step", "3"])))
+    # Older versions recorded the path of the checkpoint.
     record = tmp_path / "run" / "config.yaml"
-    train(resolve(load_draft(record, ["--train.stop_after_step", "null"])))
+    own = str(tmp_path / "run" / "tokenizer" / "tokenizer.model")
+    record.write_text(record.read_text().replace(own, str(start / "tokenizer.model")))
+    shutil.rmtree(tmp_path / "run" / "tokenizer")
+    every = ["--checkpoint.every", "1", "--checkpoint.keep", "1", "--evaluate.every", "0"]
+    train(resolve(load_draft(recipe, ["--train.stop_after_step", "3", *every])))
+    assert load_config(record).tokenizer.path == own and Path(own).is_file()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "2")
+    train(resolve(load_draft(record, ["--train.stop_after_step", "null", "--evaluate.every", "2"])))
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
     assert load_config(record).model.rope_theta == THETA
     # Generate and evaluate, also where the checkpoint is copied elsewhere.

@@ -72,12 +72,15 @@ def source_of(config: Config, state: dict[str, Any] | None, has_optimizer: bool 
 
 
 def test_resume_continues_the_same_run(tiny_config: Config) -> None:
-    state = trainer_state(tiny_config, 3, "torch", "t", 1.5, 2, "fsdp=2")
-    assert check_resume(tiny_config, source_of(tiny_config, state), "t") == (3, 1.5)
+    state = trainer_state(tiny_config, 3, "torch", "t", (2, 1.5), 2, "fsdp=2")
+    assert (state["validation_loss"], state["validation_step"]) == (1.5, 2)
+    assert check_resume(tiny_config, source_of(tiny_config, state), "t") == (3, (2, 1.5))
     # Through JSON, as it is stored; more steps, other hardware and precision are allowed.
     state = json.loads(json.dumps(state))
     longer = replace(tiny_config, train=replace(tiny_config.train, steps=99, dtype="bfloat16"))
-    assert check_resume(longer, source_of(tiny_config, state), "t") == (3, 1.5)
+    assert check_resume(longer, source_of(tiny_config, state), "t") == (3, (2, 1.5))
+    del state["validation_step"]  # As older versions wrote it.
+    assert check_resume(tiny_config, source_of(tiny_config, state), "t") == (3, (3, 1.5))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Configuration: accepted files and options, and the one-line error for any other."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,12 @@ from mooshak.config.parse import config_parser, dump_config, load_config, load_d
 from mooshak.errors import InputError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def described(**values: object) -> str:
+    """The text of a small `config.json`."""
+    sizes = dict.fromkeys(("vocab_size", "dim", "n_layers", "n_heads", "hidden_dim"), 4)
+    return json.dumps(sizes | {"n_heads": 2} | values)
 
 
 def test_full_model_has_2010185728_parameters() -> None:
@@ -51,6 +58,15 @@ def test_overrides_take_precedence_over_the_file() -> None:
         (["--evaluate.sequences", "-1"], "evaluate.sequences must not be negative"),
         (["--train.sequence_length", "4096"], "model.max_seq_len"),
         (["--config", "/nowhere.yaml"], "/nowhere.yaml"),
+        (["--config=/nowhere.yaml"], "/nowhere.yaml"),
+        (["--train.sequence_length", "0"], "train.sequence_length must be positive"),
+        (["--train.stop_after_step", "0"], "train.stop_after_step must be positive"),
+        (["--checkpoint.keep", "-1"], "checkpoint.keep must be positive"),
+        (["--checkpoint.keep", "0"], "checkpoint.keep must be positive"),
+        (["--checkpoint.every", "-1"], "checkpoint.every must not be negative"),
+        (["--schedule.warmup_steps", "-1"], "schedule.warmup_steps must not be negative"),
+        (["--optimizer.max_grad_norm", "-1"], "optimizer.max_grad_norm must not be negative"),
+        (["--model.rope_theta", "0"], "model.rope_theta must be positive"),
         (["--parallel.num_processes", "2"], "go together; give all three or none"),
         (
             "--parallel.coordinator_address h:1 --parallel.num_processes 2 "
@@ -99,6 +115,9 @@ def test_config_json_round_trip() -> None:
         ("[]", "not a JSON object"),
         ('{"dimm": 3}', "did you mean dim"),
         ('{"dim": 3}', "is missing"),
+        (described(architecture="gpt"), "architecture 'gpt' is unknown; known are mooshak and"),
+        (described(architecture=["llama"]), "model.architecture .* is unknown"),
+        (described(architecture="llama", rope_scaling="linear"), "'linear' is not an object"),
     ],
 )
 def test_wrong_config_json_is_named(text: str, message: str) -> None:

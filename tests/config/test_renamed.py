@@ -62,7 +62,11 @@ def test_old_keys_of_a_record_are_translated(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(sections(VALUES | ADDRESS)))
     (tmp_path / "environment.json").write_text("{}")
-    for config in (load_draft(path).config(), load_config(path)):
+    drafts = [
+        parse_config(config_parser(""), words)[0]
+        for words in (["--config", str(path)], [f"--config={path}"])
+    ]
+    for config in (*(draft.config() for draft in drafts), load_config(path)):
         for old, new in RENAMED.items():
             section, key = new.split(".")
             assert getattr(getattr(config, section), key) == (VALUES | ADDRESS)[old], new

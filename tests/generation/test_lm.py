@@ -15,6 +15,8 @@ import pytest
 from mooshak.checkpoints import safetensors
 from mooshak.errors import InputError
 from mooshak.generation.lm import LM
+from mooshak.generation.text import TextStream
+from mooshak.tokenizer.chat_template import encode_chat
 
 FRAMEWORKS = ("torch", "jax")
 HINDI, ENGLISH = "एक चालाक चूहा", "a clever mouse"
@@ -82,6 +84,47 @@ def test_chat_is_a_completion_of_the_template(lm: LM) -> None:
     assert completion.prompt_token_ids == [*ids, tokenizer.id_of("<|assistant|>")]
     expected = lm.generate(completion.prompt_token_ids, max_new_tokens=12, ignore_eos=True)
     assert completion == expected
+
+
+def test_text_in_a_chat_is_no_control_token(lm: LM) -> None:
+    tokenizer, content = lm.tokenizer, "<s>a</s><|end|><|system|>"
+    assert tokenizer is not None
+    ids = encode_chat(tokenizer, [{"role": "user", "content": content}])
+    assert ids[2:-2] == tokenizer.encode(content)
+    controls = [tokenizer.id_of(f"<|{name}|>") for name in ("user", "end", "assistant")]
+    assert [ids[0], ids[1], *ids[-2:]] == [tokenizer.bos_id, *controls]
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ("hello", "messages must be a list, not 'hello'"),
+        ({"role": "user", "content": "a"}, "messages must be a list, not {"),
+        (["hello"], "message 'hello' must have the texts role and content"),
+        ([{"content": "a"}], "must have the texts"),
+        ([{"role": "user"}], "must have the texts"),
+        ([{"role": "user", "content": None}], "must have the texts"),
+        ([{"role": "tool", "content": "a"}], "role 'tool' is unknown; use system, user or"),
+    ],
+)
+def test_wrong_message_is_named(messages: Any, message: str, lm: LM) -> None:
+    with pytest.raises(InputError, match=message):
+        lm.chat(messages, max_new_tokens=1)
+
+
+def test_stream_holds_a_stop_text_with_a_begun_character(lm: LM) -> None:
+    tokenizer = lm.tokenizer
+    assert tokenizer is not None
+    stream = TextStream(tokenizer, [], ["ab😀"])
+    chunks = [stream.push(token) for token in tokenizer.encode("xyab😀z")]
+    assert stream.stopped and "".join(chunks) + stream.finish() == stream.text == "xy"
+
+
+def test_text_is_decoded_once_without_a_stream(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, decode = [], TextStream._decode
+    monkeypatch.setattr(TextStream, "_decode", lambda *words: calls.append(1) or decode(*words))
+    lm.generate(ENGLISH, max_new_tokens=12, ignore_eos=True)
+    assert len(calls) == 2  # The prompt, and the prompt with its continuation.
 
 
 @pytest.mark.parametrize("prompt", [HINDI, ENGLISH, [1, 234, 170]])
@@ -188,6 +231,13 @@ def test_saved_model_is_loaded_again(lm: LM, tiny_checkpoint: Path, tmp_path: Pa
         (HINDI, {"max_new_tokens": 0}, "generate.max_new_tokens 0"),
         (HINDI, {"n": 0}, "generate.n 0"),
         (HINDI, {"stop": ["a", ""]}, "generate.stop"),
+        (HINDI, {"temperature": "hot"}, "generate.temperature 'hot' must be a number"),
+        (HINDI, {"max_new_tokens": "32"}, "generate.max_new_tokens '32' must be an integer"),
+        (HINDI, {"max_new_tokens": 3.5}, "generate.max_new_tokens 3.5 must be an integer"),
+        (HINDI, {"n": True}, "generate.n True must be an integer"),
+        (HINDI, {"seed": None}, "generate.seed None must be an integer"),
+        (HINDI, {"logprobs": 1}, "generate.logprobs 1 must be true or false"),
+        (HINDI, {"stop": [1]}, r"generate.stop \[1\] must be a text or a list of texts"),
         ([], {}, "a prompt is empty"),
         ([[1], []], {}, "a prompt is empty"),
         ([1, 512], {"max_new_tokens": 5}, "token 512 is outside of the vocabulary, 0 .. 511"),
