@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax")
 )
 
+import fork_server
 import jax
 import numpy as np
 import pytest
@@ -33,6 +35,7 @@ from mooshak.tokenizer import train
 from mooshak.tokenizer.base import Tokenizer
 from mooshak.tokenizer.files import files_of_tokenizer
 
+subprocess.Popen = fork_server.ForkedPopen  # type: ignore[misc]
 # Devices are counted once per process, and a mesh takes as many of them as it needs.
 jax.config.update("jax_num_cpu_devices", 8)
 # Many tests, and the commands that they start, compile the same programs.

@@ -1,7 +1,6 @@
 """Pool of worker processes for torch tests, and the metrics of their runs."""
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -18,7 +17,6 @@ class Ranks:
     def __init__(self, log: Path):
         self.log = log
         command = [sys.executable, str(Path(__file__).with_name("rank_worker.py"))]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
         with log.open("w") as errors:
             self.processes = [
                 subprocess.Popen(
@@ -27,7 +25,6 @@ class Ranks:
                     stdout=subprocess.PIPE,
                     stderr=errors,
                     text=True,
-                    env=environment,
                 )
                 for _ in range(4)
             ]
