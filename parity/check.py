@@ -8,6 +8,7 @@ python -m parity.check configs/demo.yaml
 python -m parity.check runs/demo/torch/checkpoints/600 runs/demo/jax/checkpoints/1200 --out report
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -27,6 +28,8 @@ def main() -> None:
     text = "skip bfloat16, negative controls, noise floors of float64, meshes and processes"
     add("--quick", action="store_true", help=text)
     args = parser.parse_args()
+    # Parity is measured on the CPU. Before torch is imported; also for the processes of torchrun.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     # After the arguments: --help and a typo need no framework.
     import jax
 

@@ -31,11 +31,8 @@ from mooshak.files import locked, write_atomically
 from mooshak.report.html import COLORS, TEMPLATES, svg, themed
 from mooshak.tables import print_table
 from mooshak.training.metrics import losses
-
-FLOAT64 = 1e-12
-"""Allowed relative difference of every step's loss in float64."""
-RATIO = 2.0
-"""Allowed in float32, as a multiple of the noise floor."""
+from parity.distance import curve_differences
+from parity.tolerances import FLOAT64, RATIO
 
 DTYPES: tuple[Dtype, ...] = ("float64", "float32")
 
@@ -90,7 +87,8 @@ class Line:
 
     @property
     def passed(self) -> bool:
-        return self.measured <= self.allowed
+        """True if the difference is allowed, and the negative control exceeds what is allowed."""
+        return self.measured <= self.allowed < self.negative_control
 
 
 def curves(
@@ -157,15 +155,10 @@ def compare(dtype: str, found: Mapping[str, Losses]) -> Iterator[Line]:
 
 def worst(found: Mapping[str, Losses], pair: tuple[str, str], relative: bool) -> tuple[float, int]:
     """Return the largest difference of two curves, and its step."""
-    different = differences(found, pair, relative)
+    first, second = pair
+    different = curve_differences(found[second], found[first], relative)
     step = max(different, key=lambda k: different[k])
     return different[step], step
-
-
-def differences(found: Mapping[str, Losses], pair: tuple[str, str], relative: bool) -> Losses:
-    """Return the absolute or relative difference of two curves at each step."""
-    a, b = (found[name] for name in pair)
-    return {k: abs(a[k] - b[k]) / (abs(a[k]) if relative else 1.0) for k in a}
 
 
 def plot(found: Mapping[str, Losses], lines: Sequence[Line], switch: int) -> str:
@@ -187,10 +180,10 @@ def plot(found: Mapping[str, Losses], lines: Sequence[Line], switch: int) -> str
         top.legend(frameon=False)
         smallest = lines[0].allowed / 1e5
         for pair in NOISE_FLOORS:
-            shown = _shown(differences(found, pair, relative), smallest)
+            shown = _shown(curve_differences(found[pair[1]], found[pair[0]], relative), smallest)
             bottom.plot(*shown, color=COLORS["ink"], alpha=0.25, linewidth=3)
         for pair, color in ((PAIRS[0], "ink"), (PAIRS[1], "jax"), (PAIRS[2], "torch")):
-            shown = _shown(differences(found, pair, relative), smallest)
+            shown = _shown(curve_differences(found[pair[1]], found[pair[0]], relative), smallest)
             bottom.plot(*shown, ".", markersize=2.5, color=COLORS[color], label=" – ".join(pair))
         bottom.axhline(lines[0].allowed, color=COLORS["ink"], linewidth=0.8)
         bottom.set_yscale("log")

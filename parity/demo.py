@@ -258,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = config_parser("parity.demo", __doc__, usage)
     _add_options(parser)
     config = resolve(parse_config(parser, settings)[0])
-    if config.train.steps < 2 or config.train.batch_size % 2:
+    if config.train.steps < 2 or config.train.steps % 2 or config.train.batch_size % 2:
         raise InputError(
             f"the demo halves train.steps {config.train.steps} and, on its mesh, train.batch_size "
             f"{config.train.batch_size}; choose even numbers"

@@ -1,15 +1,20 @@
 """Compare the same training on every layout of devices: meshes and processes must change nothing.
 
 JAX builds its meshes from the CPU devices of one process. PyTorch needs a process per rank:
-`train_on_ranks` writes the case to a directory, torchrun starts `parity.rank_worker`, and the first
-rank writes the results there.
+`_train_on_ranks` writes the cases to a directory, torchrun starts `parity.rank_worker`, and the
+first rank writes the results there.
 """
 
+import contextlib
+import json
+import os
+import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +36,7 @@ MESHES = ("data=8", "fsdp=8", "data=2,fsdp=2,tensor=2")
 """Of JAX, on eight devices."""
 PROCESSES = {"DDP": "data=2", "FSDP2": "fsdp=2"}
 """Of PyTorch: strategy -> mesh."""
+N_PROCESSES = 2
 N_DEVICES = 8
 FAULT = "RMSNorm epsilon 1e-6"
 """Injected into the single process that all layouts are compared with: changes every quantity."""
@@ -48,20 +54,20 @@ def compare_layouts(q: ParityCase) -> Iterator[Line]:
     wide = replace(q, tokens_nBS=random.integers(0, vocabulary, shape, dtype=np.int32))
     config = wide.config("float64")
     config = replace(config, train=replace(config.train, gradient_accumulation_steps=1))
-    for batches, documents in ((wide.batches, False), (wide.packed, True)):
+    rows = ((wide.batches, False), (wide.packed, True))
+    on_ranks = _train_on_ranks(q.torch, config, [batches for batches, _ in rows])
+    for (batches, documents), trained in zip(rows, on_ranks, strict=True):
         truth = Outline.of(q.torch.steps(config, batches))
         low = replace(config, train=replace(config.train, dtype="float32"))
         floors = Outline.of(q.torch.steps(low, batches)).distances(truth)
         with inject_fault(FAULT, "torch"):
             faulty = Outline.of(q.torch.steps(config, batches))
-        for name, found in _train_on_layouts(q, config, batches):
+        for name, found in (*_train_on_meshes(q.jax, config, batches), *trained.items()):
             apart, controls = found.distances(truth), found.distances(faulty)
             layout = f"{name}, document masks" if documents else name
             for quantity, measured in apart.items():
                 floor = floors[quantity] * ROUNDING
-                line = Line(
-                    f"{quantity} of {STEPS} AdamW steps, {layout}", "float64", measured, FLOAT64
-                )
+                line = Line(f"{quantity}, {layout}", "float64", measured, FLOAT64)
                 yield replace(
                     line,
                     noise_floor=floor,
@@ -72,15 +78,12 @@ def compare_layouts(q: ParityCase) -> Iterator[Line]:
                 )
 
 
-def _train_on_layouts(
-    q: ParityCase, config: Config, batches: Sequence[Batch[np.ndarray]]
+def _train_on_meshes(
+    backend: Backend, config: Config, batches: Sequence[Batch[np.ndarray]]
 ) -> Iterator[tuple[str, Outline]]:
     for mesh in fitting(config):
         here = replace(config, parallel=replace(config.parallel, mesh=mesh))
-        yield f"JAX, {mesh}", Outline.of(q.jax.steps(here, batches))
-    for strategy, mesh in PROCESSES.items():
-        here = replace(config, parallel=replace(config.parallel, mesh=mesh))
-        yield f"torch, {strategy}, {mesh}", train_on_ranks(q.torch, here, batches)
+        yield f"JAX, {mesh}", Outline.of(backend.steps(here, batches))
 
 
 def fitting(config: Config) -> list[str]:
@@ -95,27 +98,47 @@ def fitting(config: Config) -> list[str]:
     return fit
 
 
-def train_on_ranks(
-    backend: Backend, config: Config, batches: Sequence[Batch[np.ndarray]]
-) -> Outline:
-    """Train in PyTorch on as many processes as the mesh of `config` has."""
-    n_processes = int(
-        np.prod([int(part.split("=")[1]) for part in config.parallel.mesh.split(",")])
-    )
+def _train_on_ranks(
+    backend: Backend, config: Config, cases: Sequence[Sequence[Batch[np.ndarray]]]
+) -> list[dict[str, Outline]]:
+    """Train on the batches of each case in PyTorch, with each strategy: one start of processes.
+
+    Returns the results of each case, by name.
+    """
     with tempfile.TemporaryDirectory(prefix="parity-") as name:
         directory = Path(name)
         safetensors.write_checkpoint(directory / "state", backend.source)
         write_atomically(directory / "config.yaml", dump_config(config))
-        for step, batch in enumerate(batches):
-            save_file(_arrays(batch), directory / f"batch-{step}.safetensors")
+        for case, batches in enumerate(cases):
+            for step, batch in enumerate(batches):
+                save_file(_arrays(batch), directory / f"case-{case}-batch-{step}.safetensors")
+        write_atomically(directory / "ports", json.dumps(_free_ports(len(cases) * len(PROCESSES))))
         words = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        words += [f"--nproc-per-node={n_processes}", "-m", "parity.rank_worker", name]
+        words += [f"--nproc-per-node={N_PROCESSES}", "-m", "parity.rank_worker", name]
         done = subprocess.run(words, capture_output=True, text=True)
         if done.returncode:
             raise InputError(f"torchrun failed: {done.stderr[-1000:]}")
-        results = load_file(directory / "results.safetensors")
+        return [
+            {
+                f"torch, {strategy}, {mesh}": _read_outline(directory / f"case-{case}-{mesh}")
+                for strategy, mesh in PROCESSES.items()
+            }
+            for case in range(len(cases))
+        ]
+
+
+def _free_ports(count: int) -> list[int]:
+    """Return distinct ports that no process uses."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+def _read_outline(path: Path) -> Outline:
     parts: dict[str, Arrays] = {}
-    for key, value in results.items():
+    for key, value in load_file(path).items():
         part, _, name = key.partition("/")
         parts.setdefault(part, {})[name] = value
     single = {part: parts[part][""] for part in ("losses", "norms")}
@@ -128,14 +151,23 @@ def _arrays(batch: Batch[np.ndarray]) -> Arrays:
 
 
 def train_on_rank(directory: Path) -> None:
-    """Train the case in a directory on this rank; the first rank writes the results there."""
+    """Train the cases in a directory on this rank; the first rank writes the results there."""
     config = load_config(directory / "config.yaml")
     backend = TorchBackend(safetensors.open_checkpoint(directory / "state"))
-    files = [directory / f"batch-{step}.safetensors" for step in range(STEPS)]
-    found = Outline.of(backend.steps(config, [Batch(**load_file(file)) for file in files]))
-    results: Arrays = {}
-    for part, value in vars(found).items():
-        trees = value if isinstance(value, dict) else {"": value}
-        results |= {f"{part}/{name}": np.ascontiguousarray(array) for name, array in trees.items()}
-    if backend.is_main:
-        save_file(results, directory / "results.safetensors")
+    n_cases = len(list(directory.glob("case-*-batch-0.safetensors")))
+    cases = list(product(range(n_cases), PROCESSES.values()))
+    # A store for each case: in that of an earlier one, processes find addresses that are closed.
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+    for (case, mesh), port in zip(
+        cases, json.loads((directory / "ports").read_text()), strict=True
+    ):
+        os.environ["MASTER_PORT"] = str(port)
+        files = [directory / f"case-{case}-batch-{step}.safetensors" for step in range(STEPS)]
+        here = replace(config, parallel=replace(config.parallel, mesh=mesh))
+        found = Outline.of(backend.steps(here, [Batch(**load_file(file)) for file in files]))
+        results: Arrays = {}
+        for part, value in vars(found).items():
+            trees = value if isinstance(value, dict) else {"": value}
+            results |= {f"{part}/{name}": np.ascontiguousarray(a) for name, a in trees.items()}
+        if backend.is_main:
+            save_file(results, directory / f"case-{case}-{mesh}")

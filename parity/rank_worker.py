@@ -1,7 +1,7 @@
 """Train on one rank of a layout; `parity.layouts` starts it with torchrun.
 
-DIRECTORY holds `state`, `config.yaml` and the batches; the first rank writes `results.safetensors`
-there.
+DIRECTORY holds `state`, `config.yaml` and the batches of each case; the first rank writes the
+results there.
 
 torchrun --nproc-per-node 2 -m parity.rank_worker DIRECTORY
 """

@@ -28,10 +28,8 @@ from mooshak.errors import InputError, command
 from mooshak.files import write_atomically
 from mooshak.report.html import COLORS, TEMPLATES, power, svg, themed
 from mooshak.training.metrics import losses, read_metrics
-
-# Allowed differences of the loss between a run that changed its framework and the baseline.
-CURVE_FLOAT32 = 2e-5  # absolute
-CURVE_FLOAT64 = 1e-12  # relative
+from parity.distance import curve_differences, difference
+from parity.tolerances import CURVE_FLOAT32, FLOAT64
 
 
 @dataclass(frozen=True)
@@ -48,8 +46,7 @@ class Curve:
     @cached_property
     def differences(self) -> dict[int, float]:
         """Return the absolute or relative difference of each step."""
-        scale = {step: abs(loss) if self.relative else 1.0 for step, loss in self.baseline.items()}
-        return {s: abs(self.changed[s] - self.baseline[s]) / scale[s] for s in self.baseline}
+        return curve_differences(self.changed, self.baseline, self.relative)
 
     @property
     def worst_step(self) -> int:
@@ -192,6 +189,11 @@ class Results:
         for sample in self.samples:
             if not sample.passed:
                 yield f"the texts of both frameworks differ after {sample.prompt!r}"
+        for language, scores in self.evaluations["torch"].items():
+            theirs = self.evaluations["jax"][language]
+            apart = difference(theirs["bits_per_byte"], scores["bits_per_byte"])
+            if not apart <= CURVE_FLOAT32:
+                yield f"bits per byte of {language} differ by {apart:.2g} between the frameworks"
         for line in self.parity:
             if not line["passed"]:
                 yield f"parity.check: {line['name']} ({line['dtype']}): {line['measured']:.2g}"
@@ -239,7 +241,7 @@ def read(directory: Path) -> Results:
             config=load_config(directory / "torch" / "config.yaml"),
             environment=json.loads((directory / "jax" / "environment.json").read_text()),
             curve=read_curve(runs, relative=False, allowed=CURVE_FLOAT32),
-            precise=read_curve(precise, relative=True, allowed=CURVE_FLOAT64),
+            precise=read_curve(precise, relative=True, allowed=FLOAT64),
             parity=json.loads((directory / "parity" / "report.json").read_text())["lines"],
             samples=read_samples(
                 directory / "samples-torch.txt", directory / "samples-jax.txt", prompts

@@ -13,9 +13,7 @@ from mooshak.checkpoints.base import Checkpoint
 from mooshak.config.model import Dtype
 from mooshak.config.sections import Config
 from mooshak.data.packing import IGNORE_INDEX, Batch
-
-Arrays = dict[str, np.ndarray]
-"""Canonical parameter name -> array in the canonical layout."""
+from parity.distance import Arrays
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from parity.curve import NOISE_FLOORS, PAIRS, RUNS, compare
+from parity.curve import NEGATIVE_CONTROL, NOISE_FLOORS, PAIRS, RUNS, compare
 
 WORDS = "एक चूहा और a mouse जंगल में in the forest शेर से मिला met a lion".split()
 
@@ -50,6 +50,7 @@ train: {{batch_size: 4}}
 def test_float32_tolerance_is_twice_the_noise_floor() -> None:
     curves = {run.name: {1: 3.0, 2: 2.0} for run in RUNS}
     curves[NOISE_FLOORS[0][1]] = {1: 3.0, 2: 2.0 + 2**-20}
+    curves[NEGATIVE_CONTROL[1]] = {1: 3.0, 2: 2.5}
     curves[PAIRS[1][1]] = {1: 3.0, 2: 2.0 - 2**-19}
     assert all(line.passed for line in compare("float32", curves))
     curves[PAIRS[1][1]] = {1: 3.0, 2: 2.0 - 2**-18}
