@@ -24,39 +24,16 @@ from mooshak.numerics.init_weights import initial_weight
 from mooshak.report.html import TEMPLATES
 from mooshak.tables import print_table
 from parity.backends import FixedDtype, JaxBackend, TorchBackend
-from parity.comparisons import (
-    COMPARISONS,
-    STEPS,
-    WITH_ITSELF,
-    WITH_NOISE_FLOOR,
-    Float64Reference,
-    Line,
-    ParityCase,
-    precision,
-)
+from parity.comparisons import COMPARISONS, WITH_ITSELF, WITH_NOISE_FLOOR
+from parity.comparisons.case import STEPS, Line, ParityCase
+from parity.comparisons.precision import Float64Reference, precision
 from parity.convert import convert, open_any
 from parity.distance import distance
 from parity.faults import inject_fault
 from parity.layouts import compare_layouts
 from parity.tolerances import ROUNDING
 
-PARTS = (
-    "weights",
-    "precision",
-    "forward",
-    "loss",
-    "padding",
-    "log_probs",
-    "gradients",
-    "document_mask",
-    "packing",
-    "training",
-    "cache",
-    "roll_back",
-    "decoding",
-    "layouts",
-    "round trip",
-)
+PARTS = ("weights", "precision", *COMPARISONS, "layouts", "round trip")
 IN_THIS_PROCESS = tuple(part for part in PARTS if part != "layouts")
 
 
@@ -170,7 +147,7 @@ def weights(source: Checkpoint, other: Checkpoint) -> Line:
     distances = {key: distance(other.read(key), source.read(key)) for key in common}
     worst = max(distances, key=lambda key: distances[key])
     first = next((key for key in common if distances[key]), worst)
-    return Line("weights of SRC and OTHER", "stored", distances[worst], 0.0, where=first)
+    return Line("weights of SOURCE and OTHER", "stored", distances[worst], 0.0, where=first)
 
 
 def round_trip(source: Checkpoint, controls: bool = True) -> Line:

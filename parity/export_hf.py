@@ -173,10 +173,10 @@ pipeline_tag: text-generation
 | | |
 |---|---|
 | layers | {model.n_layers} |
-| width | {model.dim} |
-| heads (of keys) | {model.n_heads} ({model.G}) |
+| hidden size | {model.dim} |
+| attention heads (key/value heads) | {model.n_heads} ({model.G}) |
 | vocabulary | {model.vocab_size:,} |
-| positions | {model.max_seq_len:,} |
+| maximum sequence length | {model.max_seq_len:,} |
 | dtype | {config["dtype"]} |
 """
     for name, value in training_figures(source).items():

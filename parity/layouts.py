@@ -28,7 +28,8 @@ from mooshak.errors import InputError
 from mooshak.files import write_atomically
 from mooshak.mesh import mesh_sizes
 from parity.backends import Arrays, Backend, TorchBackend
-from parity.comparisons import STEPS, Line, Outline, ParityCase
+from parity.comparisons.case import STEPS, Line, ParityCase
+from parity.comparisons.training import Outline
 from parity.faults import inject_fault
 from parity.tolerances import FLOAT64, ROUNDING
 

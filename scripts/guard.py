@@ -144,7 +144,7 @@ def jobs_of(parts: Sequence[str]) -> dict[str, Callable[[Revision, Path], None]]
 
 
 def is_in(job: str, part: str) -> bool:
-    """Whether a job belongs to a part: torch, torch/llama or torch/llama/fsdp."""
+    """Return whether a job belongs to a part: torch, torch/llama or torch/llama/fsdp."""
     return f"{job}/".startswith(f"{part}/")
 
 

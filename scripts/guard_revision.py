@@ -79,7 +79,7 @@ class Revision:
             return stdout.read().decode(), seconds, 1024 * usage.ru_maxrss
 
     def knows(self, name: str, pattern: str = r"^    {}:") -> bool:
-        """Whether a field of that name is declared in the tree's shared package."""
+        """Return whether a field of that name is declared in the tree's shared package."""
         assert self.tree is not None
         wanted = re.compile(pattern.format(name), re.MULTILINE)
         return any(wanted.search(file.read_text()) for file in self.tree.glob("mooshak/**/*.py"))
@@ -131,7 +131,7 @@ class Revision:
 
 
 def is_done(out: Path) -> bool:
-    """Whether a job has completed in that directory."""
+    """Return whether a job has completed in that directory."""
     return (out / "done").is_file()
 
 

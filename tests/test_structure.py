@@ -77,7 +77,7 @@ class Import:
     target: str
     line: int
     late: bool
-    """Whether it stands in a function."""
+    """True if the import is inside a function."""
 
     def __str__(self) -> str:
         return f"{self.source} line {self.line} imports {self.target}"

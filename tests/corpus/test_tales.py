@@ -175,7 +175,7 @@ def test_oblique_nouns(hindi, oblique):
 
 
 def test_other_plots_are_another_version(tmp_path, monkeypatch):
-    """What is prepared of the tales is made again when they change."""
+    """Shards of the tales are prepared again when the tales change."""
     before = tales.version()
     for name in ("tales.py", "tale_plots.txt", "tale_words.txt"):
         (tmp_path / name).write_bytes(Path(tales.__file__).with_name(name).read_bytes())

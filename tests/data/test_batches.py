@@ -90,7 +90,7 @@ def test_weights_hold_in_every_prefix(weights: list[float]):
 
 
 def test_weights_hold_far_out():
-    """Where a rounded weight would be off by thousands of rows."""
+    """With a rounded weight, the rows would be off by thousands."""
     source, index = WeightedInterleave([3 / 7, 4 / 7])[7 * 10**9]
     assert index == (3 if source == 0 else 4) * 10**9
 
@@ -115,7 +115,7 @@ def test_epochs_cover_everything_once_in_another_order(config: Config):
 
 
 def test_order_is_the_one_of_grain(config: Config):
-    """What a run has read stays what it has read: the order is that of Grain's transformations."""
+    """The order of the data never changes: it is that of Grain's transformations."""
     shuffled = []
     for source in config.data.sources:
         seed = hashlib.sha256(f"{config.run.seed}/{source.name}".encode()).digest()[:4]

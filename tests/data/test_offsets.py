@@ -47,7 +47,7 @@ def test_old_shards_get_offsets_from_their_tokens(
 def test_ambiguous_old_shards_are_tokenized_again(
     config: Config, tiny_tokenizer: Tokenizer, tmp_path: Path, monkeypatch, capsys
 ):
-    """Where a text contains BOS, the tokens do not tell where the documents start."""
+    """A text that contains BOS: the tokens do not show where documents start."""
     original, bos = tiny_tokenizer.encode_batch, tiny_tokenizer.bos_id
     monkeypatch.setattr(
         tiny_tokenizer,
@@ -79,7 +79,7 @@ def test_old_shards_get_offsets_where_bos_is_eos(
 def test_shards_stay_while_others_replace_them(
     config: Config, tiny_tokenizer: Tokenizer, monkeypatch, damaged: bool
 ):
-    """Where the text is gone, what was prepared from it is not deleted."""
+    """Shards whose source text is gone are not deleted."""
     prepare(config, tiny_tokenizer, progress=False)
     old = make_old(config)
     if damaged:

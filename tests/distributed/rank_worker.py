@@ -167,7 +167,7 @@ def generating(config: Config) -> list[bool]:
 
 
 def layouts(objective: nn.Module) -> list[Any]:
-    """Where the parameters of this process are, and how they lie there."""
+    """Return addresses and strides of this process's parameters."""
     local = ((name, local_shard(p)[0]) for name, p in objective.named_parameters())
     return [(name, p.data_ptr(), p.shape, p.stride(), p._version) for name, p in local]
 
@@ -211,7 +211,7 @@ def whole(path: Path) -> dict[str, np.ndarray]:
 
 
 def refused(config: Config) -> list[Any]:
-    """What a run that cannot be says, and whether it met the others or took memory before."""
+    """Return the error of an impossible run, and whether it joined a group or allocated before."""
     joins = mock.patch.object(dist, "init_process_group")
     with joins as joined, mock.patch.object(nn.Module, "to_empty") as allocated:
         try:

@@ -63,7 +63,7 @@ def start(module: str, *arguments: object) -> Pair:
 
 
 def finish(pair: Pair) -> tuple[str, str]:
-    """What both print, when they have ended well."""
+    """Return the output of both processes; fail unless both succeed."""
     try:
         told = [process.communicate(timeout=200) for process in pair]
     finally:

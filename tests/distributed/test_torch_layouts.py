@@ -94,7 +94,7 @@ class Run(TypedDict):
     processes: int
     directory: Path
     held: list[dict[str, int]]
-    """What each process holds, in bytes."""
+    """Return the bytes that each process holds."""
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +211,7 @@ def test_process_holds_the_planned_memory(
 def planned_memory(
     config: Path, name: str, options: tuple[Any, ...], processes: int
 ) -> dict[str, int]:
-    """What the planner says of a layout."""
+    """Return the planner's figures of a layout."""
     strategy = name if name in ("ddp", *ZERO) else "fsdp"
     if name == "hsdp":
         options = (*options, "--mesh", f"data={processes // 2},fsdp=2")

@@ -46,7 +46,7 @@ def onednn() -> Iterator[None]:
 
 @pytest.fixture
 def packed() -> Iterator[list[bool]]:
-    """Whether each generation packed the weights."""
+    """One flag per generation: true if it packed the weights."""
     found: list[bool] = []
 
     def pack(model: Model, *args: object) -> Model:
@@ -67,7 +67,7 @@ def matrices(model: Model) -> list[Tensor]:
 
 
 def layout(model: Model) -> dict[str, tuple[object, ...]]:
-    """Where each tensor of the state is, how it lies there, and how often it was written."""
+    """Return address, strides and version of each tensor of the state."""
     state = {**dict(model.named_parameters()), **model.state_dict(keep_vars=True)}
     assert list(state) == [name for name, _ in model.named_parameters()]
     return {

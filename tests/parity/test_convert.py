@@ -337,7 +337,7 @@ def test_full_disk_ends_in_one_line(state: Checkpoint, to: str, tmp_path: Path) 
 
 @pytest.mark.slow
 def test_conversion_takes_little_memory(tmp_path: Path) -> None:
-    """What it takes does not grow with the state: 400 MB here, whose embedding has 43 MB."""
+    """Memory does not grow with the state: 400 MB here, with an embedding of 43 MB."""
     first = tmp_path / "safetensors"
     safetensors.write_checkpoint(first, random_state(model_of(400_000_000)))
     for source, to in (("safetensors", "torch"), ("torch", "jax"), ("jax", "torch")):

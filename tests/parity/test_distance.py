@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from parity import curve
-from parity.comparisons import Line
+from parity.comparisons.case import Line
 from parity.distance import (
     curve_differences,
     difference,

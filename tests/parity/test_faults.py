@@ -13,7 +13,7 @@ import pytest
 
 from mooshak.config.model import ModelConfig
 from parity import checker
-from parity.comparisons import Line
+from parity.comparisons.case import Line
 from parity.faults import FAULTS, inject_fault
 
 pytestmark = pytest.mark.slow
@@ -45,7 +45,7 @@ CASES = [(name, ("torch", "JAX")[i % 2]) for i, name in enumerate(FAULTS)]
 
 
 def lines_of(name: str, framework: str) -> list[Line]:
-    """What the part that has to find the fault says."""
+    """Return the lines of the part that has to find the fault."""
     fault = FAULTS[name]
     source = checker.random_checkpoint(LLAMA if fault.architecture == "llama" else MODEL)
     sizes = {"batch": 4, "time": 20, "decode": 10}

@@ -274,7 +274,7 @@ def small_plan(topology: str, mesh: str, model: ModelConfig = BIG) -> Plan:
 
 @pytest.mark.slow
 def test_plan_compiles_for_absent_tpus() -> None:
-    """What a device holds is exact; what it sends is at most 1.1 times what FSDP must send."""
+    """The bytes of a device are exact; it sends at most 1.1 times what FSDP must send."""
     plan = small_plan("v5e:2x2", "fsdp=4")
     assert plan.fits and plan.bytes_sent is not None
     # Gains are whole on every device.

@@ -31,7 +31,7 @@ FAILURES = {
     "rename": "Directory not empty",
     "prune": "Directory not empty",
 }
-"""What fails -> the reason that is reported."""
+"""Failing operation -> the reason that is reported."""
 
 
 class Peers:

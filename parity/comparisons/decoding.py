@@ -1,0 +1,71 @@
+"""Compare decoding: the KV cache, its roll-back, and generated tokens."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from parity.backends import CacheCall
+from parity.comparisons.case import Line, ParityCase
+from parity.distance import distance
+from parity.tolerances import FLOAT64
+
+TOP_P = 0.9
+"""Of the lines of nucleus sampling."""
+
+
+def cache(q: ParityCase) -> Iterator[Line]:
+    """Compare logits with the KV cache with logits without a cache, in float64."""
+    tokens_BT = q.inputs_BT[:, :24]
+    half = tokens_BT.shape[1] // 2
+    calls = [CacheCall(0, tokens_BT[:, :half])]
+    calls += [CacheCall(t, tokens_BT[:, t : t + 1]) for t in range(half, tokens_BT.shape[1])]
+    for framework, backend in (("torch", q.torch), ("JAX", q.jax)):
+        truth = backend.operations("float64", tokens_BT)["logits"]  # Uses no cache.
+        found = np.concatenate(backend.cached_logits("float64", calls), 1)
+        measured = distance(found, truth)
+        where = "" if measured <= FLOAT64 else f"KV cache of {framework}"
+        name = f"logits with KV cache from those without, {framework}"
+        yield Line(name, "float64", measured, FLOAT64, where=where)
+
+
+def roll_back(q: ParityCase) -> Iterator[Line]:
+    """Compare logits after a roll-back of the KV cache with logits without a cache, in float64.
+
+    Half of the tokens are read, then others that are rejected; the caches are truncated, and the
+    rest follows: two tokens per call in all rows, or one token per call in a single row.
+    """
+    for n_rows, n_new in ((len(q.inputs_BT), 2), (1, 1)):
+        # Four positions fewer than the model has: room for a cache that is not truncated.
+        tokens_BT, rejected_BT = (batch[:n_rows, :-5][:, :24] for batch in q.tokens_nBS[:2])
+        half = tokens_BT.shape[1] // 2
+        calls = [CacheCall(0, tokens_BT[:, :half])]
+        calls += [CacheCall(t, rejected_BT[:, t : t + 1]) for t in range(half, half + 4)]
+        n_before = len(calls)
+        ends = range(half + n_new, tokens_BT.shape[1] + 1, n_new)
+        calls += [CacheCall(end - n_new, tokens_BT[:, end - n_new : end]) for end in ends]
+        what = f"{n_rows} rows" if n_rows > 1 else f"one row, {n_new} token per call"
+        for framework, backend in (("torch", q.torch), ("JAX", q.jax)):
+            truth = backend.operations("float64", tokens_BT)["logits"][:, half : ends[-1]]
+            found = backend.cached_logits("float64", calls)[n_before:]
+            measured = distance(np.concatenate(found, 1), truth)
+            where = "" if measured <= FLOAT64 else f"roll-back of the KV cache of {framework}"
+            name = f"logits after a roll-back of the KV cache ({what}), {framework}"
+            yield Line(name, "float64", measured, FLOAT64, where=where)
+
+
+def decoding(q: ParityCase) -> Iterator[Line]:
+    """Count tokens that differ, greedy and sampled."""
+    prompts = q.tokens_nBS[0][:, :8].tolist()
+    settings = (("greedy", 0.0, 1.0), ("sampled", 1.0, 1.0), (f"top_p {TOP_P} sampled", 1.0, TOP_P))
+    for dtype in ("float64", "float32"):
+        for name, temperature, top_p in settings:
+            ours, theirs = (
+                backend.generate(dtype, prompts, q.decode, temperature, top_p)
+                for backend in (q.torch, q.jax)
+            )
+            different = ours != theirs
+            rows, steps = np.nonzero(different)
+            first = int(steps.min()) if len(steps) else 0
+            where = f"token {first} of row {rows[steps.argmin()]}" if len(steps) else ""
+            title = f"{name} tokens that differ, of {ours.size}"
+            yield Line(title, dtype, float(different.sum()), 0.0, where=where)
