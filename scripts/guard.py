@@ -92,7 +92,7 @@ def add_tokenizer(revision: Revision, checkpoint: Path) -> None:
 
 
 def generate(revision: Revision, out: Path, framework: str, model: str, how: str) -> None:
-    """Generate, and write the tokens of the text, one a line."""
+    """Generate, and write the text as tokens, one a line; older revisions print no token ids."""
     checkpoint = revision.checkpoint(framework, model)
     text, *_ = revision.generate(framework, checkpoint, *SETTINGS["generate"][how])
     tokenizer = str(revision.base / "data" / "tokenizer.model")

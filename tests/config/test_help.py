@@ -28,6 +28,7 @@ COMMANDS = [
     "parity.report",
     "benchmarks",
     "benchmarks.conversion",
+    "benchmarks.pack_weights",
     "scripts/api_docs.py",
     "scripts/libreoffice_help.py",
     "scripts/plot_run.py",

@@ -1,35 +1,39 @@
 """Measure decoding with packed copies of the weights against plain weights, in turns.
 
-python -m benchmarks.packing --rows 1 4 16 --tokens 64
+python -m benchmarks.pack_weights --rows 1 4 16 --tokens 64
 """
 
-import argparse
 import statistics
 import time
 from unittest import mock
 
-import torch
-
+from mooshak.command_line import command_parser
 from mooshak.config.model import ModelConfig
-from mooshak_torch.decode import generate
-from mooshak_torch.model import Model
-from mooshak_torch.ops import matmul
-from mooshak_torch.params import initialize
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=5)
+    usage = "[--rows N ...] [--tokens N] [--repetitions N]"
+    parser = command_parser("benchmarks.pack_weights", __doc__, usage)
+    add = parser.add_argument
+    add("--rows", type=int, nargs="+", default=[1, 4, 16], metavar="N", help="sequences")
+    add("--tokens", type=int, default=64, metavar="N", help="new tokens of each")
+    add("--repetitions", type=int, default=5, metavar="N", help="measurements of each kind")
     args = parser.parse_args()
+    # After the arguments: --help and a typo need no framework.
+    import torch
+
+    from mooshak_torch.decode import generate
+    from mooshak_torch.model import Model
+    from mooshak_torch.ops import matmul
+    from mooshak_torch.params import initialize
+
     sizes = ModelConfig(vocab_size=8192, dim=640, n_layers=8, n_heads=10, hidden_dim=1728)
     model = initialize(Model(sizes), 0)
     torch.set_num_threads(1)
     for rows in args.rows:
         prompts = [[1 + i, 5, 9] for i in range(rows)]
         seconds: dict[bool, list[float]] = {True: [], False: []}
-        for turn in range(2 * args.repeats):
+        for turn in range(2 * args.repetitions):
             packed = turn % 4 in (0, 3)
             limits = (1, 1) if packed else (10**9, 10**9)
             with mock.patch.multiple(
