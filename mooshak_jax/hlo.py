@@ -29,7 +29,7 @@ class Collective:
     count: int
     """Executions in a step."""
     source: str
-    """Name of the JAX operation that it comes from."""
+    """Name of the JAX operation that it was lowered from."""
 
     @property
     def bytes_sent(self) -> float:

@@ -77,7 +77,7 @@ class Embedding(nnx.Module):
         self.embedding = nnx.Param(jnp.zeros((n_tokens, dim), dtype), axes=("vocab", "embed"))
 
     def __call__(self, tokens_BT: Array) -> Array:
-        # Each device looks up its own columns: the rows found are smaller than the table.
+        # Each device looks up its shard of the columns: only the resulting rows are exchanged.
         tokens_BT = constrain(tokens_BT, "replica", None)
         return constrain(self.embedding[...][tokens_BT], "replica", None, "embed")
 

@@ -28,7 +28,8 @@ class CausalLM:
     def prepare(self, batch: Batch[Array]) -> int | Array:
         """Return the denominator: the number of labels in the global batch, at least 1.
 
-        Ignored labels do not count. Without document masks the number follows from the shape.
+        With document masks ignored labels do not count. Rows without masks have no ignored labels:
+        the number follows from the shape.
         """
         if batch.segments is None:
             return batch.labels.size

@@ -30,8 +30,9 @@ class CausalLM(nn.Module):
     def prepare(self, batch: Batch[Tensor], parallel: Parallel) -> int:
         """Return the denominator: the number of labels in the global batch, at least 1.
 
-        `batch` is this process's rows; ignored labels do not count. Without document masks the
-        number follows from the shape; with them it is summed over the processes.
+        `batch` is this process's rows. With document masks the labels that are not ignored are
+        summed over the processes. Rows without masks have no ignored labels: the number follows
+        from the shape.
         """
         if batch.segments is None:
             return batch.labels.numel() * parallel.dp_size

@@ -177,7 +177,7 @@ def _local(parameter: Any) -> int:
 
 @contextlib.contextmanager
 def fake_process_group(world: int) -> Iterator[None]:
-    """Make this process rank 0 of `world` fake ones, whose collectives do nothing."""
+    """Make this process rank 0 of a fake group of `world`, whose collectives do nothing."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     try:
         yield

@@ -2,8 +2,8 @@
 
 Mirror: mooshak_torch/ops/activations.py. XLA for CPUs recomputes a cheap operation wherever its
 result is read, also inside the transposed copy of a matrix input that the matrix's gradient needs,
-which is slow (docs/performance.md). It does not duplicate a division, so a division comes last
-where a matrix product follows.
+which is slow (docs/performance.md). It does not duplicate a division, so the last
+operation before a matrix product is a division.
 Shapes: B batch, T time, H heads, K head width, k half of K; D the last axis, over which `rms_norm`
 normalizes; gate and up have the same shape.
 """

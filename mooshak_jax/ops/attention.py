@@ -1,8 +1,8 @@
 """Scaled dot-product attention: under a given mask, or within packed documents.
 
 Mirror: mooshak_torch/ops/attention.py. Computed for one chunk of queries at a time, with custom
-gradients: `jax.nn.dot_product_attention` is no equal of torch's `scaled_dot_product_attention`, its
-softmax is float32 in float64 runs too.
+gradients: the softmax of `jax.nn.dot_product_attention` is float32 even in float64 runs, unlike that
+of torch's `scaled_dot_product_attention`.
 Shapes: B batch, T time, S time of the keys, H query heads, G key/value heads, K head width; t and s
 the times of a chunk; Q the queries of a chunk in all heads that share a key head.
 """
@@ -48,8 +48,8 @@ def document_attention(
 ) -> Array:
     """Return causal attention within each document of packed rows, [B, T, H, K].
 
-    A document is a run of equal integers in a row of `segments_BT`. A token sees itself and the
-    tokens before it in its document, at most `window` tokens altogether.
+    A document is a run of equal integers in a row of `segments_BT`. A token attends to itself
+    and to earlier tokens of its document, at most `window` tokens in total.
     """
     # First keys, not a mask [B, T, T], which would be in memory for every layer.
     index_T = jnp.arange(segments_BT.shape[1])

@@ -114,7 +114,7 @@ class ZeroOptimizer:
                 if not self.shards_params:
                     safe_set_full_optimizer_state(parameter, value, moment)
                     continue
-                # Shards of equal size for all processes, those of the last ones padded.
+                # Shards of equal size for all processes, padded on the last.
                 shard = value.new_zeros(parameter.ds_tensor.numel())  # type: ignore[attr-defined]
                 elements = value.flatten()[dist.get_rank() * len(shard) :][: len(shard)]
                 shard[: len(elements)] = elements
