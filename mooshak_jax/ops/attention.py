@@ -1,8 +1,8 @@
 """Scaled dot-product attention: under a given mask, or within packed documents.
 
 Mirror: mooshak_torch/ops/attention.py. Computed for one chunk of queries at a time, with custom
-gradients: the softmax of `jax.nn.dot_product_attention` is float32 even in float64 runs, unlike that
-of torch's `scaled_dot_product_attention`.
+gradients: the softmax of `jax.nn.dot_product_attention` is float32 even in float64 runs, unlike
+that of torch's `scaled_dot_product_attention`.
 Shapes: B batch, T time, S time of the keys, H query heads, G key/value heads, K head width; t and s
 the times of a chunk; Q the queries of a chunk in all heads that share a key head.
 """
