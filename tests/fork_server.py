@@ -85,7 +85,18 @@ class ForkedPopen(_Popen):
         return self.returncode
 
 
-IMPORTED = ("OMP_", "MKL_", "KMP_", "OPENBLAS_", "PYTHON", "HF_", "JAX_", "LD_", "TF_", "TORCH_")
+IMPORTED = (
+    "OMP_",
+    "MKL_",
+    "KMP_",
+    "OPENBLAS_",
+    "PYTHON",
+    "HF_",
+    "JAX_",
+    "LD_",
+    "TF_",
+    "TORCH_LOGS",
+)
 """Prefixes of variables that are read at import."""
 
 

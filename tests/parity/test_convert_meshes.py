@@ -176,7 +176,7 @@ def test_conversion_of_two_jax_processes(run_config: Path, tmp_path: Path) -> No
         free.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"
     command = [sys.executable, "-m", "mooshak_jax.train", "--config", str(run_config)]
-    command += ["--run.dir", str(tmp_path / "run"), "--mesh", "data=1,fsdp=2,tensor=2"]
+    command += ["--run.dir", str(tmp_path / "run"), "--mesh", "fsdp=2,tensor=2"]
     command += ["--model.scan_layers", "true", "--model.fuse_kernels", "true"]
     command += ["--train.stop_after_step", "1", "--parallel.coordinator_address", coordinator]
     command += ["--parallel.num_processes", "2"]
@@ -191,7 +191,7 @@ def test_conversion_of_two_jax_processes(run_config: Path, tmp_path: Path) -> No
     told = [process.communicate(timeout=200)[0] for process in pair]
     assert [process.returncode for process in pair] == [0, 0], told
     written = tmp_path / "run" / "checkpoints" / "1"
-    mesh = "data=1,fsdp=2,tensor=2"
+    mesh = "fsdp=2,tensor=2"
     facts = describe(written)
     assert facts["written_by"] == {"framework": "jax", "processes": 2, "mesh": mesh}
     # What Orbax itself reads is the truth.
