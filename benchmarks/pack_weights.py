@@ -1,6 +1,7 @@
 """Measure decoding with packed copies of the weights against plain weights, in turns.
 
 python -m benchmarks.pack_weights --rows 1 4 16 --tokens 64
+python -m benchmarks.pack_weights --rows 1 --tokens 8 --repetitions 9
 """
 
 import statistics

@@ -110,7 +110,7 @@ def test_report_fails_when_something_differs(fault: str, demo: Path, tmp_path: P
         parity = json.loads((out / "parity" / "report.json").read_text())
         parity["lines"][0]["passed"] = False
         (out / "parity" / "report.json").write_text(json.dumps(parity))
-        reason = "parity.check: weights of SRC and OTHER"
+        reason = "parity.check: weights of SOURCE and OTHER"
     metrics.write_text("\n".join(lines))
     done = run("parity.report", out)
     assert done.returncode == code and reason in done.stdout + done.stderr

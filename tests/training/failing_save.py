@@ -23,7 +23,10 @@ def main() -> None:
     if framework == "torch":
         from mooshak_torch.train import main as train
     else:
+        from mooshak_jax.distributed import mesh
         from mooshak_jax.train import main as train
+
+        mesh.SHUTDOWN_SECONDS = 5  # The others wait as long for a process that failed alone.
     if this == rank:
         fail_at(step, FAULTS[fault], framework)
     train()
