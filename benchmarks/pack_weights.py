@@ -36,9 +36,9 @@ def main() -> None:
         seconds: dict[bool, list[float]] = {True: [], False: []}
         for turn in range(2 * args.repetitions):
             packed = turn % 4 in (0, 3)
-            limits = (1, 1) if packed else (10**9, 10**9)
+            least = 1 if packed else args.tokens + 1
             with mock.patch.multiple(
-                matmul, MIN_PACKED_ROWS=limits[0], MIN_PACKED_TOKENS=limits[1]
+                matmul, MIN_PACKED_TOKENS=least, MIN_PACKED_TOKENS_OF_ONE_ROW=least
             ):
                 start = time.perf_counter()
                 generate(model, prompts, args.tokens)

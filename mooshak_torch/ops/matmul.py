@@ -34,8 +34,10 @@ def matmul(a_NI: Tensor, b_IO: Tensor) -> Tensor:
     return a_NI @ b_IO
 
 
-MIN_PACKED_ROWS, MIN_PACKED_TOKENS = 4, 32
-"""Fewest sequences and new tokens for which packing pays off (docs/performance.md)."""
+MIN_PACKED_TOKENS, MIN_PACKED_TOKENS_OF_ONE_ROW = 16, 64
+"""Fewest new tokens for which packing pays off (docs/performance.md)."""
+PACKED_FOR_ROWS = 64
+"""Rows that oneDNN chooses the layout for: with a smaller number, one row is slower."""
 MAX_PACKED_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
 """Largest weights that are packed: a quarter of the machine's memory."""
 
@@ -47,19 +49,20 @@ def pack_weights_for_decode(model: M, weights: Iterable[Tensor], n_rows: int, n_
     tensors. It needs memory for a second copy of these matrices, computes no gradients, and does
     not follow later changes of `model`: use it for one decoding. `model` is not changed.
 
-    `model` itself is returned where packing does not pay off or is not possible: few sequences or
-    tokens, a GPU, an Intel CPU, another dtype than float32, a sharded model, layers that are
+    `model` itself is returned where packing does not pay off or is not possible: few tokens, a
+    GPU, an Intel CPU, another dtype than float32, a sharded model, layers that are
     compiled or recomputed, or weights of more than a quarter of the machine's memory.
     """
     weights = list(weights)
-    few = n_rows < MIN_PACKED_ROWS or n_tokens < MIN_PACKED_TOKENS
+    few = n_tokens < (MIN_PACKED_TOKENS_OF_ONE_ROW if n_rows == 1 else MIN_PACKED_TOKENS)
     large = sum(w.nbytes for w in weights) > MAX_PACKED_BYTES
     # A compiled or recomputed layer has its own `forward`, which is bound to the layer itself.
     bound = any(isinstance(m, FSDPModule) or "forward" in vars(m) for m in model.modules())
     if few or large or bound or not _by_onednn(*weights):
         return model
     reorder = torch.ops.mkldnn._reorder_linear_weight
-    return _replace_parameters(model, {id(w): reorder(w.detach(), n_rows) for w in weights})
+    packed = {id(w): reorder(w.detach(), PACKED_FOR_ROWS) for w in weights}
+    return _replace_parameters(model, packed)
 
 
 def _replace_parameters(module: M, new: dict[int, Tensor]) -> M:

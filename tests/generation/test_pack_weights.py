@@ -159,7 +159,8 @@ def test_weights_are_packed_only_where_it_pays() -> None:
         return pack_weights_for_decode(model, matrices(model), rows, tokens) is not model
 
     assert is_packed(model)
-    assert not is_packed(model, rows=3) and not is_packed(model, tokens=31)
+    assert is_packed(model, rows=2, tokens=16) and not is_packed(model, rows=2, tokens=15)
+    assert is_packed(model, rows=1, tokens=64) and not is_packed(model, rows=1, tokens=63)
     assert not is_packed(Model(MODELS["mooshak"], "float64"))
     with torch.device("meta"):
         assert not is_packed(Model(MODELS["mooshak"]))
