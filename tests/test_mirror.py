@@ -1,7 +1,7 @@
 """Both packages have the same public names, signatures and order, but for the differences below.
 
-`forward` of a torch module and `__call__` of a Flax module are one method. Public is what has no
-leading underscore; attributes are annotated fields and properties, whose order is free.
+`forward` of a torch module and `__call__` of a Flax module are one method. Names without a leading
+underscore are public; the order of constants, annotated fields and properties is not compared.
 """
 
 import ast
@@ -47,6 +47,12 @@ ROPE = (
 MACHINES = "GPUs with strategies are modelled, TPU slices are compiled for"
 ALLOWED: dict[str, dict[str, str]] = {
     "ops/matmul": {
+        "MIN_PACKED_TOKENS": "oneDNN's blocked layout; XLA chooses its own",
+        "MIN_PACKED_TOKENS_OF_ONE_ROW": "oneDNN's blocked layout; XLA chooses its own",
+        "MAX_PACKED_BYTES": "oneDNN's blocked layout; XLA chooses its own",
+        "PACKED_FOR_ROWS": "oneDNN's blocked layout; XLA chooses its own",
+        "ONEDNN": "PyTorch has two libraries for CPUs, XLA one",
+        "PRECISION": "a flag in torch, an argument of every product in JAX",
         "linear": "JAX gathers sharded weights and adds the bias inside its custom gradient",
         "matmul": "torch's products are 2-D; JAX's have several output axes: einsum",
         "einsum": "JAX's counterpart of matmul",
@@ -58,11 +64,13 @@ ALLOWED: dict[str, dict[str, str]] = {
         "recompute_in_backward": "autograd saves what XLA recomputes by itself",
     },
     "ops/attention": {
+        "QUERY_CHUNK": "SDPA is a kernel; JAX computes in chunks of queries",
         "attention": "SDPA is causal without a mask; JAX takes first keys for its chunks",
         "needs_document_mask": "torch on a CPU calls SDPA per document; JAX masks in its chunks",
         "document_mask": "torch on a CPU calls SDPA per document; JAX masks in its chunks",
     },
     "ops/cross_entropy": {
+        "HEAD_ROWS": "torch adds to a gradient in place, JAX scans over the vocabulary",
         "FusedLinearCrossEntropy": "FSDP gathers the parameters of modules only",
         "cross_entropy": HEAD,
         "token_log_probs": HEAD,
@@ -71,6 +79,8 @@ ALLOWED: dict[str, dict[str, str]] = {
         "KVCache.__init__": "JAX's is a dataclass of the same arguments",
     },
     "model": {
+        "PRODUCT": "names for jax.checkpoint; torch recomputes by module (apply_ac)",
+        "REMAT": "names for jax.checkpoint; torch recomputes by module (apply_ac)",
         "Linear.__init__": "a Flax parameter has logical axes",
         "Linear.bias": "declared for mypy",
         "RMSNorm.recompute": "for recompute_in_backward",
@@ -148,6 +158,10 @@ ALLOWED: dict[str, dict[str, str]] = {
         "prepare_profiler": "JAX's profiler loads libtpu",
     },
     "distributed/mesh": {
+        "DEFAULT_MESHES": "of torch's strategies",
+        "COLLECTIVES": "for explain_timeouts",
+        "WAITING": "for explain_timeouts",
+        "SHUTDOWN_SECONDS": "of JAX's coordinator; torch has parallel.timeout",
         "check_fsdp": "FSDP2 shards any width, JAX only what the axis divides",
         "Parallel.device": "a torch process has one device",
         "Parallel.strategy": "JAX has one strategy: shardings on the mesh",
@@ -172,7 +186,7 @@ ONE_SIDED = ("planner",)
 
 @dataclass
 class Interface:
-    """Public names of a file, in their order, with the parameters of functions."""
+    """Public names of a file: functions in their order with their parameters, attributes, constants."""
 
     signatures: dict[str, str] = field(default_factory=dict)
     attributes: set[str] = field(default_factory=set)
@@ -183,6 +197,10 @@ def interface(source: str) -> Interface:
     for node in ast.parse(source).body:
         if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
             found.signatures[node.name] = signature(node)
+        if isinstance(node, ast.Assign):
+            targets = (inner for target in node.targets for inner in ast.walk(target))
+            names = {target.id for target in targets if isinstance(target, ast.Name)}
+            found.attributes |= {name for name in names if name.isupper() and name[0] != "_"}
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
             found.signatures[node.name] = "class"
             for name, value in members(node):

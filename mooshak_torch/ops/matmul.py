@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-M = TypeVar("M", bound=nn.Module)
+_M = TypeVar("_M", bound=nn.Module)
 
 
 def linear(x: Tensor, w_OI: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ MAX_PACKED_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
 """Largest weights that are packed: a quarter of the machine's memory."""
 
 
-def pack_weights_for_decode(model: M, weights: Iterable[Tensor], n_rows: int, n_tokens: int) -> M:
+def pack_weights_for_decode(model: _M, weights: Iterable[Tensor], n_rows: int, n_tokens: int) -> _M:
     """Return a model that decodes `n_tokens` of `n_rows` sequences: a packed copy, or `model`.
 
     The copy has the matrices `weights` [O, I] in oneDNN's blocked layout and shares all other
@@ -65,7 +65,7 @@ def pack_weights_for_decode(model: M, weights: Iterable[Tensor], n_rows: int, n_
     return _replace_parameters(model, packed)
 
 
-def _replace_parameters(module: M, new: dict[int, Tensor]) -> M:
+def _replace_parameters(module: _M, new: dict[int, Tensor]) -> _M:
     """Return a copy of a module with the parameters of these ids replaced by the tensors `new`."""
     result = copy.copy(module)
     parameters: dict[str, Any] = {n: new.get(id(p), p) for n, p in module._parameters.items()}
