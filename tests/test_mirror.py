@@ -186,7 +186,7 @@ ONE_SIDED = ("planner",)
 
 @dataclass
 class Interface:
-    """Public names of a file: functions in their order with their parameters, attributes, constants."""
+    """Public names of a file: functions in order with their parameters, attributes, constants."""
 
     signatures: dict[str, str] = field(default_factory=dict)
     attributes: set[str] = field(default_factory=set)
