@@ -102,6 +102,9 @@ IMPORTED = (
 
 def is_forkable(words: list[str], cwd: Any, environment: dict[str, str]) -> bool:
     """Return whether a forked process would do the same as a new interpreter."""
+    # Linux has both; elsewhere commands are started as usual.
+    if not (hasattr(os, "pidfd_open") and Path("/proc/self/task").is_dir()):
+        return False
     if words[:1] != [sys.executable] or len(words) < 2:
         return False
     first = words[2] if words[1] == "-u" else words[1]
