@@ -5,11 +5,9 @@ elements and ours to halves: the rows of wq and wk are permuted accordingly. Its
 """
 
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
-from sentencepiece import sentencepiece_model_pb2
 
 from mooshak.checkpoints.base import DTYPES, Checkpoint
 from mooshak.checkpoints.hf import hf_name
@@ -20,6 +18,7 @@ from mooshak.files import locked
 from mooshak.numerics.rope import rescaled
 from mooshak.tokenizer.chat_template import CHAT_TEMPLATE
 from mooshak.tokenizer.files import HF_CONFIG
+from mooshak.tokenizer.sentencepiece import parse_proto
 from parity.export_hf import exported_tokenizer_files
 
 ARCHITECTURES = {
@@ -143,8 +142,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, source: Checkpoint) -> None:
     file = files.get("tokenizer.model")
     if file is None:
         raise InputError(f"{source.path} has no tokenizer.model; GGUF needs one")
-    proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
-    proto.ParseFromString(file.read_bytes())
+    proto = parse_proto(file.read_bytes())
     spare = range(len(proto.pieces), source.model.vocab_size)
     unused = gguf.TokenType.UNUSED
     writer.add_tokenizer_model("llama")

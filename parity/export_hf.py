@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import sentencepiece
 import tokenizers
-from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, decoders, models, normalizers, processors
 
 from mooshak.checkpoints import base, safetensors
@@ -26,6 +25,7 @@ from mooshak.errors import InputError
 from mooshak.files import atomic_directory
 from mooshak.tokenizer.chat_template import CHAT_TEMPLATE
 from mooshak.tokenizer.files import HF_CONFIG, find_tokenizer, tokenizer_files
+from mooshak.tokenizer.sentencepiece import parse_proto
 
 REMOTE_CODE = Path(__file__).parent / "remote_code"
 AUTO_MAP = {
@@ -123,8 +123,7 @@ def fast_tokenizer(file: Path) -> tokenizers.Tokenizer:
     text contains it, is thus encoded as bytes and decodes to itself. Special tokens are recognised
     in text, as chat templates require. Raises `InputError` for a model that normalises its text.
     """
-    proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
-    proto.ParseFromString(file.read_bytes())
+    proto = parse_proto(file.read_bytes())
     spec = proto.normalizer_spec
     if proto.trainer_spec.model_type != 2 or spec.name not in ("identity", ""):
         raise InputError(
