@@ -25,6 +25,7 @@ from rich.table import Table
 
 from benchmarks.cases import CASES, ROOFLINE, Case, Size, Target
 from mooshak.command_line import command_parser
+from mooshak.device import add_device_option, restrict_to
 from mooshak.errors import InputError, command
 from mooshak.files import write_atomically
 from mooshak.report.html import COLORS, TEMPLATES, svg, themed
@@ -254,7 +255,7 @@ def _color(name: str) -> str:
 @command
 def main() -> None:
     names = [case.name for case in CASES]
-    usage = "[CASE ...] [--repetitions N] [--size full|tiny] [--out DIR]"
+    usage = "[CASE ...] [--repetitions N] [--size full|tiny] [--device NAME] [--out DIR]"
     parser = command_parser("benchmarks", __doc__, usage)
     add = parser.add_argument
     add("cases", nargs="*", metavar="CASE", help=f"some of {', '.join(names)} (all)")
@@ -264,7 +265,9 @@ def main() -> None:
     add("--size", choices=("full", "tiny"), default="full", help=text)
     text = "directory of the results"
     add("--out", type=Path, default=Path("benchmarks/results"), metavar="DIR", help=text)
+    add_device_option(parser)
     options = parser.parse_args()
+    restrict_to(options.device)  # The processes of the workers.
     if unknown := sorted(set(options.cases) - set(names)):
         raise InputError(f"no case {unknown[0]!r}; the cases are {', '.join(names)}")
     if options.repetitions is not None and options.repetitions < 1:

@@ -87,5 +87,11 @@ def device(name: str) -> Device:
 
 def peak_flops(kind: str) -> float | None:
     """Return the FLOP/s of the device that the driver calls `kind`; None if it is unknown."""
-    known = [d for d in DEVICES.values() if re.search(rf"\b{d.kind}\b", kind)]
-    return max(known, key=lambda d: len(d.kind)).flops if known else None
+    name = device_name(kind)
+    return DEVICES[name].flops if name else None
+
+
+def device_name(kind: str) -> str | None:
+    """Return our name of the device that the driver calls `kind`; None if it is unknown."""
+    known = [name for name, d in DEVICES.items() if re.search(rf"\b{d.kind}\b", kind)]
+    return max(known, key=lambda name: len(DEVICES[name].kind)) if known else None

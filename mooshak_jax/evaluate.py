@@ -12,10 +12,12 @@ from mooshak.evaluation.bits_per_byte import options, report
 def main() -> None:
     config, arguments = options("mooshak_jax.evaluate", __doc__)
     # Imported after parsing: --help and wrong arguments do not need the framework.
+    from mooshak_jax.device import find_devices
     from mooshak_jax.evaluator import evaluate_checkpoint
     from mooshak_jax.step import cache_compilations
 
     cache_compilations()
+    find_devices(arguments.device)
     scores = evaluate_checkpoint(config, arguments.source)
     if scores is not None:
         report(scores, arguments.json)

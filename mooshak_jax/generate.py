@@ -4,6 +4,7 @@ python -m mooshak_jax.generate runs/demo/jax/checkpoints/1200 --prompt "एक �
 python -m mooshak_jax.generate LLAMA --prompt "the lion" --temperature 0.8 --top_p 0.95
 """
 
+from mooshak.device import restrict_to
 from mooshak.errors import command
 from mooshak.generation.command import generate_parser, generate_text
 
@@ -12,6 +13,7 @@ from mooshak.generation.command import generate_parser, generate_text
 def main() -> None:
     parser = generate_parser("mooshak_jax.generate", __doc__)
     args = parser.parse_args()
+    restrict_to(args.device)
     # Imported after parsing: --help and wrong arguments do not need the framework.
     from mooshak_jax.lm import load
     from mooshak_jax.step import cache_compilations

@@ -20,12 +20,12 @@ from jax import Array
 from mooshak.checkpoints.base import FULL_SLICE, Checkpoint
 from mooshak.config.model import Dtype, ModelConfig
 from mooshak.config.sections import GenerateConfig
-from mooshak.errors import InputError
 from mooshak.generation import lm
 from mooshak.tokenizer.base import Tokenizer
 from mooshak.tokenizer.files import files_of_tokenizer
 from mooshak_jax.checkpoint import load_model
 from mooshak_jax.decode import generate_tokens
+from mooshak_jax.device import find_devices
 from mooshak_jax.distributed.mesh import make_mesh
 from mooshak_jax.model import Model
 from mooshak_jax.ops.cross_entropy import token_log_probs
@@ -108,7 +108,7 @@ def load(
     """Load a checkpoint of any format: of either framework, safetensors or Hugging Face.
 
     `dtype` is the compute dtype; float64 turns on JAX's x64 mode for the process, with a warning.
-    `mesh` shards the parameters, for example fsdp=2,tensor=2. `device` is cpu, gpu or tpu, by
+    `mesh` shards the parameters, for example fsdp=2,tensor=2. `device` is cpu, cuda or tpu, by
     default the best that JAX finds. `tokenizer` is the path of a tokenizer, for a checkpoint
     without one. Raises `InputError` for a path that is not a checkpoint, an unsupported model, a
     tokenizer that does not fit the model, and for a mesh or device that is not available.
@@ -117,11 +117,8 @@ def load(
     if dtype == "float64" and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
         jax.config.update("jax_enable_x64", True)
         warnings.warn("dtype float64: JAX's x64 mode is now enabled for this process", stacklevel=2)
-    try:
-        devices = jax.devices(device)
-    except RuntimeError as error:
-        raise InputError(f"device {device}: {str(error).splitlines()[0]}") from error
-    config, params = load_model(path, dtype, make_mesh(mesh or "data=1", devices))
+    parallel = make_mesh(mesh or "data=1", find_devices(device))
+    config, params = load_model(path, dtype, parallel)
     return LM(config, dtype, params, lm.load_tokenizer(Path(path), config, tokenizer))
 
 

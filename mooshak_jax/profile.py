@@ -17,15 +17,16 @@ from mooshak.tables import print_times
 
 
 @contextmanager
-def profiled(directory: Path) -> Iterator[None]:
+def profiled(directory: Path) -> Iterator[dict[str, float]]:
     """Record the block in `directory` (for XProf and https://ui.perfetto.dev) and print a table.
 
-    Operations are XLA's, added up by kind (`dot.3` and `dot.4` are `dot`).
+    Yields a dictionary that has the seconds of each operation at the end. Operations are XLA's,
+    added up by kind (`dot.3` and `dot.4` are `dot`).
     """
     with jax.profiler.trace(str(directory), create_perfetto_trace=True):
-        yield
+        seconds: dict[str, float] = {}
+        yield seconds
     newest = max(directory.rglob("*.xplane.pb"), key=lambda file: file.stat().st_mtime)
-    seconds: dict[str, float] = {}
     counts: Counter[str] = Counter()
     for plane in jax.profiler.ProfileData.from_file(str(newest)).planes:
         for line in plane.lines:

@@ -12,11 +12,13 @@ from mooshak.evaluation.bits_per_byte import options, report
 
 @command
 def main() -> None:
-    os.environ["JAX_PLATFORMS"] = "cpu"  # Grain imports JAX, which must not claim the GPU.
     config, arguments = options("mooshak_torch.evaluate", __doc__)
+    os.environ["JAX_PLATFORMS"] = "cpu"  # Grain imports JAX, which must not claim the GPU.
     # Imported after parsing: --help and wrong arguments do not need the framework.
+    from mooshak_torch.device import find_device
     from mooshak_torch.evaluator import evaluate_checkpoint
 
+    find_device(arguments.device)
     scores = evaluate_checkpoint(config, arguments.source)
     if scores is not None:
         report(scores, arguments.json)

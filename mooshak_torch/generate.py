@@ -6,6 +6,7 @@ python -m mooshak_torch.generate LLAMA --prompt "the lion" --temperature 0.8 --t
 
 from functools import partial
 
+from mooshak.device import restrict_to
 from mooshak.errors import command
 from mooshak.generation.command import generate_parser, generate_text
 
@@ -19,6 +20,7 @@ def main() -> None:
         help="torch.compile the decode step; pays off for long outputs",
     )
     args = parser.parse_args()
+    restrict_to(args.device)
     # Imported after parsing: --help and wrong arguments do not need the framework.
     from mooshak_torch.lm import load
 

@@ -19,6 +19,7 @@ from mooshak.tokenizer.base import Tokenizer
 from mooshak.tokenizer.files import files_of_tokenizer
 from mooshak_torch.checkpoint import load_model
 from mooshak_torch.decode import generate_tokens
+from mooshak_torch.device import find_device
 from mooshak_torch.model import Model
 from mooshak_torch.ops.cross_entropy import token_log_probs
 from mooshak_torch.params import numpy_dtype, to_numpy
@@ -93,18 +94,8 @@ def load(
     """
     if mesh:
         raise InputError(f"mesh {mesh}: mooshak_torch.load runs on one device; use mooshak_jax")
-    chosen = _device(device)
+    chosen = find_device(device)
     set_matmul_precision()
     model = load_model(path, dtype)
     found = lm.load_tokenizer(Path(path), model.config, tokenizer)
     return LM(model.to(chosen), found, compiled)
-
-
-def _device(name: str | None) -> torch.device:
-    """Return the device of a name, by default a GPU if there is one, else the CPU."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"device {name}: {str(error).splitlines()[0]}") from error
-    return device

@@ -174,8 +174,12 @@ def evaluate(objective: nn.Module, batch: Batch, config: Config, parallel: Paral
 
 
 def set_matmul_precision() -> None:
-    """Compute float32 matrix products in float32, not TF32."""
+    """Compute float32 products in float32, not TF32, and accumulate all products in float32."""
     torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    # By default cuBLAS may add partial sums of bfloat16 and float16 products in their own dtype.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
 def peak_memory() -> dict[str, float]:

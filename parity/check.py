@@ -13,9 +13,10 @@ import sys
 from pathlib import Path
 
 from mooshak.command_line import command_parser
+from mooshak.device import add_device_option, restrict_to
 from mooshak.errors import command
 
-USAGE = "SOURCE [OTHER] [--out DIR] [--quick]"
+USAGE = "SOURCE [OTHER] [--device cpu|cuda|tpu] [--out DIR] [--quick]"
 
 
 @command
@@ -27,9 +28,11 @@ def main() -> None:
     add("--out", type=Path, metavar="DIR", help="write report.json, report.md and report.html here")
     text = "skip bfloat16, negative controls, noise floors of float64, meshes and processes"
     add("--quick", action="store_true", help=text)
+    add_device_option(parser, default="cpu")
     args = parser.parse_args()
-    # Parity is measured on the CPU. Before torch is imported; also for the processes of torchrun.
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    restrict_to(args.device)  # Also the processes of torchrun.
+    # Both frameworks share the memory of a GPU.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     # After the arguments: --help and a typo need no framework.
     import jax
 
@@ -38,10 +41,10 @@ def main() -> None:
     from parity.layouts import N_DEVICES
 
     # JAX is imported by now: it does not read the environment variable again.
-    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
     jax.config.update("jax_num_cpu_devices", N_DEVICES)
     cache_compilations()
-    failed, lines = run(args.source, args.other, args.out, args.quick)
+    failed, lines = run(args.source, args.other, args.out, args.quick, args.device)
     if failed:
         where = f"; first difference: {failed[0].where}" if failed[0].where else ""
         print(f"{len(failed)} of {len(lines)} lines failed: {failed[0].name}{where}")

@@ -1,6 +1,7 @@
 """The lines of `parity.check`: every comparison with its noise floor and its negative control."""
 
 import json
+import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
@@ -26,7 +27,7 @@ from mooshak.tables import print_table
 from parity.backends import FixedDtype, JaxBackend, TorchBackend
 from parity.comparisons import COMPARISONS, WITH_ITSELF, WITH_NOISE_FLOOR
 from parity.comparisons.case import STEPS, Line, ParityCase
-from parity.comparisons.precision import Float64Reference, precision
+from parity.comparisons.precision import float64_reference, precision
 from parity.convert import convert, open_any
 from parity.distance import distance
 from parity.faults import inject_fault
@@ -47,41 +48,43 @@ def check(
     controls: bool = True,
     floors: bool = True,
     low: Sequence[Dtype] = ("float32", "bfloat16"),
+    devices: tuple[str, str] | None = None,
 ) -> Iterator[Line]:
     """Yield the lines of the report as they are measured.
 
     Torch computes with the weights of `source`, JAX with those of `other` (the same by default).
     `controls` adds a negative control to every line, `floors` a noise floor to those of float64;
-    `low` are the dtypes that are compared with float64.
+    `low` are the dtypes that are compared with float64. With `devices`, those of torch and of JAX,
+    float32 and bfloat16 are also compared with the CPU, and a part that fails is a line.
 
-    Raises `InputError` for checkpoints of two different models.
+    Raises `InputError` for checkpoints of two different models, or a device that is not available.
     """
-    model = source.model
-    if other is not None and other.model != model:
-        raise InputError(f"{other.path} is a checkpoint of another model than {source.path}")
-    time = min(time, model.max_seq_len - 1)
-    decode = min(decode, model.max_seq_len - 8)
     jax.config.update("jax_enable_x64", True)
-    random = np.random.default_rng(0)
-    tokens_nBS = random.integers(0, model.vocab_size, (STEPS, batch, time + 1), dtype=np.int32)
-    case = ParityCase(TorchBackend(source), JaxBackend(other or source), tokens_nBS, decode)
-    case = replace(case, max_grad_norm=_clip_norm(case))
+    case = _case(source, other or source, batch, time, decode, devices)
     parts = set(parts)
     if "weights" in parts and other is not None:
         yield weights(source, other)
     measures: list[tuple[str, Callable[[ParityCase], Iterator[Line]], Sequence[str]]] = []
     if "precision" in parts:
-        truth = Float64Reference.of(case)
+        truth = float64_reference(case)
         measures += [
             ("precision", partial(precision, truth, dtype), FAULTS[dtype]) for dtype in low
         ]
     measures += [(name, measure, FAULTS[name]) for name, measure in COMPARISONS.items()]
     for name, measure, faults in measures:
-        if name in parts:
+        if name not in parts:
+            continue
+        try:
             lines = list(measure(case))
             if floors and name in WITH_NOISE_FLOOR:
                 lines = with_noise_floors(case, lines, measure, name in WITH_ITSELF)
             yield from with_negative_controls(case, lines, measure, faults) if controls else lines
+        except Exception as error:
+            if not devices:
+                raise
+            # Time on an accelerator is scarce: the other parts follow.
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            yield Line(f"{name} failed", "", math.inf, 0.0, where=reason)
     if "layouts" in parts:
         yield from compare_layouts(case)
     if "round trip" in parts:
@@ -132,6 +135,28 @@ def with_negative_controls(
             for line in lines
         ]
     return lines
+
+
+def _case(
+    source: Checkpoint,
+    other: Checkpoint,
+    batch: int,
+    time: int,
+    decode: int,
+    devices: tuple[str, str] | None,
+) -> ParityCase:
+    model = source.model
+    if other.model != model:
+        raise InputError(f"{other.path} is a checkpoint of another model than {source.path}")
+    shape = (STEPS, batch, min(time, model.max_seq_len - 1) + 1)
+    tokens_nBS = np.random.default_rng(0).integers(0, model.vocab_size, shape, dtype=np.int32)
+    decode = min(decode, model.max_seq_len - 8)
+    on_cpu = TorchBackend(source), JaxBackend(other)
+    case = ParityCase(*on_cpu, tokens_nBS, decode)
+    if devices:
+        here = TorchBackend(source, devices[0]), JaxBackend(other, devices[1])
+        case = ParityCase(*here, tokens_nBS, decode, on_cpu=on_cpu)
+    return replace(case, max_grad_norm=_clip_norm(case))
 
 
 def _clip_norm(case: ParityCase) -> float:
@@ -252,9 +277,11 @@ def _cells(line: Line) -> list[str]:
 
 
 def run(
-    path: Path, other_path: Path | None, out: Path | None, quick: bool
+    path: Path, other_path: Path | None, out: Path | None, quick: bool, device: str = "cpu"
 ) -> tuple[list[Line], list[Line]]:
     """Measure and print the lines of a checkpoint or configuration; write the report to `out`.
+
+    Meshes and processes are compared on the CPU only. With device tpu, PyTorch runs on the CPU.
 
     Returns the lines that failed, and all of them.
     """
@@ -263,13 +290,20 @@ def run(
     else:
         source = open_any(path)
     other = None if other_path is None else open_any(other_path)
-    parts = IN_THIS_PROCESS if quick else PARTS
+    parts = IN_THIS_PROCESS if quick or device != "cpu" else PARTS
+    devices = None if device == "cpu" else ("cpu" if device == "tpu" else device, device)
     low: tuple[Dtype, ...] = ("float32",) if quick else ("float32", "bfloat16")
     table = Table(*COLUMNS, title=f"parity of {path}")
     lines = []
     with Console(stderr=True).status("measuring") as status:
         for line in check(
-            source, other, parts=parts, controls=not quick, floors=not quick, low=low
+            source,
+            other,
+            parts=parts,
+            controls=not quick,
+            floors=not quick,
+            low=low,
+            devices=devices,
         ):
             status.update(f"measured: {line.name}, {line.dtype}")
             lines.append(line)

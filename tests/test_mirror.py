@@ -25,6 +25,7 @@ PAIRS = (
     "objectives",
     "step",
     "optimizer",
+    "device",
     "decode",
     "generate",
     "lm",
@@ -74,6 +75,10 @@ ALLOWED: dict[str, dict[str, str]] = {
         "FusedLinearCrossEntropy": "FSDP gathers the parameters of modules only",
         "cross_entropy": HEAD,
         "token_log_probs": HEAD,
+    },
+    "device": {
+        "find_device": "PyTorch runs on one device, a JAX mesh takes a list",
+        "find_devices": "PyTorch runs on one device, a JAX mesh takes a list",
     },
     "kv_cache": {
         "KVCache.__init__": "JAX's is a dataclass of the same arguments",

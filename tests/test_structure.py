@@ -22,6 +22,7 @@ ORDER = (
         "mooshak.tables",
         "mooshak.mesh",
         "mooshak.hardware",
+        "mooshak.device",
     ),
     ("mooshak.config",),
     ("mooshak.numerics",),

@@ -16,6 +16,7 @@ from mooshak.config.parse import config_parser, parse_config
 from mooshak.config.sections import Config
 from mooshak.data.packing import IGNORE_INDEX, Batch
 from mooshak.data.shards import TokenShards, load_or_prepare_shards
+from mooshak.device import add_device_option, restrict_to
 from mooshak.errors import InputError
 from mooshak.tables import print_table
 
@@ -23,7 +24,7 @@ Scores = dict[str, dict[str, float]]
 """Language -> bits_per_byte, unigram_bits_per_byte, ratio of these, loss, tokens, bytes."""
 
 
-USAGE = "CHECKPOINT [--config FILE] [--json] [--section.key VALUE ...]"
+USAGE = "CHECKPOINT [--config FILE] [--device NAME] [--json] [--section.key VALUE ...]"
 
 CHECKPOINT = "directory of a checkpoint, of any format"
 
@@ -31,12 +32,15 @@ CHECKPOINT = "directory of a checkpoint, of any format"
 def options(module: str, doc: str | None) -> tuple[Config, jsonargparse.Namespace]:
     """Parse the arguments of both `evaluate` commands: the configuration, `source` and `json`.
 
+    The process is restricted to the option `--device`: call this before a framework is imported.
     Without `--config`, the configuration is that of the run that the checkpoint belongs to.
     """
     parser = config_parser(module, doc, USAGE)
     parser.add_argument("source", type=Path, metavar="CHECKPOINT", help=CHECKPOINT)
+    add_device_option(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object, not a table")
     draft, arguments = parse_config(parser, find_config=_config_of_run)
+    restrict_to(arguments.device)
     config = resolve(draft)
     if config.data.validation_fraction == 0:
         raise InputError("data.validation_fraction is 0: no text is held out to evaluate on")

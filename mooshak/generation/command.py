@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mooshak.command_line import command_parser
+from mooshak.device import add_device_option
 from mooshak.generation.lm import LM
 
 SETTINGS = ("max_new_tokens", "temperature", "top_p", "seed")
@@ -28,6 +29,7 @@ def generate_parser(module: str, doc: str | None) -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, metavar="N", help="seed of the sampling noise")
     dtypes = ["float64", "float32", "bfloat16", "float16"]
     add("--dtype", choices=dtypes, default="float32", help="dtype of the computation")
+    add_device_option(parser)
     text = "tokenizer.model or tokenizer.json, if the checkpoint has none"
     add("--tokenizer", metavar="FILE", help=text)
     return parser
@@ -35,7 +37,7 @@ def generate_parser(module: str, doc: str | None) -> argparse.ArgumentParser:
 
 def generate_text(args: argparse.Namespace, load: Callable[..., LM], **options: Any) -> None:
     """Load the model and print each prompt with its continuation."""
-    lm = load(args.checkpoint, dtype=args.dtype, tokenizer=args.tokenizer)
+    lm = load(args.checkpoint, args.dtype, device=args.device, tokenizer=args.tokenizer)
     settings = {key: getattr(args, key) for key in SETTINGS}
     prompts: Sequence[str] = args.prompt
     for prompt, completion in zip(

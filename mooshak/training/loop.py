@@ -101,7 +101,7 @@ class Trainer(Protocol):
         """Return `memory_bytes`: the peak memory of the device, or of this process on a CPU."""
         ...
 
-    def profiled(self, directory: Path) -> contextlib.AbstractContextManager[None]:
+    def profiled(self, directory: Path) -> contextlib.AbstractContextManager[Any]:
         """Profile the block; the trace is written to a directory."""
         ...
 

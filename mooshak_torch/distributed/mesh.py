@@ -151,18 +151,20 @@ class Parallel:
             dist.destroy_process_group()
 
 
-def make_parallel(config: Config) -> Parallel:
+def make_parallel(config: Config, device: torch.device | None = None) -> Parallel:
     """Join the processes that torchrun started, if any, and return the mesh of all processes.
 
+    `device` is this process's, by default its GPU if the machine has GPUs, else the CPU.
     Raises `InputError`, before anything is allocated, if the strategy, the mesh, the number of
     processes and the batch do not fit together.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     strategy, sizes = _strategy_and_sizes(config, world)
     check_mesh(config, sizes)
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if device is None:
+        has_gpu, local_rank = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
+        device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     if strategy == "single":
         return Parallel(rank, sizes, device)

@@ -189,12 +189,16 @@ def _log_probs(
     return (label_N1 - log_z_N1).where(chunk.is_label_N1, 0), log_z_N1
 
 
+# Renamed in torch 2.13.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
 def _over_vocabulary(
     log_z_N1: Tensor, label_N1: Tensor, group: dist.ProcessGroup
 ) -> tuple[Tensor, Tensor]:
     """Return log-sum-exp and label's logit over the full vocabulary, from those of its shards."""
     parts_n2N1 = log_z_N1.new_empty(group.size(), 2, *log_z_N1.shape)
-    dist.all_gather_single(parts_n2N1.flatten(0, 1), torch.stack((log_z_N1, label_N1)), group)
+    _all_gather(parts_n2N1.flatten(0, 1), torch.stack((log_z_N1, label_N1)), group)
     return parts_n2N1[:, 0].logsumexp(0), parts_n2N1[:, 1].sum(0)
 
 

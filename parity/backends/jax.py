@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 import mooshak_jax.decode
+import mooshak_jax.device
 import mooshak_jax.distributed.mesh
 import mooshak_jax.model
 import mooshak_jax.objectives
@@ -38,16 +39,18 @@ from parity.backends.base import (
 
 
 class JaxBackend:
-    """Flax NNX with the weights of a checkpoint."""
+    """Flax NNX with the weights of a checkpoint, on one device or, for `steps`, a mesh of CPUs."""
 
     name = "JAX"
 
-    def __init__(self, source: Checkpoint):
+    def __init__(self, source: Checkpoint, device: str = "cpu"):
         self.source = source
+        self.devices = mooshak_jax.device.find_devices(device)
 
     def params(self, dtype: Dtype) -> Any:
-        """Return the parameters on one device."""
-        abstract = mooshak_jax.params.abstract_params(self.source.model, dtype)
+        """Return the parameters on one device; what is computed with them runs there."""
+        parallel = mooshak_jax.distributed.mesh.make_mesh("data=1", self.devices)
+        abstract = mooshak_jax.params.abstract_params(self.source.model, dtype, parallel)
         return mooshak_jax.params.load_params(abstract, self.source.read)
 
     def graphdef(self, dtype: Dtype) -> nnx.GraphDef:
@@ -112,7 +115,7 @@ class JaxBackend:
         return np.asarray(log_probs_BT), canonical(grads)
 
     def steps(self, config: Config, batches: Sequence[Batch[np.ndarray]]) -> Iterator[Step]:
-        parallel = mooshak_jax.distributed.mesh.make_parallel(config)
+        parallel = mooshak_jax.distributed.mesh.make_parallel(config, self.devices)
         update = mooshak_jax.step.make_train_step(config, parallel)
         abstract = mooshak_jax.params.abstract_params(config.model, config.train.dtype, parallel)
         params = mooshak_jax.params.load_params(abstract, self.source.read)

@@ -10,6 +10,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 import mooshak_torch.decode
+import mooshak_torch.device
 import mooshak_torch.distributed.mesh
 import mooshak_torch.distributed.parallelize
 import mooshak_torch.model
@@ -35,20 +36,21 @@ from parity.backends.base import (
 
 
 class TorchBackend:
-    """PyTorch with the weights of a checkpoint."""
+    """PyTorch with the weights of a checkpoint, on one device."""
 
     name = "torch"
 
-    def __init__(self, source: Checkpoint):
-        self.source = source
+    def __init__(self, source: Checkpoint, device: str = "cpu"):
+        mooshak_torch.step.set_matmul_precision()
+        self.source, self.device = source, mooshak_torch.device.find_device(device)
         self.is_main = True
         """True on the first of several processes."""
 
     def model(self, dtype: Dtype) -> mooshak_torch.model.Model:
-        """Return the model on the CPU."""
+        """Return the model on the device."""
         model = mooshak_torch.model.Model(self.source.model, dtype)
         mooshak_torch.params.load_params(dict(model.named_parameters()), self.source)
-        return model
+        return model.to(self.device)
 
     @torch.no_grad()
     def operations(self, dtype: Dtype, tokens_BT: np.ndarray) -> Arrays:
@@ -62,22 +64,23 @@ class TorchBackend:
                 module.register_forward_hook(
                     lambda _, inputs, output, path=path: recorder.add(path, "out", output)
                 )
-        logits = model(torch.from_numpy(tokens_BT).long())
+        logits = model(self._tokens(tokens_BT))
         recorder.values["logits"] = logits
         return {key: _to_numpy(value) for key, value in recorder.values.items()}
 
     @torch.no_grad()
     def losses(self, config: Config, batches: Sequence[Batch[np.ndarray]]) -> np.ndarray:
         objective = self._objective(config)
-        return np.array([objective(_to_torch(b)).item() / count_labels(b) for b in batches])
+        return np.array([objective(self._batch(b)).item() / count_labels(b) for b in batches])
 
     def forward_backward(self, config: Config, batch: Batch[np.ndarray]) -> ForwardBackward:
-        objective, here = self._objective(config), _to_torch(batch)
+        objective, here = self._objective(config), self._batch(batch)
         loss = objective(here)
         loss.backward()
         with torch.no_grad():
             logits_BTV = objective.model(here.tokens, **here.context)
-        return ForwardBackward(logits_BTV.numpy(), loss.item(), _gradients(objective.model))
+        gradients = _gradients(objective.model)
+        return ForwardBackward(_to_numpy(logits_BTV), loss.item(), gradients)
 
     def _objective(self, config: Config) -> mooshak_torch.objectives.CausalLM:
         model = self.model(config.train.dtype)
@@ -86,19 +89,19 @@ class TorchBackend:
     def log_probs(
         self, dtype: Dtype, batch: Batch[np.ndarray], weights_BT: np.ndarray
     ) -> tuple[np.ndarray, Arrays]:
-        model, here = self.model(dtype), _to_torch(batch)
+        model, here = self.model(dtype), self._batch(batch)
         log_probs_BT = mooshak_torch.ops.cross_entropy.token_log_probs(
             model.hidden_states(here.tokens), model.head_VD, here.labels, batch.labels.size // 3
         )
-        log_probs_BT.backward(torch.from_numpy(weights_BT).to(log_probs_BT.dtype))
-        return log_probs_BT.detach().numpy(), _gradients(model)
+        log_probs_BT.backward(torch.from_numpy(weights_BT).to(log_probs_BT))
+        return _to_numpy(log_probs_BT.detach()), _gradients(model)
 
     def steps(self, config: Config, batches: Sequence[Batch[np.ndarray]]) -> Iterator[Step]:
         """Yield the steps as `Backend.steps`.
 
         Under torchrun every process trains on its rows and gets the complete results.
         """
-        parallel = mooshak_torch.distributed.mesh.make_parallel(config)
+        parallel = mooshak_torch.distributed.mesh.make_parallel(config, self.device)
         self.is_main = parallel.is_main
         objective = mooshak_torch.distributed.parallelize.parallelize(
             mooshak_torch.objectives.make_objective(config.model, config), parallel, config
@@ -107,7 +110,7 @@ class TorchBackend:
         mooshak_torch.params.load_params(dict(model.named_parameters()), self.source)
         optimizer = mooshak_torch.optimizer.Optimizer(objective, model, config.optimizer)
         for step, batch in enumerate(batches):
-            mine = _to_torch(batch).chunk(parallel.dp_size)[parallel.dp_rank]
+            mine = self._batch(batch).chunk(parallel.dp_size)[parallel.dp_rank]
             loss, norm = mooshak_torch.step.train_step(
                 objective, optimizer, mine, learning_rate(config, step), config, parallel
             )
@@ -125,9 +128,10 @@ class TorchBackend:
         for start, tokens_BT in calls:
             if start < length:
                 caches = [cache.truncate([start] * len(tokens_BT)) for cache in caches]
-            positions_BT = caches[0].lengths.unsqueeze(1) + torch.arange(tokens_BT.shape[1])
-            logits_BTV = model(torch.from_numpy(tokens_BT).long(), positions_BT, caches)
-            results.append(logits_BTV.numpy())
+            steps_T = torch.arange(tokens_BT.shape[1], device=self.device)
+            positions_BT = caches[0].lengths.unsqueeze(1) + steps_T
+            logits_BTV = model(self._tokens(tokens_BT), positions_BT, caches)
+            results.append(_to_numpy(logits_BTV))
             length = start + tokens_BT.shape[1]
         return results
 
@@ -142,20 +146,23 @@ class TorchBackend:
         model = self.model(dtype)
         return mooshak_torch.decode.generate(model, prompts, new_tokens, temperature, top_p)
 
+    def _tokens(self, tokens_BT: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(tokens_BT)).to(self.device).long()
+
+    def _batch(self, batch: Batch[np.ndarray]) -> Batch[torch.Tensor]:
+        return batch.map(self._tokens)
+
 
 def _gradients(model: torch.nn.Module) -> Arrays:
-    return {n: p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None}
+    return {n: _to_numpy(p.grad) for n, p in model.named_parameters() if p.grad is not None}
 
 
 def _gather(tensor: torch.Tensor) -> np.ndarray:
     """Copy the full tensor of all processes."""
     tensor = tensor.detach()
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).numpy().copy()
-
-
-def _to_torch(batch: Batch[np.ndarray]) -> Batch[torch.Tensor]:
-    return batch.map(lambda array: torch.from_numpy(np.ascontiguousarray(array)).long())
+    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return full.cpu().numpy().copy()
 
 
 def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy()

@@ -61,6 +61,8 @@ class ParityCase:
     tokens_nBS: np.ndarray
     decode: int
     max_grad_norm: float = 1.0
+    on_cpu: tuple[Backend, Backend] | None = None
+    """PyTorch and JAX on the CPU, where the frameworks of the case compute on an accelerator."""
 
     @property
     def inputs_BT(self) -> np.ndarray:

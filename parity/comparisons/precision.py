@@ -1,4 +1,7 @@
-"""Compare each framework's distance from float64 with the other's, in float32 and bfloat16."""
+"""Compare each framework's distance from float64 with the other's, in float32 and bfloat16.
+
+On an accelerator also with both frameworks' distances on the CPU: float32 must be float32 there.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mooshak.config.model import Dtype
+from parity.backends import Backend
 from parity.comparisons.case import STEPS, Line, ParityCase
 from parity.comparisons.places import hidden, place
 from parity.comparisons.training import Outline
@@ -14,8 +18,8 @@ from parity.tolerances import FLOAT32_LOGITS, RATIO, TINY
 
 
 @dataclass(frozen=True)
-class Float64Reference:
-    """Results of torch in float64, which the other parts show to equal those of JAX."""
+class Results:
+    """What one framework computes in one dtype."""
 
     operations: Arrays
     losses: np.ndarray
@@ -23,50 +27,51 @@ class Float64Reference:
     training: Outline
 
     @classmethod
-    def of(cls, q: ParityCase) -> "Float64Reference":
+    def of(cls, backend: Backend, dtype: Dtype, q: ParityCase) -> "Results":
         """Compute them."""
-        config = q.config("float64")
+        config = q.config(dtype)
         return cls(
-            q.torch.operations("float64", q.inputs_BT),
-            q.torch.losses(config, q.batches),
-            q.torch.forward_backward(config, q.batches[0]).gradients,
-            Outline.of(q.torch.steps(config, q.batches)),
+            backend.operations(dtype, q.inputs_BT),
+            backend.losses(config, q.batches),
+            backend.forward_backward(config, q.batches[0]).gradients,
+            Outline.of(backend.steps(config, q.batches)),
         )
 
+    def distances(self, truth: "Results") -> dict[str, float]:
+        """Return the distance from `truth` of every operation, and of the other results."""
+        operations = {k: distance(self.operations[k], a) for k, a in truth.operations.items()}
+        return operations | {
+            LOSSES: distance(self.losses, truth.losses),
+            GRADIENTS: global_distance(self.gradients, truth.gradients),
+            PARAMETERS: global_distance(self.training.params, truth.training.params),
+        }
 
-def precision(truth: Float64Reference, dtype: Dtype, q: ParityCase) -> Iterator[Line]:
+
+LOSSES, GRADIENTS = f"losses of {STEPS} batches", "all gradients"
+PARAMETERS = f"all parameters after {STEPS} AdamW steps"
+
+
+def float64_reference(q: ParityCase) -> Results:
+    """Return the results of torch in float64 on the CPU; other parts show that JAX's are equal."""
+    return Results.of(q.on_cpu[0] if q.on_cpu else q.torch, "float64", q)
+
+
+def precision(truth: Results, dtype: Dtype, q: ParityCase) -> Iterator[Line]:
     """Compare each framework's distance from float64 in `dtype` with the other framework's."""
-    backends, exact = (q.torch, q.jax), truth.operations
-    found = [backend.operations(dtype, q.inputs_BT) for backend in backends]
-    distances = {key: [distance(f[key], exact[key]) for f in found] for key in exact}
+    found = [Results.of(b, dtype, q).distances(truth) for b in (q.torch, q.jax)]
+    on_cpu = [Results.of(b, dtype, q).distances(truth) for b in q.on_cpu or ()]
     places = []
     for i in range(2):
-        excess = (key for key, d in distances.items() if d[i] > RATIO * max(d[1 - i], TINY))
+        a, b = found[i], found[1 - i]
+        excess = (k for k in truth.operations if a[k] > RATIO * max(b[k], TINY))
         places.append(next(map(place, excess), ""))
-    for key, name in hidden(q.torch.source.model):
+    titles = dict(hidden(q.torch.source.model)) | {k: k for k in (LOSSES, GRADIENTS, PARAMETERS)}
+    for key, title in titles.items():
         limit = FLOAT32_LOGITS if (key, dtype) == ("logits", "float32") else np.inf
-        yield from _both(name, dtype, distances[key], places, limit)
-    config = q.config(dtype)
-    apart = [distance(backend.losses(config, q.batches), truth.losses) for backend in backends]
-    yield from _both(f"losses of {STEPS} batches", dtype, apart, places)
-    passes = [backend.forward_backward(config, q.batches[0]) for backend in backends]
-    apart = [global_distance(one.gradients, truth.gradients) for one in passes]
-    yield from _both("all gradients", dtype, apart, places)
-    trained = [Outline.of(backend.steps(config, q.batches)) for backend in backends]
-    apart = [global_distance(training.params, truth.training.params) for training in trained]
-    yield from _both(f"all parameters after {STEPS} AdamW steps", dtype, apart, places)
-
-
-def _both(
-    name: str, dtype: Dtype, apart: list[float], places: list[str], limit: float = np.inf
-) -> Iterator[Line]:
-    for i, framework in enumerate(("torch", "JAX")):
-        allowed = min(limit, RATIO * max(apart[1 - i], TINY))
-        yield Line(
-            f"{name}, {framework} from float64",
-            dtype,
-            apart[i],
-            allowed,
-            apart[1 - i],
-            where=places[i],
-        )
+        if on_cpu:
+            limit = min(limit, RATIO * max(TINY, *(distances[key] for distances in on_cpu)))
+        for i, framework in enumerate(("torch", "JAX")):
+            own, other = found[i][key], found[1 - i][key]
+            allowed = min(limit, RATIO * max(other, TINY))
+            name = f"{title}, {framework} from float64"
+            yield Line(name, dtype, own, allowed, other, where=places[i])
