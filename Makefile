@@ -3,9 +3,9 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: help setup smollm2 demo picture test test-fast benchmark lint format clean
+.PHONY: help setup smollm2 demo picture accelerator-report test test-fast benchmark lint format clean
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 22
 
 setup: $(VENV)/.done ## create the virtual environment
 
@@ -23,6 +23,11 @@ demo: setup ## train in PyTorch, continue in JAX, compare: runs/demo/report.html
 picture: ## render docs/report.png from the report of the demo; needs chromium, a Devanagari font
 	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --log-level=3 --window-size=1200,1330 \
 	  --screenshot=$(CURDIR)/docs/report.png file://$(CURDIR)/runs/demo/report.html
+
+# On a machine with an accelerator: with its own Python, PyTorch and JAX.
+OUT ?= runs/accelerator
+accelerator-report: ## measure a GPU or TPU with the Python there: runs/accelerator/report.html
+	$(PYTHON) -m parity.accelerator --out $(OUT) $(if $(WHEELS),--wheels $(WHEELS))
 
 # The tests of a file share fixtures: a worker runs complete files.
 WORKERS := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder

@@ -25,6 +25,8 @@ Repeat = Callable[[], float]
 
 
 def main() -> None:
+    if len(sys.argv) != 3:
+        sys.exit("usage: python -m benchmarks.worker MODULE:FUNCTION SIZE_AS_JSON")
     entry, size = sys.argv[1], json.loads(sys.argv[2])
     # Output of libraries must not mix with the answers.
     answers = os.fdopen(os.dup(1), "w", buffering=1)

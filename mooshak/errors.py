@@ -47,6 +47,10 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
             os._exit(code)
         except InputError as error:
             sys.exit(_fail(str(error), error.exit_code))
+        except BrokenPipeError:
+            # The reader has closed the output, as `head` does; Python would report it at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
         except OSError as error:
             if error.errno not in _DISK_ERRORS:
                 raise

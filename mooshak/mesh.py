@@ -24,7 +24,7 @@ def mesh_sizes(text: str, n_devices: int) -> dict[str, int]:
         shown = ",".join(f"{axis}={size}" for axis, size in parse_mesh(text).items())
         raise InputError(
             f"mesh {shown} does not divide the {n_devices} devices here; choose another mesh, or "
-            "more devices (JAX on a CPU: --parallel.cpu_devices, jax_num_cpu_devices)"
+            "more devices (JAX on a CPU: --parallel.cpu_devices, or jax_num_cpu_devices in Python)"
         )
     return {axis: size if size > 0 else n_devices // known for axis, size in sizes.items()}
 

@@ -15,4 +15,5 @@ def find_devices(name: str | None) -> list[Any]:
     try:
         return list(jax.devices(name))
     except RuntimeError as error:
-        raise InputError(f"device {name}: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device {name} is not available to JAX: {reason}") from error

@@ -20,6 +20,7 @@ from jax import Array
 from mooshak.checkpoints.base import FULL_SLICE, Checkpoint
 from mooshak.config.model import Dtype, ModelConfig
 from mooshak.config.sections import GenerateConfig
+from mooshak.errors import InputError
 from mooshak.generation import lm
 from mooshak.tokenizer.base import Tokenizer
 from mooshak.tokenizer.files import files_of_tokenizer
@@ -110,14 +111,20 @@ def load(
     `dtype` is the compute dtype; float64 turns on JAX's x64 mode for the process, with a warning.
     `mesh` shards the parameters, for example fsdp=2,tensor=2. `device` is cpu, cuda or tpu, by
     default the best that JAX finds. `tokenizer` is the path of a tokenizer, for a checkpoint
-    without one. Raises `InputError` for a path that is not a checkpoint, an unsupported model, a
-    tokenizer that does not fit the model, and for a mesh or device that is not available.
+    without one. Raises `InputError` for a path that is not a checkpoint, an unsupported model or
+    dtype, a tokenizer that does not fit the model, and for a mesh or device that is not available.
     """
+    lm.check_dtype(dtype)
+    devices = find_devices(device)
+    if dtype == "float16" and devices[0].platform == "cpu":
+        raise InputError(
+            "dtype float16: XLA has no such products on a CPU; use bfloat16 or float32"
+        )
     jax.config.update("jax_default_matmul_precision", "highest")
     if dtype == "float64" and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
         jax.config.update("jax_enable_x64", True)
         warnings.warn("dtype float64: JAX's x64 mode is now enabled for this process", stacklevel=2)
-    parallel = make_mesh(mesh or "data=1", find_devices(device))
+    parallel = make_mesh(mesh or "data=1", devices)
     config, params = load_model(path, dtype, parallel)
     return LM(config, dtype, params, lm.load_tokenizer(Path(path), config, tokenizer))
 

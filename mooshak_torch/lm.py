@@ -89,11 +89,12 @@ def load(
     `dtype` is the compute dtype. `device` is by default cuda if there is a GPU, else cpu.
     `tokenizer` is the path of a tokenizer, for a checkpoint without one. `compiled` compiles the
     decode step with torch.compile, which pays off for long outputs. Raises `InputError` for a path
-    that is not a checkpoint, an unsupported model, a tokenizer that does not fit the model, a
-    device that is not available, and for a mesh: this API runs on one device.
+    that is not a checkpoint, an unsupported model or dtype, a tokenizer that does not fit the
+    model, a device that is not available, and for a mesh: this API runs on one device.
     """
     if mesh:
         raise InputError(f"mesh {mesh}: mooshak_torch.load runs on one device; use mooshak_jax")
+    lm.check_dtype(dtype)
     chosen = find_device(device)
     set_matmul_precision()
     model = load_model(path, dtype)

@@ -5,7 +5,7 @@ weights and gains, which make faults visible. With OTHER, PyTorch computes with 
 SOURCE and JAX with those of OTHER. docs/parity.md explains the lines and their bounds.
 
 python -m parity.check configs/demo.yaml
-python -m parity.check runs/demo/torch/checkpoints/600 runs/demo/jax/checkpoints/1200 --out report
+python -m parity.check runs/demo/back-in-torch runs/demo/jax/checkpoints/1200 --out report
 """
 
 import os

@@ -268,12 +268,17 @@ def _cells(line: Line) -> list[str]:
     return [
         line.name + (f" ({label}: {line.where})" if line.where else ""),
         line.dtype,
-        f"{line.measured:.2g}",
-        f"{line.allowed:.2g}",
-        "" if line.noise_floor is None else f"{line.noise_floor:.2g}",
-        "" if line.negative_control is None else f"{line.negative_control:.2g} ({line.fault})",
+        _number(line.measured),
+        _number(line.allowed),
+        "" if line.noise_floor is None else _number(line.noise_floor),
+        "" if line.negative_control is None else f"{_number(line.negative_control)} ({line.fault})",
         "pass" if line.passed else "FAIL",
     ]
+
+
+def _number(value: float) -> str:
+    """Format a difference with two digits, and a count with all of them."""
+    return f"{value:.0f}" if float(value).is_integer() else f"{value:.2g}"
 
 
 def run(

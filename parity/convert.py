@@ -184,8 +184,9 @@ def print_description(facts: dict[str, Any]) -> None:
     mesh = f", mesh {written['mesh']}" if written.get("mesh") else ""
     sources = ", ".join(str(source.get("name")) for source in data.get("sources", ()))
     batch = f"{data.get('batch_size')} sequences of {data.get('sequence_length')} tokens per step"
+    plural = "" if written.get("processes") == 1 else "es"
     rows = {
-        "kind": facts["kind"],
+        "format": facts["kind"],
         "model": ", ".join(f"{k} {v}" for k, v in facts["model"].items() if v not in (None, False)),
         "parameters": f"{facts['parameters']:,} in {', '.join(facts['dtype'])}",
         "optimizer": f"AdamW moments in {', '.join(facts['optimizer_dtype'])}"
@@ -197,7 +198,8 @@ def print_description(facts: dict[str, Any]) -> None:
         and ", ".join(f"{key} {value}" for key, value in facts["schedule"].items()),
         "data": data and f"{sources}; {batch}",
         "validation loss": facts["validation_loss"],
-        "written by": written and f"{written['framework']}, {written['processes']} processes{mesh}",
+        "written by": written
+        and f"{written['framework']}, {written['processes']} process{plural}{mesh}",
         "size": f"{facts['weight_bytes'] / 1e9:.3f} GB of weights, "
         f"{facts['optimizer_bytes'] / 1e9:.3f} GB of moments; "
         f"{facts['files']} files of {facts['file_bytes'] / 1e9:.3f} GB",

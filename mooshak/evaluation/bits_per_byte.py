@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
+import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import jsonargparse
@@ -13,11 +16,12 @@ from mooshak.checkpoints import formats, resume
 from mooshak.checkpoints.init_from import resolve
 from mooshak.config.model import ModelConfig
 from mooshak.config.parse import config_parser, parse_config
-from mooshak.config.sections import Config
+from mooshak.config.sections import Config, ParallelConfig
 from mooshak.data.packing import IGNORE_INDEX, Batch
 from mooshak.data.shards import TokenShards, load_or_prepare_shards
 from mooshak.device import add_device_option, restrict_to
 from mooshak.errors import InputError
+from mooshak.mesh import parse_mesh
 from mooshak.tables import print_table
 
 Scores = dict[str, dict[str, float]]
@@ -39,12 +43,33 @@ def options(module: str, doc: str | None) -> tuple[Config, jsonargparse.Namespac
     parser.add_argument("source", type=Path, metavar="CHECKPOINT", help=CHECKPOINT)
     add_device_option(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object, not a table")
-    draft, arguments = parse_config(parser, find_config=_config_of_run)
+    found: list[Path] = []
+
+    def config_of_run(arguments: jsonargparse.Namespace) -> Path:
+        found.append(_config_of_run(arguments))
+        return found[0]
+
+    draft, arguments = parse_config(parser, find_config=config_of_run)
     restrict_to(arguments.device)
     config = resolve(draft)
+    layout_given = any(word.startswith(("--mesh", "--parallel")) for word in sys.argv[1:])
+    if found and not layout_given and not _layout_fits(config, module):
+        config = replace(config, parallel=ParallelConfig())
     if config.data.validation_fraction == 0:
         raise InputError("data.validation_fraction is 0: no text is held out to evaluate on")
     return config, arguments
+
+
+def _layout_fits(config: Config, module: str) -> bool:
+    """Return False for a layout of several processes, or of JAX's devices, in PyTorch alone.
+
+    Evaluation gives the same numbers on any layout.
+    """
+    n_processes = math.prod(max(1, size) for size in parse_mesh(config.parallel.mesh).values())
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    strategy = config.parallel.strategy
+    alone = strategy in ("auto", "single") and n_processes == 1
+    return alone if module.startswith("mooshak_torch") and world == 1 else True
 
 
 def _config_of_run(arguments: jsonargparse.Namespace) -> Path:

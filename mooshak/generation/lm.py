@@ -5,17 +5,18 @@ shared.
 """
 
 import abc
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, get_type_hints, overload
+from typing import Any, get_args, get_type_hints, overload
 
 import numpy as np
 
 from mooshak.checkpoints import safetensors
 from mooshak.checkpoints.base import Checkpoint
-from mooshak.config.model import ModelConfig
+from mooshak.config.model import Dtype, ModelConfig
 from mooshak.config.sections import GenerateConfig
 from mooshak.errors import InputError, did_you_mean, require
 from mooshak.generation.text import TextStream, check_tokens, end_ids
@@ -94,8 +95,8 @@ class LM(abc.ABC):
         A list of prompts returns a list; each result is the same as for the prompt alone. If `n` is
         more than 1, each prompt returns a list of samples. `settings` are the fields of
         `GenerateConfig`: max_new_tokens, temperature, top_p, seed, n, stop, ignore_eos, logprobs.
-        Raises `InputError` for an unknown or invalid setting, an empty prompt, a token outside of
-        the vocabulary, or a prompt and continuation that are longer than `max_seq_len`.
+        Raises `InputError` for an unknown or invalid setting, a prompt without tokens, a token
+        outside of the vocabulary, or a prompt and continuation that are longer than `max_seq_len`.
         """
         chosen = make_settings(settings)
         given, many = _as_list(prompt)
@@ -135,13 +136,15 @@ class LM(abc.ABC):
             return [self.score(one) for one in given]
         ids = self._encode(given[0])
         if not 2 <= len(ids) <= self.config.max_seq_len:
-            raise InputError(f"cannot score {len(ids)} tokens; give 2 .. {self.config.max_seq_len}")
+            counts = f"2 .. {self.config.max_seq_len}, with BOS if there is one"
+            raise InputError(f"cannot score {len(ids)} tokens; give {counts}")
         return self._token_log_probs(ids)
 
     def chat(self, messages: Messages, **settings: Any) -> Any:
         """Generate the next turn of a conversation: messages with `role` and `content`.
 
-        The checkpoint's chat template renders the prompt. Settings, results and errors are
+        The checkpoint's chat template renders the prompt, or for tokenizers of this project ours.
+        Settings, results and errors are
         those of `generate`. Raises `InputError` if the checkpoint has no chat template.
         """
         if self.tokenizer is None:
@@ -160,7 +163,10 @@ class LM(abc.ABC):
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if not isinstance(prompt, str):
-            ids = [int(id) for id in prompt]
+            try:
+                ids = [operator.index(id) for id in prompt]
+            except TypeError as error:
+                raise InputError(f"a prompt is a text or token ids: {error}") from error
             check_tokens(ids, self.config)
             return ids
         if self.tokenizer is None:
@@ -274,6 +280,12 @@ def _wanted_type(value: Any, annotation: Any) -> str:
     return "" if is_list else "a text or a list of texts"
 
 
+def check_dtype(dtype: str) -> None:
+    """Raise `InputError` for an unknown compute dtype."""
+    known = get_args(Dtype)
+    require(dtype in known, f"dtype {dtype!r} must be one of {', '.join(known)}")
+
+
 def load_tokenizer(
     checkpoint: Path, model: ModelConfig, given: str | Path | None = None
 ) -> Tokenizer | None:
@@ -298,5 +310,7 @@ def load_tokenizer(
 
 def _as_list(prompt: Any) -> tuple[list[Any], bool]:
     """Return the prompts as a list, and whether a list of prompts was given."""
+    if not isinstance(prompt, (str, Sequence, np.ndarray)):
+        raise InputError(f"a prompt is a text or token ids, not {type(prompt).__name__}")
     is_one = isinstance(prompt, str) or not len(prompt) or isinstance(prompt[0], (int, np.integer))
     return ([prompt], False) if is_one else (list(prompt), True)

@@ -1,14 +1,14 @@
 """Render the page of the accelerator report from its JSON.
 
-python -m parity.accelerator.page runs/accelerator
+python -m parity.accelerator.page DIRECTORY
 """
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mooshak.command_line import command_parser
 from mooshak.errors import InputError, command
 from mooshak.files import write_atomically
 from mooshak.report.html import COLORS, TEMPLATES, svg, themed
@@ -83,12 +83,8 @@ def plot(directory: Path) -> str | None:
 
 @command
 def main() -> None:
-    parser = command_parser("parity.accelerator.page", __doc__, "DIRECTORY")
-    text = "output directory of parity.accelerator"
-    parser.add_argument("directory", type=Path, metavar="DIRECTORY", help=text)
-    directory = parser.parse_args().directory
+    directory = Path(sys.argv[1])
     write_atomically(directory / "report.html", page(directory))
-    print(directory / "report.html")
 
 
 if __name__ == "__main__":

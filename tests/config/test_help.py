@@ -20,6 +20,7 @@ COMMANDS = [
     "mooshak.data",
     "mooshak.tokenizer",
     "mooshak.corpus.tales",
+    "parity.accelerator",
     "parity.check",
     "parity.convert",
     "parity.logits",

@@ -298,9 +298,9 @@ def test_wrong_checkpoint_is_named(framework: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("framework", "options", "message"),
     [
-        ("torch", {"device": "gpu"}, "device gpu: "),
-        ("torch", {"device": "cuda:9"}, "device cuda:9: "),
-        ("jax", {"device": "gpu"}, "device gpu: "),
+        ("torch", {"device": "gpu"}, "device gpu is not available"),
+        ("torch", {"device": "cuda:9"}, "device cuda:9 is not available"),
+        ("jax", {"device": "gpu"}, "device gpu is not available"),
         ("jax", {"mesh": "fsdp=5"}, "fsdp=5 does not divide the 8 devices"),
         ("jax", {"mesh": "tensor=4"}, "model.n_kv_heads 2 is not divisible by tensor=4"),
     ],
@@ -331,3 +331,22 @@ def test_float64_turns_x64_on_and_warns(tiny_checkpoint: Path) -> None:
     assert lm.score(HINDI) == pytest.approx(truth.score(HINDI), rel=1e-12, abs=0)
     found, other = (m.generate(HINDI, max_new_tokens=12, **SAMPLED) for m in (lm, truth))
     assert found == other
+
+
+@pytest.mark.parametrize("prompt", [5, None, 1.5, [1.5], [[1], None]])
+def test_prompt_of_a_wrong_type_is_refused(prompt: Any, lm: LM) -> None:
+    with pytest.raises(InputError, match="a prompt is a text or token ids"):
+        lm.generate(prompt, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_unknown_dtype_is_refused(framework: str, tiny_checkpoint: Path) -> None:
+    with pytest.raises(InputError, match="dtype 'int8' must be one of"):
+        load(framework, tiny_checkpoint, dtype="int8")
+
+
+def test_float16_on_a_cpu_is_refused_in_jax_and_works_in_torch(tiny_checkpoint: Path) -> None:
+    with pytest.raises(InputError, match="float16: XLA has no such products on a CPU"):
+        load("jax", tiny_checkpoint, dtype="float16")
+    lm = load("torch", tiny_checkpoint, dtype="float16")
+    assert len(lm.generate([1, 2], max_new_tokens=3, ignore_eos=True).token_ids) == 3

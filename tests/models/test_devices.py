@@ -21,6 +21,7 @@ from mooshak.config.sections import Config, DataConfig, TrainConfig
 from mooshak.data.packing import make_batch
 from mooshak.device import device_environment
 from mooshak.errors import InputError
+from mooshak_torch.device import find_device
 from mooshak_torch.distributed.mesh import make_parallel
 from mooshak_torch.distributed.parallelize import parallelize
 from mooshak_torch.model import make_caches
@@ -108,6 +109,12 @@ def test_device_environment_restricts_both_frameworks() -> None:
 def test_absent_device_is_one_error(package: Any, device: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"device {device}"):
         package.load(tmp_path, device=device)
+
+
+@pytest.mark.parametrize("name", ["mps", "banana", "cpu:x", "gpu", "cuda:7"])
+def test_unknown_device_of_torch_is_one_error(name: str) -> None:
+    with pytest.raises(InputError, match=f"device {name} is not available to PyTorch"):
+        find_device(name)
 
 
 @pytest.mark.slow

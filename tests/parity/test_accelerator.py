@@ -57,7 +57,7 @@ def test_report_of_a_cpu_has_every_part_and_passes(
         assert wanted in names, wanted
     text = (tmp_path / "report.html").read_text()
     assert "every bound holds" in text and "<svg" in text
-    assert not re.search(r"(src|href)=|url\(", text)  # Self-contained.
+    assert not re.search(r"(src|href)=|url\((?!#)", text)  # Self-contained.
 
 
 def test_part_is_ended_after_its_time_with_a_row(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_unknown_device_is_refused_by_both_frameworks() -> None:
     assert machine.find_devices("cpu") == ("cpu", "cpu")
 
 
-def test_missing_wheels_are_installed_and_present_packages_are_not(tmp_path: Path) -> None:
+def test_wheels_of_missing_packages_are_installed(tmp_path: Path) -> None:
     folder = tmp_path / "wheels"
     folder.mkdir()
     _wheel(folder, "mooshak_absent", "VALUE = 7\n")
@@ -132,7 +132,7 @@ def test_collected_packages_are_those_of_the_project_only(tmp_path: Path) -> Non
     assert collect_wheels.packages_in(tmp_path / "freeze.txt") == {"numpy", "ruamel-yaml"}
 
 
-def test_low_precision_in_both_frameworks_exceeds_the_bound_of_the_cpu() -> None:
+def test_low_precision_of_both_exceeds_the_bound_of_the_cpu() -> None:
     source = checker.random_checkpoint(MODEL)
     backends = TorchBackend(source), JaxBackend(source)
     tokens = np.random.default_rng(0).integers(0, 48, (20, 2, 17), dtype=np.int32)

@@ -60,6 +60,17 @@ def demo(config: Path) -> Path:
 
 
 @pytest.mark.slow
+def test_torch_evaluates_the_checkpoint_of_a_jax_mesh(demo: Path) -> None:
+    """The run's configuration says data=2, which in PyTorch needs torchrun."""
+    words = ("mooshak_torch.evaluate", demo / f"jax/checkpoints/{STEPS}", "--json")
+    found = run(*words, "--evaluate.sequences", 0)
+    assert found.returncode == 0, found.stderr
+    assert json.loads(found.stdout) == json.loads((demo / "evaluation-torch.json").read_text())
+    refused = run(*words, "--mesh", "data=2")
+    assert refused.returncode == 2 and "needs 2 processes" in refused.stderr
+
+
+@pytest.mark.slow
 def test_report_is_complete_and_self_contained(demo: Path) -> None:
     page = (demo / "report.html").read_text()
     assert "its loss curve did not notice" in re.sub(r"\s+", " ", re.sub("<[^>]*>", "", page))

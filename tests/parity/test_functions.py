@@ -3,6 +3,7 @@
 The sizes all differ, and grouped heads are among them: a missing transpose cannot pass.
 """
 
+import math
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -197,3 +198,8 @@ def test_float32_loss_sums_are_equally_accurate() -> None:
     ]
     # One chain of 252 additions would be off by 1.1e-7.
     assert max(apart) < 8e-8
+
+
+def test_counts_have_all_digits_and_differences_two() -> None:
+    shown = [checker._number(value) for value in (192.0, 0.0, 1.234e-15, math.inf, 2.5)]
+    assert shown == ["192", "0", "1.2e-15", "inf", "2.5"]
