@@ -9,7 +9,7 @@ NAMES = ("cpu", "cuda", "tpu")
 
 def add_device_option(parser: argparse.ArgumentParser, default: str | None = None) -> None:
     """Add `--device`. Without a default, the command runs on the best device that it finds."""
-    text = "device that computes" if default else "device that computes (null: the best one found)"
+    text = "device that computes" + ("" if default else " (default: the best one found)")
     names = "cpu|cuda|tpu"
     parser.add_argument("--device", choices=NAMES, default=default, metavar=names, help=text)
 

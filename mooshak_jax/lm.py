@@ -18,10 +18,11 @@ from flax import nnx
 from jax import Array
 
 from mooshak.checkpoints.base import FULL_SLICE, Checkpoint
+from mooshak.config.generate import GenerateConfig
 from mooshak.config.model import Dtype, ModelConfig
-from mooshak.config.sections import GenerateConfig
 from mooshak.errors import InputError
 from mooshak.generation import lm
+from mooshak.generation.adjustments import RowAdjustments
 from mooshak.tokenizer.base import Tokenizer
 from mooshak.tokenizer.files import files_of_tokenizer
 from mooshak_jax.checkpoint import load_model
@@ -50,19 +51,13 @@ class LM(lm.LM):
         return merge(self.graphdef, self.params)
 
     def _steps(
-        self, prompts: list[list[int]], samples: list[int], settings: GenerateConfig
+        self,
+        prompts: list[list[int]],
+        samples: list[int],
+        settings: GenerateConfig,
+        adjusters: list[RowAdjustments],
     ) -> Iterator[lm.Step]:
-        steps = generate_tokens(
-            self.graphdef,
-            self.params,
-            prompts,
-            samples,
-            settings.max_new_tokens,
-            settings.temperature,
-            settings.top_p,
-            settings.seed,
-            settings.logprobs,
-        )
+        steps = generate_tokens(self.graphdef, self.params, prompts, samples, settings, adjusters)
         while True:
             # Sampling is in float64; the caller's x64 setting is unchanged between two tokens.
             with jax.enable_x64():
@@ -126,7 +121,9 @@ def load(
         warnings.warn("dtype float64: JAX's x64 mode is now enabled for this process", stacklevel=2)
     parallel = make_mesh(mesh or "data=1", devices)
     config, params = load_model(path, dtype, parallel)
-    return LM(config, dtype, params, lm.load_tokenizer(Path(path), config, tokenizer))
+    result = LM(config, dtype, params, lm.load_tokenizer(Path(path), config, tokenizer))
+    result.defaults = lm.generation_defaults(Path(path))
+    return result
 
 
 @partial(jax.jit, static_argnums=0)

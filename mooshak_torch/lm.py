@@ -11,10 +11,11 @@ import numpy as np
 import torch
 
 from mooshak.checkpoints.base import FULL_SLICE, Checkpoint
+from mooshak.config.generate import GenerateConfig
 from mooshak.config.model import Dtype
-from mooshak.config.sections import GenerateConfig
 from mooshak.errors import InputError
 from mooshak.generation import lm
+from mooshak.generation.adjustments import RowAdjustments
 from mooshak.tokenizer.base import Tokenizer
 from mooshak.tokenizer.files import files_of_tokenizer
 from mooshak_torch.checkpoint import load_model
@@ -42,19 +43,13 @@ class LM(lm.LM):
         return self._model
 
     def _steps(
-        self, prompts: list[list[int]], samples: list[int], settings: GenerateConfig
+        self,
+        prompts: list[list[int]],
+        samples: list[int],
+        settings: GenerateConfig,
+        adjusters: list[RowAdjustments],
     ) -> Iterator[lm.Step]:
-        return generate_tokens(
-            self._model,
-            prompts,
-            samples,
-            settings.max_new_tokens,
-            settings.temperature,
-            settings.top_p,
-            settings.seed,
-            settings.logprobs,
-            self.compiled,
-        )
+        return generate_tokens(self._model, prompts, samples, settings, adjusters, self.compiled)
 
     @torch.no_grad()
     def _token_log_probs(self, ids: list[int]) -> np.ndarray:
@@ -99,4 +94,6 @@ def load(
     set_matmul_precision()
     model = load_model(path, dtype)
     found = lm.load_tokenizer(Path(path), model.config, tokenizer)
-    return LM(model.to(chosen), found, compiled)
+    result = LM(model.to(chosen), found, compiled)
+    result.defaults = lm.generation_defaults(Path(path))
+    return result

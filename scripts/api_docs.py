@@ -139,7 +139,7 @@ def table(fields: list[Field]) -> str:
 
 def interface() -> str:
     """Return the sections of `load`, `LM`, `Completion`, the settings and the errors."""
-    shared, settings = parse("mooshak/generation/lm.py"), parse("mooshak/config/sections.py")
+    shared, settings = parse("mooshak/generation/lm.py"), parse("mooshak/config/generate.py")
     errors, lm = parse("mooshak/errors.py"), shared["LM"]
     parts = ["## load"]
     for framework in ("torch", "jax"):

@@ -26,6 +26,7 @@ PAIRS = (
     "step",
     "optimizer",
     "device",
+    "sampling",
     "decode",
     "generate",
     "lm",

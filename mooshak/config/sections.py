@@ -4,7 +4,6 @@ mooshak/config/parse.py builds the parser of every command from them. Their docs
 texts. An unknown key is an error that names the most similar known one.
 """
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -267,42 +266,6 @@ class EvaluateConfig:
         require(self.every >= 0, "evaluate.every must not be negative")
         require(self.sequences >= 0, "evaluate.sequences must not be negative")
         require(self.batch_size > 0, "evaluate.batch_size must be positive")
-
-
-@dataclass(frozen=True)
-class GenerateConfig:
-    """Settings of generation."""
-
-    max_new_tokens: int = 128
-    """Maximum number of new tokens."""
-    temperature: float = 0.0
-    """Divisor of the logits before sampling; 0 is greedy decoding."""
-    top_p: float = 1.0
-    """Nucleus sampling (arXiv:1904.09751): sample from the smallest set of tokens with total
-    probability >= top_p."""
-    seed: int = 0
-    """Seed of the sampling noise."""
-    n: int = 1
-    """Samples per prompt."""
-    stop: tuple[str, ...] = ()
-    """Stop texts: generation ends where one appears; it is not part of the result."""
-    ignore_eos: bool = False
-    """Continue after an end-of-text token."""
-    logprobs: bool = False
-    """Return the log-probability of each token under the model, before temperature and top_p."""
-
-    def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        for key in ("max_new_tokens", "n"):
-            value = getattr(self, key)
-            require(value >= 1, f"generate.{key} {value} must be at least 1")
-        require(
-            0 <= self.temperature < math.inf,
-            f"generate.temperature {self.temperature} must be 0 (greedy) or positive",
-        )
-        require(0 < self.top_p <= 1, f"generate.top_p {self.top_p} must be in (0, 1]")
-        require(all(self.stop), "generate.stop contains an empty text")
 
 
 @dataclass(frozen=True)

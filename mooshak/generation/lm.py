@@ -6,7 +6,7 @@ shared.
 
 import abc
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
@@ -16,9 +16,16 @@ import numpy as np
 
 from mooshak.checkpoints import safetensors
 from mooshak.checkpoints.base import Checkpoint
+from mooshak.config.generate import GenerateConfig
 from mooshak.config.model import Dtype, ModelConfig
-from mooshak.config.sections import GenerateConfig
 from mooshak.errors import InputError, did_you_mean, require
+from mooshak.files import read_object
+from mooshak.generation.adjustments import (
+    RowAdjustments,
+    bad_word_ids,
+    check_token_settings,
+    needs_adjustments,
+)
 from mooshak.generation.text import TextStream, check_tokens, end_ids
 from mooshak.tokenizer.base import Tokenizer
 from mooshak.tokenizer.chat_template import Messages, encode_chat, end_of_turn
@@ -60,6 +67,8 @@ class LM(abc.ABC):
     """Architecture and sizes of the model."""
     tokenizer: Tokenizer | None
     """The tokenizer; None if the checkpoint has none: prompts are then token ids."""
+    defaults: Mapping[str, Any] = {}
+    """Settings of the checkpoint's generation_config.json, which those of a call replace."""
 
     @property
     @abc.abstractmethod
@@ -68,11 +77,16 @@ class LM(abc.ABC):
 
     @abc.abstractmethod
     def _steps(
-        self, prompts: list[list[int]], samples: list[int], settings: GenerateConfig
+        self,
+        prompts: list[list[int]],
+        samples: list[int],
+        settings: GenerateConfig,
+        adjusters: list[RowAdjustments],
     ) -> Iterator[Step]:
         """Yield the next token of each row, `max_new_tokens` times.
 
-        Row i continues prompts[i] with the sampling noise of sample samples[i].
+        Row i continues prompts[i] with the sampling noise of sample samples[i]; `adjusters`, one
+        for each row or none, change the logits.
         """
 
     @abc.abstractmethod
@@ -94,11 +108,12 @@ class LM(abc.ABC):
 
         A list of prompts returns a list; each result is the same as for the prompt alone. If `n` is
         more than 1, each prompt returns a list of samples. `settings` are the fields of
-        `GenerateConfig`: max_new_tokens, temperature, top_p, seed, n, stop, ignore_eos, logprobs.
-        Raises `InputError` for an unknown or invalid setting, a prompt without tokens, a token
-        outside of the vocabulary, or a prompt and continuation that are longer than `max_seq_len`.
+        `GenerateConfig` (docs/generation.md); those that are not given have the values of the
+        checkpoint's generation_config.json. Raises `InputError` for an unknown or invalid setting,
+        a prompt without tokens, a token outside of the vocabulary, or a prompt and continuation
+        that are longer than `max_seq_len`.
         """
-        chosen = make_settings(settings)
+        chosen = make_settings(settings, self.defaults)
         given, many = _as_list(prompt)
         prompts = [self._encode(one) for one in given]
         rows = [(ids, sample) for ids in prompts for sample in range(chosen.n)]
@@ -113,7 +128,7 @@ class LM(abc.ABC):
         Settings and errors are those of `generate`; `n` must be 1. Raises `InputError` if the
         checkpoint has no tokenizer.
         """
-        chosen, ids = make_settings(settings), self._encode(prompt)
+        chosen, ids = make_settings(settings, self.defaults), self._encode(prompt)
         if chosen.n != 1:
             raise InputError(f"generate.n {chosen.n}: a stream has one sample; set n to 1")
         if self.tokenizer is None:
@@ -149,7 +164,8 @@ class LM(abc.ABC):
         """
         if self.tokenizer is None:
             raise InputError("the checkpoint has no tokenizer, so it has no chat template")
-        chosen, ids = make_settings(settings), encode_chat(self.tokenizer, messages)
+        chosen = make_settings(settings, self.defaults)
+        ids = encode_chat(self.tokenizer, messages)
         rows, samples = [ids] * chosen.n, list(range(chosen.n))
         found = self._complete(rows, samples, chosen, end_of_turn(self.tokenizer))
         return found[0] if chosen.n == 1 else found
@@ -173,6 +189,22 @@ class LM(abc.ABC):
             raise InputError("the checkpoint has no tokenizer; give token ids instead of a text")
         return self.tokenizer.encode(prompt, bos=True)
 
+    def _ends(self, settings: GenerateConfig) -> set[int]:
+        """Return the token ids that end a text."""
+        own = set() if self.tokenizer is None else end_ids(self.tokenizer)
+        return own | set(settings.stop_token_ids)
+
+    def _adjusters(
+        self, prompts: list[list[int]], settings: GenerateConfig, ends: set[int]
+    ) -> list[RowAdjustments]:
+        """Return the adjustments of the logits for each row; none if the settings have none."""
+        check_token_settings(settings, self.config.vocab_size)
+        if not needs_adjustments(settings):
+            return []
+        words = bad_word_ids(settings.bad_words, self.tokenizer)
+        vocab_size = self.config.vocab_size
+        return [RowAdjustments(settings, ids, vocab_size, ends, words) for ids in prompts]
+
     def _complete(
         self,
         prompts: list[list[int]],
@@ -181,11 +213,13 @@ class LM(abc.ABC):
         more_ends: set[int] | None = None,
     ) -> list[Completion]:
         """Generate one completion per row, until all of them have ended."""
+        ends = self._ends(settings) | (more_ends or set())
         rows = [
-            _Row(self, ids, sample, settings, more_ends or set(), streamed=False)
+            _Row(self, ids, sample, settings, ends, streamed=False)
             for ids, sample in zip(prompts, samples, strict=True)
         ]
-        for tokens_B, log_probs_B in self._steps(prompts, samples, settings):
+        adjusters = self._adjusters(prompts, settings, ends)
+        for tokens_B, log_probs_B in self._steps(prompts, samples, settings, adjusters):
             for row, token, log_prob in zip(rows, tokens_B, log_probs_B, strict=True):
                 row.push(int(token), float(log_prob))
             if all(row.done for row in rows):
@@ -193,8 +227,10 @@ class LM(abc.ABC):
         return [row.completion() for row in rows]
 
     def _stream(self, ids: list[int], settings: GenerateConfig) -> Iterator[str]:
-        row = _Row(self, ids, 0, settings, set(), streamed=True)
-        for (token,), (log_prob,) in self._steps([ids], [0], settings):
+        ends = self._ends(settings)
+        row = _Row(self, ids, 0, settings, ends, streamed=True)
+        adjusters = self._adjusters([ids], settings, ends)
+        for (token,), (log_prob,) in self._steps([ids], [0], settings, adjusters):
             if text := row.push(int(token), float(log_prob)):
                 yield text
             if row.done:
@@ -225,9 +261,8 @@ class _Row:
         self.ends = ends
         if lm.tokenizer is not None:
             self.stream = TextStream(lm.tokenizer, prompt, settings.stop)
-            self.ends = ends | end_ids(lm.tokenizer)
         if settings.ignore_eos:
-            self.ends = set()
+            self.ends = set(settings.stop_token_ids)
 
     def push(self, token: int, log_prob: float) -> str:
         """Append a token, unless the row has ended; return the text that became final."""
@@ -256,19 +291,58 @@ class _Row:
         )
 
 
-def make_settings(settings: dict[str, Any]) -> GenerateConfig:
-    """Return settings from keyword arguments. Raises `InputError` for unknown or invalid ones."""
+def make_settings(
+    settings: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+) -> GenerateConfig:
+    """Return settings from keyword arguments. Raises `InputError` for unknown or invalid ones.
+
+    `defaults` are used for those that are not given, as far as they do not contradict them.
+    """
     types = get_type_hints(GenerateConfig)
     if unknown := sorted(settings.keys() - types.keys()):
         raise InputError(f"unknown setting {unknown[0]}{did_you_mean(unknown[0], types)}")
     for name, value in settings.items():
         wanted = _wanted_type(value, types[name])
         require(not wanted, f"generate.{name} {value!r} must be {wanted}")
-    return GenerateConfig(**settings)
+    chosen = dict(defaults or {}) | dict(settings)
+    if "max_new_tokens" in settings and "min_new_tokens" not in settings:
+        chosen["min_new_tokens"] = min(
+            chosen.get("min_new_tokens", 0), max(0, settings["max_new_tokens"])
+        )
+    return GenerateConfig(**chosen)
+
+
+def generation_defaults(directory: Path) -> dict[str, Any]:
+    """Return the settings of a checkpoint's generation_config.json, as transformers reads them.
+
+    Without `do_sample` decoding is greedy; with it, the temperature is 1 where none is named.
+    Raises `InputError` if a value is invalid.
+    """
+    path = directory / "generation_config.json"
+    values = {key: value for key, value in read_object(path).items() if value is not None}
+    found = {name: values[name] for name in FROM_GENERATION_CONFIG if name in values}
+    if values.get("do_sample"):
+        found |= {name: values[name] for name in FROM_SAMPLING_CONFIG if name in values}
+        found.setdefault("temperature", 1.0)
+    try:
+        make_settings(found)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    return found
+
+
+FROM_GENERATION_CONFIG = ("repetition_penalty", "no_repeat_ngram_size", "min_new_tokens")
+FROM_SAMPLING_CONFIG = ("temperature", "top_k", "top_p", "min_p", "typical_p")
+"""Keys of generation_config.json; the second ones only with `do_sample`."""
 
 
 def _wanted_type(value: Any, annotation: Any) -> str:
     """Return the type that a setting must have, or an empty text if `value` has it."""
+    if annotation == tuple[int, ...]:
+        return "" if _are(value, Integral) else "a list of token ids"
+    if annotation == Mapping[int, float]:
+        is_map = isinstance(value, Mapping) and _are(list(value), Integral)
+        return "" if is_map and _are(list(value.values()), Real) else "token ids with numbers"
     is_bool = isinstance(value, (bool, np.bool_))
     if annotation is bool:
         return "" if is_bool else "true or false"
@@ -278,6 +352,11 @@ def _wanted_type(value: Any, annotation: Any) -> str:
         return "" if isinstance(value, Real) and not is_bool else "a number"
     is_list = isinstance(value, Sequence) and all(isinstance(one, str) for one in value)
     return "" if is_list else "a text or a list of texts"
+
+
+def _are(values: Any, kind: type) -> bool:
+    is_list = isinstance(values, Sequence) and not isinstance(values, str)
+    return is_list and all(isinstance(v, kind) and not isinstance(v, bool) for v in values)
 
 
 def check_dtype(dtype: str) -> None:

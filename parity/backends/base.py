@@ -10,9 +10,11 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from mooshak.checkpoints.base import Checkpoint
-from mooshak.config.model import Dtype
+from mooshak.config.generate import GenerateConfig
+from mooshak.config.model import Dtype, ModelConfig
 from mooshak.config.sections import Config
 from mooshak.data.packing import IGNORE_INDEX, Batch
+from mooshak.generation.adjustments import RowAdjustments, needs_adjustments
 from parity.distance import Arrays
 
 
@@ -87,11 +89,9 @@ class Backend(Protocol):
         self,
         dtype: Dtype,
         prompts: Sequence[Sequence[int]],
-        new_tokens: int,
-        temperature: float,
-        top_p: float = 1.0,
+        settings: GenerateConfig,
     ) -> np.ndarray:
-        """Return the tokens [B, new_tokens] of the framework's `generate`."""
+        """Return the tokens [B, max_new_tokens] that follow each prompt; row b is sample b."""
 
 
 class FixedDtype:
@@ -128,11 +128,9 @@ class FixedDtype:
         self,
         dtype: Dtype,
         prompts: Sequence[Sequence[int]],
-        new_tokens: int,
-        temperature: float,
-        top_p: float = 1.0,
+        settings: GenerateConfig,
     ) -> np.ndarray:
-        return self._backend.generate(self._dtype, prompts, new_tokens, temperature, top_p)
+        return self._backend.generate(self._dtype, prompts, settings)
 
 
 class Recorder:
@@ -149,6 +147,15 @@ class Recorder:
         elif path.endswith(("wq", "wk")):
             self._linear = path
         self.values.setdefault(f"{path} {end}", value)
+
+
+def make_adjusters(
+    settings: GenerateConfig, prompts: Sequence[Sequence[int]], model: ModelConfig
+) -> list[RowAdjustments]:
+    """Return the adjustments of the logits for each row; none if the settings have none."""
+    if not needs_adjustments(settings):
+        return []
+    return [RowAdjustments(settings, prompt, model.vocab_size, ends=[1]) for prompt in prompts]
 
 
 def count_labels(batch: Batch[np.ndarray]) -> int:

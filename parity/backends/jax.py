@@ -23,6 +23,7 @@ import mooshak_jax.param_names
 import mooshak_jax.params
 import mooshak_jax.step
 from mooshak.checkpoints.base import MOMENTS, Checkpoint
+from mooshak.config.generate import GenerateConfig
 from mooshak.config.model import Dtype
 from mooshak.config.sections import Config
 from mooshak.data.packing import Batch
@@ -35,6 +36,7 @@ from parity.backends.base import (
     Step,
     cache_shape,
     count_labels,
+    make_adjusters,
 )
 
 
@@ -149,14 +151,14 @@ class JaxBackend:
         self,
         dtype: Dtype,
         prompts: Sequence[Sequence[int]],
-        new_tokens: int,
-        temperature: float,
-        top_p: float = 1.0,
+        settings: GenerateConfig,
     ) -> np.ndarray:
+        adjusters = make_adjusters(settings, prompts, self.source.model)
         graphdef, params = self.graphdef(dtype), self.params(dtype)
-        return mooshak_jax.decode.generate(
-            graphdef, params, prompts, new_tokens, temperature, top_p
+        steps = mooshak_jax.decode.generate_tokens(
+            graphdef, params, prompts, range(len(prompts)), settings, adjusters
         )
+        return np.stack([token_B for token_B, _ in steps], axis=1)
 
 
 def canonical(tree: Any) -> Arrays:

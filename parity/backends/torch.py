@@ -20,6 +20,7 @@ import mooshak_torch.optimizer
 import mooshak_torch.params
 import mooshak_torch.step
 from mooshak.checkpoints.base import MOMENTS, Checkpoint
+from mooshak.config.generate import GenerateConfig
 from mooshak.config.model import Dtype
 from mooshak.config.sections import Config
 from mooshak.data.packing import Batch
@@ -32,6 +33,7 @@ from parity.backends.base import (
     Step,
     cache_shape,
     count_labels,
+    make_adjusters,
 )
 
 
@@ -139,12 +141,14 @@ class TorchBackend:
         self,
         dtype: Dtype,
         prompts: Sequence[Sequence[int]],
-        new_tokens: int,
-        temperature: float,
-        top_p: float = 1.0,
+        settings: GenerateConfig,
     ) -> np.ndarray:
+        adjusters = make_adjusters(settings, prompts, self.source.model)
         model = self.model(dtype)
-        return mooshak_torch.decode.generate(model, prompts, new_tokens, temperature, top_p)
+        steps = mooshak_torch.decode.generate_tokens(
+            model, prompts, range(len(prompts)), settings, adjusters
+        )
+        return np.stack([token_B for token_B, _ in steps], axis=1)
 
     def _tokens(self, tokens_BT: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(tokens_BT)).to(self.device).long()

@@ -1,16 +1,40 @@
 """Compare decoding: the KV cache, its roll-back, and generated tokens."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
+from mooshak.config.generate import GenerateConfig
 from parity.backends import CacheCall
 from parity.comparisons.case import Line, ParityCase
 from parity.distance import distance
 from parity.tolerances import FLOAT64
 
-TOP_P = 0.9
-"""Of the lines of nucleus sampling."""
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampled": {"temperature": 1.0},
+    "top_p 0.9 sampled": {"temperature": 1.0, "top_p": 0.9},
+    "top_k 40 sampled": {"temperature": 1.5, "top_k": 40},
+    "min_p 0.05 sampled": {"temperature": 1.0, "min_p": 0.05},
+    "typical_p 0.8 sampled": {"temperature": 1.0, "typical_p": 0.8},
+    "all filters, sampled": {
+        "temperature": 0.8,
+        "top_k": 100,
+        "top_p": 0.95,
+        "min_p": 0.01,
+        "typical_p": 0.95,
+    },
+    "penalties, sampled": {
+        "temperature": 1.0,
+        "repetition_penalty": 1.2,
+        "presence_penalty": 0.5,
+        "frequency_penalty": 0.5,
+        "no_repeat_ngram_size": 3,
+        "min_new_tokens": 4,
+    },
+}
+"""Name in the report -> settings."""
 
 
 def cache(q: ParityCase) -> Iterator[Line]:
@@ -54,15 +78,12 @@ def roll_back(q: ParityCase) -> Iterator[Line]:
 
 
 def decoding(q: ParityCase) -> Iterator[Line]:
-    """Count tokens that differ, greedy and sampled."""
+    """Count tokens that differ, for each strategy."""
     prompts = q.tokens_nBS[0][:, :8].tolist()
-    settings = (("greedy", 0.0, 1.0), ("sampled", 1.0, 1.0), (f"top_p {TOP_P} sampled", 1.0, TOP_P))
     for dtype in ("float64", "float32"):
-        for name, temperature, top_p in settings:
-            ours, theirs = (
-                backend.generate(dtype, prompts, q.decode, temperature, top_p)
-                for backend in (q.torch, q.jax)
-            )
+        for name, values in STRATEGIES.items():
+            settings = GenerateConfig(max_new_tokens=q.decode, **values)
+            ours, theirs = (b.generate(dtype, prompts, settings) for b in (q.torch, q.jax))
             different = ours != theirs
             rows, steps = np.nonzero(different)
             first = int(steps.min()) if len(steps) else 0

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -256,6 +257,9 @@ def late_documents(module: Any) -> list[Patch]:
 
 def without_top_p(module: Any) -> list[Patch]:
     original = module.sample
-    return [
-        (module, "sample", lambda logits, u, temperature, p: original(logits, u, temperature, 1.0))
-    ]
+
+    def sample(logits: Any, uniform: Any, parameters: Any, *rest: Any) -> Any:
+        top_p_B = np.ones_like(parameters.top_p_B)
+        return original(logits, uniform, replace(parameters, top_p_B=top_p_B), *rest)
+
+    return [(module, "sample", sample)]

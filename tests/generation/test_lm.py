@@ -29,17 +29,6 @@ def load(framework: str, path: Path, **options: Any) -> LM:
     return lm
 
 
-@pytest.fixture(scope="module")
-def lms(tiny_checkpoint: Path) -> dict[str, LM]:
-    return {framework: load(framework, tiny_checkpoint) for framework in FRAMEWORKS}
-
-
-@pytest.fixture(params=FRAMEWORKS)
-def lm(request: pytest.FixtureRequest, lms: dict[str, LM]) -> LM:
-    """The model in each framework."""
-    return lms[request.param]
-
-
 @pytest.fixture
 def without_tokenizer(tiny_checkpoint: Path, tmp_path: Path) -> Path:
     shutil.copytree(tiny_checkpoint, tmp_path / "weights")

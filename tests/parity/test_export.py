@@ -22,6 +22,7 @@ import torch
 import transformers
 
 from mooshak.checkpoints import base, safetensors
+from mooshak.config.generate import GenerateConfig
 from mooshak.config.model import ModelConfig
 from mooshak.config.parse import dump_config
 from mooshak.config.sections import Config
@@ -102,7 +103,9 @@ def test_exported_model_is_the_same_function(attention: str, theirs: Any, export
 
 def test_exported_model_generates_the_same_tokens(theirs: Any, exported: Path) -> None:
     prompts = [[1, 40, 300, 7], [1, 9]]
-    ours = TorchBackend(open_any(exported)).generate("float32", prompts, 64, 0.0)
+    ours = TorchBackend(open_any(exported)).generate(
+        "float32", prompts, GenerateConfig(max_new_tokens=64)
+    )
     padded = torch.tensor([prompts[0], [3, 3, *prompts[1]]])  # transformers pads on the left.
     mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
     greedy = {"max_new_tokens": 64, "do_sample": False, "eos_token_id": None, "pad_token_id": 3}

@@ -22,6 +22,7 @@ from safetensors.numpy import load_file, save_file
 
 from mooshak.checkpoints.base import Checkpoint
 from mooshak.checkpoints.hf_config import REQUIRED, model_from_hf, model_to_hf
+from mooshak.config.generate import GenerateConfig
 from mooshak.errors import InputError
 from mooshak.tokenizer.base import Tokenizer
 from parity import distance, tolerances
@@ -103,7 +104,7 @@ def test_family_is_the_same_function_in_both_frameworks(case: str, tmp_path: Pat
         ours = side.operations("float32", tokens_BT)["logits"]
         allowed = tolerances.RATIO * max(floor, tolerances.TINY)
         assert distance.distance(ours, truth) <= allowed, side.name
-        tokens = side.generate("float32", prompts.tolist(), 64, 0.0)
+        tokens = side.generate("float32", prompts.tolist(), GenerateConfig(max_new_tokens=64))
         assert tokens.tolist() == greedy.tolist(), side.name
 
 

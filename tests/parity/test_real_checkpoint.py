@@ -17,6 +17,7 @@ import torch
 import transformers
 
 import mooshak_torch.generate
+from mooshak.config.generate import GenerateConfig
 from mooshak.tokenizer.load import open_tokenizer
 from mooshak_torch.ops.matmul import linear
 from parity import tolerances
@@ -73,7 +74,9 @@ def test_trained_model_is_the_same_function(smollm2: Path) -> None:
         ours = side.operations("float32", tokens_BT)["logits"]
         found = distance(ours, truth)
         assert found <= tolerances.RATIO * floor, (side.name, found, floor)
-        assert side.generate("float32", prompts, 64, 0.0).tolist() == greedy, side.name
+        assert (
+            side.generate("float32", prompts, GenerateConfig(max_new_tokens=64)).tolist() == greedy
+        ), side.name
 
 
 def test_trained_model_round_trip_is_exact(smollm2: Path, tmp_path: Path) -> None:

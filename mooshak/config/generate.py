@@ -1,0 +1,91 @@
+"""Settings of generation: of the commands, the Python API and both frameworks."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from mooshak.errors import require
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Settings of generation."""
+
+    max_new_tokens: int = 128
+    """Maximum number of new tokens."""
+    min_new_tokens: int = 0
+    """Number of new tokens before an end token may be generated."""
+    temperature: float = 0.0
+    """Divisor of the logits before sampling; 0 is greedy decoding."""
+    top_k: int = 0
+    """Sample from the k most probable tokens (0: all)."""
+    top_p: float = 1.0
+    """Nucleus sampling (arXiv:1904.09751): sample from the smallest set of tokens with total
+    probability >= top_p."""
+    min_p: float = 0.0
+    """Remove tokens less probable than min_p times the most probable one (arXiv:2407.01082)."""
+    typical_p: float = 1.0
+    """Locally typical sampling (arXiv:2202.00666): total probability of the tokens whose surprise
+    is closest to the entropy."""
+    repetition_penalty: float = 1.0
+    """Divisor of the positive logits, factor of the negative ones, of tokens in prompt or output
+    (arXiv:1909.05858)."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens in the output."""
+    frequency_penalty: float = 0.0
+    """Subtracted from the logits of tokens for each time that they are in the output."""
+    no_repeat_ngram_size: int = 0
+    """Generate no n-gram of this size a second time, those of the prompt included (0: allow)."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Token id -> number added to its logit."""
+    allowed_tokens: tuple[int, ...] = ()
+    """Token ids; all others are never generated (empty: all are allowed)."""
+    bad_words: tuple[str, ...] = ()
+    """Texts that are never generated."""
+    seed: int = 0
+    """Seed of the sampling noise."""
+    n: int = 1
+    """Samples per prompt."""
+    stop: tuple[str, ...] = ()
+    """Stop texts: generation ends where one appears; it is not part of the result."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Token ids that end the text, in addition to the end tokens."""
+    ignore_eos: bool = False
+    """Continue after an end token."""
+    logprobs: bool = False
+    """Return the log-probability of each token under the model, before any other setting acts."""
+
+    def __post_init__(self) -> None:
+        for key in ("stop", "bad_words"):
+            if isinstance(value := getattr(self, key), str):
+                object.__setattr__(self, key, (value,))
+        for key in ("max_new_tokens", "n"):
+            value = getattr(self, key)
+            require(value >= 1, f"generate.{key} {value} must be at least 1")
+        for key in ("min_new_tokens", "top_k", "no_repeat_ngram_size"):
+            value = getattr(self, key)
+            require(value >= 0, f"generate.{key} {value} must not be negative")
+        require(
+            self.min_new_tokens <= self.max_new_tokens,
+            f"generate.min_new_tokens {self.min_new_tokens} is more than generate.max_new_tokens "
+            f"{self.max_new_tokens}",
+        )
+        require(
+            0 <= self.temperature < math.inf,
+            f"generate.temperature {self.temperature} must be 0 (greedy) or positive",
+        )
+        for key in ("top_p", "typical_p"):
+            value = getattr(self, key)
+            require(0 < value <= 1, f"generate.{key} {value} must be in (0, 1]")
+        require(0 <= self.min_p <= 1, f"generate.min_p {self.min_p} must be in [0, 1]")
+        require(
+            0 < self.repetition_penalty < math.inf,
+            f"generate.repetition_penalty {self.repetition_penalty} must be positive",
+        )
+        for key in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, key)
+            require(-2 <= value <= 2, f"generate.{key} {value} must be in [-2, 2]")
+        for token, bias in self.logit_bias.items():
+            require(math.isfinite(bias), f"generate.logit_bias: {bias} of token {token}")
+        for key in ("stop", "bad_words"):
+            require(all(getattr(self, key)), f"generate.{key} contains an empty text")
