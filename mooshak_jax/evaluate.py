@@ -17,7 +17,8 @@ def main() -> None:
     from mooshak_jax.step import cache_compilations
 
     cache_compilations()
-    find_devices(arguments.device)
+    if arguments.device and config.parallel.coordinator_address is None:
+        find_devices(arguments.device)  # Other processes are joined before a device is used.
     scores = evaluate_checkpoint(config, arguments.source)
     if scores is not None:
         report(scores, arguments.json)

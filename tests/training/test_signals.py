@@ -43,6 +43,8 @@ def test_second_signal_goes_to_the_handler_before(
 
 
 def test_second_interrupt_raises_in_the_step() -> None:
+    # A shell starts background commands with this signal ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(KeyboardInterrupt), stop_request():
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
