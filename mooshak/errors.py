@@ -28,8 +28,8 @@ class PeerError(InputError):
 def command(main: Callable[..., None]) -> Callable[..., None]:
     """Wrap the `main` of a command: an `InputError` is printed as `error: ...`, with its exit code.
 
-    A full disk is reported in the same way: the user has to free space, and a traceback would not
-    say so.
+    So is an error of a file or directory (not there, not writable, not a directory, a full disk):
+    the user has to act, and a traceback would not say so.
     """
 
     @functools.wraps(main)
@@ -52,7 +52,9 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
         except OSError as error:
-            if error.errno not in _DISK_ERRORS:
+            if error.errno not in _DISK_ERRORS and (
+                error.errno not in _FILE_ERRORS or error.filename is None
+            ):
                 raise
             sys.exit(_fail(os_error_text(error)))
 
@@ -66,6 +68,19 @@ def os_error_text(error: OSError) -> str:
 
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FILE_ERRORS = (
+    errno.ENOENT,
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+)
 
 
 def _fail(message: str, exit_code: int = 2) -> int:

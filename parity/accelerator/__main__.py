@@ -36,6 +36,8 @@ from parity.accelerator.wheels import install_missing
 TOTAL = sum(part.seconds for part in PARTS)
 PROBE_SECONDS = 120.0
 """To import both frameworks the first time."""
+PAGE_SECONDS = 15.0
+"""Least time between two versions of the page."""
 EXIT_SECONDS = 10.0
 """For the process of a part to exit after its last row."""
 USAGE = "--out DIR [--minutes 8] [--wheels FOLDER] [--device cpu|cuda|tpu] [--parts NAME ...]"
@@ -72,25 +74,37 @@ def main() -> None:
     devices = _devices(args.device, environment)
     setup = Setup(out, *devices, small=devices == ("cpu", "cpu"))
     chosen = [part for part in PARTS if part.name in args.parts]
-    deadline = start + 60 * args.minutes
+    deadline, shown = start + 60 * args.minutes, 0.0
     for i, part in enumerate(chosen):
-        left = deadline - time.monotonic()
-        later = sum(p.seconds for p in chosen[i + 1 :]) * 60 * args.minutes / TOTAL
+        available = part_seconds(chosen[i:], deadline - time.monotonic(), args.minutes)
         rows[part.name] = []
-        print(f"{part.title}: {max(0.0, left - later):.0f} s", flush=True)
+        print(f"{part.title}: {available:.0f} s", flush=True)
         began = time.monotonic()
-        for row in measure(part, setup, max(0.0, left - later), environment):
+        for row in measure(part, setup, available, environment):
             rows[part.name].append(row)
             seconds[part.name] = time.monotonic() - began
             _write_json(rows, seconds, setup, out)
             print(f"  {_text(row)}", flush=True)
-        _write_page(out, environment)
+        if i + 1 == len(chosen) or time.monotonic() - shown > PAGE_SECONDS:
+            _write_page(out, environment)
+            shown = time.monotonic()
     failed = [row for part in rows.values() for row in part if row.passed is False]
     n_rows = sum(map(len, rows.values()))
     total = time.monotonic() - start
     print(f"{out / 'report.html'}: {n_rows} rows, {len(failed)} fail, {total:.0f} seconds")
     if failed:
         sys.exit(1)
+
+
+def part_seconds(parts: Sequence[PartSpec], left: float, minutes: float) -> float:
+    """Return the time of the first of the parts that follow, when `left` seconds remain.
+
+    It has its own share and what earlier parts have not used; where time is short, the first parts
+    have their shares and the last ones none.
+    """
+    scale = 60 * minutes / TOTAL
+    own, later = parts[0].seconds * scale, sum(part.seconds for part in parts[1:]) * scale
+    return max(0.0, min(left, max(own, left - later)))
 
 
 def measure(

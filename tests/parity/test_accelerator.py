@@ -16,7 +16,7 @@ from mooshak.config.model import ModelConfig
 from mooshak.errors import InputError
 from parity import checker
 from parity.accelerator import machine, page, wheels
-from parity.accelerator.__main__ import main, measure
+from parity.accelerator.__main__ import main, measure, part_seconds
 from parity.accelerator.parts import PARTS
 from parity.accelerator.rows import Row, Setup, attempt
 from parity.backends import FixedDtype, JaxBackend, TorchBackend
@@ -64,6 +64,17 @@ def test_part_is_ended_after_its_time_with_a_row(tmp_path: Path) -> None:
     rows = list(measure(PARTS[1], _setup(tmp_path), 1.5, os.environ))
     assert [(row.value, row.passed) for row in rows][-1] == ("ended after its 2 seconds", False)
     assert next(measure(PARTS[1], _setup(tmp_path), 0.5, os.environ)).passed is None
+
+
+def test_parts_share_the_time_the_first_ones_first() -> None:
+    total = sum(part.seconds for part in PARTS)
+    # On time: its share. Early: what is left over, too.
+    assert part_seconds(PARTS, 480, 8) == pytest.approx(PARTS[0].seconds * 480 / total)
+    assert part_seconds(PARTS[-1:], 200, 8) == 200
+    assert part_seconds(PARTS[1:], 480, 8) > PARTS[1].seconds * 480 / total
+    # Late: its share as long as there is time, then what is left.
+    assert part_seconds(PARTS, 100, 8) == pytest.approx(PARTS[0].seconds * 480 / total)
+    assert part_seconds(PARTS, 3, 8) == 3 and part_seconds(PARTS, -1, 8) == 0
 
 
 def test_part_whose_process_fails_is_a_row(tmp_path: Path) -> None:
