@@ -3,6 +3,7 @@
 from collections.abc import Collection, Sequence
 
 import numpy as np
+import regex
 
 from mooshak.config.model import ModelConfig
 from mooshak.errors import InputError
@@ -11,13 +12,16 @@ from mooshak.tokenizer.base import Tokenizer
 
 REPLACEMENT = "\ufffd"
 """U+FFFD, which `decode` returns for an incomplete UTF-8 sequence."""
+CLUSTER = regex.compile(r"\X")
+"""Grapheme cluster: a letter with its vowel signs, a conjunct, an emoji with its joiners."""
 
 
 class TextStream:
     """Incremental text of a continuation: prompt and continuation decoded, minus the prompt.
 
-    `push` returns the text that is final; the parts join to `text`. Text that may still change is
-    held back: an incomplete character, or the start of a stop text.
+    `push` returns the text that is final; the parts join to `text`. They end at borders of grapheme
+    clusters (Unicode UAX #29). Held back is what may still change: an incomplete character, the
+    last cluster, or the start of a stop text. Only the latest tokens are decoded for each token.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str] = ()):
@@ -25,57 +29,76 @@ class TextStream:
         self.ids: list[int] = []
         self.stopped = False
         """True after a stop text was generated."""
-        self._start = self._decode([])
-        self._sent = 0
+        self._n_sent = 0
+        self._pending = ""
+        # Tokens from `_window` on are decoded again; those before `_read` have known text.
+        self._window, self._read = 0, len(self.prompt)
+        self._known: str | None = None
 
     def push(self, token: int) -> str:
         """Append a token; return the text that became final."""
         self.ids.append(token)
-        full = self._continuation()
-        text = self._until_stop(full)
-        self.stopped = len(text) < len(full)
-        held = 0 if self.stopped else self._held(text)
-        new = text[self._sent : len(text) - held]
-        self._sent += len(new)
-        return new
+        self._pending += self._decode_latest()
+        ends = [at for stop in self.stop if (at := self._pending.find(stop)) >= 0]
+        if ends:
+            self.stopped = True
+            return self._send(min(ends))
+        return self._send(self._last_border(len(self._pending) - self._begun_stop()))
 
     def finish(self) -> str:
         """Return the text that was held back, after the last token."""
-        new = self.text[self._sent :]
-        self._sent += len(new)
+        new = self.text[self._n_sent :]
+        self._n_sent += len(new)
         return new
 
     @property
     def text(self) -> str:
         """The continuation up to a stop text."""
-        return self._until_stop(self._continuation())
-
-    def _continuation(self) -> str:
-        text = self._decode(self.ids)
+        text = self._decode(0)
         # The prompt may end within a character, whose last bytes are in the continuation.
-        return text[len(_common_prefix(self._start, text)) :]
+        start = _common_prefix(self._decode(0, len(self.prompt)), text)
+        ends = [at for stop in self.stop if (at := text.find(stop, len(start))) >= 0]
+        return text[len(start) : min(ends, default=len(text))]
 
-    def _until_stop(self, text: str) -> str:
-        ends = [at for stop in self.stop if (at := text.find(stop)) >= 0]
-        return text[: min(ends, default=len(text))]
+    def _send(self, length: int) -> str:
+        new, self._pending = self._pending[:length], self._pending[length:]
+        self._n_sent += length
+        return new
 
-    def _decode(self, ids: Sequence[int]) -> str:
+    def _decode_latest(self) -> str:
+        """Return the new text, if it ends in a complete character."""
+        if self._known is None:
+            self._known = self._decode(self._window, self._read)
+        text = self._decode(self._window)
+        if text.endswith(REPLACEMENT):
+            return ""
+        new = text[len(_common_prefix(self._known, text)) :]
+        if new:
+            # The next window begins where this one has known text: spaces at the start of a window
+            # are stripped in both of its decodings.
+            self._window, self._read = self._read, len(self.prompt) + len(self.ids)
+            self._known = None
+        return new
+
+    def _decode(self, start: int, end: int | None = None) -> str:
+        """Return the text of the tokens of prompt and continuation from `start` to `end`."""
+        n_prompt = len(self.prompt)
+        ids = self.prompt[start:end] if start < n_prompt else []
+        stop = None if end is None else max(0, end - n_prompt)
+        ids = ids + self.ids[max(0, start - n_prompt) : stop]
         # The model may have more rows than the tokenizer has tokens.
-        known = (id for id in (*self.prompt, *ids) if id < self.tokenizer.vocab_size)
-        return self.tokenizer.decode(list(known))
+        return self.tokenizer.decode([id for id in ids if id < self.tokenizer.vocab_size])
 
-    def _held(self, text: str) -> int:
-        """Return the number of characters at the end that may still change."""
-        whole = text.rstrip(REPLACEMENT)
-        # An incomplete character may be the next one of a stop text.
-        begun = (
-            len(text) - len(begins) + n
-            for begins in (text, whole)
-            for stop in self.stop
-            for n in range(1, len(stop))
-            if begins.endswith(stop[:n])
-        )
-        return max(len(text) - len(whole), max(begun, default=0))
+    def _begun_stop(self) -> int:
+        """Return the number of characters at the end that may be the start of a stop text."""
+        text = self._pending
+        begun = (n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n]))
+        return max(begun, default=0)
+
+    def _last_border(self, length: int) -> int:
+        """Return the end of the last grapheme cluster within `length`, but for the very last."""
+        borders = [match.end() for match in CLUSTER.finditer(self._pending)][:-1]
+        return max((end for end in borders if end <= length), default=0)
 
 
 def _common_prefix(a: str, b: str) -> str:

@@ -1,0 +1,168 @@
+"""Streamed text: joined it is the text, and no part ends inside a character or a cluster."""
+
+import json
+from collections.abc import Iterator
+
+import pytest
+import regex
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from mooshak.generation.text import TextStream
+from mooshak.tokenizer.base import Tokenizer
+from mooshak.tokenizer.load import open_tokenizer
+
+PARTS = (
+    "क्ष",
+    "स्त्री",
+    "ड़",
+    "ड\u093c",
+    "क्\u200dष",
+    "क्\u200cष",
+    "कि",
+    "र्कि",
+    "👨‍👩‍👧",
+    "🇮🇳",
+    "e\u0301",
+    "the ",
+    "a mouse",
+    " ",
+    "\n",
+    "।",
+    "",
+    "\u093f",  # A vowel sign alone.
+)
+texts = st.lists(st.sampled_from(PARTS), max_size=12).map("".join) | st.text(max_size=8)
+
+
+def clusters(text: str) -> set[int]:
+    """Borders of grapheme clusters."""
+    return {0, *(match.end() for match in regex.finditer(r"\X", text))}
+
+
+def stream(tokenizer: Tokenizer, prompt: list[int], ids: list[int], stop: tuple[str, ...]) -> list:
+    """Chunks, the last one from `finish`."""
+    streamed = TextStream(tokenizer, prompt, stop)
+    chunks = []
+    for token in ids:
+        chunks.append(streamed.push(token))
+        if streamed.stopped:
+            break
+    last = streamed.finish()
+    assert "".join(chunks) + last == streamed.text
+    assert streamed.finish() == ""
+    return [*chunks, last]
+
+
+def check(tokenizer: Tokenizer, prompt: list[int], ids: list[int], stop: tuple[str, ...]) -> str:
+    """Compare the joined chunks with the difference of two decodings; return them."""
+    chunks = stream(tokenizer, prompt, ids, stop)
+    ids = ids[: len(chunks) - 1]  # The first stop text to be complete ends the generation.
+    whole, start = tokenizer.decode([*prompt, *ids]), tokenizer.decode(prompt)
+    n = next((i for i, (a, b) in enumerate(zip(whole, start, strict=False)) if a != b), len(start))
+    ends = [at for one in stop if (at := whole.find(one, min(n, len(start)))) >= 0]
+    joined = "".join(chunks)
+    assert joined == whole[min(n, len(start)) : min(ends, default=len(whole))]
+    # All chunks but the last two: the one before `finish` may be cut by a stop text.
+    borders, at = clusters(joined), 0
+    for chunk in chunks[: -2 if stop else -1]:
+        at += len(chunk)
+        assert at in borders, (chunks, at)
+    return joined
+
+
+@settings(deadline=None, max_examples=300)
+@given(prompt=texts, text=texts)
+def test_chunks_join_to_the_text(tiny_tokenizer: Tokenizer, prompt: str, text: str) -> None:
+    ids = tiny_tokenizer.encode(prompt + text)
+    for split in {0, 1, len(ids) // 2, len(ids)}:
+        check(tiny_tokenizer, ids[:split], ids[split:], ())
+
+
+@settings(deadline=None, max_examples=300)
+@given(text=texts, at=st.integers(0, 30), length=st.integers(1, 5), other=texts)
+def test_stop_texts_end_the_text_and_are_not_shown(
+    tiny_tokenizer: Tokenizer, text: str, at: int, length: int, other: str
+) -> None:
+    stop = tuple(filter(None, (text[at : at + length], other)))
+    check(tiny_tokenizer, [], tiny_tokenizer.encode(text), stop)
+
+
+@settings(deadline=None, max_examples=300)
+@given(ids=st.lists(st.integers(0, 511), max_size=24), split=st.integers(0, 5))
+def test_any_tokens_join_to_the_text(tiny_tokenizer: Tokenizer, ids: list[int], split: int) -> None:
+    """Bytes that are no character, control tokens, ids beyond the tokenizer."""
+    ids = [id for id in ids if id < tiny_tokenizer.vocab_size]
+    check(tiny_tokenizer, ids[:split], ids[split:], ())
+
+
+@pytest.fixture(scope="module", params=["byte level", "metaspace"])
+def hf_tokenizer(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Tokenizer:
+    """A small tokenizer.json, whose characters are bytes, or pieces with bytes as a fallback."""
+    lines = ["".join(PARTS[(i * i + j * 7) % len(PARTS)] for j in range(30)) for i in range(100)]
+    if request.param == "byte level":
+        made = tokenizers.Tokenizer(models.BPE())
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        made.decoder = decoders.ByteLevel()
+        alphabet, specials = pre_tokenizers.ByteLevel.alphabet(), ["<s>", "</s>"]
+    else:
+        made = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+        made.pre_tokenizer = pre_tokenizers.Metaspace()
+        steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        made.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+        alphabet, specials = [], ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=alphabet, special_tokens=specials, show_progress=False
+    )
+    made.train_from_iterator(lines, trainer)
+    path = tmp_path_factory.mktemp("hf") / "tokenizer.json"
+    made.save(str(path))
+    names = {"bos_token": "<s>", "eos_token": "</s>"}
+    path.with_name("tokenizer_config.json").write_text(json.dumps(names))
+    return open_tokenizer(path)
+
+
+@settings(deadline=None, max_examples=200)
+@given(text=texts, ids=st.lists(st.integers(0, 399), max_size=20), split=st.integers(0, 8))
+def test_chunks_of_hf_tokenizers_join_to_the_text(
+    hf_tokenizer: Tokenizer, text: str, ids: list[int], split: int
+) -> None:
+    encoded = hf_tokenizer.encode(text)
+    check(hf_tokenizer, encoded[:split], encoded[split:], ())
+    ids = [id for id in ids if id < hf_tokenizer.vocab_size]
+    check(hf_tokenizer, ids[:split], ids[split:], ())
+
+
+def test_conjunct_comes_as_a_whole(tiny_tokenizer: Tokenizer) -> None:
+    """Each of its bytes is a token."""
+    ids = list(_bytes(tiny_tokenizer, "स्त्रीकि"))
+    chunks = [chunk for chunk in stream(tiny_tokenizer, [], ids, ()) if chunk]
+    assert chunks == ["स्त्री", "कि"]
+
+
+def test_only_the_latest_tokens_are_decoded(
+    tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = []
+    original = type(tiny_tokenizer).decode
+
+    def decode(self: Tokenizer, ids: list[int]) -> str:
+        counts.append(len(ids))
+        return original(self, ids)
+
+    monkeypatch.setattr(type(tiny_tokenizer), "decode", decode)
+    ids = tiny_tokenizer.encode("a mouse and the lion " * 40)
+    streamed = TextStream(tiny_tokenizer, ids[:50])
+    for token in ids[50:]:
+        streamed.push(token)
+    assert len(ids) > 200 and max(counts[4:]) < 12
+
+
+def _bytes(tokenizer: Tokenizer, text: str) -> Iterator[int]:
+    pieces = tokenizer.pieces()
+    for byte in text.encode():
+        yield pieces.index(f"<0x{byte:02X}>")
