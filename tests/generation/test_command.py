@@ -64,7 +64,7 @@ def test_command_prints_what_the_api_returns(
     ("words", "message"),
     [
         (["--top_k", "-3"], "generate.top_k -3 must not be negative"),
-        (["--temperature", "-1"], "generate.temperature -1.0 must be 0 (greedy) or positive"),
+        (["--temperature", "-1"], "generate.temperature -1.0 must be 0 (greedy) or at least 1e-06"),
         (["--top_p", "2"], "generate.top_p 2.0 must be in (0, 1]"),
         (["--tokens", "0"], "generate.max_new_tokens 0 must be at least 1"),
         (["--allowed_tokens", "99999"], "generate.allowed_tokens: token 99999 is outside"),
