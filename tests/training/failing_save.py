@@ -38,6 +38,8 @@ def fail_at(step: str, inject: Callable[[str, Path], None], framework: str) -> N
 
     def failing_save(self: CheckpointManager, state: dict[str, Any], *rest: Any) -> None:
         if str(state["step"]) == step:
+            # The fault must not reach the save of the step before, in the background until now.
+            self.finish()
             inject(framework, self.directory / f".{step}.writing")
         save(self, state, *rest)
 
