@@ -13,6 +13,18 @@ import numpy as np
 from jax import Array
 
 
+def check_index(index: Array, size: int, what: str) -> None:
+    """Raise `IndexError` unless all numbers are in 0 .. size - 1; JAX would take others silently.
+
+    In a compiled function they have no values, and nothing is checked.
+    """
+    if isinstance(index, jax.core.Tracer) or not index.size:
+        return
+    low, high = int(index.min()), int(index.max())
+    if low < 0 or high >= size:
+        raise IndexError(f"{what} {low if low < 0 else high} is not in 0 .. {size - 1}")
+
+
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["k_BSGK", "v_BSGK", "lengths"],
@@ -38,7 +50,14 @@ class KVCache:
     """False while all rows are empty. Static: a count would compile one step for each value."""
 
     def update(self, k_BTGK: Array, v_BTGK: Array, positions_BT: Array) -> "KVCache":
-        """Write keys and values at their positions. Returns the new cache."""
+        """Write keys and values at their positions. Returns the new cache.
+
+        Raises `IndexError` for a position without a slot; in a compiled function, where positions
+        have no values, only for more tokens than slots.
+        """
+        check_index(positions_BT, self.k_BSGK.shape[1], "position")
+        if positions_BT.shape[1] > self.k_BSGK.shape[1]:
+            raise IndexError(f"{positions_BT.shape[1]} tokens for {self.k_BSGK.shape[1]} slots")
         rows_B1 = jnp.arange(len(positions_BT))[:, None]
         k_BSGK = self.k_BSGK.at[rows_B1, positions_BT].set(k_BTGK)
         v_BSGK = self.v_BSGK.at[rows_B1, positions_BT].set(v_BTGK)
@@ -57,16 +76,20 @@ class KVCache:
 
         Returns the new cache.
         """
-        rows_B = jnp.asarray(rows)
+        rows_B = jnp.asarray(rows, jnp.int32)
+        check_index(rows_B, len(self.lengths), "row")
         k_BSGK, v_BSGK = self.k_BSGK[rows_B], self.v_BSGK[rows_B]
         return KVCache(k_BSGK, v_BSGK, self.lengths[rows_B], self.written)
 
     def truncate(self, lengths: Sequence[int] | Array) -> "KVCache":
         """Drop the tokens of each row beyond its new length, [B]; shorter rows are unchanged.
 
-        Returns the new cache.
+        Returns the new cache. Raises `ValueError` unless there is one length for each row.
         """
         lengths_B = jnp.asarray(lengths, self.lengths.dtype)
+        if lengths_B.shape != self.lengths.shape:
+            raise ValueError(f"{lengths_B.shape} lengths for {self.lengths.shape} rows")
+        check_index(lengths_B, self.k_BSGK.shape[1] + 1, "length")
         # Lengths on a device are not read: `written` may then stay true for an empty cache, whose
         # slots the masks hide.
         on_host = not isinstance(lengths, Array)

@@ -24,7 +24,6 @@ from mooshak.errors import InputError
 from mooshak.generation import lm
 from mooshak.generation.adjustments import RowAdjustments
 from mooshak.tokenizer.base import Tokenizer
-from mooshak.tokenizer.files import files_of_tokenizer
 from mooshak_jax.checkpoint import load_model
 from mooshak_jax.decode import generate_tokens
 from mooshak_jax.device import find_devices
@@ -88,9 +87,8 @@ class LM(lm.LM):
             block, here = tensor.block(rows)
             return np.ascontiguousarray(tensor.rows(np.asarray(leaf[block]))[here])
 
-        files = files_of_tokenizer(self.tokenizer.path) if self.tokenizer else {}
         return Checkpoint(
-            Path("(memory)"), "jax", self.config, None, tensors, read, tokenizer_files=files
+            Path("(memory)"), "jax", self.config, None, tensors, read, tokenizer_files=self._files()
         )
 
 
@@ -122,7 +120,7 @@ def load(
     parallel = make_mesh(mesh or "data=1", devices)
     config, params = load_model(path, dtype, parallel)
     result = LM(config, dtype, params, lm.load_tokenizer(Path(path), config, tokenizer))
-    result.defaults = lm.generation_defaults(Path(path))
+    result._use_generation_config(Path(path))
     return result
 
 

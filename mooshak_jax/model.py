@@ -23,7 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from mooshak.config.model import Dtype, ModelConfig
 from mooshak.numerics.rope import rope_tables
 from mooshak_jax.distributed.sharding import Axes, constrain
-from mooshak_jax.kv_cache import KVCache
+from mooshak_jax.kv_cache import KVCache, check_index
 from mooshak_jax.ops.activations import rms_norm, rotate, swiglu
 from mooshak_jax.ops.attention import attention, document_attention
 from mooshak_jax.ops.matmul import einsum, linear
@@ -319,10 +319,14 @@ class Model(nnx.Module):
         Positions default to 0 .. T - 1. `segments_BT` separates the documents of packed rows in
         training (see `Positions`); `positions_BT` are then positions within the document. With
         caches segments are ignored. Caches with the new keys and values replace those in the list
-        `caches`.
+        `caches`. Raises `IndexError` for ids or positions that the model does not have.
         """
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+            if tokens_BT.shape[1] > self.config.max_seq_len:
+                raise IndexError(f"{tokens_BT.shape[1]} tokens, of {self.config.max_seq_len}")
+        check_index(tokens_BT, self.config.vocab_size, "token")
+        check_index(positions_BT, self.config.max_seq_len, "position")
         x_BTD = self.embeddings(tokens_BT).astype(COMPUTE_DTYPE[self.dtype])
         x_BTD = constrain(x_BTD, "batch", "sequence", None)
         positions = self.rope.lookup(positions_BT)._replace(segments_BT=segments_BT)

@@ -17,6 +17,7 @@ import numpy as np
 from jax import Array
 
 from mooshak.checkpoints.base import MOMENTS, Checkpoint
+from mooshak.checkpoints.resume import loss_scale_of, n_updates
 from mooshak.config.sections import Config
 from mooshak.data.packing import Batch, pad_rows
 from mooshak.errors import InputError
@@ -63,12 +64,13 @@ class Trainer:
             params = initialize(
                 config.model, config.train.dtype, config.run.seed, parallel=parallel
             )
-        self.state = initial_state(params)
+        self.state, self._earlier = initial_state(params), dict[str, Any]()
 
     def restore(self, source: Checkpoint) -> None:
         assert source.trainer_state is not None
         self.state = restore(self.config.model, self.config.train.dtype, source, self.processes)
-        self.state["step"] = np.int32(source.trainer_state["step"])
+        self.state["step"] = np.int32(n_updates(source.trainer_state))
+        self._earlier = loss_scale_of(source.trainer_state)
 
     def step(
         self, batch: Batch, rate: float, stop: Callable[[], bool]
@@ -86,7 +88,7 @@ class Trainer:
         return start_saving({key: self.state[key] for key in ("params", *MOMENTS)}, path)
 
     def trainer_state(self) -> dict[str, Any]:
-        return {}
+        return self._earlier
 
     def close(self) -> None:
         """Do nothing: JAX disconnects from the other processes when this one exits."""

@@ -57,7 +57,7 @@ class KVCache:
 
         Returns this cache.
         """
-        rows_B = torch.as_tensor(rows, device=self.k_BSGK.device)
+        rows_B = torch.as_tensor(rows, device=self.k_BSGK.device, dtype=torch.long)
         self.k_BSGK, self.v_BSGK = self.k_BSGK[rows_B], self.v_BSGK[rows_B]
         self.lengths = self.lengths[rows_B]
         self._rows_B1 = torch.arange(len(rows_B), device=rows_B.device).unsqueeze(1)
@@ -66,9 +66,13 @@ class KVCache:
     def truncate(self, lengths: Sequence[int] | Tensor) -> "KVCache":
         """Drop the tokens of each row beyond its new length, [B]; shorter rows are unchanged.
 
-        Returns this cache.
+        Returns this cache. Raises `ValueError` unless there is one length for each row.
         """
-        lengths_B = torch.as_tensor(lengths)
+        lengths_B = torch.as_tensor(lengths, dtype=torch.long)
+        if lengths_B.shape != self.lengths.shape:
+            raise ValueError(f"{tuple(lengths_B.shape)} lengths for {len(self.lengths)} rows")
+        if lengths_B.device.type == "cpu" and (lengths_B < 0).any():
+            raise IndexError(f"length {int(lengths_B.min())} is negative")
         if lengths_B.device.type == "cpu":  # Otherwise `written` stays larger: masks hide the rest.
             self.written = min(self.written, int(lengths_B.max()))
         self.lengths = torch.minimum(self.lengths, lengths_B.to(self.k_BSGK.device))

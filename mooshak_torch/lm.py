@@ -17,7 +17,6 @@ from mooshak.errors import InputError
 from mooshak.generation import lm
 from mooshak.generation.adjustments import RowAdjustments
 from mooshak.tokenizer.base import Tokenizer
-from mooshak.tokenizer.files import files_of_tokenizer
 from mooshak_torch.checkpoint import load_model
 from mooshak_torch.decode import generate_tokens
 from mooshak_torch.device import find_device
@@ -65,7 +64,7 @@ class LM(lm.LM):
         def read(key: str, rows: slice = FULL_SLICE) -> np.ndarray:
             return to_numpy(named[key].detach()[rows].cpu())
 
-        files = files_of_tokenizer(self.tokenizer.path) if self.tokenizer else {}
+        files = self._files()
         return Checkpoint(
             Path("(memory)"), "torch", self.config, None, tensors, read, tokenizer_files=files
         )
@@ -95,5 +94,5 @@ def load(
     model = load_model(path, dtype)
     found = lm.load_tokenizer(Path(path), model.config, tokenizer)
     result = LM(model.to(chosen), found, compiled)
-    result.defaults = lm.generation_defaults(Path(path))
+    result._use_generation_config(Path(path))
     return result

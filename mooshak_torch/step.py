@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mooshak.checkpoints.base import Checkpoint
+from mooshak.checkpoints.resume import loss_scale_of, n_updates
 from mooshak.config.sections import Config
 from mooshak.data.packing import Batch
 from mooshak.numerics.init_weights import initial_weight
@@ -53,6 +54,7 @@ class Trainer:
     def _set_state(self, tokenizer: Tokenizer | None, source: Checkpoint | None) -> None:
         self.objective, self.optimizer = make_state(self.config, self.processes, tokenizer, source)
         self.loss_scale = make_loss_scale(self.config, self.optimizer, source)
+        self._earlier = {} if source is None else loss_scale_of(source.trainer_state)
 
     def step(
         self, batch: Batch, rate: float, stop: Callable[[], bool]
@@ -76,7 +78,7 @@ class Trainer:
         return start_saving(self.optimizer.state(), path, self.processes.checkpoint_group)
 
     def trainer_state(self) -> dict[str, Any]:
-        return {} if self.loss_scale is None else {"loss_scale": asdict(self.loss_scale)}
+        return self._earlier if self.loss_scale is None else {"loss_scale": asdict(self.loss_scale)}
 
     def close(self) -> None:
         self.processes.close()
@@ -112,15 +114,14 @@ def make_state(
 def make_loss_scale(
     config: Config, optimizer: Optimizer | ZeroOptimizer, source: Checkpoint | None
 ) -> LossScale | None:
-    """Return the loss scale of a float16 run, from `source` if given; None for other dtypes."""
-    if config.train.dtype != "float16":
-        return None
+    """Return the loss scale of a float16 run, from `source` if given; None for other dtypes.
+
+    Sets the optimizer's count of updates to that of `source`.
+    """
     state = {} if source is None else source.trainer_state or {}
-    scale = LossScale(**state.get("loss_scale", {}))
     if source is not None:
-        # Skipped steps did not update the moments.
-        optimizer.set_step(state["step"] - scale.skipped)
-    return scale
+        optimizer.set_step(n_updates(state))
+    return LossScale(**state.get("loss_scale", {})) if config.train.dtype == "float16" else None
 
 
 def train_step(

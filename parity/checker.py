@@ -218,7 +218,7 @@ FAULTS = {
     "training": ("1e-6 added to the norm that clips", "learning rate of the next step"),
     "cache": ("KV cache one position late",),
     "roll_back": ("KV cache not truncated",),
-    "decoding": ("KV cache one position late", "top_p ignored"),
+    "decoding": ("KV cache one position late", "noise of the next sample"),
 }
 """Part or dtype -> the faults injected as negative controls, in JAX and then in torch."""
 

@@ -82,6 +82,7 @@ ALLOWED: dict[str, dict[str, str]] = {
         "find_devices": "PyTorch runs on one device, a JAX mesh takes a list",
     },
     "kv_cache": {
+        "check_index": "torch raises an error for an index out of range, JAX takes another",
         "KVCache.__init__": "JAX's is a dataclass of the same arguments",
     },
     "model": {

@@ -1,6 +1,6 @@
 """Resume a run: find the checkpoint, check that it fits, and describe the training state."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,21 @@ def trainer_state(
         "validation_loss": loss,
         "validation_step": validation_step,
     }
+
+
+def n_updates(state: Mapping[str, Any]) -> int:
+    """Return the updates of the moments in a training state: steps, without those skipped.
+
+    A float16 run skips a step whose gradients are not finite. AdamW's bias correction needs this
+    count, also where the run is resumed in another dtype or framework.
+    """
+    skipped = loss_scale_of(state).get("loss_scale", {}).get("skipped", 0)
+    return int(state["step"]) - int(skipped)
+
+
+def loss_scale_of(state: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the entry `loss_scale` of a training state, which later states retain; {} if none."""
+    return {"loss_scale": state["loss_scale"]} if state and "loss_scale" in state else {}
 
 
 def check_resume(

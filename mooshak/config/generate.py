@@ -6,6 +6,10 @@ from dataclasses import dataclass, field
 
 from mooshak.errors import require
 
+MIN_TEMPERATURE, MAX_BIAS = 1e-6, 1e6
+"""Bounds within which logits divided by the temperature are finite."""
+MAX_TOP_K = 2**31 - 1
+
 
 @dataclass(frozen=True)
 class GenerateConfig:
@@ -65,14 +69,16 @@ class GenerateConfig:
         for key in ("min_new_tokens", "top_k", "no_repeat_ngram_size"):
             value = getattr(self, key)
             require(value >= 0, f"generate.{key} {value} must not be negative")
+        require(self.top_k <= MAX_TOP_K, f"generate.top_k {self.top_k} is more than {MAX_TOP_K}")
         require(
             self.min_new_tokens <= self.max_new_tokens,
             f"generate.min_new_tokens {self.min_new_tokens} is more than generate.max_new_tokens "
             f"{self.max_new_tokens}",
         )
         require(
-            0 <= self.temperature < math.inf,
-            f"generate.temperature {self.temperature} must be 0 (greedy) or positive",
+            self.temperature == 0 or MIN_TEMPERATURE <= self.temperature < math.inf,
+            f"generate.temperature {self.temperature} must be 0 (greedy) or at least "
+            f"{MIN_TEMPERATURE:g}",
         )
         for key in ("top_p", "typical_p"):
             value = getattr(self, key)
@@ -86,6 +92,10 @@ class GenerateConfig:
             value = getattr(self, key)
             require(-2 <= value <= 2, f"generate.{key} {value} must be in [-2, 2]")
         for token, bias in self.logit_bias.items():
-            require(math.isfinite(bias), f"generate.logit_bias: {bias} of token {token}")
+            require(
+                abs(bias) <= MAX_BIAS,
+                f"generate.logit_bias: {bias} of token {token} must be in "
+                f"[-{MAX_BIAS:g}, {MAX_BIAS:g}]",
+            )
         for key in ("stop", "bad_words"):
             require(all(getattr(self, key)), f"generate.{key} contains an empty text")

@@ -72,12 +72,22 @@ class RowAdjustments:
             self._followers[tuple(self.ids[len(self.ids) - n : -1])].add(token)
 
     def offset(self) -> np.ndarray:
-        """Return the offsets of the next token, float64 [V]; valid until the next call."""
+        """Return the offsets of the next token, float64 [V]; valid until the next call.
+
+        Raises `InputError` if no token is left.
+        """
         settings, counts_V = self.settings, self._counts_V
         np.multiply(counts_V, -settings.frequency_penalty, out=self.offset_V)
         self.offset_V -= settings.presence_penalty * (counts_V > 0)
         self.offset_V[self._forbidden_V] = -np.inf
         self.offset_V[self.banned()] = -np.inf
+        if np.isneginf(self.offset_V).all():
+            names = ("allowed_tokens", "bad_words", "no_repeat_ngram_size", "min_new_tokens")
+            used = [f"generate.{name}" for name in names if getattr(settings, name)]
+            raise InputError(
+                f"no token may follow the {len(self.ids) - self.n_prompt} generated ones: relax "
+                f"{' or '.join(used)}"
+            )
         return self.offset_V
 
     def banned(self) -> list[int]:

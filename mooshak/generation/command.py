@@ -17,8 +17,9 @@ from mooshak.config.generate import GenerateConfig
 from mooshak.device import add_device_option
 from mooshak.errors import InputError, require
 from mooshak.generation.adjustments import check_token_settings
-from mooshak.generation.lm import LM, Completion, make_settings
+from mooshak.generation.lm import LM, Completion
 from mooshak.generation.requests import STDIN, Request, errors_of, given_settings, logit_bias
+from mooshak.generation.settings import make_settings
 from mooshak.generation.text import pad_prompts
 from mooshak.tokenizer.chat_template import encode_chat, end_of_turn, find_template
 
@@ -178,7 +179,9 @@ def _completions(lm: LM, jobs: Sequence[_Job]) -> Iterator[tuple[_Job, Completio
         rows = [(job, sample) for job in jobs[at:end] for sample in range(n)]
         start = time.perf_counter()
         ids, samples = [job.ids for job, _ in rows], [sample for _, sample in rows]
-        found = lm._complete(ids, samples, first.settings, first.ends)
+        sources = [job.request.source for job in jobs[at:end] if job.request.source]
+        with errors_of(" to ".join(dict.fromkeys(sources[:1] + sources[-1:]))):
+            found = lm._complete(ids, samples, first.settings, first.ends)
         seconds = time.perf_counter() - start
         for (job, _), completion in zip(rows, found, strict=True):
             yield job, completion, seconds
@@ -255,6 +258,7 @@ def _reply(
     except KeyboardInterrupt:
         pass
     except InputError as error:
+        print(end="\n" if parts else "", flush=True)
         print(f"error: {error}", file=sys.stderr)
         return messages[:-1]
     print()

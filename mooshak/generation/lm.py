@@ -8,9 +8,8 @@ import abc
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, get_args, get_type_hints, overload
+from typing import Any, get_args, overload
 
 import numpy as np
 
@@ -18,18 +17,24 @@ from mooshak.checkpoints import safetensors
 from mooshak.checkpoints.base import Checkpoint
 from mooshak.config.generate import GenerateConfig
 from mooshak.config.model import Dtype, ModelConfig
-from mooshak.errors import InputError, did_you_mean, require
-from mooshak.files import read_object
+from mooshak.errors import InputError, require
 from mooshak.generation.adjustments import (
     RowAdjustments,
     bad_word_ids,
     check_token_settings,
     needs_adjustments,
 )
-from mooshak.generation.text import TextStream, check_tokens, end_ids
+from mooshak.generation.settings import generation_defaults, make_settings
+from mooshak.generation.text import (
+    GENERATION_CONFIG,
+    TextStream,
+    check_tokens,
+    end_ids,
+    named_end_ids,
+)
 from mooshak.tokenizer.base import Tokenizer
 from mooshak.tokenizer.chat_template import Messages, encode_chat, end_of_turn
-from mooshak.tokenizer.files import find_tokenizer
+from mooshak.tokenizer.files import files_of_tokenizer, find_tokenizer
 from mooshak.tokenizer.load import open_tokenizer
 
 Prompt = str | Sequence[int]
@@ -69,6 +74,8 @@ class LM(abc.ABC):
     """The tokenizer; None if the checkpoint has none: prompts are then token ids."""
     defaults: Mapping[str, Any] = {}
     """Settings of the checkpoint's generation_config.json, which those of a call replace."""
+    generation_config: Path | None = None
+    """The checkpoint's generation_config.json, if it has one."""
 
     @property
     @abc.abstractmethod
@@ -180,6 +187,8 @@ class LM(abc.ABC):
     def _encode(self, prompt: Prompt) -> list[int]:
         if not isinstance(prompt, str):
             try:
+                if any(isinstance(id, (bool, np.bool_)) for id in prompt):
+                    raise TypeError("not bool")
                 ids = [operator.index(id) for id in prompt]
             except TypeError as error:
                 raise InputError(f"a prompt is a text or token ids: {error}") from error
@@ -192,7 +201,21 @@ class LM(abc.ABC):
     def _ends(self, settings: GenerateConfig) -> set[int]:
         """Return the token ids that end a text."""
         own = set() if self.tokenizer is None else end_ids(self.tokenizer)
+        if self.generation_config is not None:
+            own |= named_end_ids(self.generation_config.parent)
         return own | set(settings.stop_token_ids)
+
+    def _files(self) -> dict[str, Path]:
+        """Return the files that `save` writes with the weights: name -> file."""
+        files = files_of_tokenizer(self.tokenizer.path) if self.tokenizer else {}
+        own = self.generation_config
+        return files if own is None else files | {own.name: own}
+
+    def _use_generation_config(self, directory: Path) -> None:
+        """Take defaults and end tokens from the checkpoint in a directory."""
+        self.defaults = generation_defaults(directory)
+        path = directory / GENERATION_CONFIG
+        self.generation_config = path if path.is_file() else None
 
     def _adjusters(
         self, prompts: list[list[int]], settings: GenerateConfig, ends: set[int]
@@ -293,74 +316,6 @@ class _Row:
         )
 
 
-def make_settings(
-    settings: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
-) -> GenerateConfig:
-    """Return settings from keyword arguments. Raises `InputError` for unknown or invalid ones.
-
-    `defaults` are used for those that are not given, as far as they do not contradict them.
-    """
-    types = get_type_hints(GenerateConfig)
-    if unknown := sorted(settings.keys() - types.keys()):
-        raise InputError(f"unknown setting {unknown[0]}{did_you_mean(unknown[0], types)}")
-    for name, value in settings.items():
-        wanted = _wanted_type(value, types[name])
-        require(not wanted, f"generate.{name} {value!r} must be {wanted}")
-    chosen = dict(defaults or {}) | dict(settings)
-    if "max_new_tokens" in settings and "min_new_tokens" not in settings:
-        chosen["min_new_tokens"] = min(
-            chosen.get("min_new_tokens", 0), max(0, settings["max_new_tokens"])
-        )
-    return GenerateConfig(**chosen)
-
-
-def generation_defaults(directory: Path) -> dict[str, Any]:
-    """Return the settings of a checkpoint's generation_config.json, as transformers reads them.
-
-    Without `do_sample` decoding is greedy; with it, the temperature is 1 where none is named.
-    Raises `InputError` if a value is invalid.
-    """
-    path = directory / "generation_config.json"
-    values = {key: value for key, value in read_object(path).items() if value is not None}
-    found = {name: values[name] for name in FROM_GENERATION_CONFIG if name in values}
-    if values.get("do_sample"):
-        found |= {name: values[name] for name in FROM_SAMPLING_CONFIG if name in values}
-        found.setdefault("temperature", 1.0)
-    try:
-        make_settings(found)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-    return found
-
-
-FROM_GENERATION_CONFIG = ("repetition_penalty", "no_repeat_ngram_size", "min_new_tokens")
-FROM_SAMPLING_CONFIG = ("temperature", "top_k", "top_p", "min_p", "typical_p")
-"""Keys of generation_config.json; the second ones only with `do_sample`."""
-
-
-def _wanted_type(value: Any, annotation: Any) -> str:
-    """Return the type that a setting must have, or an empty text if `value` has it."""
-    if annotation == tuple[int, ...]:
-        return "" if _are(value, Integral) else "a list of token ids"
-    if annotation == Mapping[int, float]:
-        is_map = isinstance(value, Mapping) and _are(list(value), Integral)
-        return "" if is_map and _are(list(value.values()), Real) else "token ids with numbers"
-    is_bool = isinstance(value, (bool, np.bool_))
-    if annotation is bool:
-        return "" if is_bool else "true or false"
-    if annotation is int:
-        return "" if isinstance(value, Integral) and not is_bool else "an integer"
-    if annotation is float:
-        return "" if isinstance(value, Real) and not is_bool else "a number"
-    is_list = isinstance(value, Sequence) and all(isinstance(one, str) for one in value)
-    return "" if is_list else "a text or a list of texts"
-
-
-def _are(values: Any, kind: type) -> bool:
-    is_list = isinstance(values, Sequence) and not isinstance(values, str)
-    return is_list and all(isinstance(v, kind) and not isinstance(v, bool) for v in values)
-
-
 def check_dtype(dtype: str) -> None:
     """Raise `InputError` for an unknown compute dtype."""
     known = get_args(Dtype)
@@ -391,7 +346,9 @@ def load_tokenizer(
 
 def _as_list(prompt: Any) -> tuple[list[Any], bool]:
     """Return the prompts as a list, and whether a list of prompts was given."""
-    if not isinstance(prompt, (str, Sequence, np.ndarray)):
+    is_bytes = isinstance(prompt, (bytes, bytearray, memoryview))
+    is_scalar = isinstance(prompt, np.ndarray) and not prompt.ndim
+    if is_bytes or is_scalar or not isinstance(prompt, (str, Sequence, np.ndarray)):
         raise InputError(f"a prompt is a text or token ids, not {type(prompt).__name__}")
     is_one = isinstance(prompt, str) or not len(prompt) or isinstance(prompt[0], (int, np.integer))
     return ([prompt], False) if is_one else (list(prompt), True)

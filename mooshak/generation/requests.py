@@ -11,7 +11,8 @@ from typing import Any
 
 from mooshak.config.generate import GenerateConfig
 from mooshak.errors import InputError, require
-from mooshak.generation.lm import Prompt, make_settings
+from mooshak.generation.lm import Prompt
+from mooshak.generation.settings import make_settings
 from mooshak.tokenizer.chat_template import Messages
 
 SETTINGS = tuple(one.name for one in fields(GenerateConfig))

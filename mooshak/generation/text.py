@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import regex
@@ -11,6 +12,7 @@ from mooshak.errors import InputError
 from mooshak.files import read_object
 from mooshak.tokenizer.base import Tokenizer
 
+GENERATION_CONFIG = "generation_config.json"
 REPLACEMENT = "\ufffd"
 """U+FFFD, which `decode` returns for an incomplete UTF-8 sequence."""
 CLUSTER = regex.compile(r"\X")
@@ -147,10 +149,15 @@ def _common_prefix(a: str, b: str) -> str:
 
 
 def end_ids(tokenizer: Tokenizer) -> set[int]:
-    """Return the ids of end tokens: of the tokenizer, and in generation_config.json."""
-    named = read_object(tokenizer.path.parent / "generation_config.json").get("eos_token_id")
+    """Return the ids of end tokens: of the tokenizer, and in generation_config.json next to it."""
+    return {tokenizer.eos_id} | named_end_ids(tokenizer.path.parent)
+
+
+def named_end_ids(directory: Path) -> set[int]:
+    """Return the ids of end tokens in the generation_config.json of a directory."""
+    named = read_object(directory / GENERATION_CONFIG).get("eos_token_id")
     named = named if isinstance(named, list) else [named]
-    return {tokenizer.eos_id, *(id for id in named if isinstance(id, int))}
+    return {id for id in named if isinstance(id, int)}
 
 
 def pad_prompts(

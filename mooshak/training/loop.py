@@ -180,7 +180,13 @@ def train(config: Config, trainer: Trainer, resume: str = "auto", profile: bool 
         if stopped and step < config.train.steps:
             print(f"stopped after step {step}, saved; the same command resumes (--resume auto)")
         else:
-            print(f"step {step} of {config.train.steps} done: {manager.directory / str(step)}")
+            path = manager.directory / str(step)
+            print(f"step {step} of {config.train.steps} done: {_saved(path)}")
+
+
+def _saved(path: Path) -> str:
+    """Return what to say of a checkpoint: none is saved where there were no steps to take."""
+    return str(path) if path.is_dir() else "no step was left, and no checkpoint is saved"
 
 
 def describe_state(

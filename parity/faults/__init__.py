@@ -297,6 +297,12 @@ FAULTS = {
         lambda: m.rejected_seen(tm),
         lambda: m.rejected_seen(jm),
     ),
+    "noise of the next sample": Fault(
+        "decoding",
+        "^token",
+        lambda: m.noise_of_the_next_sample(mooshak_torch.decode),
+        lambda: m.noise_of_the_next_sample(mooshak_jax.decode),
+    ),
     "top_p ignored": Fault(
         "decoding",
         "^token",

@@ -255,6 +255,11 @@ def late_documents(module: Any) -> list[Patch]:
     return [(module, "document_attention", attend)]
 
 
+def noise_of_the_next_sample(module: Any) -> list[Patch]:
+    original = module.noise
+    return [(module, "noise", lambda seed, sample, n: original(seed, sample + 1, n))]
+
+
 def without_top_p(module: Any) -> list[Patch]:
     original = module.sample
 

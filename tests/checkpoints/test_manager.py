@@ -97,8 +97,9 @@ def test_manager_keeps_the_newest_and_the_best(
 
 def test_loss_of_an_earlier_step_is_not_the_best(manager: Manager) -> None:
     saving = manager(1)
-    for step, validated in ((1, 1), (2, 1), (3, 3), (4, 3)):
-        loss = {1: 2.0, 3: 1.0}[validated]
+    # The loss of step 3 is the best of a checkpoint; that of step 2 has none.
+    for step, validated in ((1, 1), (2, 1), (3, 3), (4, 2)):
+        loss = {1: 2.0, 2: 0.5, 3: 1.0}[validated]
         state = {"step": step, "validation_loss": loss, "validation_step": validated}
         saving.save({"format_version": 1, **state}, write)
     saving.finish()

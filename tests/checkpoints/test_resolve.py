@@ -98,6 +98,9 @@ def test_run_continues_without_the_checkpoint(
     train(resolve(load_draft(record, ["--train.stop_after_step", "null", "--evaluate.every", "2"])))
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
     assert load_config(record).model.rope_theta == THETA
+    # Keys that are given at a resume win.
+    given = resolve(load_draft(recipe, ["--model.rope_theta", "123.0"]))
+    assert given.model.rope_theta == 123.0
     # Generate and evaluate, also where the checkpoint is copied elsewhere.
     last = tmp_path / "run" / "checkpoints" / "4"
     load = import_module(f"mooshak_{framework}").load

@@ -2,14 +2,23 @@
 
 import json
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
+from mooshak.checkpoints import base
 from mooshak.checkpoints.manager import complete_steps
-from mooshak.checkpoints.resume import check_resume, resume_from, trainer_state
+from mooshak.checkpoints.resume import (
+    check_resume,
+    loss_scale_of,
+    n_updates,
+    resume_from,
+    trainer_state,
+)
 from mooshak.config.sections import Config
 from mooshak.errors import InputError
 
@@ -129,3 +138,37 @@ def test_resume_compares_the_document_mask(tiny_config: Config) -> None:
                 refused = r"P was written with document_mask (True|False)"
                 with pytest.raises(InputError, match=refused):
                     check_resume(config, source, "t")
+
+
+def test_updates_are_the_steps_without_the_skipped_ones() -> None:
+    """Bias correction would otherwise be wrong after a resume in another dtype or framework."""
+    state = {"step": 30, "loss_scale": {"scale": 4.0, "clean": 1, "skipped": 14}}
+    assert n_updates(state) == 16 and n_updates({"step": 30}) == 30
+    assert loss_scale_of(state) == {"loss_scale": state["loss_scale"]}
+    assert loss_scale_of({"step": 30}) == loss_scale_of(None) == {}
+
+
+@pytest.mark.parametrize("framework", ["torch", "jax"])
+def test_float16_state_is_resumed_with_its_updates(
+    framework: str, tiny_config: Config, tmp_path: Path
+) -> None:
+    """In float32: the state of the optimizer, and what the next checkpoint records."""
+    config = replace(tiny_config, run=replace(tiny_config.run, dir=str(tmp_path / "run")))
+    model = config.model
+    state = {"step": 30, "loss_scale": {"scale": 4.0, "clean": 1, "skipped": 14}}
+    shapes = model.parameter_shapes()
+    shapes |= {f"{moment}.{name}": shapes[name] for moment in base.MOMENTS for name in [*shapes]}
+    tensors = {key: (np.dtype(np.float32), shape) for key, shape in shapes.items()}
+
+    def read(key: str, rows: slice = base.FULL_SLICE) -> np.ndarray:
+        return np.ones(tensors[key][1], np.float32)[rows]
+
+    source = base.Checkpoint(tmp_path, "torch", model, state, tensors, read)
+    trainer = import_module(f"mooshak_{framework}.step").Trainer(config)
+    trainer.restore(source)
+    if framework == "torch":
+        steps = {int(s["step"]) for s in trainer.optimizer.inner.state.values()}
+    else:
+        steps = {int(trainer.state["step"])}
+    assert steps == {16}
+    assert trainer.trainer_state() == {"loss_scale": state["loss_scale"]}

@@ -94,7 +94,7 @@ def test_command_prints_what_the_api_returns(
     ("words", "message"),
     [
         (["--top_k", "-3"], "generate.top_k -3 must not be negative"),
-        (["--temperature", "-1"], "generate.temperature -1.0 must be 0 (greedy) or positive"),
+        (["--temperature", "-1"], "generate.temperature -1.0 must be 0 (greedy) or at least 1e-06"),
         (["--top_p", "2"], "generate.top_p 2.0 must be in (0, 1]"),
         (["--tokens", "0"], "generate.max_new_tokens 0 must be at least 1"),
         (["--allowed_tokens", "99999"], "generate.allowed_tokens: token 99999 is outside"),
@@ -275,3 +275,15 @@ def test_input_is_not_overwritten(
     with pytest.raises(SystemExit):
         run("--jsonl", str(file), "--jsonl_out", f"{tmp_path}/../{tmp_path.name}/a.jsonl")
     assert "is read; name another file" in capsys.readouterr().err and file.read_text() == GOOD
+
+
+def test_error_during_generation_names_the_lines(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A setting that leaves no token after the first one."""
+    lines = f'{GOOD}\n{{"prompt": "b", "allowed_tokens": [5], "no_repeat_ngram_size": 1}}'
+    with pytest.raises(SystemExit) as stopped:
+        run("--jsonl", "-", "--jsonl_out", str(tmp_path / "out"), "--tokens", "3", stdin=lines)
+    assert stopped.value.code == 2
+    assert "error: standard input line 2: no token may follow" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out").read_text())["prompt"] == "a"

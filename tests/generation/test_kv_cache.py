@@ -260,3 +260,42 @@ def test_jax_cache_is_truncated_in_compiled_code() -> None:
     decoder.caches = truncate(decoder.caches, jnp.array([0, 0]))
     assert decoder.lengths == [[0, 0]] * 2
     assert_close(decoder.call(ids_BT, [0, 0]), decoder.full(ids_BT))
+
+
+@pytest.mark.parametrize("framework", ["torch", "jax"])
+def test_position_without_a_slot_is_an_error(framework: str) -> None:
+    """JAX would drop the write, and take the last row for a row that is not there."""
+    decoder = Decoder(framework, "mooshak", "float64", 2)
+    caches = decoder.caches
+    k_BTGK = caches[0].k_BSGK[:, :3]
+    positions_BT = np.arange(LENGTH - 2, LENGTH + 1)[None].repeat(2, 0)
+    arrays = {"torch": torch.from_numpy, "jax": jnp.asarray}[framework]
+    with pytest.raises(IndexError):
+        caches[0].update(k_BTGK, k_BTGK, arrays(positions_BT))
+    with pytest.raises(IndexError):
+        caches[0].select([5])
+    for lengths in ([3], [3, 3, 3]):
+        with pytest.raises(ValueError, match="lengths for"):
+            caches[0].truncate(lengths)
+    with pytest.raises(IndexError):
+        caches[0].truncate([-3, 3])
+    assert len(caches[0].select([]).lengths) == 0
+
+
+@pytest.mark.parametrize("token", [-1, 96, 10_000])
+def test_token_outside_of_the_vocabulary_is_an_error(token: int) -> None:
+    for framework in ("torch", "jax"):
+        decoder = Decoder(framework, "mooshak", "float64", 1)
+        model = decoder.model if framework == "torch" else jax_module("mooshak")
+        arrays = {"torch": torch.tensor, "jax": jnp.asarray}[framework]
+        with pytest.raises(IndexError):
+            model(arrays([[1, token]]))
+        with pytest.raises((IndexError, RuntimeError)):
+            model(arrays([[1] * 33]))
+
+
+def jax_module(model: str) -> mooshak_jax.model.Model:
+    params = mooshak_jax.params.initialize(MODELS[model], "float64", 0)
+    return mooshak_jax.params.merge(
+        mooshak_jax.params.make_graphdef(MODELS[model], "float64"), params
+    )

@@ -322,7 +322,9 @@ def test_float64_turns_x64_on_and_warns(tiny_checkpoint: Path) -> None:
     assert found == other
 
 
-@pytest.mark.parametrize("prompt", [5, None, 1.5, [1.5], [[1], None]])
+@pytest.mark.parametrize(
+    "prompt", [5, None, 1.5, [1.5], [[1], None], b"hello", [True, False], np.array(5)]
+)
 def test_prompt_of_a_wrong_type_is_refused(prompt: Any, lm: LM) -> None:
     with pytest.raises(InputError, match="a prompt is a text or token ids"):
         lm.generate(prompt, max_new_tokens=2)

@@ -20,8 +20,8 @@ from mooshak.generation.adjustments import (
     needs_adjustments,
     stack_adjustments,
 )
-from mooshak.generation.lm import make_settings
 from mooshak.generation.parameters import SamplingParameters
+from mooshak.generation.settings import make_settings
 from mooshak.tokenizer.base import Tokenizer
 
 FRAMEWORKS = ("torch", "jax")
@@ -321,6 +321,9 @@ def test_neutral_settings_need_no_adjustments() -> None:
         ({"min_new_tokens": 9, "max_new_tokens": 8}, "min_new_tokens 9 is more than"),
         ({"no_repeat_ngram_size": -2}, "no_repeat_ngram_size -2 must not be negative"),
         ({"logit_bias": {3: float("inf")}}, "logit_bias: inf of token 3"),
+        ({"logit_bias": {3: 1e308}}, "logit_bias: 1e.308 of token 3 must be in"),
+        ({"temperature": 1e-309}, r"temperature 1e-309 must be 0 \(greedy\) or at least 1e-06"),
+        ({"top_k": 2**70}, "top_k 1180591620717411303424 is more than"),
         ({"logit_bias": {"a": 1.0}}, "logit_bias .* must be token ids with numbers"),
         ({"allowed_tokens": "abc"}, "allowed_tokens 'abc' must be a list of token ids"),
         ({"bad_words": ("a", "")}, "bad_words contains an empty text"),

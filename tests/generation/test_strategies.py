@@ -68,6 +68,48 @@ def test_end_token_does_not_come_before_the_minimum(lm: LM) -> None:
     assert len(done.token_ids) == 4 and done.finish_reason == "stop"
 
 
+def test_end_of_a_turn_does_not_come_before_the_minimum(lm: LM) -> None:
+    assert lm.tokenizer is not None
+    bias = {lm.tokenizer.id_of("<|end|>"): 100.0}
+    messages = [{"role": "user", "content": ENGLISH}]
+    assert lm.chat(messages, max_new_tokens=9, logit_bias=bias).token_ids == []
+    done = lm.chat(messages, max_new_tokens=9, min_new_tokens=4, logit_bias=bias)
+    assert len(done.token_ids) == 4 and done.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_settings_that_leave_no_token_are_refused(temperature: float, lm: LM) -> None:
+    """Token 0 would come out of logits that are all minus infinity."""
+    settings = {"max_new_tokens": 4, "allowed_tokens": (7,), "temperature": temperature}
+    assert lm.generate([1], **settings).token_ids == [7] * 4
+    message = "no token may follow the 1 generated ones: relax generate.allowed_tokens or"
+    with pytest.raises(InputError, match=message):
+        lm.generate([1], **settings, no_repeat_ngram_size=1)
+
+
+@pytest.mark.parametrize("framework", ["torch", "jax"])
+def test_end_tokens_hold_with_another_tokenizer(
+    framework: str, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    free = load(framework, tiny_checkpoint).generate([1, 5], max_new_tokens=8, ignore_eos=True)
+    end = free.token_ids[3]
+    expected = free.token_ids[: free.token_ids.index(end)]
+    shutil.copytree(tiny_checkpoint, tmp_path / "c")
+    values = {"eos_token_id": [2, end], "repetition_penalty": 1.0}
+    (tmp_path / "c/generation_config.json").write_text(json.dumps(values))
+    tokenizer = tiny_checkpoint / "tokenizer.model"
+    lm = import_module(f"mooshak_{framework}").load(tmp_path / "c", tokenizer=tokenizer)
+    assert lm.generate([1, 5], max_new_tokens=8).token_ids == expected
+    lm.save(tmp_path / "saved")
+    saved = load(framework, tmp_path / "saved")
+    assert saved.defaults == {"repetition_penalty": 1.0}
+    assert saved.generate([1, 5], max_new_tokens=8).token_ids == expected
+    # Without any tokenizer.
+    (tmp_path / "saved/tokenizer.model").unlink()
+    alone = load(framework, tmp_path / "saved")
+    assert alone.generate([1, 5], max_new_tokens=8).token_ids == expected
+
+
 @pytest.mark.parametrize("framework", ["torch", "jax"])
 def test_defaults_come_from_generation_config(
     framework: str, tiny_checkpoint: Path, tmp_path: Path

@@ -83,6 +83,10 @@ def test_run_directory_has_its_records(torch_run: Path) -> None:
     last = json.loads((torch_run / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["validation_loss"] > 0 and last["bits_per_byte_hi"] > 0 < last["bits_per_byte_en"]
     assert sorted(os.listdir(torch_run / "checkpoints"))[-1] == str(STEPS)
+    state = json.loads((torch_run / f"checkpoints/{STEPS}/trainer_state.json").read_text())
+    # Validation is every 4 steps.
+    assert state["validation_step"] == STEPS // 4 * 4
+    assert state["validation_loss"] == last["validation_loss"] or STEPS % 4
     assert len(os.listdir(torch_run / "checkpoints")) <= 3
 
 
