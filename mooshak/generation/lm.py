@@ -249,8 +249,10 @@ class LM(abc.ABC):
                 break
         return [row.completion() for row in rows]
 
-    def _stream(self, ids: list[int], settings: GenerateConfig) -> Iterator[str]:
-        ends = self._ends(settings)
+    def _stream(
+        self, ids: list[int], settings: GenerateConfig, more_ends: set[int] | None = None
+    ) -> Iterator[str]:
+        ends = self._ends(settings) | (more_ends or set())
         row = _Row(self, ids, 0, settings, ends, streamed=True)
         adjusters = self._adjusters([ids], settings, ends)
         for (token,), (log_prob,) in self._steps([ids], [0], settings, adjusters):

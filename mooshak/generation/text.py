@@ -1,6 +1,7 @@
 """Padded prompts, and incremental decoding of generated tokens to text."""
 
 from collections.abc import Collection, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -33,18 +34,23 @@ class TextStream:
         """True after a stop text was generated."""
         self._n_sent = 0
         self._pending = ""
-        # Tokens from `_window` on are decoded again; those before `_read` have known text.
-        self._window, self._read = 0, len(self.prompt)
+        # The latest tokens, which are decoded again; the text of the first `_n_known` is `_known`.
+        self._window: list[int] = []
+        self._n_known = 0
         self._known: str | None = None
 
     def push(self, token: int) -> str:
         """Append a token; return the text that became final."""
         self.ids.append(token)
-        self._pending += self._decode_latest()
-        ends = [at for stop in self.stop if (at := self._pending.find(stop)) >= 0]
+        new, is_final = self._decode_latest(token)
+        text = self._pending + new
+        ends = [at for stop in self.stop if (at := text.find(stop)) >= 0]
         if ends:
-            self.stopped = True
+            self._pending, self.stopped = text, True
             return self._send(min(ends))
+        if not is_final:
+            return ""
+        self._pending = text
         return self._send(self._last_border(len(self._pending) - self._begun_stop()))
 
     def finish(self) -> str:
@@ -56,9 +62,9 @@ class TextStream:
     @property
     def text(self) -> str:
         """The continuation up to a stop text."""
-        text = self._decode(0)
+        text = self._decode(self.prompt + self.ids)
         # The prompt may end within a character, whose last bytes are in the continuation.
-        start = _common_prefix(self._decode(0, len(self.prompt)), text)
+        start = _common_prefix(self._decode(self.prompt), text)
         ends = [at for stop in self.stop if (at := text.find(stop, len(start))) >= 0]
         return text[len(start) : min(ends, default=len(text))]
 
@@ -67,27 +73,61 @@ class TextStream:
         self._n_sent += length
         return new
 
-    def _decode_latest(self) -> str:
-        """Return the new text, if it ends in a complete character."""
+    def _decode_latest(self, token: int) -> tuple[str, bool]:
+        """Return the text after the known one, and whether it is final: then it becomes known."""
         if self._known is None:
-            self._known = self._decode(self._window, self._read)
+            self._window, self._known = self._end_of_prompt()
+            self._n_known = len(self._window)
+        self._window.append(token)
         text = self._decode(self._window)
         if text.endswith(REPLACEMENT):
-            return ""
+            return "", False
         new = text[len(_common_prefix(self._known, text)) :]
-        if new:
-            # The next window begins where this one has known text: spaces at the start of a window
-            # are stripped in both of its decodings.
-            self._window, self._read = self._read, len(self.prompt) + len(self.ids)
-            self._known = None
-        return new
+        if self._is_open(self._window, text):
+            return new, False
+        if text == self._known and text.strip(" "):
+            del self._window[self._n_known :]  # Special tokens.
+            return "", True
+        latest = self._window[self._n_known :]
+        known = self._decode(latest)
+        # Tokenizers may strip the spaces at the start, so a window has more than spaces.
+        if known.strip(" "):
+            self._window, self._known = latest, known
+        else:
+            self._known = text
+        self._n_known = len(self._window)
+        return new, True
 
-    def _decode(self, start: int, end: int | None = None) -> str:
-        """Return the text of the tokens of prompt and continuation from `start` to `end`."""
-        n_prompt = len(self.prompt)
-        ids = self.prompt[start:end] if start < n_prompt else []
-        stop = None if end is None else max(0, end - n_prompt)
-        ids = ids + self.ids[max(0, start - n_prompt) : stop]
+    def _end_of_prompt(self) -> tuple[list[int], str]:
+        """Return the latest tokens of the prompt on which later text depends, and their text."""
+        text, n = self._decode(self.prompt), 16
+        while n < len(self.prompt) and not text.endswith(REPLACEMENT):
+            end = self.prompt[-n:]
+            known = self._decode(end)
+            if text.endswith(known) and known.strip(" ") and not self._is_open(end, known):
+                return end, known
+            n *= 2
+        return list(self.prompt), text
+
+    def _is_open(self, ids: list[int], text: str) -> bool:
+        """Return whether an invalid next byte would change the text of tokens."""
+        if self._invalid_byte is None:
+            return False
+        return not self._decode([*ids, self._invalid_byte]).startswith(text)
+
+    @cached_property
+    def _invalid_byte(self) -> int | None:
+        """Token of the byte FF if it makes the bytes before it invalid; else None.
+
+        `ByteFallback`, a decoder of Hugging Face, replaces all bytes of a run by U+FFFD.
+        """
+        try:
+            letter, invalid = map(self.tokenizer.id_of, ("<0x41>", "<0xFF>"))
+        except InputError:
+            return None
+        return None if self._decode([letter, invalid]).startswith("A") else invalid
+
+    def _decode(self, ids: Sequence[int]) -> str:
         # The model may have more rows than the tokenizer has tokens.
         return self.tokenizer.decode([id for id in ids if id < self.tokenizer.vocab_size])
 

@@ -1,6 +1,9 @@
-"""The generate commands: options made from the settings, and what they refuse."""
+"""The generate commands: options made from the settings, files, chats, and what they refuse."""
 
 import importlib
+import io
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -10,13 +13,40 @@ import pytest
 import mooshak_torch
 from mooshak.config.generate import GenerateConfig
 from mooshak.generation.command import field_docstrings, generate_parser, setting_options
+from mooshak.generation.lm import LM
 
 HINDI = "एक चालाक चूहा"
+MESSAGES = [{"role": "user", "content": HINDI}]
+SETTINGS: dict[str, Any] = {"max_new_tokens": 8, "temperature": 0.9, "seed": 4}
+WORDS = [f"--{key}={value}" for key, value in SETTINGS.items()]
+
+Run = Callable[..., None]
+
+
+@pytest.fixture(params=["torch", "jax"])
+def run(
+    request: pytest.FixtureRequest, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> Run:
+    """The command of each framework, with standard input as a text."""
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    module = importlib.import_module(f"mooshak_{request.param}.generate")
+
+    def start(*words: str, stdin: str = "") -> None:
+        monkeypatch.setattr("sys.argv", ["generate", str(tiny_checkpoint), *words])
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
+        module.main()
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def lm(tiny_checkpoint: Path) -> LM:
+    return mooshak_torch.load(tiny_checkpoint)
 
 
 def test_every_setting_has_an_option_and_a_text() -> None:
     names = {one.name for one in fields(GenerateConfig)}
-    assert names - {name for name, _ in setting_options()} == {"n", "logprobs"}
+    assert names == {name for name, _ in setting_options()}
     assert names == field_docstrings().keys() and all(field_docstrings().values())
 
 
@@ -88,3 +118,172 @@ def test_setting_out_of_range_is_one_line(
         importlib.import_module(f"mooshak_{framework}.generate").main()
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("from_stdin", [True, False], ids=["stdin", "file"])
+def test_prompts_are_the_lines_of_a_file(
+    from_stdin: bool, run: Run, lm: LM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = f"{HINDI}\r\n\na mouse"
+    (tmp_path / "prompts.txt").write_bytes(text.encode("utf-8-sig"))
+    run("--prompts", "-" if from_stdin else str(tmp_path / "prompts.txt"), *WORDS, stdin=text)
+    found = lm.generate([HINDI, "a mouse"], **SETTINGS)
+    expected = f"{HINDI}{found[0].text}\n\na mouse{found[1].text}\n\n"
+    assert capsys.readouterr().out == expected
+
+
+@pytest.mark.parametrize("to_stdout", [True, False], ids=["stdout", "file"])
+def test_json_lines_have_their_own_settings(
+    to_stdout: bool, run: Run, lm: LM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows: list[dict[str, Any]] = [
+        {"prompt": HINDI},
+        {"prompt": "a\u2028mouse"},
+        {"prompt": [1, 5, 300], "n": 2, "logprobs": True},
+        {"messages": MESSAGES, "max_new_tokens": 5},
+        {"prompt": "a mouse", "logit_bias": {"5": 100.0}, "stop": ["z"]},
+    ]
+    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    out = tmp_path / "out.jsonl"
+    run("--jsonl", "-", "--jsonl-out", "-" if to_stdout else str(out), *WORDS, stdin=lines)
+    written = capsys.readouterr().out if to_stdout else out.read_text()
+    found = [json.loads(line) for line in written.removesuffix("\n").split("\n")]
+    assert all(row.pop("seconds") > 0 for row in found)
+    expected = [
+        ({"prompt": HINDI}, lm.generate(HINDI, **SETTINGS)),
+        ({"prompt": "a\u2028mouse"}, lm.generate("a\u2028mouse", **SETTINGS)),
+        *(
+            ({"prompt": [1, 5, 300]}, one)
+            for one in lm.generate([1, 5, 300], n=2, logprobs=True, **SETTINGS)
+        ),
+        ({"messages": MESSAGES}, lm.chat(MESSAGES, **{**SETTINGS, "max_new_tokens": 5})),
+        ({"prompt": "a mouse"}, lm.generate("a mouse", logit_bias={5: 100.0}, **SETTINGS)),
+    ]
+    assert len(found) == len(expected)
+    for row, (named, completion) in zip(found, expected, strict=True):
+        logprobs = row.pop("logprobs")
+        assert logprobs == pytest.approx(completion.logprobs, abs=1e-5)
+        assert row == named | {
+            "text": completion.text,
+            "token_ids": completion.token_ids,
+            "finish_reason": completion.finish_reason,
+            "index": completion.index,
+        }
+
+
+def test_interactive_chat_has_a_history(
+    run: Run, lm: LM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed = iter(["", "a", KeyboardInterrupt(), "b", EOFError()])
+    _type(monkeypatch, typed)
+    run("--interactive", *WORDS)
+    first = lm.chat([{"role": "user", "content": "a"}], **SETTINGS).text
+    turns = [("user", "a"), ("assistant", first), ("user", "b")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    second = lm.chat(messages, **SETTINGS).text
+    assert capsys.readouterr().out == f"{first}\n\n{second}\n\n"
+
+
+def test_ctrl_c_ends_a_reply_and_not_the_chat(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = []
+
+    def stream(self: LM, ids: list[int], settings: Any, ends: set[int]) -> Iterator[str]:
+        seen.append(self.tokenizer.decode(ids) if self.tokenizer else "")
+        yield "begun"
+        if len(seen) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(LM, "_stream", stream)
+    _type(monkeypatch, iter(["x", "y", "z" * 99, "/exit"]))
+    run("--interactive", "--tokens", "8")
+    out, err = capsys.readouterr()
+    assert out == "begun\nbegun\nbegun\n"
+    # The third turn does not fit with the earlier ones.
+    assert seen == ["x", "xbeguny", "z" * 99] and not err
+
+
+def test_turn_that_is_too_long_does_not_end_the_chat(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _type(monkeypatch, iter(["x", "/exit"]))
+    run("--interactive", "--tokens", "63")
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: prompt and continuation are")
+
+
+def _type(monkeypatch: pytest.MonkeyPatch, typed: Iterator[str | BaseException]) -> None:
+    def answer(prompt: str) -> str:
+        assert prompt == ">>> "
+        text = next(typed)
+        if isinstance(text, BaseException):
+            raise text
+        return text
+
+    monkeypatch.setattr("builtins.input", answer)
+
+
+GOOD = '{"prompt": "a"}'
+
+
+@pytest.mark.parametrize(
+    ("words", "stdin", "message"),
+    [
+        ([], "", "there is no prompt; give --prompt TEXT, --prompts FILE, --jsonl FILE or"),
+        (["--prompts", "gone.txt"], "", "No such file or directory: gone.txt"),
+        (["--jsonl", "gone.jsonl"], "", "No such file or directory: gone.jsonl"),
+        (["--prompts", "-"], "\n", "there is no prompt in -"),
+        (["--prompts", "-", "--jsonl", "-"], "", "cannot both read from -"),
+        (["--interactive", "--prompt", "a"], "", "--interactive asks for the prompts"),
+        (["--interactive", "--n", "2"], "", "--interactive has one reply"),
+        (["--interactive", "--jsonl_out", "-"], "", "remove --jsonl_out"),
+        (["--prompt", "a", "--jsonl_out", "gone/x"], "", "there is no directory gone"),
+        (["--prompt", "a", "--jsonl_out", "/"], "", "--jsonl_out / is a directory"),
+        (["--jsonl", "-"], f"{GOOD}\n\n{{", "standard input line 3: not JSON: "),
+        (["--jsonl", "-"], f"{GOOD}\n[]", "standard input line 2: must be an object"),
+        (["--jsonl", "-"], '{"seed": 1}', "line 1: must have either prompt or messages"),
+        (["--jsonl", "-"], '{"prompt": 5}', "line 1: prompt must be a text or token ids"),
+        (["--jsonl", "-"], '{"prompt": "\\ud800"}', "line 1: a text has a lone surrogate"),
+        (["--jsonl", "-"], '{"prompt": "", "sed": 1}', "line 1: unknown setting sed; did you"),
+        (["--jsonl", "-"], '{"prompt": "", "top_p": 7}', "line 1: generate.top_p 7 must be in"),
+        (["--jsonl", "-"], '{"prompt": "", "stop": 7}', "line 1: generate.stop 7 must be a te"),
+        (["--jsonl", "-"], '{"prompt": "", "logit_bias": {"a": 1}}', "line 1: {'a': 1} is not"),
+        (["--jsonl", "-"], f"{GOOD}\n" + '{"prompt": [999]}', "line 2: token 999 is outside"),
+        (["--jsonl", "-"], '{"prompt": []}', "line 1: a prompt is empty"),
+        (["--jsonl", "-"], '{"prompt": "a", "max_new_tokens": 99}', "line 1: prompt and conti"),
+        (["--jsonl", "-"], '{"messages": "a"}', "line 1: messages must be a list"),
+        (["--jsonl", "-"], '{"messages": [{"role": "x"}]}', "line 1: message {'role': 'x'}"),
+        (["--jsonl", "-"], '{"messages": []}\n5', "line 2: must be an object"),
+    ],
+)
+def test_bad_requests_are_one_line(
+    words: list[str], stdin: str, message: str, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run(*words, "--max_new_tokens", "8", stdin=stdin)
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2 and out == ""
+    assert err.startswith("error: ") and message in err and err.count("\n") == 1
+
+
+def test_input_is_not_overwritten(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text(GOOD)
+    with pytest.raises(SystemExit):
+        run("--jsonl", str(file), "--jsonl_out", f"{tmp_path}/../{tmp_path.name}/a.jsonl")
+    assert "is read; name another file" in capsys.readouterr().err and file.read_text() == GOOD
+
+
+def test_error_during_generation_names_the_lines(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A setting that leaves no token after the first one."""
+    lines = f'{GOOD}\n{{"prompt": "b", "allowed_tokens": [5], "no_repeat_ngram_size": 1}}'
+    with pytest.raises(SystemExit) as stopped:
+        run("--jsonl", "-", "--jsonl_out", str(tmp_path / "out"), "--tokens", "3", stdin=lines)
+    assert stopped.value.code == 2
+    assert "error: standard input line 2: no token may follow" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out").read_text())["prompt"] == "a"

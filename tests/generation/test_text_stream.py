@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import regex
+import sentencepiece
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -94,7 +95,7 @@ def test_stop_texts_end_the_text_and_are_not_shown(
 @given(ids=st.lists(st.integers(0, 511), max_size=24), split=st.integers(0, 5))
 def test_any_tokens_join_to_the_text(tiny_tokenizer: Tokenizer, ids: list[int], split: int) -> None:
     """Bytes that are no character, control tokens, ids beyond the tokenizer."""
-    ids = [id for id in ids if id < tiny_tokenizer.vocab_size]
+    assert tiny_tokenizer.vocab_size < 511
     check(tiny_tokenizer, ids[:split], ids[split:], ())
 
 
@@ -103,22 +104,27 @@ def hf_tokenizer(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Tokenizer:
     """A small tokenizer.json, whose characters are bytes, or pieces with bytes as a fallback."""
-    lines = ["".join(PARTS[(i * i + j * 7) % len(PARTS)] for j in range(30)) for i in range(100)]
+    specials = ["<unk>", "<s>", "</s>"]
     if request.param == "byte level":
+        lines = ["".join(PARTS[(i * i + j * 7) % len(PARTS)] for j in range(30)) for i in range(99)]
         made = tokenizers.Tokenizer(models.BPE())
         made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         made.decoder = decoders.ByteLevel()
-        alphabet, specials = pre_tokenizers.ByteLevel.alphabet(), ["<s>", "</s>"]
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(
+            vocab_size=400, initial_alphabet=alphabet, special_tokens=specials, show_progress=False
+        )
+        made.train_from_iterator(lines, trainer)
     else:
-        made = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+        # As in Llama 2: <0x41> is a byte, no special token.
+        tokens = [*specials, *(f"<0x{i:02X}>" for i in range(256)), "▁", "▁▁", *"aeनकषि्"]
+        vocabulary = {token: id for id, token in enumerate(tokens)}
+        model = models.BPE(vocabulary, [("▁", "▁")], unk_token="<unk>", byte_fallback=True)
+        made = tokenizers.Tokenizer(model)
         made.pre_tokenizer = pre_tokenizers.Metaspace()
+        made.add_special_tokens(specials)
         steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
         made.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
-        alphabet, specials = [], ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, initial_alphabet=alphabet, special_tokens=specials, show_progress=False
-    )
-    made.train_from_iterator(lines, trainer)
     path = tmp_path_factory.mktemp("hf") / "tokenizer.json"
     made.save(str(path))
     names = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -133,8 +139,59 @@ def test_chunks_of_hf_tokenizers_join_to_the_text(
 ) -> None:
     encoded = hf_tokenizer.encode(text)
     check(hf_tokenizer, encoded[:split], encoded[split:], ())
-    ids = [id for id in ids if id < hf_tokenizer.vocab_size]
     check(hf_tokenizer, ids[:split], ids[split:], ())
+
+
+@settings(deadline=None, max_examples=200)
+@given(text=texts, at=st.integers(0, 30), length=st.integers(1, 5))
+def test_stop_texts_end_the_text_of_hf_tokenizers(
+    hf_tokenizer: Tokenizer, text: str, at: int, length: int
+) -> None:
+    ids = hf_tokenizer.encode(text)
+    stop = tuple(filter(None, [hf_tokenizer.decode(ids)[at : at + length]]))
+    check(hf_tokenizer, [], ids, stop)
+
+
+def test_bytes_that_a_later_byte_makes_invalid(hf_tokenizer: Tokenizer) -> None:
+    """ByteFallback replaces all bytes of a run; a stop text in a run ends the generation."""
+    if "<0x41>" not in hf_tokenizer.pieces():
+        pytest.skip("a byte-level tokenizer has no such tokens")
+    valid, invalid, space = map(hf_tokenizer.id_of, ("<0x41>", "<0xFF>", "▁"))
+    assert check(hf_tokenizer, [], [valid, valid, invalid, space, space], ()) == "���  "
+    streamed = TextStream(hf_tokenizer, [], ["A"])
+    assert streamed.push(valid) == "" and streamed.stopped and streamed.text == ""
+
+
+@pytest.fixture(scope="module", params=["prefix", "strip"])
+def space_tokenizer(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Tokenizer:
+    """A SentencePiece model that adds a space at the start, or strips all there."""
+    path = tmp_path_factory.mktemp("spaces") / "tokenizer.model"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a mouse and the lion  क्ष कि"] * 99),
+        model_prefix=str(path.with_suffix("")),
+        model_type="bpe",
+        vocab_size=300,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        add_dummy_prefix=True,
+        remove_extra_whitespaces=request.param == "strip",
+        minloglevel=2,
+    )
+    return open_tokenizer(path)
+
+
+@settings(deadline=None, max_examples=300)
+@given(data=st.data(), text=texts, split=st.integers(0, 4))
+def test_spaces_are_those_of_the_text(
+    space_tokenizer: Tokenizer, data: st.DataObject, text: str, split: int
+) -> None:
+    space = space_tokenizer.id_of("▁")
+    a_token = st.just(space) | st.integers(0, space_tokenizer.padded_vocab_size - 1)
+    ids = space_tokenizer.encode(text) + data.draw(st.lists(a_token, max_size=12))
+    check(space_tokenizer, ids[:split], ids[split:], ())
 
 
 def test_conjunct_comes_as_a_whole(tiny_tokenizer: Tokenizer) -> None:
@@ -144,9 +201,14 @@ def test_conjunct_comes_as_a_whole(tiny_tokenizer: Tokenizer) -> None:
     assert chunks == ["स्त्री", "कि"]
 
 
+@pytest.mark.parametrize("between", ["", "special tokens", "spaces"])
 def test_only_the_latest_tokens_are_decoded(
-    tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    between: str, tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    ids = tiny_tokenizer.encode("a mouse and the lion " * 40)
+    if between:
+        token = tiny_tokenizer.eos_id if between == "special tokens" else tiny_tokenizer.id_of("▁")
+        ids = [one for id in ids for one in (id, *[token] * 6)]
     counts = []
     original = type(tiny_tokenizer).decode
 
@@ -155,11 +217,11 @@ def test_only_the_latest_tokens_are_decoded(
         return original(self, ids)
 
     monkeypatch.setattr(type(tiny_tokenizer), "decode", decode)
-    ids = tiny_tokenizer.encode("a mouse and the lion " * 40)
     streamed = TextStream(tiny_tokenizer, ids[:50])
     for token in ids[50:]:
         streamed.push(token)
-    assert len(ids) > 200 and max(counts[4:]) < 12
+    assert len(ids) > 200 and max(counts[2:]) < 32
+    assert len(counts) < 3 * len(ids)
 
 
 def _bytes(tokenizer: Tokenizer, text: str) -> Iterator[int]:
