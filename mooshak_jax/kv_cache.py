@@ -27,8 +27,8 @@ def check_index(index: Array, size: int, what: str) -> None:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["k_BSGK", "v_BSGK", "lengths"],
-    meta_fields=["written"],
+    data_fields=["k_BSGK", "v_BSGK", "lengths", "n_blocks"],
+    meta_fields=["written", "block"],
 )
 @dataclass
 class KVCache:
@@ -48,6 +48,13 @@ class KVCache:
     """
     written: bool = False
     """False while all rows are empty. Static: a count would compile one step for each value."""
+    block: int = 0
+    """Slots are attended to in blocks of this size, also by a prefill (engine.py); 0: all at once.
+
+    Then bits do not depend on the number of later slots. It divides the number of slots.
+    """
+    n_blocks: Array | None = None
+    """Number of blocks that calls attend to, a scalar, if there are blocks."""
 
     def update(self, k_BTGK: Array, v_BTGK: Array, positions_BT: Array) -> "KVCache":
         """Write keys and values at their positions. Returns the new cache.
@@ -59,10 +66,15 @@ class KVCache:
         if positions_BT.shape[1] > self.k_BSGK.shape[1]:
             raise IndexError(f"{positions_BT.shape[1]} tokens for {self.k_BSGK.shape[1]} slots")
         rows_B1 = jnp.arange(len(positions_BT))[:, None]
-        k_BSGK = self.k_BSGK.at[rows_B1, positions_BT].set(k_BTGK)
-        v_BSGK = self.v_BSGK.at[rows_B1, positions_BT].set(v_BTGK)
+        k_BSGK = self.k_BSGK.at[rows_B1, positions_BT].set(k_BTGK.astype(self.k_BSGK.dtype))
+        v_BSGK = self.v_BSGK.at[rows_B1, positions_BT].set(v_BTGK.astype(self.v_BSGK.dtype))
         lengths = (positions_BT[:, -1] + 1).astype(self.lengths.dtype)
-        return KVCache(k_BSGK, v_BSGK, lengths, written=True)
+        return replace(self, k_BSGK=k_BSGK, v_BSGK=v_BSGK, lengths=lengths, written=True)
+
+    @property
+    def is_read(self) -> bool:
+        """False if a call attends to its own tokens only: the prefill of empty rows."""
+        return self.written or self.block > 0
 
     def visible_slots(self, n_tokens: int) -> int:
         """Return how many slots a call with `n_tokens` tokens per row attends to: all of them.
@@ -79,7 +91,7 @@ class KVCache:
         rows_B = jnp.asarray(rows, jnp.int32)
         check_index(rows_B, len(self.lengths), "row")
         k_BSGK, v_BSGK = self.k_BSGK[rows_B], self.v_BSGK[rows_B]
-        return KVCache(k_BSGK, v_BSGK, self.lengths[rows_B], self.written)
+        return replace(self, k_BSGK=k_BSGK, v_BSGK=v_BSGK, lengths=self.lengths[rows_B])
 
     def truncate(self, lengths: Sequence[int] | Array) -> "KVCache":
         """Drop the tokens of each row beyond its new length, [B]; shorter rows are unchanged.

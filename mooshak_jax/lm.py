@@ -27,7 +27,7 @@ from mooshak.tokenizer.base import Tokenizer
 from mooshak_jax.checkpoint import load_model
 from mooshak_jax.decode import generate_tokens
 from mooshak_jax.device import find_devices
-from mooshak_jax.distributed.mesh import make_mesh
+from mooshak_jax.distributed.mesh import Parallel, make_mesh
 from mooshak_jax.model import Model
 from mooshak_jax.ops.cross_entropy import token_log_probs
 from mooshak_jax.param_names import canonical_tensors
@@ -40,9 +40,16 @@ SCORE_CHUNK = 2048
 class LM(lm.LM):
     """Language model in JAX, on one device or a mesh."""
 
-    def __init__(self, config: ModelConfig, dtype: Dtype, params: Any, tokenizer: Tokenizer | None):
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: Dtype,
+        params: Any,
+        tokenizer: Tokenizer | None,
+        parallel: Parallel,
+    ):
         self.config, self.dtype, self.tokenizer = config, dtype, tokenizer
-        self.params, self.graphdef = params, make_graphdef(config, dtype)
+        self.params, self.graphdef, self.parallel = params, make_graphdef(config, dtype), parallel
 
     @property
     def model(self) -> Model:
@@ -119,7 +126,7 @@ def load(
         warnings.warn("dtype float64: JAX's x64 mode is now enabled for this process", stacklevel=2)
     parallel = make_mesh(mesh or "data=1", devices)
     config, params = load_model(path, dtype, parallel)
-    result = LM(config, dtype, params, lm.load_tokenizer(Path(path), config, tokenizer))
+    result = LM(config, dtype, params, lm.load_tokenizer(Path(path), config, tokenizer), parallel)
     result._use_generation_config(Path(path))
     return result
 

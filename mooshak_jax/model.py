@@ -11,22 +11,21 @@ products bfloat16, and norms, RoPE, softmax and loss float32.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from mooshak.config.model import Dtype, ModelConfig
-from mooshak.numerics.rope import rope_tables
 from mooshak_jax.distributed.sharding import Axes, constrain
 from mooshak_jax.kv_cache import KVCache, check_index
-from mooshak_jax.ops.activations import rms_norm, rotate, swiglu
-from mooshak_jax.ops.attention import attention, document_attention
+from mooshak_jax.ops.activations import rms_norm, swiglu
+from mooshak_jax.ops.attention import attention, block_attention, document_attention
 from mooshak_jax.ops.matmul import einsum, linear
+from mooshak_jax.rope import Positions, Rope
 
 COMPUTE_DTYPE = {
     "float64": jnp.float64,
@@ -93,49 +92,6 @@ class RMSNorm(nnx.Module):
         return rms_norm(x_BTD, self.scale[...], self.eps)
 
 
-class Positions(NamedTuple):
-    """Position ids, their RoPE cos/sin, and masks; shared by all layers."""
-
-    index_BT: Array
-    """Position id of each token."""
-    cos_BT1k: Array
-    sin_BT1k: Array
-    segments_BT: Array | None = None
-    """Documents of packed rows, as runs of equal integers; attention stays within a document."""
-    mask_BTS: Array | None = None
-    """True where a query sees a cache slot 0 .. S - 1. None: empty caches."""
-
-
-class Rope(nnx.Module):
-    """Rotary position embedding (arXiv:2104.09864), rotate-half layout, in at least float32."""
-
-    def __init__(self, model: ModelConfig, dtype: jnp.dtype):
-        # Static: constants of the compiled step, not state of the model.
-        self.tables = _Tables(*(table.astype(dtype) for table in rope_tables(model)))
-
-    def lookup(self, index_BT: Array) -> Positions:
-        """Return the position ids with their RoPE cos/sin."""
-        cos, sin = (jnp.asarray(table)[index_BT] for table in (self.tables.cos, self.tables.sin))
-        return Positions(index_BT, cos[:, :, None], sin[:, :, None])
-
-    def __call__(self, x_BTHK: Array, positions: Positions) -> Array:
-        return rotate(x_BTHK, positions.cos_BT1k, positions.sin_BT1k)
-
-
-class _Tables:
-    """NumPy arrays as static data of a graph definition: compared and hashed by content."""
-
-    def __init__(self, cos: np.ndarray, sin: np.ndarray):
-        self.cos, self.sin = cos, sin
-        self._key = (cos.dtype.str, cos.shape, cos.tobytes())
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Tables) and self._key == other._key
-
-    def __hash__(self) -> int:
-        return hash(self._key)
-
-
 class Attention(nnx.Module):
     """Causal self-attention with RoPE; the heads are concatenated.
 
@@ -180,14 +136,16 @@ class Attention(nnx.Module):
             cache = cache.update(k_BSGK, v_BSGK, positions.index_BT)
             # Without a mask this is the prefill: queries attend to this call's tokens only.
             if mask_BTS is not None:
-                k_BSGK, v_BSGK = cache.k_BSGK, cache.v_BSGK
+                k_BSGK = cache.k_BSGK.astype(q_BTHK.dtype)
+                v_BSGK = cache.v_BSGK.astype(q_BTHK.dtype)
         segments_BT = positions.segments_BT if cache is None else None
         if segments_BT is not None:
             out_BTHK = document_attention(q_BTHK, k_BSGK, v_BSGK, segments_BT, self.window)
         else:
             if mask_BTS is None:
                 mask_BTS = self.mask(jnp.arange(T)[None], T)
-            out_BTHK = self.attend(q_BTHK, k_BSGK, v_BSGK, mask_BTS)
+            blocks = None if cache is None or not cache.block else (cache.block, cache.n_blocks)
+            out_BTHK = self.attend(q_BTHK, k_BSGK, v_BSGK, mask_BTS, blocks)
         out_BTE = out_BTHK.reshape(B, T, -1)
         out_BTD = out_BTE if self.wo is None else self.wo(out_BTE)
         return constrain(out_BTD, "batch", "sequence", None), cache
@@ -202,8 +160,12 @@ class Attention(nnx.Module):
         return causal_mask(queries_BT, n_keys, self.window)
 
     @staticmethod
-    def attend(q_BTHK: Array, k_BSGK: Array, v_BSGK: Array, mask_BTS: Array) -> Array:
-        """Return `attention` under a mask, [B, T, H, K]."""
+    def attend(
+        q_BTHK: Array, k_BSGK: Array, v_BSGK: Array, mask_BTS: Array, blocks: Any = None
+    ) -> Array:
+        """Return attention under a mask, [B, T, H, K]; `blocks` are those of the cache, if any."""
+        if blocks is not None:
+            return block_attention(q_BTHK, k_BSGK, v_BSGK, mask_BTS, *blocks)
         return attention(q_BTHK, k_BSGK, v_BSGK, mask_BTS)
 
 
@@ -330,7 +292,7 @@ class Model(nnx.Module):
         x_BTD = self.embeddings(tokens_BT).astype(COMPUTE_DTYPE[self.dtype])
         x_BTD = constrain(x_BTD, "batch", "sequence", None)
         positions = self.rope.lookup(positions_BT)._replace(segments_BT=segments_BT)
-        if caches is not None and caches[0].written:
+        if caches is not None and caches[0].is_read:
             n_slots = caches[0].visible_slots(tokens_BT.shape[1])
             mask_BTS = causal_mask(positions_BT, n_slots, self.config.sliding_window)
             positions = positions._replace(mask_BTS=mask_BTS)
@@ -390,11 +352,21 @@ class Model(nnx.Module):
         return logits_BTV.astype(PARAM_DTYPE[self.dtype])
 
 
-def make_caches(model: Model, batch: int, length: int) -> list[KVCache]:
-    """Return empty caches of all layers, for `batch` rows and positions 0 .. length - 1."""
+def make_caches(
+    model: Model, batch: int, length: int, dtype: Dtype | None = None, block: int = 0
+) -> list[KVCache]:
+    """Return empty caches of all layers, for `batch` rows and positions 0 .. length - 1.
+
+    `dtype` is by default the compute dtype; `block` is that of `KVCache`.
+    """
     shape = (batch, length, model.config.G, model.config.K)
-    dtype = COMPUTE_DTYPE[model.dtype]
+    kv_dtype = COMPUTE_DTYPE[dtype or model.dtype]
     return [
-        KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
+        KVCache(
+            jnp.zeros(shape, kv_dtype),
+            jnp.zeros(shape, kv_dtype),
+            jnp.zeros(batch, jnp.int32),
+            block=block,
+        )
         for _ in range(model.config.n_layers)
     ]

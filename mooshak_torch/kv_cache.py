@@ -21,10 +21,17 @@ class KVCache:
     v_BSGK: Tensor
     written: int
     """Upper bound of `lengths`, on the host: reading `lengths` would wait for a GPU."""
+    block: int
+    """Slots are attended to in blocks of this size, also by a prefill (engine.py); 0: one by one.
 
-    def __init__(self, k_BSGK: Tensor, v_BSGK: Tensor, lengths: Tensor, written: int = 0):
+    Then bits do not depend on the number of later slots. It divides the number of slots.
+    """
+
+    def __init__(
+        self, k_BSGK: Tensor, v_BSGK: Tensor, lengths: Tensor, written: int = 0, block: int = 0
+    ):
         self.k_BSGK, self.v_BSGK = k_BSGK, v_BSGK
-        self.lengths, self.written = lengths, written
+        self.lengths, self.written, self.block = lengths, written, block
         self._rows_B1 = torch.arange(len(lengths), device=lengths.device).unsqueeze(1)
 
     @property
@@ -41,16 +48,22 @@ class KVCache:
 
     def update(self, k_BTGK: Tensor, v_BTGK: Tensor, positions_BT: Tensor) -> "KVCache":
         """Write keys and values at their positions, in place. Returns this cache."""
-        self.k_BSGK[self._rows_B1, positions_BT] = k_BTGK
-        self.v_BSGK[self._rows_B1, positions_BT] = v_BTGK
+        self.k_BSGK[self._rows_B1, positions_BT] = k_BTGK.to(self.k_BSGK.dtype)
+        self.v_BSGK[self._rows_B1, positions_BT] = v_BTGK.to(self.v_BSGK.dtype)
         # `lengths` is computed when it is read: decoding does not need it.
         self._last_BT = positions_BT
         self.written = self.visible_slots(positions_BT.shape[1])
         return self
 
+    @property
+    def is_read(self) -> bool:
+        """False if a call attends to its own tokens only: the prefill of empty rows."""
+        return self.written > 0 or self.block > 0
+
     def visible_slots(self, n_tokens: int) -> int:
         """Return how many slots a call with `n_tokens` tokens per row attends to: those in use."""
-        return min(self.written + n_tokens, self.k_BSGK.shape[1])
+        in_use = min(self.written + n_tokens, self.k_BSGK.shape[1])
+        return -(-in_use // self.block) * self.block if self.block else in_use
 
     def select(self, rows: Sequence[int] | Tensor) -> "KVCache":
         """Reorder, repeat or drop rows, in place: row i becomes the old row rows[i].

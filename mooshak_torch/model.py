@@ -7,17 +7,14 @@ A float64 model computes in float64 throughout. In bfloat16 the parameters are f
 products bfloat16, and norms, RoPE, softmax and loss float32.
 """
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mooshak.config.model import Dtype, ModelConfig
-from mooshak.numerics.rope import rope_tables
 from mooshak_torch.kv_cache import KVCache
-from mooshak_torch.ops.activations import recompute_in_backward, rms_norm, rotate, swiglu
+from mooshak_torch.ops.activations import recompute_in_backward, rms_norm, swiglu
 from mooshak_torch.ops.attention import (
     attention,
     document_attention,
@@ -25,6 +22,7 @@ from mooshak_torch.ops.attention import (
     needs_document_mask,
 )
 from mooshak_torch.ops.matmul import linear
+from mooshak_torch.rope import Positions, Rope
 
 COMPUTE_DTYPE = {
     "float64": torch.float64,
@@ -87,42 +85,6 @@ class RMSNorm(nn.Module):
         return rms_norm(x_BTD, gain_D, self.eps)
 
 
-class Positions(NamedTuple):
-    """Position ids, their RoPE cos/sin, and masks; shared by all layers."""
-
-    index_BT: Tensor
-    """Position id of each token."""
-    cos_BT1K: Tensor
-    sin_BT1K: Tensor
-    """Negated in the first half."""
-    segments_BT: Tensor | None = None
-    """Documents of packed rows, as runs of equal integers; attention stays within a document."""
-    mask_BTS: Tensor | None = None
-    """Added to the attention scores, 0 or -inf: of cache slots 0 .. S - 1, or of packed rows."""
-
-
-class Rope(nn.Module):
-    """Rotary position embedding (arXiv:2104.09864), rotate-half layout, in at least float32."""
-
-    cos: Tensor
-    sin: Tensor
-
-    def __init__(self, model: ModelConfig, dtype: torch.dtype):
-        super().__init__()
-        cos, sin = rope_tables(model)
-        self.register_buffer("cos", torch.tensor(cos, dtype=dtype), persistent=False)
-        self.register_buffer("sin", torch.tensor(sin, dtype=dtype), persistent=False)
-
-    def lookup(self, index_BT: Tensor) -> Positions:
-        """Return the position ids with their RoPE cos/sin."""
-        cos_BT1k, sin_BT1k = (table[index_BT].unsqueeze(2) for table in (self.cos, self.sin))
-        cos_BT1K = torch.cat((cos_BT1k, cos_BT1k), dim=-1)
-        return Positions(index_BT, cos_BT1K, torch.cat((-sin_BT1k, sin_BT1k), dim=-1))
-
-    def forward(self, x_BTHK: Tensor, positions: Positions) -> Tensor:
-        return rotate(x_BTHK, positions.cos_BT1K, positions.sin_BT1K)
-
-
 class Attention(nn.Module):
     """Causal self-attention with RoPE; the heads are concatenated.
 
@@ -154,7 +116,8 @@ class Attention(nn.Module):
             # Without a mask this is the prefill: queries attend to this call's tokens only.
             if mask_BTS is not None:
                 S = mask_BTS.shape[-1]
-                k_BSGK, v_BSGK = cache.k_BSGK[:, :S], cache.v_BSGK[:, :S]
+                k_BSGK = cache.k_BSGK[:, :S].to(q_BTHK.dtype)
+                v_BSGK = cache.v_BSGK[:, :S].to(q_BTHK.dtype)
         segments_BT = positions.segments_BT if cache is None else None
         if segments_BT is not None:
             out_BTHK = document_attention(q_BTHK, k_BSGK, v_BSGK, segments_BT, self.window)
@@ -301,7 +264,7 @@ class Model(nn.Module):
         x_BTD = self.embeddings(tokens_BT).to(COMPUTE_DTYPE[self.dtype])
         positions = self.rope.lookup(positions_BT)._replace(segments_BT=segments_BT)
         visible_BTS, window = None, self.config.sliding_window
-        if caches is not None and caches[0].written > 0:
+        if caches is not None and caches[0].is_read:
             n_slots = caches[0].visible_slots(tokens_BT.shape[1])
             visible_BTS = causal_mask(positions_BT, n_slots, window)
         elif caches is None and segments_BT is not None and needs_document_mask(segments_BT):
@@ -333,15 +296,21 @@ class Model(nn.Module):
         return logits_BTV.to(PARAM_DTYPE[self.dtype])
 
 
-def make_caches(model: Model, batch: int, length: int) -> list[KVCache]:
-    """Return empty caches of all layers, for `batch` rows and positions 0 .. length - 1."""
+def make_caches(
+    model: Model, batch: int, length: int, dtype: Dtype | None = None, block: int = 0
+) -> list[KVCache]:
+    """Return empty caches of all layers, for `batch` rows and positions 0 .. length - 1.
+
+    `dtype` is by default the compute dtype; `block` is that of `KVCache`.
+    """
     shape = (batch, length, model.config.G, model.config.K)
-    dtype, device = COMPUTE_DTYPE[model.dtype], model.embeddings.weight.device
+    kv_dtype, device = COMPUTE_DTYPE[dtype or model.dtype], model.embeddings.weight.device
     return [
         KVCache(
-            torch.zeros(shape, dtype=dtype, device=device),
-            torch.zeros(shape, dtype=dtype, device=device),
+            torch.zeros(shape, dtype=kv_dtype, device=device),
+            torch.zeros(shape, dtype=kv_dtype, device=device),
             torch.zeros(batch, dtype=torch.long, device=device),
+            block=block,
         )
         for _ in range(model.config.n_layers)
     ]

@@ -156,9 +156,9 @@ def _prepare(lm: LM, request: Request, given: Mapping[str, Any]) -> _Job:
             ids, ends = encode_chat(lm.tokenizer, request.messages), end_of_turn(lm.tokenizer)
         else:
             assert request.prompt is not None
-            ids = lm._encode(request.prompt)
+            ids = lm.encode(request.prompt)
         # Everything is checked before the first line is generated.
-        lm._adjusters([ids], settings, ends)
+        lm.adjusters([ids], settings, ends)
         pad_prompts([ids], settings.max_new_tokens, lm.config)
         return _Job(request, ids, settings, ends)
 

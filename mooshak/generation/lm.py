@@ -122,7 +122,7 @@ class LM(abc.ABC):
         """
         chosen = make_settings(settings, self.defaults)
         given, many = _as_list(prompt)
-        prompts = [self._encode(one) for one in given]
+        prompts = [self.encode(one) for one in given]
         rows = [(ids, sample) for ids in prompts for sample in range(chosen.n)]
         found = self._complete([ids for ids, _ in rows], [sample for _, sample in rows], chosen)
         grouped: list[Any] = [found[i : i + chosen.n] for i in range(0, len(found), chosen.n)]
@@ -135,7 +135,7 @@ class LM(abc.ABC):
         Settings and errors are those of `generate`; `n` must be 1. Raises `InputError` if the
         checkpoint has no tokenizer.
         """
-        chosen, ids = make_settings(settings, self.defaults), self._encode(prompt)
+        chosen, ids = make_settings(settings, self.defaults), self.encode(prompt)
         if chosen.n != 1:
             raise InputError(f"generate.n {chosen.n}: a stream has one sample; set n to 1")
         if self.tokenizer is None:
@@ -156,7 +156,7 @@ class LM(abc.ABC):
         given, many = _as_list(text)
         if many:
             return [self.score(one) for one in given]
-        ids = self._encode(given[0])
+        ids = self.encode(given[0])
         if not 2 <= len(ids) <= self.config.max_seq_len:
             counts = f"2 .. {self.config.max_seq_len}, with BOS if there is one"
             raise InputError(f"cannot score {len(ids)} tokens; give {counts}")
@@ -184,7 +184,8 @@ class LM(abc.ABC):
         """
         safetensors.write_checkpoint(Path(path), self._checkpoint())
 
-    def _encode(self, prompt: Prompt) -> list[int]:
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Return the token ids of a prompt. Raises `InputError` for what is not one."""
         if not isinstance(prompt, str):
             try:
                 if any(isinstance(id, (bool, np.bool_)) for id in prompt):
@@ -198,8 +199,8 @@ class LM(abc.ABC):
             raise InputError("the checkpoint has no tokenizer; give token ids instead of a text")
         return self.tokenizer.encode(prompt, bos=True)
 
-    def _ends(self, settings: GenerateConfig) -> set[int]:
-        """Return the token ids that end a text."""
+    def ends(self, settings: GenerateConfig) -> set[int]:
+        """Return the ids of the tokens that end a text, of the checkpoint and the settings."""
         own = set() if self.tokenizer is None else end_ids(self.tokenizer)
         if self.generation_config is not None:
             own |= named_end_ids(self.generation_config.parent)
@@ -217,7 +218,7 @@ class LM(abc.ABC):
         path = directory / GENERATION_CONFIG
         self.generation_config = path if path.is_file() else None
 
-    def _adjusters(
+    def adjusters(
         self, prompts: list[list[int]], settings: GenerateConfig, ends: set[int]
     ) -> list[RowAdjustments]:
         """Return the adjustments of the logits for each row; none if the settings have none."""
@@ -236,12 +237,12 @@ class LM(abc.ABC):
         more_ends: set[int] | None = None,
     ) -> list[Completion]:
         """Generate one completion per row, until all of them have ended."""
-        ends = self._ends(settings) | (more_ends or set())
+        ends = self.ends(settings) | (more_ends or set())
         rows = [
-            _Row(self, ids, sample, settings, ends, streamed=False)
+            Row(self, ids, sample, settings, ends, streamed=False)
             for ids, sample in zip(prompts, samples, strict=True)
         ]
-        adjusters = self._adjusters(prompts, settings, ends)
+        adjusters = self.adjusters(prompts, settings, ends)
         for tokens_B, log_probs_B in self._steps(prompts, samples, settings, adjusters):
             for row, token, log_prob in zip(rows, tokens_B, log_probs_B, strict=True):
                 row.push(int(token), float(log_prob))
@@ -252,9 +253,9 @@ class LM(abc.ABC):
     def _stream(
         self, ids: list[int], settings: GenerateConfig, more_ends: set[int] | None = None
     ) -> Iterator[str]:
-        ends = self._ends(settings) | (more_ends or set())
-        row = _Row(self, ids, 0, settings, ends, streamed=True)
-        adjusters = self._adjusters([ids], settings, ends)
+        ends = self.ends(settings) | (more_ends or set())
+        row = Row(self, ids, 0, settings, ends, streamed=True)
+        adjusters = self.adjusters([ids], settings, ends)
         for (token,), (log_prob,) in self._steps([ids], [0], settings, adjusters):
             if text := row.push(int(token), float(log_prob)):
                 yield text
@@ -264,7 +265,7 @@ class LM(abc.ABC):
             yield text
 
 
-class _Row:
+class Row:
     """A sample that is being generated."""
 
     def __init__(

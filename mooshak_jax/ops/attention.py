@@ -58,6 +58,44 @@ def document_attention(
     return attention(q_BTHK, k_BTGK, v_BTGK, causal_BTT, first_BT)
 
 
+def block_attention(
+    q_BTHK: Array, k_BSGK: Array, v_BSGK: Array, mask_BTS: Array, block: int, n_blocks: Array
+) -> Array:
+    """Return `attention` to the first `n_blocks` blocks of keys, [B, T, H, K]; no gradients.
+
+    A loop over blocks of one size, each with the sums so far (arXiv:2112.05682): one program for
+    any number of keys in use, and blocks that are masked for a row do not change its bits. A query
+    without any key returns 0, as in SDPA.
+    """
+    scale, G = 1 / math.sqrt(q_BTHK.shape[-1]), k_BSGK.shape[2]
+    q_BGQK = _heads_first(q_BTHK, G)
+    mask_BQS = _repeat_for_heads(mask_BTS, q_BGQK)
+    dtype = jnp.promote_types(q_BTHK.dtype, jnp.float32)
+
+    def attend_to(i: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        out_BGQK, sum_BGQ1, max_BGQ1 = sums
+        k_BsGK, v_BsGK, mask_BQs = (
+            jax.lax.dynamic_slice_in_dim(a, i * block, block, axis)
+            for a, axis in ((k_BSGK, 1), (v_BSGK, 1), (mask_BQS, 2))
+        )
+        scores_BGQs = einsum("BGQK,BSGK->BGQS", q_BGQK, k_BsGK) * scale
+        scores_BGQs = jnp.where(mask_BQs[:, None], scores_BGQs, -jnp.inf)
+        new_max_BGQ1 = jnp.maximum(max_BGQ1, scores_BGQs.max(-1, keepdims=True))
+        # Of a window, the first blocks may have no key.
+        finite_BGQ1 = jnp.where(jnp.isneginf(new_max_BGQ1), 0.0, new_max_BGQ1)
+        weights_BGQs = jnp.exp(scores_BGQs - finite_BGQ1)
+        decay_BGQ1 = jnp.exp(max_BGQ1 - finite_BGQ1)
+        products_BGQK = einsum("BGQS,BSGK->BGQK", weights_BGQs.astype(v_BSGK.dtype), v_BsGK)
+        sum_BGQ1 = sum_BGQ1 * decay_BGQ1 + weights_BGQs.sum(-1, keepdims=True)
+        return out_BGQK * decay_BGQ1 + products_BGQK, sum_BGQ1, new_max_BGQ1
+
+    zeros_BGQ1 = jnp.zeros((*q_BGQK.shape[:3], 1), dtype)
+    start = (jnp.zeros(q_BGQK.shape, dtype), zeros_BGQ1, jnp.full_like(zeros_BGQ1, -jnp.inf))
+    out_BGQK, sum_BGQ1, _ = jax.lax.fori_loop(0, n_blocks, attend_to, start)
+    sum_BGQ1 = jnp.where(sum_BGQ1 == 0, 1.0, sum_BGQ1)
+    return _heads_last((out_BGQK / sum_BGQ1).astype(v_BSGK.dtype), q_BTHK)
+
+
 def _first_keys(segments_BT: Array, window: int | None) -> Array:
     """Return the index of the first key that each token sees, [B, T]."""
     index_T = jnp.arange(segments_BT.shape[1])

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from mooshak.checkpoints.base import MOMENTS
 from mooshak.config.sections import Config
 from mooshak.errors import InputError
-from mooshak_torch.model import Model, Rope
+from mooshak_torch.model import Model
 from mooshak_torch.optimizer import make_optimizer
+from mooshak_torch.rope import Rope
 
 Values = Callable[[str], np.ndarray]
 """Canonical name -> value of the full tensor."""

@@ -16,9 +16,10 @@ from torch import Tensor
 from mooshak.config.model import ModelConfig
 from mooshak_jax.ops import activations as jax_activations
 from mooshak_torch.distributed.activation_checkpoint import apply_ac
-from mooshak_torch.model import Model, Rope
+from mooshak_torch.model import Model
 from mooshak_torch.ops.activations import recompute_in_backward, rms_norm, rotate, swiglu
 from mooshak_torch.params import initialize
+from mooshak_torch.rope import Rope
 
 SIZE: dict[str, Any] = {"vocab_size": 32, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24}
 

@@ -1,0 +1,1 @@
+"""Serving of many requests at once: continuous batching, and a server, for both frameworks."""
