@@ -144,8 +144,11 @@ class Attention(nnx.Module):
         else:
             if mask_BTS is None:
                 mask_BTS = self.mask(jnp.arange(T)[None], T)
-            blocks = None if cache is None or not cache.block else (cache.block, cache.n_blocks)
-            out_BTHK = self.attend(q_BTHK, k_BSGK, v_BSGK, mask_BTS, blocks)
+            if cache is not None and cache.n_blocks is not None:
+                blocks = cache.block, cache.n_blocks
+                out_BTHK = block_attention(q_BTHK, k_BSGK, v_BSGK, mask_BTS, *blocks)
+            else:
+                out_BTHK = self.attend(q_BTHK, k_BSGK, v_BSGK, mask_BTS)
         out_BTE = out_BTHK.reshape(B, T, -1)
         out_BTD = out_BTE if self.wo is None else self.wo(out_BTE)
         return constrain(out_BTD, "batch", "sequence", None), cache
@@ -160,12 +163,8 @@ class Attention(nnx.Module):
         return causal_mask(queries_BT, n_keys, self.window)
 
     @staticmethod
-    def attend(
-        q_BTHK: Array, k_BSGK: Array, v_BSGK: Array, mask_BTS: Array, blocks: Any = None
-    ) -> Array:
-        """Return attention under a mask, [B, T, H, K]; `blocks` are those of the cache, if any."""
-        if blocks is not None:
-            return block_attention(q_BTHK, k_BSGK, v_BSGK, mask_BTS, *blocks)
+    def attend(q_BTHK: Array, k_BSGK: Array, v_BSGK: Array, mask_BTS: Array) -> Array:
+        """Return `attention` under a mask, [B, T, H, K]."""
         return attention(q_BTHK, k_BSGK, v_BSGK, mask_BTS)
 
 

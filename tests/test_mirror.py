@@ -98,7 +98,6 @@ ALLOWED: dict[str, dict[str, str]] = {
         "Rope.sin": "torch's tables are buffers, which move with the module",
     },
     "model": {
-        "Attention.attend": "JAX has an attention of its own for blocks of keys",
         "PRODUCT": "names for jax.checkpoint; torch recomputes by module (apply_ac)",
         "REMAT": "names for jax.checkpoint; torch recomputes by module (apply_ac)",
         "Linear.__init__": "a Flax parameter has logical axes",

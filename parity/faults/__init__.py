@@ -17,9 +17,11 @@ import mooshak_jax.decode
 import mooshak_jax.objectives
 import mooshak_jax.ops.cross_entropy
 import mooshak_jax.optimizer
+import mooshak_jax.rope
 import mooshak_torch.decode
 import mooshak_torch.ops.cross_entropy
 import mooshak_torch.optimizer
+import mooshak_torch.rope
 from mooshak.checkpoints.base import FULL_SLICE, Checkpoint
 from parity.faults import model as m
 from parity.faults import training as t
@@ -112,8 +114,8 @@ FAULTS = {
     "RoPE theta 1 % off": Fault(
         "forward",
         "^layer 0 attention, RoPE of q",
-        lambda: m.rope_theta(tm),
-        lambda: m.rope_theta(jm),
+        lambda: m.rope_theta(mooshak_torch.rope),
+        lambda: m.rope_theta(mooshak_jax.rope),
     ),
     "wq and wk of layer 1 swapped": Fault(
         "forward",
@@ -326,8 +328,8 @@ FAULTS = {
     "frequencies of RoPE not rescaled": Fault(
         "forward",
         "^layer 0 attention, RoPE of q",
-        lambda: m.unscaled_frequencies(tm),
-        lambda: m.unscaled_frequencies(jm),
+        lambda: m.unscaled_frequencies(mooshak_torch.rope),
+        lambda: m.unscaled_frequencies(mooshak_jax.rope),
         architecture="llama",
     ),
     "rows of wo permuted": Fault(
