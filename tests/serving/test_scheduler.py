@@ -3,6 +3,7 @@
 import random
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -118,20 +119,29 @@ def generate(scheduler: Scheduler, prompt: list[int], **settings: Any) -> list[C
     return scheduler.generate([prompt], [GenerateConfig(logprobs=True, **settings)])[0]
 
 
+@contextmanager
+def compilations() -> Iterator[list[str]]:
+    """Record what JAX compiles inside the block."""
+    found: list[str] = []
+    active = True
+
+    def listen(event: str, seconds: float, **more: Any) -> None:
+        if active and "compile" in event:
+            found.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield found
+    active = False
+
+
 def test_jax_compiles_nothing_after_the_start(checkpoints: dict[str, Path]) -> None:
     scheduler = make_scheduler("jax", load("jax", checkpoints["llama"]), n_slots=3)
     scheduler.engine.warm_up()
-    compiled: list[str] = []
-
-    def listen(event: str, seconds: float, **more: Any) -> None:
-        if "compile" in event:
-            compiled.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    assert run(scheduler, list(range(len(SETTINGS))))
-    assert compiled == []
-    jax.jit(lambda x: x + len(compiled))(1.0)
-    assert compiled  # The listener works.
+    with compilations() as compiled:
+        assert run(scheduler, list(range(len(SETTINGS))))
+        assert compiled == []
+        jax.jit(lambda x: x + len(compiled))(1.0)
+    assert compiled  # They are recorded.
 
 
 def test_prefixes_are_shared_by_samples_and_turns(scheduler: Scheduler) -> None:
@@ -285,3 +295,22 @@ def test_engine_names_a_wrong_shape(
     lm = load("torch", checkpoints["mooshak"])
     with pytest.raises(InputError, match=message):
         make_scheduler("torch", lm, **shape)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["tensor=2", "fsdp=2,tensor=2"])
+def test_engine_on_a_mesh_gives_the_same_tokens(mesh: str, checkpoints: dict[str, Path]) -> None:
+    order = list(range(len(SETTINGS)))
+    one = run(make_scheduler("jax", load("jax", checkpoints["llama"])), order)
+    scheduler = make_scheduler("jax", load("jax", checkpoints["llama"], mesh=mesh))
+    scheduler.engine.warm_up()
+    (k_BSGK, _), *_ = scheduler.engine.state.kv  # type: ignore[attr-defined]
+    assert k_BSGK.sharding.shard_shape(k_BSGK.shape)[2] == k_BSGK.shape[2] // 2
+    with compilations() as compiled:
+        found = run(scheduler, order)
+    assert compiled == []
+    for number, samples in one.items():
+        for mine, other in zip(samples, found[number], strict=True):
+            assert mine.token_ids == other.token_ids
+            assert np.allclose(mine.logprobs, other.logprobs, atol=1e-4)
+    assert run(scheduler, order[::-1], steps_between=2) == found
