@@ -15,13 +15,14 @@ from jax import Array
 
 from mooshak.config.generate import GenerateConfig
 from mooshak.generation.adjustments import RowAdjustments, stack_adjustments
+from mooshak.generation.log_probs import TokenLogProbs
 from mooshak.generation.parameters import SamplingParameters
 from mooshak.generation.text import pad_prompts
 from mooshak.numerics.sampling_noise import noise
 from mooshak_jax.kv_cache import KVCache
 from mooshak_jax.model import make_caches
 from mooshak_jax.params import merge
-from mooshak_jax.sampling import sample, token_log_prob
+from mooshak_jax.sampling import most_probable, returned_scores, sample, token_log_prob
 
 
 def generate(
@@ -51,14 +52,13 @@ def generate_tokens(
     samples: Sequence[int],
     settings: GenerateConfig,
     adjusters: Sequence[RowAdjustments] = (),
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield the next token of each row, int64 [B], and its log-probability, float64 [B].
+) -> Iterator[tuple[np.ndarray, TokenLogProbs | None]]:
+    """Yield the next token of each row, int64 [B], and its log-probabilities, if asked for.
 
     `max_new_tokens` tokens follow each prompt, at its own position. Temperature 0 is greedy;
     otherwise row b uses the noise of sample number samples[b]. `adjusters`, one for each row or
-    none, change the logits first. Without `logprobs` the second array is NaN. Sampling is in
-    float64: iterate with `jax_enable_x64` on. Raises `InputError` for an empty prompt or a text
-    that exceeds the model's positions.
+    none, change the logits first. Sampling is in float64: iterate with `jax_enable_x64` on. Raises
+    `InputError` for an empty prompt or a text that exceeds the model's positions.
     """
     new_tokens, model = settings.max_new_tokens, merge(graphdef, params)
     parameters = SamplingParameters.of([settings] * len(prompts))
@@ -72,11 +72,15 @@ def generate_tokens(
     )
     caches = [layer_cache.truncate(lengths_B) for layer_cache in caches]  # Drop the padding.
     positions_B, last_B = last_B, jnp.zeros_like(last_B)
-    unknown_B = np.full(len(prompts), np.nan)
+    processed_B = np.full(len(prompts), settings.processed_logprobs)
     for t in range(new_tokens):
         adjustments = stack_adjustments(adjusters) if adjusters else None
         token_B = sample(logits_BV, jnp.asarray(uniform_BT[:, t]), parameters, adjustments)
-        log_prob_B = token_log_prob(logits_BV, token_B) if settings.logprobs else unknown_B
+        found: list[Array] = []
+        if settings.logprobs:
+            scores_BV = returned_scores(logits_BV, parameters, adjustments, processed_B)
+            found.append(token_log_prob(scores_BV, token_B))
+            found += most_probable(scores_BV) if settings.top_logprobs else ()
         # An accelerator computes the next step while the host waits for this token and decodes it.
         if t + 1 < new_tokens:
             positions_B = positions_B + 1
@@ -85,7 +89,7 @@ def generate_tokens(
         tokens_B = np.asarray(token_B)
         for adjuster, token in zip(adjusters, tokens_B, strict=bool(adjusters)):
             adjuster.push(int(token))
-        yield tokens_B, np.asarray(log_prob_B)
+        yield tokens_B, TokenLogProbs(*map(np.asarray, found)) if found else None
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=5)

@@ -16,14 +16,15 @@ from flax import nnx
 from jax import Array
 
 from mooshak.config.model import Dtype
+from mooshak.generation.log_probs import TokenLogProbs
 from mooshak.serving import engine
-from mooshak.serving.engine import MAX_TOP, StepInputs, TokenLogProbs
+from mooshak.serving.engine import StepInputs
 from mooshak_jax.distributed.sharding import constrain
 from mooshak_jax.kv_cache import KVCache
 from mooshak_jax.lm import LM
 from mooshak_jax.model import PARAM_DTYPE, make_caches
 from mooshak_jax.params import merge
-from mooshak_jax.sampling import sample
+from mooshak_jax.sampling import most_probable, returned_scores, sample, token_log_prob
 
 
 class Engine(engine.Engine):
@@ -46,7 +47,12 @@ class Engine(engine.Engine):
             )
 
     def prefill(
-        self, slot: int, tokens: Sequence[int], start: int, targets: Sequence[int] | None = None
+        self,
+        slot: int,
+        tokens: Sequence[int],
+        start: int,
+        targets: Sequence[int] | None = None,
+        top: bool = False,
     ) -> TokenLogProbs | None:
         last = len(tokens) - 1
         tokens_C, positions_C = self.pad_chunk(tokens, start)
@@ -62,8 +68,8 @@ class Engine(engine.Engine):
             )
             if targets is None:
                 return None
-            targets_C = self.pad_chunk(targets, 0)[0]
-            found = _chunk_log_probs(self.graphdef, self.params, hidden_1CD, targets_C)
+            logits_CV = _chunk_logits(self.graphdef, self.params, hidden_1CD)
+            found = _log_probs(logits_CV, jnp.asarray(self.pad_chunk(targets, 0)[0]), top)
             return TokenLogProbs(*(np.asarray(values)[: last + 1] for values in found))
 
     def copy_slot(self, source: int, target: int) -> None:
@@ -73,8 +79,12 @@ class Engine(engine.Engine):
     def step(self, inputs: StepInputs) -> tuple[np.ndarray, TokenLogProbs | None]:
         with self._activate():
             uniform_B, logits_BV = jnp.asarray(inputs.uniform_B), self.state.logits_BV
-            token_B = sample(logits_BV, uniform_B, inputs.parameters, inputs.adjustments)
-            found = _log_probs(logits_BV, token_B) if inputs.log_probs else None
+            settings = inputs.parameters, inputs.adjustments
+            token_B = sample(logits_BV, uniform_B, *settings)
+            found: list[Array] = []
+            if inputs.log_probs:
+                scores_BV = returned_scores(logits_BV, *settings, inputs.processed_B)
+                found = _log_probs(scores_BV, token_B, inputs.top)
             # An accelerator computes the next step while the host waits for these tokens.
             if inputs.continues:
                 position_B = inputs.position_B.astype(np.int32)
@@ -88,7 +98,7 @@ class Engine(engine.Engine):
                     n_blocks,
                     self.state,
                 )
-            log_probs = None if found is None else TokenLogProbs(*map(np.asarray, found))
+            log_probs = TokenLogProbs(*map(np.asarray, found)) if found else None
             return np.asarray(token_B), log_probs
 
     def _n_blocks(self, n_tokens: int) -> int:
@@ -192,16 +202,10 @@ def _cache(k_BSGK: Array, v_BSGK: Array, block: int, n_blocks: Array) -> KVCache
 
 
 @partial(jax.jit, static_argnums=0)
-def _chunk_log_probs(
-    graphdef: nnx.GraphDef, params: Any, hidden_1CD: Array, token_C: Array
-) -> tuple[Array, Array, Array]:
-    return _log_probs(merge(graphdef, params).logits(hidden_1CD)[0], token_C)
+def _chunk_logits(graphdef: nnx.GraphDef, params: Any, hidden_1CD: Array) -> Array:
+    return constrain(merge(graphdef, params).logits(hidden_1CD)[0], None, None)
 
 
-@jax.jit
-def _log_probs(logits_BV: Array, token_B: Array) -> tuple[Array, Array, Array]:
-    """Return log-probabilities of tokens and of the most probable ones, in float64."""
-    log_p_BV = jax.nn.log_softmax(logits_BV.astype(jnp.float64), axis=-1)
-    log_prob_B = jnp.take_along_axis(log_p_BV, token_B[:, None], 1)[:, 0]
-    top_BN = jax.lax.top_k(log_p_BV, min(MAX_TOP, log_p_BV.shape[1]))[1]
-    return log_prob_B, top_BN, jnp.take_along_axis(log_p_BV, top_BN, 1)
+def _log_probs(logits_BV: Array, token_B: Array, top: bool) -> list[Array]:
+    """Return the fields of `TokenLogProbs` on the device."""
+    return [token_log_prob(logits_BV, token_B), *(most_probable(logits_BV) if top else ())]

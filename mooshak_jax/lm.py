@@ -2,7 +2,7 @@
 
 Mirror: mooshak_torch/lm.py. The methods of `LM` are in mooshak/generation/lm.py, for both
 frameworks.
-Shapes: S token ids of a text, T = S - 1, D model width.
+Shapes: S token ids of a text, T = S - 1, D model width, N most probable tokens.
 """
 
 import warnings
@@ -32,9 +32,12 @@ from mooshak_jax.model import Model
 from mooshak_jax.ops.cross_entropy import token_log_probs
 from mooshak_jax.param_names import canonical_tensors
 from mooshak_jax.params import make_graphdef, merge
+from mooshak_jax.sampling import most_probable
 
 SCORE_CHUNK = 2048
 """Number of tokens whose logits are in memory at once when a text is scored."""
+TOP_CHUNK = 128
+"""The same where their most probable tokens are looked for, in float64."""
 
 
 class LM(lm.LM):
@@ -78,6 +81,18 @@ class LM(lm.LM):
         ids_1S = np.pad(np.array([ids], np.int32), ((0, 0), (0, max(length - len(ids), 0))))
         found_1T = _score(self.graphdef, self.params, jnp.asarray(ids_1S))
         return np.asarray(found_1T[0, : len(ids) - 1]).astype(np.float64)
+
+    def _most_probable(self, ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        length = -(-(len(ids) - 1) // TOP_CHUNK) * TOP_CHUNK
+        ids_1T = np.zeros((1, min(length, self.config.max_seq_len)), np.int32)
+        ids_1T[0, : len(ids) - 1] = ids[:-1]
+        with jax.enable_x64():
+            hidden_1TD = _hidden_states(self.graphdef, self.params, jnp.asarray(ids_1T))
+            chunks = [hidden_1TD[:, i : i + TOP_CHUNK] for i in range(0, len(ids) - 1, TOP_CHUNK)]
+            found = [_top(self.graphdef, self.params, chunk_1TD) for chunk_1TD in chunks]
+            parts = zip(*found, strict=True)
+            top_TN, log_prob_TN = (np.concatenate(part)[: len(ids) - 1] for part in parts)
+        return top_TN, log_prob_TN
 
     def _checkpoint(self) -> Checkpoint:
         leaves = {
@@ -136,3 +151,15 @@ def _score(graphdef: nnx.GraphDef, params: Any, ids_1S: Array) -> Array:
     model: Model = merge(graphdef, params)
     hidden_1TD = model.hidden_states(ids_1S[:, :-1])
     return token_log_probs(hidden_1TD, model.head_DV, ids_1S[:, 1:], SCORE_CHUNK)
+
+
+@partial(jax.jit, static_argnums=0)
+def _hidden_states(graphdef: nnx.GraphDef, params: Any, ids_1T: Array) -> Array:
+    model: Model = merge(graphdef, params)
+    return model.hidden_states(ids_1T)
+
+
+@partial(jax.jit, static_argnums=0)
+def _top(graphdef: nnx.GraphDef, params: Any, hidden_1TD: Array) -> tuple[Array, Array]:
+    model: Model = merge(graphdef, params)
+    return most_probable(model.logits(hidden_1TD)[0])

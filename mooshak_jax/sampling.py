@@ -6,15 +6,17 @@ row, so that rows of a batch may differ, and other numbers compile nothing. Comp
 every dtype of the model, with `jax_enable_x64` on: otherwise rounding could move a uniform number
 across the boundary between two tokens.
 
-Mirror: mooshak_torch/sampling.py. Shapes: B rows, V vocabulary, C candidates.
+Mirror: mooshak_torch/sampling.py. Shapes: B rows, V vocabulary, C candidates, N most probable.
 """
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
+from mooshak.config.generate import MAX_TOP
 from mooshak.generation.adjustments import Adjustments
 from mooshak.generation.parameters import SamplingParameters
 
@@ -176,8 +178,44 @@ def _column(values_B: Array) -> Array:
     return jnp.asarray(values_B, jnp.float64)[:, None]
 
 
+def returned_scores(
+    logits_BV: Array,
+    parameters: SamplingParameters,
+    adjustments: Adjustments | None,
+    processed_B: np.ndarray,
+) -> Array:
+    """Return the logits of the log-probabilities that are returned: processed in some rows."""
+    if not processed_B.any():
+        return logits_BV
+    scores_BV = filter_scores(adjust(logits_BV.astype(jnp.float64), adjustments), parameters)
+    return _choose_rows(processed_B, scores_BV, logits_BV)
+
+
+@jax.jit
+def _choose_rows(chosen_B: Array, scores_BV: Array, logits_BV: Array) -> Array:
+    return jnp.where(chosen_B[:, None], scores_BV, logits_BV.astype(jnp.float64))
+
+
 @jax.jit
 def token_log_prob(logits_BV: Array, token_B: Array) -> Array:
     """Return log p(token) in each row, float64 [B]."""
     log_p_BV = jax.nn.log_softmax(logits_BV.astype(jnp.float64), axis=-1)
     return jnp.take_along_axis(log_p_BV, token_B[:, None], axis=1)[:, 0]
+
+
+@jax.jit
+def most_probable(logits_BV: Array) -> tuple[Array, Array]:
+    """Return the ids and log-probabilities of the most probable tokens, [B, N] each.
+
+    In descending order, equal ones by id; N is `MAX_TOP`, or V if that is less.
+    """
+    log_p_BV = jax.nn.log_softmax(logits_BV.astype(jnp.float64), axis=-1)
+    n = min(CANDIDATES, log_p_BV.shape[1])
+    candidates_BC: Any = jax.lax.top_k(_narrow(log_p_BV), n)[1]
+    by_id_BC = jnp.sort(candidates_BC, -1)
+    negative_BC = -jnp.take_along_axis(log_p_BV, by_id_BC, 1)
+    negative_BN, top_BN = (
+        a_BC[:, :MAX_TOP]
+        for a_BC in jax.lax.sort((negative_BC, by_id_BC), num_keys=1, is_stable=True)
+    )
+    return top_BN, -negative_BN

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mooshak.config.generate import GenerateConfig
 from mooshak.generation.adjustments import RowAdjustments, stack_adjustments
+from mooshak.generation.log_probs import TokenLogProbs
 from mooshak.generation.parameters import SamplingParameters
 from mooshak.generation.text import pad_prompts
 from mooshak.numerics.sampling_noise import noise
@@ -20,7 +21,7 @@ from mooshak_torch.distributed.compile import require_compiler
 from mooshak_torch.kv_cache import KVCache
 from mooshak_torch.model import Linear, Model, make_caches
 from mooshak_torch.ops.matmul import pack_weights_for_decode
-from mooshak_torch.sampling import sample, token_log_prob
+from mooshak_torch.sampling import most_probable, returned_scores, sample, token_log_prob
 
 
 def generate(
@@ -43,7 +44,6 @@ def generate(
     return np.stack([token_B for token_B, _ in steps], axis=1).astype(np.int32)
 
 
-@torch.no_grad()
 def generate_tokens(
     model: Model,
     prompts: Sequence[Sequence[int]],
@@ -51,15 +51,14 @@ def generate_tokens(
     settings: GenerateConfig,
     adjusters: Sequence[RowAdjustments] = (),
     compiled: bool = False,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield the next token of each row, int64 [B], and its log-probability, float64 [B].
+) -> Iterator[tuple[np.ndarray, TokenLogProbs | None]]:
+    """Yield the next token of each row, int64 [B], and its log-probabilities, if asked for.
 
     `max_new_tokens` tokens follow each prompt, at its own position. Temperature 0 is greedy;
     otherwise row b uses the noise of sample number samples[b]. `adjusters`, one for each row or
-    none, change the logits first. Without `logprobs` the second array is NaN. `compiled` uses
-    torch.compile for the decode step. FSDP modules must be unsharded, since their hooks do not run.
-    Raises `InputError` for an empty prompt, a text that exceeds the model's positions, or a missing
-    compiler.
+    none, change the logits first. `compiled` uses torch.compile for the decode step. FSDP modules
+    must be unsharded, since their hooks do not run. Raises `InputError` for an empty prompt, a text
+    that exceeds the model's positions, or a missing compiler.
     """
     new_tokens, step = settings.max_new_tokens, _compiled_step() if compiled else _step
     parameters = SamplingParameters.of([settings] * len(prompts))
@@ -69,29 +68,36 @@ def generate_tokens(
     caches = make_caches(model, len(prompts), tokens_BT.shape[1] + new_tokens)
     positions_B = torch.from_numpy(lengths_B).to(device) - 1
     rows_B = torch.arange(len(prompts), device=device)
-    # Only the last position of each prompt is passed to the output head.
-    hidden_BTD = model.hidden_states(torch.from_numpy(tokens_BT).to(device).long(), caches=caches)
-    logits_BV = model.logits(hidden_BTD[rows_B, positions_B].unsqueeze(1))[:, 0]
+    with torch.no_grad():
+        # Only the last position of each prompt is passed to the output head.
+        tokens = torch.from_numpy(tokens_BT).to(device).long()
+        hidden_BTD = model.hidden_states(tokens, caches=caches)
+        logits_BV = model.logits(hidden_BTD[rows_B, positions_B].unsqueeze(1))[:, 0]
     for layer_cache in caches:
         layer_cache.truncate(lengths_B.tolist())  # Drop the padding.
     decoder = model
     if not compiled:  # Inductor knows no packed weights.
         matrices = (m.weight for m in model.modules() if isinstance(m, Linear))
         decoder = pack_weights_for_decode(model, matrices, len(prompts), new_tokens)
-    unknown_B = torch.full((len(prompts),), torch.nan, dtype=torch.float64)
+    processed_B = np.full(len(prompts), settings.processed_logprobs)
     for t in range(new_tokens):
         uniform_B = torch.from_numpy(uniform_BT[:, t]).to(device)
         adjustments = stack_adjustments(adjusters) if adjusters else None
-        token_B = sample(logits_BV, uniform_B, parameters, adjustments)
-        log_prob_B = token_log_prob(logits_BV, token_B) if settings.logprobs else unknown_B
-        # An accelerator computes the next step while the host waits for this token and decodes it.
-        if t + 1 < new_tokens:
-            positions_B = positions_B + 1
-            logits_BV = step(decoder, token_B, positions_B, caches)
+        found: list[Tensor] = []
+        with torch.no_grad():  # Not across `yield`: the caller's mode is unchanged.
+            token_B = sample(logits_BV, uniform_B, parameters, adjustments)
+            if settings.logprobs:
+                scores_BV = returned_scores(logits_BV, parameters, adjustments, processed_B)
+                found.append(token_log_prob(scores_BV, token_B))
+                found += most_probable(scores_BV) if settings.top_logprobs else ()
+            # An accelerator computes the next step while the host waits for this token.
+            if t + 1 < new_tokens:
+                positions_B = positions_B + 1
+                logits_BV = step(decoder, token_B, positions_B, caches)
         tokens_B = token_B.cpu().numpy()
         for adjuster, token in zip(adjusters, tokens_B, strict=bool(adjusters)):
             adjuster.push(int(token))
-        yield tokens_B, log_prob_B.cpu().numpy()
+        yield tokens_B, TokenLogProbs(*(a.cpu().numpy() for a in found)) if found else None
 
 
 def _step(model: Model, token_B: Tensor, positions_B: Tensor, caches: list[KVCache]) -> Tensor:

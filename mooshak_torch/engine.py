@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from mooshak.config.model import Dtype
+from mooshak.generation.log_probs import TokenLogProbs
 from mooshak.serving import engine
-from mooshak.serving.engine import MAX_TOP, StepInputs, TokenLogProbs
+from mooshak.serving.engine import StepInputs
 from mooshak_torch.kv_cache import KVCache
 from mooshak_torch.lm import LM
 from mooshak_torch.model import PARAM_DTYPE, Linear, make_caches
 from mooshak_torch.ops.matmul import pack_weights_for_decode
-from mooshak_torch.sampling import sample
+from mooshak_torch.sampling import most_probable, returned_scores, sample, token_log_prob
 
 
 class Engine(engine.Engine):
@@ -45,7 +46,12 @@ class Engine(engine.Engine):
 
     @torch.no_grad()
     def prefill(
-        self, slot: int, tokens: Sequence[int], start: int, targets: Sequence[int] | None = None
+        self,
+        slot: int,
+        tokens: Sequence[int],
+        start: int,
+        targets: Sequence[int] | None = None,
+        top: bool = False,
     ) -> TokenLogProbs | None:
         last = len(tokens) - 1
         tokens_C, positions_C = map(torch.from_numpy, self.pad_chunk(tokens, start))
@@ -58,9 +64,9 @@ class Engine(engine.Engine):
         self.logits_BV[slot] = self.model.logits(hidden_1CD[:, last : last + 1])[0, 0]
         if targets is None:
             return None
-        logits_CV = self.model.logits(hidden_1CD)[0]
-        found = _log_probs(logits_CV, torch.from_numpy(self.pad_chunk(targets, 0)[0]))
-        return TokenLogProbs(*(values[: last + 1] for values in found))
+        target_C = torch.from_numpy(self.pad_chunk(targets, 0)[0]).to(self.device)
+        found = _log_probs(self.model.logits(hidden_1CD)[0], target_C, top)
+        return TokenLogProbs(*(values[: last + 1].cpu().numpy() for values in found))
 
     @torch.no_grad()
     def copy_slot(self, source: int, target: int) -> None:
@@ -71,8 +77,12 @@ class Engine(engine.Engine):
     @torch.no_grad()
     def step(self, inputs: StepInputs) -> tuple[np.ndarray, TokenLogProbs | None]:
         uniform_B = torch.from_numpy(inputs.uniform_B).to(self.device)
-        token_B = sample(self.logits_BV, uniform_B, inputs.parameters, inputs.adjustments)
-        log_probs = _log_probs(self.logits_BV, token_B) if inputs.log_probs else None
+        settings = inputs.parameters, inputs.adjustments
+        token_B = sample(self.logits_BV, uniform_B, *settings)
+        found: list[Tensor] = []
+        if inputs.log_probs:
+            scores_BV = returned_scores(self.logits_BV, *settings, inputs.processed_B)
+            found = _log_probs(scores_BV, token_B, inputs.top)
         # An accelerator computes the next step while the host waits for these tokens.
         if inputs.continues:
             for cache in self.caches:
@@ -80,6 +90,7 @@ class Engine(engine.Engine):
             positions_B1 = torch.from_numpy(inputs.position_B).to(self.device).unsqueeze(1)
             logits_B1V = self.decoder(token_B.unsqueeze(1), positions_B1, self.caches)
             self.logits_BV = logits_B1V[:, 0]
+        log_probs = TokenLogProbs(*(values.cpu().numpy() for values in found)) if found else None
         return token_B.cpu().numpy(), log_probs
 
 
@@ -89,17 +100,6 @@ def _row(cache: KVCache, slot: int) -> KVCache:
     return KVCache(k_1SGK, v_1SGK, cache.lengths[slot : slot + 1], block=cache.block)
 
 
-def _log_probs(logits_BV: Tensor, token_B: Tensor) -> TokenLogProbs:
-    """Return log-probabilities of tokens and of the most probable ones, in float64."""
-    log_p_BV = torch.log_softmax(logits_BV.double(), dim=-1)
-    log_prob_B1 = log_p_BV.gather(1, token_B.to(log_p_BV.device).unsqueeze(1))
-    n = min(MAX_TOP, log_p_BV.shape[1])
-    # A stable sort of the candidates: equal probabilities in the order of their ids.
-    top_BN = log_p_BV.topk(n).indices.sort(-1).values
-    order_BN = log_p_BV.gather(1, top_BN).sort(dim=-1, descending=True, stable=True).indices
-    top_BN = top_BN.gather(1, order_BN)
-    return TokenLogProbs(
-        log_prob_B1[:, 0].cpu().numpy(),
-        top_BN.cpu().numpy(),
-        log_p_BV.gather(1, top_BN).cpu().numpy(),
-    )
+def _log_probs(logits_BV: Tensor, token_B: Tensor, top: bool) -> list[Tensor]:
+    """Return the fields of `TokenLogProbs` on the device."""
+    return [token_log_prob(logits_BV, token_B), *(most_probable(logits_BV) if top else ())]

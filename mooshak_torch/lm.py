@@ -1,7 +1,7 @@
 """Python API in PyTorch: `mooshak_torch.load(path)` returns an `LM`.
 
 Mirror: mooshak_jax/lm.py. The methods of `LM` are in mooshak/generation/lm.py, for both frameworks.
-Shapes: S token ids of a text, T = S - 1, D model width.
+Shapes: S token ids of a text, T = S - 1, D model width, N most probable tokens.
 """
 
 from collections.abc import Iterator
@@ -23,10 +23,13 @@ from mooshak_torch.device import find_device
 from mooshak_torch.model import Model
 from mooshak_torch.ops.cross_entropy import token_log_probs
 from mooshak_torch.params import numpy_dtype, to_numpy
+from mooshak_torch.sampling import most_probable
 from mooshak_torch.step import set_matmul_precision
 
 SCORE_CHUNK = 2048
 """Number of tokens whose logits are in memory at once when a text is scored."""
+TOP_CHUNK = 128
+"""The same where their most probable tokens are looked for, in float64."""
 
 
 class LM(lm.LM):
@@ -56,6 +59,15 @@ class LM(lm.LM):
         hidden_1TD = self._model.hidden_states(ids_1S[:, :-1])
         found_1T = token_log_probs(hidden_1TD, self._model.head_VD, ids_1S[:, 1:], SCORE_CHUNK)
         return found_1T[0].double().cpu().numpy()
+
+    @torch.no_grad()
+    def _most_probable(self, ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        ids_1T = torch.tensor([ids[:-1]], device=self._model.head_VD.device)
+        hidden_1TD = self._model.hidden_states(ids_1T)
+        chunks = hidden_1TD.split(TOP_CHUNK, dim=1)
+        found = [most_probable(self._model.logits(chunk_1TD)[0]) for chunk_1TD in chunks]
+        top_TN, log_prob_TN = (torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True))
+        return top_TN, log_prob_TN
 
     def _checkpoint(self) -> Checkpoint:
         named = dict(self._model.named_parameters())

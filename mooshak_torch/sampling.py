@@ -5,12 +5,14 @@ Tokens of equal probability are kept or removed together. Settings are arrays, o
 row, so that rows of a batch may differ. Computed in float64 for every dtype of the model: otherwise
 rounding could move a uniform number across the boundary between two tokens.
 
-Mirror: mooshak_jax/sampling.py. Shapes: B rows, V vocabulary, C candidates.
+Mirror: mooshak_jax/sampling.py. Shapes: B rows, V vocabulary, C candidates, N most probable.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from mooshak.config.generate import MAX_TOP
 from mooshak.generation.adjustments import Adjustments
 from mooshak.generation.parameters import SamplingParameters
 
@@ -132,7 +134,34 @@ def _column(values_B: object, like: Tensor) -> Tensor:
     return torch.as_tensor(values_B, dtype=torch.float64, device=like.device).unsqueeze(1)
 
 
+def returned_scores(
+    logits_BV: Tensor,
+    parameters: SamplingParameters,
+    adjustments: Adjustments | None,
+    processed_B: np.ndarray,
+) -> Tensor:
+    """Return the logits of the log-probabilities that are returned: processed in some rows."""
+    if not processed_B.any():
+        return logits_BV
+    scores_BV = filter_scores(adjust(logits_BV.double(), adjustments), parameters)
+    processed_B1 = torch.from_numpy(processed_B).to(logits_BV.device).unsqueeze(1)
+    return torch.where(processed_B1, scores_BV, logits_BV.double())
+
+
 def token_log_prob(logits_BV: Tensor, token_B: Tensor) -> Tensor:
     """Return log p(token) in each row, float64 [B]."""
     log_p_BV = torch.log_softmax(logits_BV.double(), dim=-1)
     return log_p_BV.gather(1, token_B.unsqueeze(1)).squeeze(1)
+
+
+def most_probable(logits_BV: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the ids and log-probabilities of the most probable tokens, [B, N] each.
+
+    In descending order, equal ones by id; N is `MAX_TOP`, or V if that is less.
+    """
+    log_p_BV = torch.log_softmax(logits_BV.double(), dim=-1)
+    n = min(CANDIDATES, log_p_BV.shape[1])
+    by_id_BC = log_p_BV.float().topk(n).indices.sort(-1).values
+    values_BC = log_p_BV.gather(1, by_id_BC)
+    order_BN = values_BC.sort(dim=-1, descending=True, stable=True).indices[:, :MAX_TOP]
+    return by_id_BC.gather(1, order_BN), values_BC.gather(1, order_BN)

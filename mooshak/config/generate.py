@@ -9,6 +9,8 @@ from mooshak.errors import require
 MIN_TEMPERATURE, MAX_BIAS = 1e-6, 1e6
 """Bounds within which logits divided by the temperature are finite."""
 MAX_TOP_K = 2**31 - 1
+MAX_TOP = 20
+"""Largest `top_logprobs`."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +60,38 @@ class GenerateConfig:
     """Continue after an end token."""
     logprobs: bool = False
     """Return the log-probability of each token under the model, before any other setting acts."""
+    prompt_logprobs: bool = False
+    """Return the log-probability of each token of the prompt, too; max_new_tokens may then be 0."""
+    top_logprobs: int = 0
+    """Number of most probable tokens whose log-probabilities are returned in each place, at most
+    20."""
+    processed_logprobs: bool = False
+    """Return log-probabilities of the distribution that tokens are drawn from: after penalties,
+    temperature and filters."""
 
     def __post_init__(self) -> None:
         for key in ("stop", "bad_words"):
             if isinstance(value := getattr(self, key), str):
                 object.__setattr__(self, key, (value,))
-        for key in ("max_new_tokens", "n"):
-            value = getattr(self, key)
-            require(value >= 1, f"generate.{key} {value} must be at least 1")
+        require(self.n >= 1, f"generate.n {self.n} must be at least 1")
+        least = 0 if self.prompt_logprobs else 1
+        require(
+            self.max_new_tokens >= least,
+            f"generate.max_new_tokens {self.max_new_tokens} must be at least {least}",
+        )
+        require(
+            0 <= self.top_logprobs <= MAX_TOP,
+            f"generate.top_logprobs {self.top_logprobs} is not in 0 .. {MAX_TOP}",
+        )
+        require(
+            not self.top_logprobs or self.logprobs or self.prompt_logprobs,
+            f"generate.top_logprobs {self.top_logprobs} needs generate.logprobs or "
+            "generate.prompt_logprobs",
+        )
+        require(
+            self.logprobs or not self.processed_logprobs,
+            "generate.processed_logprobs needs generate.logprobs",
+        )
         for key in ("min_new_tokens", "top_k", "no_repeat_ngram_size"):
             value = getattr(self, key)
             require(value >= 0, f"generate.{key} {value} must not be negative")

@@ -17,7 +17,8 @@ from mooshak.config.generate import GenerateConfig
 from mooshak.device import add_device_option
 from mooshak.errors import InputError, require
 from mooshak.generation.adjustments import check_token_settings
-from mooshak.generation.lm import LM, Completion
+from mooshak.generation.completion import Completion
+from mooshak.generation.lm import LM
 from mooshak.generation.requests import STDIN, Request, errors_of, given_settings, logit_bias
 from mooshak.generation.settings import make_settings
 from mooshak.generation.text import pad_prompts

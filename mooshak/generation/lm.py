@@ -7,7 +7,6 @@ shared.
 import abc
 import operator
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, overload
 
@@ -24,13 +23,15 @@ from mooshak.generation.adjustments import (
     check_token_settings,
     needs_adjustments,
 )
+from mooshak.generation.completion import Completion, Row
+from mooshak.generation.log_probs import TokenLogProbs
 from mooshak.generation.settings import generation_defaults, make_settings
 from mooshak.generation.text import (
     GENERATION_CONFIG,
-    TextStream,
     check_tokens,
     end_ids,
     named_end_ids,
+    pad_prompts,
 )
 from mooshak.tokenizer.base import Tokenizer
 from mooshak.tokenizer.chat_template import Messages, encode_chat, end_of_turn
@@ -40,29 +41,8 @@ from mooshak.tokenizer.load import open_tokenizer
 Prompt = str | Sequence[int]
 """A text, or token ids."""
 
-Step = tuple[np.ndarray, np.ndarray]
-"""The next token of each row, int [B], and its log-probability, float64 [B]."""
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A sample of the continuation of a prompt; `str` returns its text."""
-
-    text: str | None
-    """The continuation; None if the checkpoint has no tokenizer."""
-    token_ids: list[int]
-    """Generated tokens, without the end token."""
-    logprobs: list[float] | None
-    """log p of each of `token_ids` under the model, in nats, if the setting `logprobs` is true."""
-    finish_reason: str
-    """`stop` (an end token or a stop text) or `length` (max_new_tokens)."""
-    prompt_token_ids: list[int]
-    """Tokens of the prompt, with BOS if it was a text."""
-    index: int = 0
-    """Index of the sample among the `n` samples of its prompt."""
-
-    def __str__(self) -> str:
-        return " ".join(map(str, self.token_ids)) if self.text is None else self.text
+Step = tuple[np.ndarray, TokenLogProbs | None]
+"""The next token of each row, int [B], and its log-probabilities, if asked for."""
 
 
 class LM(abc.ABC):
@@ -99,6 +79,13 @@ class LM(abc.ABC):
     @abc.abstractmethod
     def _token_log_probs(self, ids: list[int]) -> np.ndarray:
         """Return log p(token t | tokens before t), t = 1 .. T - 1, in nats, float64 [T - 1]."""
+
+    @abc.abstractmethod
+    def _most_probable(self, ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the most probable tokens after each token but the last, and their log p.
+
+        int64 and float64 [T - 1, N], as `most_probable` (sampling.py) returns them.
+        """
 
     @abc.abstractmethod
     def _checkpoint(self) -> Checkpoint:
@@ -140,6 +127,9 @@ class LM(abc.ABC):
             raise InputError(f"generate.n {chosen.n}: a stream has one sample; set n to 1")
         if self.tokenizer is None:
             raise InputError("the checkpoint has no tokenizer, so there is no text to stream")
+        # Errors are raised here, not at the first `next`.
+        self.adjusters([ids], chosen, set())
+        pad_prompts([ids], chosen.max_new_tokens, self.config)
         return self._stream(ids, chosen)
 
     @overload
@@ -239,82 +229,46 @@ class LM(abc.ABC):
         """Generate one completion per row, until all of them have ended."""
         ends = self.ends(settings) | (more_ends or set())
         rows = [
-            Row(self, ids, sample, settings, ends, streamed=False)
+            Row(self.tokenizer, ids, sample, settings, ends, streamed=False)
             for ids, sample in zip(prompts, samples, strict=True)
         ]
         adjusters = self.adjusters(prompts, settings, ends)
-        for tokens_B, log_probs_B in self._steps(prompts, samples, settings, adjusters):
-            for row, token, log_prob in zip(rows, tokens_B, log_probs_B, strict=True):
-                row.push(int(token), float(log_prob))
+        pad_prompts(prompts, settings.max_new_tokens, self.config)
+        if settings.prompt_logprobs:
+            known: dict[tuple[int, ...], TokenLogProbs] = {}
+            for row in rows:
+                key = tuple(row.prompt)
+                known[key] = known.get(key) or self._prompt_log_probs(row.prompt, settings)
+                row.prompt_log_probs = known[key]
+        if not settings.max_new_tokens:
+            return [row.completion() for row in rows]
+        for tokens_B, found in self._steps(prompts, samples, settings, adjusters):
+            for i, (row, token) in enumerate(zip(rows, tokens_B, strict=True)):
+                row.push(int(token), found, i)
             if all(row.done for row in rows):
                 break
         return [row.completion() for row in rows]
+
+    def _prompt_log_probs(self, ids: list[int], settings: GenerateConfig) -> TokenLogProbs:
+        """Return the log-probabilities of the tokens of a prompt after the first one."""
+        if len(ids) < 2:
+            return TokenLogProbs(np.empty(0), np.empty((0, 0), np.int64), np.empty((0, 0)))
+        top = self._most_probable(ids) if settings.top_logprobs else ()
+        return TokenLogProbs(self._token_log_probs(ids), *top)
 
     def _stream(
         self, ids: list[int], settings: GenerateConfig, more_ends: set[int] | None = None
     ) -> Iterator[str]:
         ends = self.ends(settings) | (more_ends or set())
-        row = Row(self, ids, 0, settings, ends, streamed=True)
+        row = Row(self.tokenizer, ids, 0, settings, ends, streamed=True)
         adjusters = self.adjusters([ids], settings, ends)
-        for (token,), (log_prob,) in self._steps([ids], [0], settings, adjusters):
-            if text := row.push(int(token), float(log_prob)):
+        for (token,), found in self._steps([ids], [0], settings, adjusters):
+            if text := row.push(int(token), found, 0):
                 yield text
             if row.done:
                 break
         if row.stream is not None and (text := row.stream.finish()):
             yield text
-
-
-class Row:
-    """A sample that is being generated."""
-
-    def __init__(
-        self,
-        lm: LM,
-        prompt: list[int],
-        index: int,
-        settings: GenerateConfig,
-        ends: set[int],
-        streamed: bool,
-    ):
-        self.prompt, self.index, self.settings = prompt, index, settings
-        self.done = False
-        # Each decoding is of all tokens: without need, only `completion` decodes.
-        self.decodes = streamed or bool(settings.stop)
-        self.ids: list[int] = []
-        self.log_probs: list[float] = []
-        self.stream: TextStream | None = None
-        self.ends = ends
-        if lm.tokenizer is not None:
-            self.stream = TextStream(lm.tokenizer, prompt, settings.stop)
-        if settings.ignore_eos:
-            self.ends = set(settings.stop_token_ids)
-
-    def push(self, token: int, log_prob: float) -> str:
-        """Append a token, unless the row has ended; return the text that became final."""
-        if self.done or token in self.ends:
-            self.done = True
-            return ""
-        self.ids.append(token)
-        self.log_probs.append(log_prob)
-        if self.stream is None:
-            return ""
-        if not self.decodes:
-            self.stream.ids.append(token)
-            return ""
-        text = self.stream.push(token)
-        self.done = self.stream.stopped
-        return text
-
-    def completion(self) -> Completion:
-        return Completion(
-            text=None if self.stream is None else self.stream.text,
-            token_ids=self.ids,
-            logprobs=self.log_probs if self.settings.logprobs else None,
-            finish_reason="stop" if self.done else "length",
-            prompt_token_ids=self.prompt,
-            index=self.index,
-        )
 
 
 def check_dtype(dtype: str) -> None:

@@ -10,7 +10,6 @@ Shapes: B slots, C tokens of a chunk, V vocabulary, N most probable tokens.
 import abc
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -18,22 +17,11 @@ from mooshak.config.generate import GenerateConfig
 from mooshak.config.model import ModelConfig
 from mooshak.errors import require
 from mooshak.generation.adjustments import Adjustments
+from mooshak.generation.log_probs import TokenLogProbs
 from mooshak.generation.parameters import SamplingParameters
 
 CACHE_BLOCK = 512
 """Cache slots that are attended to at once: SDPA on a CPU has blocks of this size."""
-MAX_TOP = 20
-"""Most probable tokens whose log-probabilities can be returned."""
-
-
-class TokenLogProbs(NamedTuple):
-    """Log-probabilities of tokens, and the most probable tokens at their places."""
-
-    log_prob_B: np.ndarray
-    """float64 [B], in nats."""
-    top_BN: np.ndarray
-    """Ids of the most probable tokens, int64 [B, N], in descending order; ties by id."""
-    top_log_prob_BN: np.ndarray
 
 
 @dataclasses.dataclass
@@ -50,6 +38,10 @@ class StepInputs:
     adjustments: Adjustments | None
     log_probs: bool
     """Return the log-probabilities of the sampled tokens."""
+    top: bool
+    """Return the most probable tokens, too."""
+    processed_B: np.ndarray
+    """True in slots whose log-probabilities are those of the filtered distribution."""
     continues: bool
     """False if no token follows in any slot: the model is not called."""
 
@@ -76,12 +68,18 @@ class Engine(abc.ABC):
 
     @abc.abstractmethod
     def prefill(
-        self, slot: int, tokens: Sequence[int], start: int, targets: Sequence[int] | None = None
+        self,
+        slot: int,
+        tokens: Sequence[int],
+        start: int,
+        targets: Sequence[int] | None = None,
+        top: bool = False,
     ) -> TokenLogProbs | None:
         """Write the keys and values of at most `chunk` tokens from position `start` on.
 
         The slot's next token is sampled after the last one. With `targets`, a token for each of
-        `tokens`, return the log-probability of each target after its token.
+        `tokens`, return the log-probability of each target after its token, and with `top` the most
+        probable tokens in its place.
         """
 
     @abc.abstractmethod
@@ -96,18 +94,27 @@ class Engine(abc.ABC):
         """Run every computation once; nothing is compiled afterwards."""
         tokens = [0] * self.chunk
         self.prefill(0, tokens, 0)
-        self.prefill(0, tokens, 0, tokens)
+        self.prefill(0, tokens, 0, tokens, top=True)
         self.copy_slot(0, self.n_slots - 1)
         neutral = np.zeros((self.n_slots, self.config.vocab_size))
         adjustments = Adjustments(neutral, neutral + 1, neutral)
         filtered = GenerateConfig(temperature=1.0, top_k=1, top_p=0.5, min_p=0.5, typical_p=0.5)
         for settings in (GenerateConfig(), GenerateConfig(temperature=1.0), filtered):
             for given in (None, adjustments):
-                parameters = SamplingParameters.of([settings] * self.n_slots)
-                zeros = np.zeros(self.n_slots)
-                self.step(
-                    StepInputs(zeros.astype(np.int64), 1, zeros, parameters, given, True, True)
-                )
+                for processed in (False, True):
+                    self.step(
+                        StepInputs(
+                            np.zeros(self.n_slots, np.int64),
+                            visible=1,
+                            uniform_B=np.zeros(self.n_slots),
+                            parameters=SamplingParameters.of([settings] * self.n_slots),
+                            adjustments=given,
+                            log_probs=True,
+                            top=True,
+                            processed_B=np.full(self.n_slots, processed),
+                            continues=True,
+                        )
+                    )
 
     def pad_chunk(self, tokens: Sequence[int], start: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the tokens and positions of a chunk, int64 [C] each.

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from mooshak.generation.lm import Completion
+from mooshak.generation.completion import Completion
 
 
 class QueueFullError(Exception):

@@ -19,11 +19,13 @@ import numpy as np
 from mooshak.config.generate import GenerateConfig
 from mooshak.errors import InputError
 from mooshak.generation.adjustments import Adjustments, RowAdjustments
-from mooshak.generation.lm import LM, Completion, Row
+from mooshak.generation.completion import Completion, Row
+from mooshak.generation.lm import LM
+from mooshak.generation.log_probs import TokenLogProbs, join_log_probs
 from mooshak.generation.parameters import SamplingParameters
 from mooshak.generation.text import check_tokens
 from mooshak.numerics.sampling_noise import noise
-from mooshak.serving.engine import Engine, StepInputs, TokenLogProbs
+from mooshak.serving.engine import Engine, StepInputs
 from mooshak.serving.events import Counters, Event, QueueFullError, Ticket, Token
 
 PREFILL_CHUNKS = 4
@@ -41,7 +43,7 @@ class _Sample:
     adjuster: RowAdjustments | None
     uniform_T: np.ndarray
     on_event: Callable[[Event], None]
-    prompt_tokens: list[Token] = field(default_factory=list)
+    prompt_chunks: list[TokenLogProbs] = field(default_factory=list)
     n_generated: int = 0
 
 
@@ -102,7 +104,7 @@ class Scheduler:
         for index in range(settings.n):
             # Not shared: each sample has its own penalties.
             adjusters = self.lm.adjusters([ids], settings, ends)
-            row = Row(self.lm, ids, index, settings, ends, streamed)
+            row = Row(self.lm.tokenizer, ids, index, settings, ends, streamed)
             uniform_T = noise(settings.seed, index, settings.max_new_tokens)
             adjuster = adjusters[0] if adjusters else None
             samples.append(_Sample(ticket, ids, settings, row, adjuster, uniform_T, on_event))
@@ -211,14 +213,12 @@ class Scheduler:
         sample, start = slot.sample, slot.length
         chunk = sample.prompt[start : start + self.engine.chunk]
         end = start + len(chunk)
-        wants = getattr(sample.settings, "prompt_logprobs", False)
+        wants, n_top = sample.settings.prompt_logprobs, sample.settings.top_logprobs
         # Nothing follows the last token; any target has the same shape.
         targets = [*sample.prompt[start + 1 : end + 1], 0][: len(chunk)] if wants else None
-        found = self.engine.prefill(slot.index, chunk, start, targets)
-        if found is not None and targets is not None:
-            sample.prompt_tokens += [
-                _token(id, i, found, sample.settings) for i, id in enumerate(targets)
-            ]
+        found = self.engine.prefill(slot.index, chunk, start, targets, top=bool(n_top))
+        if found is not None:
+            sample.prompt_chunks.append(found)
         slot.prefix += chunk
         slot.length = end
         if end == len(sample.prompt):
@@ -226,9 +226,9 @@ class Scheduler:
             # Position max_len - 1 may be overwritten while the slot is not in use.
             slot.prefix = slot.prefix[: self.engine.max_len - 1]
             if wants:
-                first = Token(sample.prompt[0])
-                prompt = (first, *sample.prompt_tokens[:-1])
-                sample.on_event(Event(sample.row.index, prompt=prompt))
+                sample.row.prompt_log_probs = join_log_probs(sample.prompt_chunks, -1)
+            if not sample.settings.max_new_tokens:
+                self._end(self._free(slot))
         return True
 
     def _admit(self) -> _Slot | None:
@@ -238,7 +238,7 @@ class Scheduler:
             if not free or not self._waiting:
                 return None
             sample = self._waiting.popleft()
-        limit = 0 if getattr(sample.settings, "prompt_logprobs", False) else len(sample.prompt) - 1
+        limit = 0 if sample.settings.prompt_logprobs else len(sample.prompt) - 1
         known = {slot.index: self._reusable(slot, sample.prompt, limit) for slot in self.slots}
         best = max(self.slots, key=lambda slot: known[slot.index])
         # Overwrite the slot that holds the least.
@@ -286,6 +286,8 @@ class Scheduler:
             parameters=SamplingParameters.of(settings),
             adjustments=adjustments,
             log_probs=any(s.settings.logprobs for s in samples),
+            top=any(s.settings.logprobs and s.settings.top_logprobs for s in samples),
+            processed_B=np.array([one.processed_logprobs for one in settings]),
             continues=any(s.n_generated + 1 < s.settings.max_new_tokens for s in samples),
         )
         token_B, found = self.engine.step(inputs)
@@ -317,16 +319,14 @@ class Scheduler:
         """Append a token to the sample of a slot, which may end it."""
         sample = slot.sample
         assert sample is not None
-        row, settings = sample.row, sample.settings
-        token = _token(id, slot.index, log_probs, settings)
-        n_before = len(row.ids)
-        text = row.push(id, token.log_prob if token.log_prob is not None else float("nan"))
+        row, n_before = sample.row, len(sample.row.ids)
+        text = row.push(id, log_probs, slot.index)
         if sample.adjuster is not None:
             sample.adjuster.push(id)
         sample.n_generated += 1
-        tokens = (token,) if len(row.ids) > n_before else ()
+        tokens = tuple(_token(row, i) for i in range(n_before, len(row.ids)))
         self.counters.generated_tokens += len(tokens)
-        if not row.done and sample.n_generated < settings.max_new_tokens:
+        if not row.done and sample.n_generated < sample.settings.max_new_tokens:
             sample.on_event(Event(row.index, text, tokens))
             return
         if row.stream is not None and row.decodes:
@@ -359,8 +359,7 @@ class Scheduler:
         sample.on_event(event)
 
 
-def _token(id: int, i: int, found: TokenLogProbs | None, settings: GenerateConfig) -> Token:
-    """Return a token with the log-probabilities in row i that the settings ask for."""
-    if found is None or not settings.logprobs:
-        return Token(id)
-    return Token(id, float(found.log_prob_B[i]))
+def _token(row: Row, i: int) -> Token:
+    """Return a generated token of a row, with the log-probabilities that were asked for."""
+    log_prob = row.log_probs[i] if row.log_probs else None
+    return Token(row.ids[i], log_prob, row.top_log_probs[i] if row.top_log_probs else None)

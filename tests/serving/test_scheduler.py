@@ -13,7 +13,7 @@ import pytest
 
 from mooshak.config.generate import GenerateConfig
 from mooshak.errors import InputError
-from mooshak.generation.lm import Completion
+from mooshak.generation.completion import Completion
 from mooshak.serving.events import Event, QueueFullError
 from mooshak.serving.scheduler import Scheduler
 from tests.serving.conftest import load, make_scheduler

@@ -38,8 +38,10 @@ def fail_at(step: str, inject: Callable[[str, Path], None], framework: str) -> N
 
     def failing_save(self: CheckpointManager, state: dict[str, Any], *rest: Any) -> None:
         if str(state["step"]) == step:
-            # The fault must not reach the save of the step before, in the background until now.
-            self.finish()
+            # The fault must not reach the previous save, which this process may still be writing.
+            # Not `finish`, which all processes call together.
+            if self._thread is not None:
+                self._thread.join()
             inject(framework, self.directory / f".{step}.writing")
         save(self, state, *rest)
 
