@@ -68,6 +68,8 @@ class Scheduler:
         self.slots = [_Slot(i) for i in range(engine.n_slots)]
         self._waiting: deque[_Sample] = deque()
         self._news = threading.Condition()
+        self.failed = False
+        """True after an exception of the engine."""
         self._closed: str | None = None
         self._prefilling: _Slot | None = None
 
@@ -137,7 +139,7 @@ class Scheduler:
                 self.step()
         except BaseException as error:
             with self._news:
-                self._closed = f"the engine failed: {error}"
+                self.failed, self._closed = True, f"the engine failed: {error}"
                 lost = [*self._waiting, *(slot.sample for slot in self.slots if slot.sample)]
                 self._waiting.clear()
             for sample in lost:
@@ -363,4 +365,6 @@ def _token(id: int, i: int, found: TokenLogProbs | None, settings: GenerateConfi
     """Return a token with the log-probabilities in row i that the settings ask for."""
     if found is None or not settings.logprobs:
         return Token(id)
-    return Token(id, float(found.log_prob_B[i]))
+    n = getattr(settings, "top_logprobs", 0)
+    top = zip(found.top_BN[i, :n].tolist(), found.top_log_prob_BN[i, :n].tolist(), strict=True)
+    return Token(id, float(found.log_prob_B[i]), dict(top) if n else None)
