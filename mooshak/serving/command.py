@@ -28,6 +28,8 @@ API_KEY = "MOOSHAK_API_KEY"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 FLUSH_SECONDS = 30
 """Time for the last bytes of responses, after all work is done."""
+BACKLOG = 2048
+"""Connections that may wait until they are accepted."""
 KEEP_ALIVE_SECONDS = 65
 """Time that an unused connection stays open: longer than clients keep one in their pools."""
 
@@ -99,6 +101,10 @@ def run_server(
         service = Service(
             parser, scheduler, framework, key, args.max_body_bytes, args.timeout, peer
         )
+        try:
+            listening.listen(BACKLOG)  # Another server may have been as early.
+        except OSError as error:
+            raise _cannot_listen(args.host, args.port, error) from error
         _serve(service, listening)
     if scheduler.failed:
         sys.exit(1)
@@ -115,9 +121,13 @@ def bind(host: str, port: int) -> socket.socket:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(address)
     except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"cannot listen on {host} port {port}: {reason}") from error
+        raise _cannot_listen(host, port, error) from error
     return found
+
+
+def _cannot_listen(host: str, port: int, error: Exception) -> InputError:
+    reason = getattr(error, "strerror", None) or error
+    return InputError(f"cannot listen on {host} port {port}: {reason}")
 
 
 def _check_peer(url: str) -> str:

@@ -175,6 +175,8 @@ class Parser:
             raise ApiError("stream_options needs stream true", "stream_options")
         inner = Fields(options or {}, "stream_options")
         include_usage = inner.take("include_usage", "true or false", False)
+        inner.take("include_obfuscation", "true or false")
+        inner.end()
         return_token_ids = found.take("return_token_ids", "true or false", False)
         given, names = _settings(found)
         for name in IGNORED:
@@ -211,7 +213,7 @@ class Parser:
         self, ids: list[int], given: dict[str, Any], names: Mapping[str, str], is_chat: bool
     ) -> GenerateConfig:
         """Return the settings of a prompt. Raises `ApiError` for a text that is too long."""
-        room = self.max_len - len(ids)
+        room, prompt = self.max_len - len(ids), "messages" if is_chat else "prompt"
         defaults = {"temperature": 1.0, **self.lm.defaults}
         chosen = {"max_new_tokens": max(room, 1) if is_chat else DEFAULT_TOKENS, **given}
         chosen.setdefault("seed", random.getrandbits(63))
@@ -223,7 +225,7 @@ class Parser:
             raise ApiError(
                 f"the prompt has {len(ids)} tokens and max_tokens is {settings.max_new_tokens}; "
                 f"both must not be more than {self.max_len} tokens",
-                names.get("max_new_tokens", "messages" if is_chat else "prompt"),
+                names["max_new_tokens"] if "max_new_tokens" in given else prompt,
                 code="context_length_exceeded",
             )
         return settings
@@ -260,7 +262,7 @@ def _is_ids(values: list[Any]) -> bool:
 def _settings(found: Fields) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the settings of a request, and the fields with which they were given."""
     given: dict[str, Any] = {}
-    names: dict[str, str] = {}
+    names = {"max_new_tokens": "max_tokens"}
     for name in (*SAME_NAME, *OTHER_NAMES, *TEXT_LISTS, *ID_LISTS, *CONSTRAINTS):
         value = found.any(name)
         if value is ABSENT:

@@ -25,6 +25,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from mooshak.errors import InputError
 from mooshak.serving.answers import Choice, usage
 from mooshak.serving.fields import ApiError, Fields
 from mooshak.serving.metrics import Metrics
@@ -32,7 +33,7 @@ from mooshak.serving.protocol import Parser, Request, parse_json
 from mooshak.serving.scheduler import Scheduler
 from mooshak.serving.token_texts import TokenTexts
 from mooshak.serving.work import Work
-from mooshak.tokenizer.chat_template import encode_with_specials
+from mooshak.tokenizer.chat_template import encode_with_specials, find_template
 
 NO_KEY = ("/", "/health", "/metrics")
 """Routes without a key."""
@@ -147,7 +148,7 @@ async def _generate(http: HTTPRequest, parse: Callable[[bytes], Request]) -> Res
                 await asyncio.to_thread(work.submit)
                 if request.stream:
                     return EventStream(answer)
-                return await _unless_disconnected(http.receive, answer.response())
+                return await _unless_disconnected(http.receive, answer.response(), work)
             except BaseException:
                 work.cancel()
                 raise
@@ -227,10 +228,7 @@ class EventStream(Response):
         self.answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await _unless_disconnected(receive, self._send(send))
-        finally:
-            self.answer.work.cancel()
+        await _unless_disconnected(receive, self._send(send), self.answer.work)
 
     async def _send(self, send: Send) -> None:
         head = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
@@ -257,15 +255,16 @@ def _escaped(match: re.Match[str]) -> str:
     return f"\\u{ord(match[0]):04x}"
 
 
-async def _unless_disconnected(receive: Receive, answer: Coroutine[Any, Any, Any]) -> Any:
-    """Return what a coroutine returns; it is cancelled if the client leaves before."""
+async def _unless_disconnected(
+    receive: Receive, answer: Coroutine[Any, Any, Any], work: Work
+) -> Any:
+    """Return what a coroutine returns; it is cancelled, with its work, if the client leaves."""
     task, gone = asyncio.ensure_future(answer), asyncio.ensure_future(_disconnected(receive))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        return Response(status_code=CLIENT_LEFT)
+        return task.result() if task.done() else Response(status_code=CLIENT_LEFT)
     finally:
+        work.cancel()  # Nothing happens to samples that have ended.
         for one in (task, gone):
             one.cancel()
         await asyncio.gather(task, gone, return_exceptions=True)
@@ -328,7 +327,12 @@ async def tokenizer_info(http: HTTPRequest) -> Response:
     """GET /tokenizer_info, vLLM's: what lm-eval asks for."""
     tokenizer, texts = _service(http).parser.tokenizer, _service(http).texts
     named = {f"{name}_token": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
-    return _Json({name: texts.text_of(id) for name, id in named.items()})
+    try:
+        template = find_template(tokenizer)
+    except InputError:
+        template = None
+    tokens = {name: texts.text_of(id) for name, id in named.items()}
+    return _Json({**tokens, "chat_template": template})
 
 
 async def health(http: HTTPRequest) -> Response:
