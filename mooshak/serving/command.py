@@ -22,6 +22,7 @@ from mooshak.generation.lm import LM
 from mooshak.serving.engine import Engine
 from mooshak.serving.protocol import Parser
 from mooshak.serving.scheduler import Scheduler
+from mooshak.serving.service import Service
 
 API_KEY = "MOOSHAK_API_KEY"
 """Environment variable with the key that clients must send."""
@@ -78,9 +79,6 @@ def run_server(
     """Load the model and serve it until a signal. Raises `InputError` if that cannot start."""
     for package in ("starlette", "uvicorn"):
         require(find_spec(package) is not None, f"{package} is missing: pip install mooshak[serve]")
-    # Optional dependencies.
-    from mooshak.serving.server import Service
-
     require(args.max_waiting >= 1, f"--max-waiting {args.max_waiting} must be at least 1")
     require(args.max_body_bytes >= 1, f"--max-body-bytes {args.max_body_bytes} must be at least 1")
     require(0 < args.timeout < 1e9, f"--timeout {args.timeout:g} must be positive, in seconds")
@@ -138,7 +136,7 @@ def _check_peer(url: str) -> str:
     return url.rstrip("/")
 
 
-def _serve(service: Any, listening: socket.socket) -> None:
+def _serve(service: Service, listening: socket.socket) -> None:
     """Serve until a signal and the end of all requests, or a failure of the engine."""
     import uvicorn
 
@@ -177,7 +175,7 @@ def _serve(service: Any, listening: socket.socket) -> None:
     server.run(sockets=[listening])
 
 
-def _drain(service: Any, loop: asyncio.AbstractEventLoop) -> None:
+def _drain(service: Service, loop: asyncio.AbstractEventLoop) -> None:
     """Refuse new requests and finish the others; the next signal ends the process."""
     for number in STOP_SIGNALS:
         loop.remove_signal_handler(number)

@@ -8,10 +8,8 @@ import asyncio
 import hmac
 import json
 import re
-import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from importlib import resources
 from typing import Any
 
@@ -26,12 +24,17 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mooshak.errors import InputError
-from mooshak.serving.answers import Choice, usage
 from mooshak.serving.fields import ApiError, Fields
-from mooshak.serving.metrics import Metrics
-from mooshak.serving.protocol import Parser, Request, parse_json
-from mooshak.serving.scheduler import Scheduler
-from mooshak.serving.token_texts import TokenTexts
+from mooshak.serving.protocol import Request, parse_json
+from mooshak.serving.responses import (
+    CLIENT_LEFT,
+    Answer,
+    CompactJSON,
+    EventStream,
+    too_late,
+    unless_disconnected,
+)
+from mooshak.serving.service import Service
 from mooshak.serving.work import Work
 from mooshak.tokenizer.chat_template import encode_with_specials, find_template
 
@@ -39,33 +42,7 @@ NO_KEY = ("/", "/health", "/metrics")
 """Routes without a key."""
 LOOPBACK = r"https?://(localhost|127\.\d+\.\d+\.\d+|\[::1\])(:\d+)?"
 """Origins of the pages that may read responses: servers of this machine, side by side."""
-CLIENT_LEFT = 499
-"""Status that nobody receives; nginx logs it too."""
 RETRY_AFTER = {"Retry-After": "1"}
-LINE_SEPARATORS = re.compile("[\u0085\u2028\u2029]")
-"""JSON may contain them; some clients take them for ends of lines."""
-
-
-@dataclass
-class Service:
-    """What the routes share."""
-
-    parser: Parser
-    scheduler: Scheduler
-    framework: str
-    """`torch` or `jax`."""
-    api_key: str | None
-    max_body_bytes: int
-    timeout: float
-    """Seconds from the start of a request to the end of its response."""
-    peer: str | None
-    """Base URL of a second server, for the page."""
-    draining: bool = False
-    metrics: Metrics = field(default_factory=Metrics)
-    created: int = field(default_factory=lambda: int(time.time()))
-
-    def __post_init__(self) -> None:
-        self.texts = TokenTexts(self.parser.tokenizer)
 
 
 def make_app(service: Service, lifespan: Any) -> Starlette:
@@ -148,136 +125,17 @@ async def _generate(http: HTTPRequest, parse: Callable[[bytes], Request]) -> Res
                 await asyncio.to_thread(work.submit)
                 if request.stream:
                     return EventStream(answer)
-                return await _unless_disconnected(http.receive, answer.response(), work)
+                return await unless_disconnected(http.receive, answer.response(), work)
             except BaseException:
                 work.cancel()
                 raise
     except TimeoutError:
-        raise _too_late(service) from None
-
-
-def _too_late(service: Service) -> ApiError:
-    text = f"the request took more than {service.timeout:g} seconds"
-    return ApiError(text, status=504, code="timeout")
-
-
-@dataclass
-class Answer:
-    """The response to a request at work."""
-
-    service: Service
-    work: Work
-    id: str
-    start: float
-
-    def __post_init__(self) -> None:
-        request = self.work.request
-        n_choices = len(request.prompts) * request.n
-        self.choices = [Choice(request, i, self.service.texts) for i in range(n_choices)]
-        is_chat = request.is_chat
-        kind = "chat.completion" if is_chat else "text_completion"
-        self.head = {
-            "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{self.id}",
-            "object": kind + ".chunk" if is_chat and request.stream else kind,
-            "created": int(time.time()),
-            "model": self.service.parser.name,
-        }
-
-    async def response(self) -> Response:
-        """Return the complete response. Raises `ApiError`."""
-        async for found in self.work.events():
-            for index, event in found:
-                self.choices[index].push(event)
-        self.observe()
-        bodies = [choice.body() for choice in self.choices]
-        used = usage(self.work.request, self.choices)
-        return _Json({**self.head, "choices": bodies, "usage": used})
-
-    async def chunks(self) -> AsyncIterator[str]:
-        """Yield the chunks of a stream as JSON; after a failure its error is the last one."""
-        request = self.work.request
-        no_usage = {"usage": None} if request.include_usage else {}
-        try:
-            async for found in self.work.events():
-                for index, event in found:
-                    self.choices[index].push(event)
-                    for chunk in self.choices[index].chunks():
-                        yield _json({**self.head, "choices": [chunk], **no_usage})
-        except ApiError as error:
-            yield _json(error.body())
-            return
-        self.observe()
-        if request.include_usage:
-            yield _json({**self.head, "choices": [], "usage": usage(request, self.choices)})
-
-    def observe(self) -> None:
-        """Count the times of a request that has ended."""
-        metrics, now = self.service.metrics, asyncio.get_running_loop().time()
-        metrics.duration.observe(now - self.start)
-        metrics.first_token.observe((self.work.first_token or now) - self.start)
-
-
-class EventStream(Response):
-    """The response as server-sent events."""
-
-    media_type = "text/event-stream"
-
-    def __init__(self, answer: Answer):
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        del self.headers["content-length"]
-        self.answer = answer
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await _unless_disconnected(receive, self._send(send), self.answer.work)
-
-    async def _send(self, send: Send) -> None:
-        head = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-        service, start = self.answer.service, self.answer.start
-        try:
-            async with asyncio.timeout_at(start + service.timeout):
-                await send(head)
-                async for chunk in self.answer.chunks():
-                    await _send_event(send, chunk)
-                await _send_event(send, "[DONE]", more=False)
-        except TimeoutError:
-            # A client that does not read is not waited for.
-            async with asyncio.timeout(1):
-                await _send_event(send, _json(_too_late(service).body()))
-                await _send_event(send, "[DONE]", more=False)
-
-
-async def _send_event(send: Send, data: str, more: bool = True) -> None:
-    body = f"data: {LINE_SEPARATORS.sub(_escaped, data)}\n\n".encode()
-    await send({"type": "http.response.body", "body": body, "more_body": more})
-
-
-def _escaped(match: re.Match[str]) -> str:
-    return f"\\u{ord(match[0]):04x}"
-
-
-async def _unless_disconnected(
-    receive: Receive, answer: Coroutine[Any, Any, Any], work: Work
-) -> Any:
-    """Return what a coroutine returns; it is cancelled, with its work, if the client leaves."""
-    task, gone = asyncio.ensure_future(answer), asyncio.ensure_future(_disconnected(receive))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        return task.result() if task.done() else Response(status_code=CLIENT_LEFT)
-    finally:
-        work.cancel()  # Nothing happens to samples that have ended.
-        for one in (task, gone):
-            one.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+        raise too_late(service) from None
 
 
 async def models(http: HTTPRequest) -> Response:
     """GET /v1/models."""
-    return _Json({"object": "list", "data": [_card(_service(http))]})
+    return CompactJSON({"object": "list", "data": [_card(_service(http))]})
 
 
 async def model(http: HTTPRequest) -> Response:
@@ -286,7 +144,7 @@ async def model(http: HTTPRequest) -> Response:
     if name != service.parser.name:
         text = f"the model {name} does not exist; this server has {service.parser.name}"
         raise ApiError(text, "model", status=404, code="model_not_found")
-    return _Json(_card(service))
+    return CompactJSON(_card(service))
 
 
 def _card(service: Service) -> dict[str, Any]:
@@ -311,7 +169,7 @@ async def tokenize(http: HTTPRequest) -> Response:
         raise ApiError("prompt must be a text", "prompt")
     bos = parser.tokenizer.encode("", bos=True) if special else []
     ids = bos + await asyncio.to_thread(encode_with_specials, parser.tokenizer, prompt)
-    return _Json({"tokens": ids, "count": len(ids), "max_model_len": parser.max_len})
+    return CompactJSON({"tokens": ids, "count": len(ids), "max_model_len": parser.max_len})
 
 
 async def detokenize(http: HTTPRequest) -> Response:
@@ -320,7 +178,7 @@ async def detokenize(http: HTTPRequest) -> Response:
     ids = parser.ids(found.take("tokens", "a list"), "tokens")
     found.take("model", "a text")
     found.end()
-    return _Json({"prompt": parser.tokenizer.decode(ids)})
+    return CompactJSON({"prompt": parser.tokenizer.decode(ids)})
 
 
 async def tokenizer_info(http: HTTPRequest) -> Response:
@@ -332,7 +190,7 @@ async def tokenizer_info(http: HTTPRequest) -> Response:
     except InputError:
         template = None
     tokens = {name: texts.text_of(id) for name, id in named.items()}
-    return _Json({**tokens, "chat_template": template})
+    return CompactJSON({**tokens, "chat_template": template})
 
 
 async def health(http: HTTPRequest) -> Response:
@@ -395,15 +253,6 @@ async def _body(http: HTTPRequest) -> bytes:
     except ClientDisconnect:
         raise ApiError("the client has left", status=CLIENT_LEFT) from None
     return bytes(body)
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-
-
-class _Json(JSONResponse):
-    def render(self, content: Any) -> bytes:
-        return _json(content).encode()
 
 
 def _error_response(error: ApiError, headers: dict[str, str] | None = None) -> Response:

@@ -15,7 +15,8 @@ import httpx2
 
 from mooshak.config.generate import GenerateConfig
 from mooshak.serving.protocol import Parser
-from mooshak.serving.server import Service, make_app
+from mooshak.serving.server import make_app
+from mooshak.serving.service import Service
 from tests.serving.conftest import load, make_scheduler
 
 SHAPE = {"n_slots": 4, "chunk": 16}

@@ -12,7 +12,7 @@ import pytest
 
 from mooshak.config.generate import GenerateConfig
 from mooshak.generation.lm import Completion
-from mooshak.serving.server import Service
+from mooshak.serving.service import Service
 from tests.serving.conftest import make_scheduler
 from tests.serving.servers import (
     NAME,
