@@ -11,6 +11,7 @@ import traceback
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib.util import find_spec
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -111,6 +112,7 @@ def run_server(
 def bind(host: str, port: int) -> socket.socket:
     """Return a socket that is bound to an address but does not listen yet."""
     require(0 <= port <= 65535, f"--port {port} must be in 0 .. 65535")
+    require(bool(host), "--host is empty; 0.0.0.0 is every address of this machine")
     try:
         (family, kind, protocol, _, address), *_ = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -158,6 +160,9 @@ def _serve(service: Service, listening: socket.socket) -> None:
         for number in STOP_SIGNALS:
             loop.add_signal_handler(number, _drain, service, loop)
         host, port, *_ = listening.getsockname()
+        if not service.api_key and not ip_address(host.partition("%")[0]).is_loopback:
+            text = f"warning: who reaches {host} can use the model without a key; set {API_KEY}"
+            print(text, file=sys.stderr, flush=True)
         host = f"[{host}]" if ":" in host else host
         slots = f"{scheduler.engine.n_slots} slots of {scheduler.engine.max_len} tokens"
         print(f"serving {service.parser.name} on http://{host}:{port} ({slots})", flush=True)

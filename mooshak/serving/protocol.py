@@ -1,6 +1,7 @@
 """Requests of the OpenAI API and of vLLM's extensions: from JSON to prompts and settings."""
 
 import json
+import math
 import random
 import re
 from collections.abc import Mapping
@@ -50,6 +51,8 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
 """Field -> values that ask for nothing; others are refused."""
 MAX_LOGPROBS = 5
 """OpenAI's bound for completions; chats may ask for `MAX_TOP`."""
+MAX_TEXTS = {"stop": 64, "bad_words": 1024}
+"""Each is compared with the text after every token of every request."""
 DEFAULT_TOKENS = 16
 """max_tokens of a completion, OpenAI's; a chat may fill the rest of the slot."""
 
@@ -139,6 +142,8 @@ class Parser:
         wanted = "a text, a list of token ids, or a list of these"
         if not isinstance(given, list) or not given:
             raise ApiError(f"prompt must be {wanted}", "prompt")
+        if len(given) > self.max_samples:
+            raise ApiError(f"there are more than {self.max_samples} prompts", "prompt")
         found = []
         for one in given:
             if not isinstance(one, str) and not (isinstance(one, list) and _is_ids(one)):
@@ -234,7 +239,9 @@ class Parser:
 def parse_json(body: bytes) -> Any:
     """Return a JSON value. Raises `ApiError` for what is not JSON, or not Unicode text."""
     try:
-        value = json.loads(body, parse_constant=_refuse_constant)
+        value = json.loads(
+            body, parse_constant=_refuse_constant, parse_int=_integer, parse_float=_number
+        )
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise ApiError("a text has a lone surrogate; it is not Unicode text") from error
@@ -255,6 +262,20 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a number of JSON")
 
 
+def _integer(text: str) -> int:
+    value = int(text)
+    if abs(value) >= 2**63:
+        raise ValueError(f"{text[:24]} has more than 64 bits")
+    return value
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text[:24]} is too large")
+    return value
+
+
 def _is_ids(values: list[Any]) -> bool:
     return all(is_a(value, "an integer") for value in values)
 
@@ -272,6 +293,8 @@ def _settings(found: Fields) -> tuple[dict[str, Any], dict[str, str]]:
             raise ApiError(f"give {names[setting]} or {name}, not both", name)
         if isinstance(value, list) and name in (*TEXT_LISTS, *ID_LISTS):
             value = tuple(value)
+            if len(value) > MAX_TEXTS.get(name, len(value)):
+                raise ApiError(f"{name} has more than {MAX_TEXTS[name]} texts", name)
         given |= _supported({setting: value}, name)
         names[setting] = name
     if given.get("top_k") == -1:  # vLLM's value for all tokens.

@@ -42,6 +42,11 @@ NO_KEY = ("/", "/health", "/metrics")
 """Routes without a key."""
 LOOPBACK = r"https?://(localhost|127\.\d+\.\d+\.\d+|\[::1\])(:\d+)?"
 """Origins of the pages that may read responses: servers of this machine, side by side."""
+PAGE_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src *; "
+    "frame-ancestors 'none'"
+)
+"""The page loads nothing, and is part of no other one."""
 RETRY_AFTER = {"Retry-After": "1"}
 
 
@@ -216,7 +221,7 @@ async def page(http: HTTPRequest) -> Response:
     html = (resources.files("mooshak.serving") / "page.html").read_text()
     html = html.replace("/* STYLE */", style)
     html = html.replace("/* FACTS */", json.dumps(facts).replace("<", "\\u003c"))
-    return HTMLResponse(html)
+    return HTMLResponse(html, headers={"Content-Security-Policy": PAGE_POLICY})
 
 
 ROUTES = [

@@ -125,6 +125,14 @@ def test_curl_gets_the_same_text(server: Server) -> None:
     assert refused.returncode == 22 and b'"param":"prompt"' in refused.stdout
 
 
+def test_a_body_that_is_too_long_is_refused_early(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "long.json").write_bytes(b" " * 2**24)
+    curl = ["curl", "-sS", server.url + "/v1/completions", "-H", "Content-Type: application/json"]
+    curl += ["--data-binary", f"@{tmp_path / 'long.json'}", "-w", " %{http_code}"]
+    found = subprocess.run(curl, capture_output=True, text=True)
+    assert "the body has more than 4194304 bytes" in found.stdout and found.stdout.endswith("413")
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_slots(stream: bool, server: Server) -> None:
     before = server.metric("generated_tokens_total")
@@ -200,11 +208,28 @@ def test_a_key_comes_from_the_environment(checkpoints: dict[str, Path]) -> None:
             client_of(server, "other").models.list()
 
 
+def test_jax_serves_on_a_mesh(checkpoints: dict[str, Path]) -> None:
+    body: dict[str, Any] = {"model": NAME, "prompt": HINDI, "seed": 3, "max_tokens": 12}
+    texts = []
+    for options in ([], ["--mesh", "tensor=2"]):
+        env = {**os.environ, "JAX_NUM_CPU_DEVICES": "2"}
+        with serve("jax", checkpoints["llama"], *options, env=env) as server:
+            texts.append(client_of(server).completions.create(**body).choices[0].text)
+    assert texts[0] == texts[1]
+
+
+def test_an_open_address_without_a_key_is_a_warning(checkpoints: dict[str, Path]) -> None:
+    with serve("torch", checkpoints["llama"], "--host", "0.0.0.0") as server:
+        assert server.process.stderr is not None
+        assert "without a key; set MOOSHAK_API_KEY" in server.process.stderr.readline()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--port", "70000"], "--port 70000 must be in 0 .. 65535"),
         (["--host", "203.0.113.1"], "cannot listen on 203.0.113.1 port 0: "),
+        (["--host", ""], "--host is empty"),
         (["--host", "no such host"], "cannot listen on no such host port 0: "),
         (["--n-slots", "0"], "n_slots 0 must be at least 1"),
         (["--max-len", "97"], "max_len 97 is not in 2 .. 96"),
