@@ -97,4 +97,4 @@ class Work:
             return ApiError("the server is shutting down", status=503, code="overloaded")
         if self.scheduler.failed:
             return ApiError(error, status=500, code="engine_failed")
-        return ApiError(error)
+        return named_error(InputError(error), self.request.names)
