@@ -141,6 +141,7 @@ def interface() -> str:
     """Return the sections of `load`, `LM`, `Completion`, the settings and the errors."""
     shared, settings = parse("mooshak/generation/lm.py"), parse("mooshak/config/generate.py")
     errors, lm = parse("mooshak/errors.py"), shared["LM"]
+    completion = parse("mooshak/generation/completion.py")["Completion"]
     parts = ["## load"]
     for framework in ("torch", "jax"):
         load = parse(f"mooshak_{framework}/lm.py")["load"]
@@ -151,7 +152,7 @@ def interface() -> str:
         if not is_property(method):
             parts += [f"### {method.name}", code(f"lm.{signature(method)}"), documentation(method)]
     for title, node in (
-        ("Completion", shared["Completion"]),
+        ("Completion", completion),
         ("Settings", settings["GenerateConfig"]),
     ):
         parts += [f"## {title}", documentation(node), table(list(attributes(node)))]

@@ -31,6 +31,7 @@ PAIRS = (
     "decode",
     "engine",
     "generate",
+    "serve",
     "lm",
     "train",
     "evaluate",

@@ -55,6 +55,7 @@ GRAIN = "mooshak.data.batches"
 LATE_IMPORTS = {
     "mooshak_torch": "a command parses its arguments before a framework is imported",
     "mooshak_jax": "a command parses its arguments before a framework is imported",
+    "mooshak.serving.command": "Starlette and uvicorn are optional dependencies",
     "mooshak.training.loop": "Grain imports jax, after the framework has made its devices",
     "mooshak.evaluation.bits_per_byte": "Grain imports jax",
     "parity.accelerator.machine": "a framework that is missing is a row of the report",

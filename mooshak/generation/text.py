@@ -134,8 +134,8 @@ class TextStream:
     def _begun_stop(self) -> int:
         """Return the number of characters at the end that may be the start of a stop text."""
         text = self._pending
-        begun = (n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n]))
-        return max(begun, default=0)
+        lengths = ((stop, n) for stop in self.stop for n in range(1, min(len(stop), len(text) + 1)))
+        return max((n for stop, n in lengths if text.endswith(stop[:n])), default=0)
 
     def _last_border(self, length: int) -> int:
         """Return the end of the last grapheme cluster within `length`, but for the very last."""

@@ -70,6 +70,8 @@ class Scheduler:
         self.slots = [_Slot(i) for i in range(engine.n_slots)]
         self._waiting: deque[_Sample] = deque()
         self._news = threading.Condition()
+        self.failed = False
+        """True after an exception of the engine."""
         self._closed: str | None = None
         self._prefilling: _Slot | None = None
 
@@ -139,7 +141,7 @@ class Scheduler:
                 self.step()
         except BaseException as error:
             with self._news:
-                self._closed = f"the engine failed: {error}"
+                self.failed, self._closed = True, f"the engine failed: {error}"
                 lost = [*self._waiting, *(slot.sample for slot in self.slots if slot.sample)]
                 self._waiting.clear()
             for sample in lost:
@@ -227,6 +229,8 @@ class Scheduler:
             slot.prefix = slot.prefix[: self.engine.max_len - 1]
             if wants:
                 sample.row.prompt_log_probs = join_log_probs(sample.prompt_chunks, -1)
+                prompt = _prompt_tokens(sample.row)
+                sample.on_event(Event(sample.row.index, prompt=prompt))
             if not sample.settings.max_new_tokens:
                 self._end(self._free(slot))
         return True
@@ -363,3 +367,12 @@ def _token(row: Row, i: int) -> Token:
     """Return a generated token of a row, with the log-probabilities that were asked for."""
     log_prob = row.log_probs[i] if row.log_probs else None
     return Token(row.ids[i], log_prob, row.top_log_probs[i] if row.top_log_probs else None)
+
+
+def _prompt_tokens(row: Row) -> tuple[Token, ...]:
+    """Return the tokens of a prompt, with their log-probabilities."""
+    found, n = row.prompt_log_probs, row.settings.top_logprobs
+    assert found is not None
+    rest = zip(row.prompt[1:], found.log_prob_B.tolist(), strict=True)
+    tokens = [Token(id, p, found.top(i, n) if n else None) for i, (id, p) in enumerate(rest)]
+    return Token(row.prompt[0]), *tokens

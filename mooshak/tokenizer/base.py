@@ -23,6 +23,10 @@ class Tokenizer(Protocol):
     eos_id: int
     pad_id: int
 
+    def __hash__(self) -> int:
+        """Return a hash of the object: what is derived from all tokens is cached."""
+        ...
+
     def id_of(self, piece: str) -> int:
         """Return the id of a token, such as `<|user|>`. Raises `InputError` if there is none."""
         ...

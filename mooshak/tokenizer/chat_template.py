@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import jinja2
@@ -34,7 +34,7 @@ def encode_chat(tokenizer: Tokenizer, messages: Messages) -> list[int]:
     template = find_template(tokenizer)
     if template == CHAT_TEMPLATE and _is_own(tokenizer):
         return _encode_own(tokenizer, messages)
-    pieces = tokenizer.pieces()
+    pieces = _pieces(tokenizer)
     bos = pieces[tokenizer.bos_id] if 0 <= tokenizer.bos_id < len(pieces) else ""
     eos = pieces[tokenizer.eos_id] if 0 <= tokenizer.eos_id < len(pieces) else ""
     try:
@@ -97,9 +97,7 @@ def find_template(tokenizer: Tokenizer) -> str:
 
 def encode_with_specials(tokenizer: Tokenizer, text: str) -> list[int]:
     """Return the token ids of a text that contains special tokens as text."""
-    pieces = enumerate(zip(tokenizer.pieces(), tokenizer.texts(), strict=True))
-    specials = {piece: id for id, (piece, own) in pieces if piece and not own}
-    specials = {piece: id for piece, id in specials.items() if not re.fullmatch("<0x..>", piece)}
+    specials = _special_tokens(tokenizer)
     longest_first = sorted(specials, key=len, reverse=True)
     parts = re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text)
     ids: list[int] = []
@@ -108,8 +106,23 @@ def encode_with_specials(tokenizer: Tokenizer, text: str) -> list[int]:
     return ids
 
 
+# Cached: a server asks for each chat, and a list of all tokens takes longer than a short prompt.
+@lru_cache(maxsize=4)
+def _pieces(tokenizer: Tokenizer) -> list[str]:
+    return tokenizer.pieces()
+
+
+@lru_cache(maxsize=4)
+def _special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
+    """Return the id of each special token by its piece."""
+    pieces = enumerate(zip(_pieces(tokenizer), tokenizer.texts(), strict=True))
+    specials = {piece: id for id, (piece, own) in pieces if piece and not own}
+    return {piece: id for piece, id in specials.items() if not re.fullmatch("<0x..>", piece)}
+
+
+@lru_cache(maxsize=4)
 def _is_own(tokenizer: Tokenizer) -> bool:
-    return set(CHAT_MARKERS) <= set(tokenizer.pieces())
+    return set(CHAT_MARKERS) <= set(_pieces(tokenizer))
 
 
 @cache
