@@ -39,10 +39,12 @@ class _Sample:
     ticket: Ticket
     prompt: list[int]
     settings: GenerateConfig
+    ends: set[int]
     row: Row
-    adjuster: RowAdjustments | None
     uniform_T: np.ndarray
     on_event: Callable[[Event], None]
+    adjuster: RowAdjustments | None = None
+    """Made when the sample gets a slot: it is as large as the vocabulary."""
     prompt_chunks: list[TokenLogProbs] = field(default_factory=list)
     n_generated: int = 0
 
@@ -57,8 +59,11 @@ class _Slot:
     """Tokens whose keys and values are in the slot as a prefill writes them."""
     length: int = 0
     """Number of tokens with keys and values."""
-    ready: bool = False
-    """True if the sample's next token can be sampled."""
+
+    @property
+    def ready(self) -> bool:
+        """True if the sample's next token can be sampled: its prompt is prefilled."""
+        return self.sample is not None and self.length >= len(self.sample.prompt)
 
 
 class Scheduler:
@@ -73,7 +78,6 @@ class Scheduler:
         self.failed = False
         """True after an exception of the engine."""
         self._closed: str | None = None
-        self._prefilling: _Slot | None = None
 
     @property
     def n_running(self) -> int:
@@ -102,14 +106,12 @@ class Scheduler:
         ids = list(prompt)
         self._check(ids, settings)
         ticket, ends = Ticket(), self.lm.ends(settings) | (more_ends or set())
+        self.lm.adjusters([ids], settings, ends)  # For its errors.
         samples = []
         for index in range(settings.n):
-            # Not shared: each sample has its own penalties.
-            adjusters = self.lm.adjusters([ids], settings, ends)
             row = Row(self.lm.tokenizer, ids, index, settings, ends, streamed)
             uniform_T = noise(settings.seed, index, settings.max_new_tokens)
-            adjuster = adjusters[0] if adjusters else None
-            samples.append(_Sample(ticket, ids, settings, row, adjuster, uniform_T, on_event))
+            samples.append(_Sample(ticket, ids, settings, ends, row, uniform_T, on_event))
         with self._news:
             if self._closed:
                 raise QueueFullError(self._closed)
@@ -124,8 +126,7 @@ class Scheduler:
         with self._news:
             self._closed = "the server is shutting down"
             if not drain:
-                samples = [*self._waiting, *(s.sample for s in self.slots if s.sample)]
-                for sample in samples:
+                for sample in self._unfinished():
                     sample.ticket.cancel()
             self._news.notify()
 
@@ -142,7 +143,7 @@ class Scheduler:
         except BaseException as error:
             with self._news:
                 self.failed, self._closed = True, f"the engine failed: {error}"
-                lost = [*self._waiting, *(slot.sample for slot in self.slots if slot.sample)]
+                lost = self._unfinished()
                 self._waiting.clear()
             for sample in lost:
                 self._end(sample, error=self._closed)
@@ -184,6 +185,9 @@ class Scheduler:
         if any(slot.ready for slot in self.slots):
             self._decode()
 
+    def _unfinished(self) -> list[_Sample]:
+        return [*self._waiting, *(slot.sample for slot in self.slots if slot.sample is not None)]
+
     def _check(self, ids: list[int], settings: GenerateConfig) -> None:
         limit = self.engine.max_len
         if not ids:
@@ -208,10 +212,10 @@ class Scheduler:
 
     def _prefill_chunk(self) -> bool:
         """Prefill one chunk; return whether there was one."""
-        slot = self._prefilling or self._admit()
+        begun = (slot for slot in self.slots if slot.sample is not None and not slot.ready)
+        slot = next(begun, None) or self._admit()
         if slot is None or slot.sample is None:
             return False
-        self._prefilling = slot
         sample, start = slot.sample, slot.length
         chunk = sample.prompt[start : start + self.engine.chunk]
         end = start + len(chunk)
@@ -223,8 +227,7 @@ class Scheduler:
             sample.prompt_chunks.append(found)
         slot.prefix += chunk
         slot.length = end
-        if end == len(sample.prompt):
-            self._prefilling, slot.ready = None, True
+        if slot.ready:
             # Position max_len - 1 may be overwritten while the slot is not in use.
             slot.prefix = slot.prefix[: self.engine.max_len - 1]
             if wants:
@@ -249,11 +252,14 @@ class Scheduler:
         target = min(free, key=lambda slot: (len(slot.prefix), slot.index))
         if known[best.index] and best in free:
             target = best
-        elif known[best.index]:
+        target.sample = sample  # Before a copy that may fail: `run` then ends the sample.
+        if known[best.index] and best is not target:
             self.engine.copy_slot(best.index, target.index)
         target.length = known[best.index]
         target.prefix = sample.prompt[: target.length]
-        target.sample, target.ready = sample, False
+        sample.adjuster = next(
+            iter(self.lm.adjusters([sample.prompt], sample.settings, sample.ends)), None
+        )
         self.counters.prompt_tokens += len(sample.prompt)
         self.counters.reused_tokens += target.length
         return target
@@ -280,8 +286,7 @@ class Scheduler:
             position_B[slot.index] = min(slot.length, self.engine.max_len - 1)
             if slot.ready and slot.sample is not None:
                 settings[slot.index] = slot.sample.settings
-                if slot.sample.n_generated < len(slot.sample.uniform_T):
-                    uniform_B[slot.index] = slot.sample.uniform_T[slot.sample.n_generated]
+                uniform_B[slot.index] = slot.sample.uniform_T[slot.sample.n_generated]
         samples = [slot.sample for slot in ready if slot.sample is not None]
         inputs = StepInputs(
             position_B,
@@ -341,10 +346,7 @@ class Scheduler:
         """Take the sample from a slot, whose prompt stays for later ones."""
         sample = slot.sample
         assert sample is not None
-        slot.sample, slot.ready = None, False
-        slot.length = len(slot.prefix)
-        if self._prefilling is slot:
-            self._prefilling = None
+        slot.sample, slot.length = None, len(slot.prefix)
         return sample
 
     def _end(

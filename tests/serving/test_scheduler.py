@@ -280,6 +280,23 @@ def test_failure_of_the_engine_ends_all_requests(
         scheduler.submit([1, 2], GenerateConfig(max_new_tokens=4), events.append)
 
 
+def test_failed_copy_of_a_prefix_loses_no_request(
+    scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[Event] = []
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(scheduler.engine, "copy_slot", fail)
+    settings = GenerateConfig(max_new_tokens=8, n=2)
+    scheduler.submit(list(range(3, 43)), settings, events.append)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        scheduler.run()
+    last = [event for event in events if event.error or event.completion]
+    assert sorted(event.index for event in last) == [0, 1]
+
+
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
