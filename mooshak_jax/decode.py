@@ -22,7 +22,7 @@ from mooshak.numerics.sampling_noise import noise
 from mooshak_jax.kv_cache import KVCache
 from mooshak_jax.model import make_caches
 from mooshak_jax.params import merge
-from mooshak_jax.sampling import most_probable, returned_scores, sample, token_log_prob
+from mooshak_jax.sampling import log_probs, returned_scores, sample
 
 
 def generate(
@@ -79,8 +79,7 @@ def generate_tokens(
         found: list[Array] = []
         if settings.logprobs:
             scores_BV = returned_scores(logits_BV, parameters, adjustments, processed_B)
-            found.append(token_log_prob(scores_BV, token_B))
-            found += most_probable(scores_BV) if settings.top_logprobs else ()
+            found = log_probs(scores_BV, token_B, top=bool(settings.top_logprobs))
         # An accelerator computes the next step while the host waits for this token and decodes it.
         if t + 1 < new_tokens:
             positions_B = positions_B + 1

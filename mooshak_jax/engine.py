@@ -24,7 +24,7 @@ from mooshak_jax.kv_cache import KVCache
 from mooshak_jax.lm import LM
 from mooshak_jax.model import PARAM_DTYPE, make_caches
 from mooshak_jax.params import merge
-from mooshak_jax.sampling import most_probable, returned_scores, sample, token_log_prob
+from mooshak_jax.sampling import log_probs, returned_scores, sample
 
 
 class Engine(engine.Engine):
@@ -69,7 +69,7 @@ class Engine(engine.Engine):
             if targets is None:
                 return None
             logits_CV = _chunk_logits(self.graphdef, self.params, hidden_1CD)
-            found = _log_probs(logits_CV, jnp.asarray(self.pad_chunk(targets, 0)[0]), top)
+            found = log_probs(logits_CV, jnp.asarray(self.pad_chunk(targets, 0)[0]), top)
             return TokenLogProbs(*(np.asarray(values)[: last + 1] for values in found))
 
     def copy_slot(self, source: int, target: int) -> None:
@@ -84,7 +84,7 @@ class Engine(engine.Engine):
             found: list[Array] = []
             if inputs.log_probs:
                 scores_BV = returned_scores(logits_BV, *settings, inputs.processed_B)
-                found = _log_probs(scores_BV, token_B, inputs.top)
+                found = log_probs(scores_BV, token_B, inputs.top)
             # An accelerator computes the next step while the host waits for these tokens.
             if inputs.continues:
                 position_B = inputs.position_B.astype(np.int32)
@@ -98,8 +98,8 @@ class Engine(engine.Engine):
                     n_blocks,
                     self.state,
                 )
-            log_probs = TokenLogProbs(*map(np.asarray, found)) if found else None
-            return np.asarray(token_B), log_probs
+            result = TokenLogProbs(*map(np.asarray, found)) if found else None
+            return np.asarray(token_B), result
 
     def _n_blocks(self, n_tokens: int) -> int:
         """Return the number of cache blocks with these tokens."""
@@ -204,8 +204,3 @@ def _cache(k_BSGK: Array, v_BSGK: Array, block: int, n_blocks: Array) -> KVCache
 @partial(jax.jit, static_argnums=0)
 def _chunk_logits(graphdef: nnx.GraphDef, params: Any, hidden_1CD: Array) -> Array:
     return constrain(merge(graphdef, params).logits(hidden_1CD)[0], None, None)
-
-
-def _log_probs(logits_BV: Array, token_B: Array, top: bool) -> list[Array]:
-    """Return the fields of `TokenLogProbs` on the device."""
-    return [token_log_prob(logits_BV, token_B), *(most_probable(logits_BV) if top else ())]

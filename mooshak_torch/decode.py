@@ -21,7 +21,7 @@ from mooshak_torch.distributed.compile import require_compiler
 from mooshak_torch.kv_cache import KVCache
 from mooshak_torch.model import Linear, Model, make_caches
 from mooshak_torch.ops.matmul import pack_weights_for_decode
-from mooshak_torch.sampling import most_probable, returned_scores, sample, token_log_prob
+from mooshak_torch.sampling import log_probs, returned_scores, sample
 
 
 def generate(
@@ -88,8 +88,7 @@ def generate_tokens(
             token_B = sample(logits_BV, uniform_B, parameters, adjustments)
             if settings.logprobs:
                 scores_BV = returned_scores(logits_BV, parameters, adjustments, processed_B)
-                found.append(token_log_prob(scores_BV, token_B))
-                found += most_probable(scores_BV) if settings.top_logprobs else ()
+                found = log_probs(scores_BV, token_B, top=bool(settings.top_logprobs))
             # An accelerator computes the next step while the host waits for this token.
             if t + 1 < new_tokens:
                 positions_B = positions_B + 1

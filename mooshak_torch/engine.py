@@ -18,7 +18,7 @@ from mooshak_torch.kv_cache import KVCache
 from mooshak_torch.lm import LM
 from mooshak_torch.model import PARAM_DTYPE, Linear, make_caches
 from mooshak_torch.ops.matmul import pack_weights_for_decode
-from mooshak_torch.sampling import most_probable, returned_scores, sample, token_log_prob
+from mooshak_torch.sampling import log_probs, returned_scores, sample
 
 
 class Engine(engine.Engine):
@@ -65,7 +65,7 @@ class Engine(engine.Engine):
         if targets is None:
             return None
         target_C = torch.from_numpy(self.pad_chunk(targets, 0)[0]).to(self.device)
-        found = _log_probs(self.model.logits(hidden_1CD)[0], target_C, top)
+        found = log_probs(self.model.logits(hidden_1CD)[0], target_C, top)
         return TokenLogProbs(*(values[: last + 1].cpu().numpy() for values in found))
 
     @torch.no_grad()
@@ -82,7 +82,7 @@ class Engine(engine.Engine):
         found: list[Tensor] = []
         if inputs.log_probs:
             scores_BV = returned_scores(self.logits_BV, *settings, inputs.processed_B)
-            found = _log_probs(scores_BV, token_B, inputs.top)
+            found = log_probs(scores_BV, token_B, inputs.top)
         # An accelerator computes the next step while the host waits for these tokens.
         if inputs.continues:
             for cache in self.caches:
@@ -90,16 +90,11 @@ class Engine(engine.Engine):
             positions_B1 = torch.from_numpy(inputs.position_B).to(self.device).unsqueeze(1)
             logits_B1V = self.decoder(token_B.unsqueeze(1), positions_B1, self.caches)
             self.logits_BV = logits_B1V[:, 0]
-        log_probs = TokenLogProbs(*(values.cpu().numpy() for values in found)) if found else None
-        return token_B.cpu().numpy(), log_probs
+        result = TokenLogProbs(*(values.cpu().numpy() for values in found)) if found else None
+        return token_B.cpu().numpy(), result
 
 
 def _row(cache: KVCache, slot: int) -> KVCache:
     """Return a view of a row of a cache."""
     k_1SGK, v_1SGK = cache.k_BSGK[slot : slot + 1], cache.v_BSGK[slot : slot + 1]
     return KVCache(k_1SGK, v_1SGK, cache.lengths[slot : slot + 1], block=cache.block)
-
-
-def _log_probs(logits_BV: Tensor, token_B: Tensor, top: bool) -> list[Tensor]:
-    """Return the fields of `TokenLogProbs` on the device."""
-    return [token_log_prob(logits_BV, token_B), *(most_probable(logits_BV) if top else ())]

@@ -148,6 +148,11 @@ def returned_scores(
     return torch.where(processed_B1, scores_BV, logits_BV.double())
 
 
+def log_probs(logits_BV: Tensor, token_B: Tensor, top: bool) -> list[Tensor]:
+    """Return the fields of `TokenLogProbs`, on the device; without `top` only the tokens' own."""
+    return [token_log_prob(logits_BV, token_B), *(most_probable(logits_BV) if top else ())]
+
+
 def token_log_prob(logits_BV: Tensor, token_B: Tensor) -> Tensor:
     """Return log p(token) in each row, float64 [B]."""
     log_p_BV = torch.log_softmax(logits_BV.double(), dim=-1)

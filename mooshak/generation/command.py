@@ -21,7 +21,6 @@ from mooshak.generation.completion import Completion
 from mooshak.generation.lm import LM
 from mooshak.generation.requests import STDIN, Request, errors_of, given_settings, logit_bias
 from mooshak.generation.settings import make_settings
-from mooshak.generation.text import pad_prompts
 from mooshak.tokenizer.chat_template import encode_chat, end_of_turn, find_template
 
 OTHER_NAMES = {"max_new_tokens": ("--tokens",)}
@@ -158,9 +157,7 @@ def _prepare(lm: LM, request: Request, given: Mapping[str, Any]) -> _Job:
         else:
             assert request.prompt is not None
             ids = lm.encode(request.prompt)
-        # Everything is checked before the first line is generated.
-        lm.adjusters([ids], settings, ends)
-        pad_prompts([ids], settings.max_new_tokens, lm.config)
+        lm.check(ids, settings)  # All lines, before the first one is generated.
         return _Job(request, ids, settings, ends)
 
 

@@ -127,9 +127,7 @@ class LM(abc.ABC):
             raise InputError(f"generate.n {chosen.n}: a stream has one sample; set n to 1")
         if self.tokenizer is None:
             raise InputError("the checkpoint has no tokenizer, so there is no text to stream")
-        # Errors are raised here, not at the first `next`.
-        self.adjusters([ids], chosen, set())
-        pad_prompts([ids], chosen.max_new_tokens, self.config)
+        self.check(ids, chosen)  # Errors are raised here, not at the first `next`.
         return self._stream(ids, chosen)
 
     @overload
@@ -189,6 +187,11 @@ class LM(abc.ABC):
             raise InputError("the checkpoint has no tokenizer; give token ids instead of a text")
         return self.tokenizer.encode(prompt, bos=True)
 
+    def check(self, ids: list[int], settings: GenerateConfig) -> None:
+        """Raise the `InputError` with which the generation from a prompt would begin, if any."""
+        self.adjusters([ids], settings, set())
+        pad_prompts([ids], settings.max_new_tokens, self.config)
+
     def ends(self, settings: GenerateConfig) -> set[int]:
         """Return the ids of the tokens that end a text, of the checkpoint and the settings."""
         own = set() if self.tokenizer is None else end_ids(self.tokenizer)
@@ -233,8 +236,8 @@ class LM(abc.ABC):
             for ids, sample in zip(prompts, samples, strict=True)
         ]
         adjusters = self.adjusters(prompts, settings, ends)
-        pad_prompts(prompts, settings.max_new_tokens, self.config)
         if settings.prompt_logprobs:
+            pad_prompts(prompts, settings.max_new_tokens, self.config)  # For its errors.
             known: dict[tuple[int, ...], TokenLogProbs] = {}
             for row in rows:
                 key = tuple(row.prompt)
