@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mooshak.generation.lm import Completion
+from mooshak.generation.completion import Completion
 from mooshak.serving.events import Event, Token
 from mooshak.serving.protocol import Prompt, Request
 from mooshak.serving.token_texts import TokenTexts
@@ -35,23 +35,22 @@ class Choice:
         self.prompt_tokens += event.prompt or ()
         if event.completion is not None:
             self.completion = event.completion
-        if not self.request.no_output:
-            self.text += event.text
-            self.tokens += event.tokens
+        self.text += event.text
+        self.tokens += event.tokens
 
     def body(self) -> dict[str, Any]:
         """Return the complete choice."""
         done, request = self.completion, self.request
         assert done is not None
-        text = "" if request.no_output else done.text or ""
-        choice = self._choice(self._echoed() + text, [*self._scored_prompt(), *self.tokens])
+        text = self._echoed() + (done.text or "")
+        choice = self._choice(text, [*self._scored_prompt(), *self.tokens])
         if request.is_chat:
             content = choice.pop("text")
             choice["message"] = {"role": "assistant", "content": content, "refusal": None}
         choice["finish_reason"] = self._finish_reason()
         if request.return_token_ids:
             choice["prompt_token_ids"] = self._prompt.ids
-            choice["token_ids"] = [] if request.no_output else done.token_ids
+            choice["token_ids"] = done.token_ids
         return choice
 
     def chunks(self) -> list[dict[str, Any]]:
@@ -77,9 +76,7 @@ class Choice:
         return self.request.prompts[self.index // self.request.n]
 
     def _finish_reason(self) -> str | None:
-        if self.completion is None:
-            return None
-        return "length" if self.request.no_output else self.completion.finish_reason
+        return None if self.completion is None else self.completion.finish_reason
 
     def _echoed(self) -> str:
         """Return the text of the prompt, if it is part of the result."""
@@ -167,9 +164,7 @@ def _bounded(log_prob: float | None) -> float | None:
 def usage(request: Request, choices: Sequence[Choice]) -> dict[str, int]:
     """Return the numbers of tokens: each prompt counts once, end tokens do not count."""
     prompt = sum(len(one.ids) for one in request.prompts)
-    generated = 0
-    if not request.no_output:
-        generated = sum(len(c.completion.token_ids) for c in choices if c.completion is not None)
+    generated = sum(len(c.completion.token_ids) for c in choices if c.completion is not None)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": generated,

@@ -79,8 +79,6 @@ class Request:
     stream: bool
     include_usage: bool
     echo: bool
-    no_output: bool
-    """True for max_tokens 0: the prompt is returned, and nothing is generated."""
     top_logprobs: int | None
     """Number of the most probable tokens to return; None for no log-probabilities."""
     return_token_ids: bool
@@ -186,12 +184,10 @@ class Parser:
         for name in IGNORED:
             found.any(name)
         found.end((*SAME_NAME, *TEXT_LISTS, *ID_LISTS, *OTHER_NAMES))
-        no_output = echo and given.get("max_new_tokens") == 0
-        if no_output:
-            given["max_new_tokens"] = 1
         if top_logprobs is not None:
-            given |= _supported({"logprobs": True, "prompt_logprobs": echo}, "logprobs")
-            given |= _supported({"top_logprobs": top_logprobs}, "logprobs")
+            given |= {"logprobs": True, "prompt_logprobs": echo, "top_logprobs": top_logprobs}
+        elif echo and given.get("max_new_tokens") == 0:
+            given["prompt_logprobs"] = True  # Nothing is generated: the prompt is only scored.
         parts = [
             Prompt(text, ids, self._prompt_settings(ids, given, names, is_chat))
             for text, ids in prompts
@@ -204,7 +200,6 @@ class Parser:
             stream,
             include_usage,
             echo,
-            no_output,
             top_logprobs,
             return_token_ids,
         )

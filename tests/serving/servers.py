@@ -13,7 +13,6 @@ from typing import Any
 
 import httpx2
 
-from mooshak.config.generate import GenerateConfig
 from mooshak.serving.protocol import Parser
 from mooshak.serving.server import make_app
 from mooshak.serving.service import Service
@@ -21,7 +20,6 @@ from tests.serving.conftest import load, make_scheduler
 
 SHAPE = {"n_slots": 4, "chunk": 16}
 NAME = "tiny"
-needs_top_logprobs = not hasattr(GenerateConfig, "top_logprobs")
 
 
 @dataclass

@@ -7,12 +7,9 @@ import numpy as np
 import pytest
 
 from tests.serving.conftest import load
-from tests.serving.servers import NAME, Server, needs_top_logprobs, serve
+from tests.serving.servers import NAME, Server, serve
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(needs_top_logprobs, reason="GenerateConfig has no top_logprobs"),
-]
+pytestmark = pytest.mark.slow
 PAIRS = [("एक चूहा", " जंगल में"), ("the lion", " became its friend"), ("", "a mouse")]
 
 

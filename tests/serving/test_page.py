@@ -14,13 +14,12 @@ from urllib.parse import urlencode
 
 import pytest
 
-from tests.serving.servers import needs_top_logprobs, serve
+from tests.serving.servers import serve
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed"),
-    pytest.mark.skipif(needs_top_logprobs, reason="GenerateConfig has no top_logprobs"),
 ]
 FIELDS = {"prompt": "एक चूहा", "max_tokens": 20, "temperature": 0.8, "seed": 5, "run": 1}
 Evaluate = Callable[[str], Any]

@@ -14,7 +14,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests.serving.servers import NAME, Server, needs_top_logprobs, serve
+from tests.serving.servers import NAME, Server, serve
 
 pytestmark = pytest.mark.slow
 
@@ -78,7 +78,6 @@ def test_openai_client_chats(server: Server) -> None:
     assert "".join(parts) == choice.message.content
 
 
-@pytest.mark.skipif(needs_top_logprobs, reason="GenerateConfig has no top_logprobs")
 def test_openai_client_reads_top_logprobs(server: Server) -> None:
     client = client_of(server)
     found = client.completions.create(

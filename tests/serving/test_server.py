@@ -11,7 +11,7 @@ import httpx2
 import pytest
 
 from mooshak.config.generate import GenerateConfig
-from mooshak.generation.lm import Completion
+from mooshak.generation.completion import Completion
 from mooshak.serving.service import Service
 from tests.serving.conftest import make_scheduler
 from tests.serving.servers import (
@@ -19,7 +19,6 @@ from tests.serving.servers import (
     SHAPE,
     application,
     client_of,
-    needs_top_logprobs,
     stream_of,
 )
 
@@ -126,7 +125,6 @@ def test_a_prompt_is_echoed(service: Service) -> None:
     assert "".join(event["choices"][0]["text"] for event in events) == HINDI + plain
 
 
-@pytest.mark.skipif(needs_top_logprobs, reason="GenerateConfig has no top_logprobs")
 def test_log_probabilities_of_the_prompt_are_those_of_score(service: Service) -> None:
     text = "एक चूहा the lion"
     lm = service.parser.lm
@@ -145,10 +143,28 @@ def test_log_probabilities_of_the_prompt_are_those_of_score(service: Service) ->
     assert len(more["logprobs"]["tokens"]) == len(ids) + 2
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_as_long_as_a_slot_is_echoed(stream: bool, service: Service) -> None:
+    limit, before = service.parser.max_len, service.scheduler.counters.generated_tokens
+    ids = [5 + i % 90 for i in range(limit)]
+    body = {"prompt": ids, "echo": True, "max_tokens": 0, "return_token_ids": True}
+    if stream:
+        options = {"stream": True, "stream_options": {"include_usage": True}}
+        *events, last = stream_of(post(service, "/v1/completions", body | options).text)
+        choices, usage = [event["choices"][0] for event in events], last["usage"]
+    else:
+        found = complete(service, **body)
+        choices, usage = found["choices"], found["usage"]
+    assert "".join(choice["text"] for choice in choices) == service.texts.tokenizer.decode(ids)
+    assert [id for choice in choices for id in choice["token_ids"]] == []
+    assert choices[-1]["finish_reason"] == "length" and choices[0]["logprobs"] is None
+    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (limit, 0)
+    assert service.scheduler.counters.generated_tokens == before
+
+
 KEYS = ("text_offset", "tokens", "token_logprobs", "top_logprobs")
 
 
-@pytest.mark.skipif(needs_top_logprobs, reason="GenerateConfig has no top_logprobs")
 def test_a_chat_has_the_most_probable_tokens(service: Service) -> None:
     body = {"messages": [{"role": "user", "content": HINDI}], "logprobs": True, "max_tokens": 5}
     body |= {"temperature": 0, "top_logprobs": 2}
