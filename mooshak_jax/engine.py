@@ -112,7 +112,7 @@ class Engine(engine.Engine):
 
 
 class _State(NamedTuple):
-    """What a call replaces."""
+    """Arrays that every call replaces: the KV cache and the logits."""
 
     kv: list[tuple[Array, Array]]
     """Keys and values of each layer, [B, S, G, K]."""

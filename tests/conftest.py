@@ -15,11 +15,9 @@ os.environ.setdefault(
 
 import fork_server
 import jax
-import numpy as np
 import pytest
 
 from mooshak.checkpoints import safetensors
-from mooshak.checkpoints.base import FULL_SLICE, Checkpoint
 from mooshak.config.model import ModelConfig
 from mooshak.config.sections import (
     Config,
@@ -30,10 +28,10 @@ from mooshak.config.sections import (
     TokenizerConfig,
     TrainConfig,
 )
-from mooshak.numerics.init_weights import initial_weight
 from mooshak.tokenizer import train
 from mooshak.tokenizer.base import Tokenizer
 from mooshak.tokenizer.files import files_of_tokenizer
+from tests.drawn_checkpoints import drawn_checkpoint
 
 subprocess.Popen = fork_server.ForkedPopen  # type: ignore[misc]
 # Devices are counted once per process, and a mesh takes as many of them as it needs.
@@ -113,18 +111,9 @@ TINY_MODEL = ModelConfig(
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tiny_tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint in the interchange format: drawn weights, and the tokenizer."""
-    shapes = TINY_MODEL.parameter_shapes()
-    tensors = {name: (np.dtype(np.float32), shape) for name, shape in shapes.items()}
-
-    def read(name: str, rows: slice = FULL_SLICE) -> np.ndarray:
-        return initial_weight(TINY_MODEL, 1, name, rows, gain_std=0.2)
-
     files = files_of_tokenizer(tiny_tokenizer.path)
-    drawn = Checkpoint(
-        Path("drawn"), "drawn", TINY_MODEL, None, tensors, read, tokenizer_files=files
-    )
     path = tmp_path_factory.mktemp("checkpoint") / "drawn"
-    safetensors.write_checkpoint(path, drawn)
+    safetensors.write_checkpoint(path, drawn_checkpoint(TINY_MODEL, 1, tokenizer_files=files))
     return path
 
 

@@ -23,7 +23,7 @@ from mooshak.tokenizer.base import Tokenizer
 
 
 class Adjustments(NamedTuple):
-    """What changes the logits of a step: x -> penalise(x + bias) + offset."""
+    """Changes of the logits of a step: x -> penalise(x + bias) + offset."""
 
     bias_BV: np.ndarray
     """float64."""

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any, TextIO, get_type_hints
+from typing import Any, TextIO, get_args, get_type_hints
 
 from mooshak.command_line import command_parser
 from mooshak.config.generate import GenerateConfig
+from mooshak.config.model import Dtype
 from mooshak.device import add_device_option
 from mooshak.errors import InputError, require
 from mooshak.generation.adjustments import check_token_settings
@@ -35,8 +36,6 @@ def generate_parser(module: str, doc: str | None) -> argparse.ArgumentParser:
     prompts = "(--prompt TEXT | --prompts FILE | --jsonl FILE | --interactive)"
     parser = command_parser(module, doc, f"CHECKPOINT {prompts} [--SETTING VALUE ...]")
     add = parser.add_argument
-    text = "directory of a checkpoint, of any format"
-    add("checkpoint", type=Path, metavar="CHECKPOINT", help=text)
     add("--prompt", action="append", metavar="TEXT", help="prompt; may be repeated")
     add("--prompts", metavar="FILE", help="file with a prompt on each line; - is standard input")
     text = "file with an object on each line: prompt or messages, and settings; - is standard input"
@@ -45,17 +44,24 @@ def generate_parser(module: str, doc: str | None) -> argparse.ArgumentParser:
     add("--jsonl_out", "--jsonl-out", metavar="FILE", help=text)
     text = "chat: Ctrl-C ends a reply, Ctrl-D or /exit the chat"
     add("--interactive", action="store_true", help=text)
-    dtypes = ["float64", "float32", "bfloat16", "float16"]
-    add("--dtype", choices=dtypes, default="float32", help="dtype of the computation")
-    add_device_option(parser)
-    text = "tokenizer.model or tokenizer.json, if the checkpoint has none"
-    add("--tokenizer", metavar="FILE", help=text)
+    add_model_options(parser)
     group = parser.add_argument_group("settings (default: those of generation_config.json, or)")
     for name, options in setting_options():
         dashed = f"--{name.replace('_', '-')}"
         names = dict.fromkeys((f"--{name}", *OTHER_NAMES.get(name, ()), dashed))
         group.add_argument(*names, dest=name, **options)
     return parser
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add the checkpoint, and the options with which it is loaded."""
+    add = parser.add_argument
+    text = "directory of a checkpoint, of any format"
+    add("checkpoint", type=Path, metavar="CHECKPOINT", help=text)
+    add("--dtype", choices=get_args(Dtype), default="float32", help="dtype of the computation")
+    add_device_option(parser)
+    text = "tokenizer.model or tokenizer.json, if the checkpoint has none"
+    add("--tokenizer", metavar="FILE", help=text)
 
 
 def setting_options() -> Iterator[tuple[str, dict[str, Any]]]:

@@ -12,13 +12,13 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib.util import find_spec
 from ipaddress import ip_address
-from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from urllib.parse import urlsplit
 
 from mooshak.command_line import command_parser
-from mooshak.device import add_device_option
+from mooshak.config.model import Dtype
 from mooshak.errors import InputError, require
+from mooshak.generation.command import add_model_options
 from mooshak.generation.lm import LM
 from mooshak.serving.engine import Engine
 from mooshak.serving.protocol import Parser
@@ -39,8 +39,6 @@ KEEP_ALIVE_SECONDS = 65
 def serve_parser(module: str, doc: str | None) -> argparse.ArgumentParser:
     """Return the parser of `python -m MODULE CHECKPOINT`; `doc` is its docstring."""
     parser = command_parser(module, doc, "CHECKPOINT [--host ADDRESS] [--port N] [--OPTION VALUE]")
-    text = "directory of a checkpoint, of any format"
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=text)
 
     def add(name: str, text: str, **options: Any) -> None:
         names = dict.fromkeys((f"--{name}", f"--{name.replace('-', '_')}"))
@@ -50,18 +48,14 @@ def serve_parser(module: str, doc: str | None) -> argparse.ArgumentParser:
     text = "address to listen on; 0.0.0.0 is every one of this machine"
     add("host", text, default="127.0.0.1", metavar="ADDRESS")
     add("port", "port; 0 takes a free one", default=8000, **number)
-    dtypes = ["float64", "float32", "bfloat16", "float16"]
-    add("dtype", "dtype of the computation", choices=dtypes, default="float32")
-    add_device_option(parser)
-    text = "tokenizer.model or tokenizer.json, if the checkpoint has none"
-    add("tokenizer", text, metavar="FILE")
+    add_model_options(parser)
     add("served-model-name", "name for clients (default: CHECKPOINT)", metavar="NAME")
     add("n-slots", "samples that are generated at once", default=16, **number)
     text = "tokens of a prompt and its continuation (default: the model's maximum)"
     add("max-len", text, **number)
     add("chunk", "tokens of a prompt that are computed at once", default=128, **number)
     text = "dtype of keys and values (default: that of the computation)"
-    add("kv-dtype", text, choices=dtypes)
+    add("kv-dtype", text, choices=get_args(Dtype))
     add("max-waiting", "samples that may wait for a slot; more get 503", default=1024, **number)
     add("max-body-bytes", "size of a request; longer ones get 413", default=2**22, **number)
     text = "time of a request, with its wait; longer ones end with an error"

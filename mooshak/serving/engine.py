@@ -26,7 +26,7 @@ CACHE_BLOCK = 512
 
 @dataclasses.dataclass
 class StepInputs:
-    """What the scheduler gives for one token in each slot."""
+    """Arguments of a step: one token in each slot."""
 
     position_B: np.ndarray
     """Position of the token that is sampled, int [B]; in unused slots one that may be written."""

@@ -1,4 +1,4 @@
-"""What a scheduler and its clients exchange: tokens, events, tickets and counters."""
+"""Tokens, events and tickets of requests, and the counters of a scheduler."""
 
 from dataclasses import dataclass, field
 

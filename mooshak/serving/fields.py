@@ -41,7 +41,7 @@ TYPES: Mapping[str, tuple[type, ...]] = {
     "an object": (dict,),
     "a text or a list": (str, list),
 }
-"""What errors call the types of JSON."""
+"""Name of a JSON type in errors -> its Python types."""
 
 
 class Fields:

@@ -23,7 +23,7 @@ class Histogram:
 
 
 class Metrics:
-    """What the server counts; the scheduler counts samples and tokens."""
+    """Counts of responses and times; samples and tokens are counted by the scheduler."""
 
     def __init__(self) -> None:
         self.responses: Counter[tuple[str, int]] = Counter()

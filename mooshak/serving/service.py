@@ -1,4 +1,4 @@
-"""The model that is served, and the limits of its requests: what all routes share."""
+"""The state that all routes share: the model that is served, and the limits of its requests."""
 
 import time
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from mooshak.serving.token_texts import TokenTexts
 
 @dataclass
 class Service:
-    """What the routes share."""
+    """A model that is served, with its scheduler and limits."""
 
     parser: Parser
     scheduler: Scheduler

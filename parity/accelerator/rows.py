@@ -36,7 +36,7 @@ Part = Callable[[Setup], Iterable[Row]]
 
 
 def attempt(name: str, measure: Callable[[], Iterable[Row]]) -> Iterator[Row]:
-    """Yield the rows of a measurement; if it fails, a row with the reason, and the rest goes on."""
+    """Yield the rows of a measurement; if it fails, a row with the reason instead."""
     try:
         yield from measure()
     except Exception as error:

@@ -19,7 +19,7 @@ from parity.tolerances import FLOAT32_LOGITS, RATIO, TINY
 
 @dataclass(frozen=True)
 class Results:
-    """What one framework computes in one dtype."""
+    """Results of one framework in one dtype."""
 
     operations: Arrays
     losses: np.ndarray

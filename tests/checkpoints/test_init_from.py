@@ -14,12 +14,10 @@ import pytest
 import sentencepiece
 
 from mooshak.checkpoints import init_from, safetensors
-from mooshak.checkpoints.base import Checkpoint
 from mooshak.config.model import ModelConfig
 from mooshak.config.parse import dump_config, load_draft
 from mooshak.config.sections import Config
 from mooshak.errors import InputError
-from mooshak.numerics.init_weights import initial_weight
 from mooshak.tokenizer import extend
 from mooshak.tokenizer.base import Tokenizer
 from mooshak.tokenizer.files import files_of_tokenizer
@@ -27,6 +25,7 @@ from mooshak.tokenizer.load import open_tokenizer
 from mooshak.tokenizer.sentencepiece import SentencePieceTokenizer, parse_proto
 from mooshak.tokenizer.train import load_or_train_tokenizer, train
 from parity.convert import convert, open_any
+from tests.drawn_checkpoints import drawn_checkpoint
 
 FRAMEWORKS = ("torch", "jax")
 TOKENIZER = "tokenizer.model"
@@ -60,14 +59,8 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
         minloglevel=2,
     )
     (directory / "tokenizer.model").write_bytes(model.getvalue())
-    shapes = MODEL.parameter_shapes()
-    tensors = {name: (np.dtype(np.float32), shape) for name, shape in shapes.items()}
-
-    def read(name: str, rows: slice = slice(None)) -> np.ndarray:
-        return initial_weight(MODEL, 0, name, rows, gain_std=0.2)
-
     along = {"tokenizer.model": directory / "tokenizer.model"}
-    source = Checkpoint(directory, "drawn", MODEL, None, tensors, read, tokenizer_files=along)
+    source = drawn_checkpoint(MODEL, tokenizer_files=along)
     safetensors.write_checkpoint(directory / "ours", source)
     convert(directory / "ours", directory / "hf", "hf", dtype="bfloat16")
     return directory / "hf"

@@ -28,13 +28,13 @@ from mooshak.config.parse import dump_config
 from mooshak.config.sections import Config
 from mooshak.errors import InputError
 from mooshak.generation.text import TextStream, end_ids
-from mooshak.numerics.init_weights import initial_weight
 from mooshak.tokenizer.base import Tokenizer
 from mooshak.tokenizer.load import open_tokenizer
 from mooshak.tokenizer.sentencepiece import CHAT_MARKERS
 from parity import distance, tolerances
 from parity.backends import JaxBackend, TorchBackend
 from parity.convert import convert, open_any
+from tests.drawn_checkpoints import drawn_checkpoint
 
 MODEL = ModelConfig(
     vocab_size=512, dim=24, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=40, max_seq_len=96
@@ -57,17 +57,8 @@ def exported(
     """A drawn model as a training state of a run, and that as a directory for transformers."""
     run = tmp_path_factory.mktemp("run")
     start = run / "checkpoints" / "20"
-    shapes = MODEL.parameter_shapes()
-    tensors = {name: (np.dtype(np.float32), shape) for name, shape in shapes.items()}
     state = {"format_version": 1, "step": 20, "data": {"batch_size": 4, "sequence_length": 32}}
-
-    def read(name: str, rows: slice = slice(None)) -> np.ndarray:
-        return initial_weight(MODEL, 0, name, rows, gain_std=0.2)
-
-    safetensors.write_checkpoint(
-        start,
-        base.Checkpoint(run, "drawn", MODEL, state, tensors, read),
-    )
+    safetensors.write_checkpoint(start, drawn_checkpoint(MODEL, state=state))
     (start / "tokenizer.model").write_bytes(tiny_tokenizer.path.read_bytes())
     metrics = [{"step": 20, "loss": 3.25, "bits_per_byte_hi": 1.5}, {"step": 21, "loss": 3.0}]
     (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, metrics)))

@@ -4,18 +4,16 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from mooshak.checkpoints import safetensors
-from mooshak.checkpoints.base import FULL_SLICE, Checkpoint
 from mooshak.config.model import ModelConfig
 from mooshak.generation.lm import LM
-from mooshak.numerics.init_weights import initial_weight
 from mooshak.serving.engine import Engine
 from mooshak.serving.scheduler import Scheduler
 from mooshak.tokenizer.base import Tokenizer
 from mooshak.tokenizer.files import files_of_tokenizer
+from tests.drawn_checkpoints import drawn_checkpoint
 
 MODELS = {
     "mooshak": ModelConfig(
@@ -44,17 +42,9 @@ def checkpoints(
     """Checkpoints of `MODELS` with drawn weights."""
     found = {}
     for name, model in MODELS.items():
-        shapes = model.parameter_shapes()
-        tensors = {key: (np.dtype(np.float32), shape) for key, shape in shapes.items()}
-
-        def read(key: str, rows: slice = FULL_SLICE, model: ModelConfig = model) -> np.ndarray:
-            return initial_weight(model, 1, key, rows, gain_std=0.2) * 3
-
-        found[name] = tmp_path_factory.mktemp("serving") / name
         files = files_of_tokenizer(tiny_tokenizer.path)
-        drawn = Checkpoint(
-            Path("drawn"), "drawn", model, None, tensors, read, tokenizer_files=files
-        )
+        drawn = drawn_checkpoint(model, 1, scale=3.0, tokenizer_files=files)
+        found[name] = tmp_path_factory.mktemp("serving") / name
         safetensors.write_checkpoint(found[name], drawn)
     return found
 
