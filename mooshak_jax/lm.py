@@ -24,6 +24,7 @@ from mooshak.errors import InputError
 from mooshak.generation import lm
 from mooshak.generation.adjustments import RowAdjustments
 from mooshak.tokenizer.base import Tokenizer
+from mooshak_jax.cached_model import CachedModel
 from mooshak_jax.checkpoint import load_model
 from mooshak_jax.decode import generate_tokens
 from mooshak_jax.device import find_devices
@@ -51,6 +52,7 @@ class LM(lm.LM):
         tokenizer: Tokenizer | None,
         parallel: Parallel,
     ):
+        super().__init__()
         self.config, self.dtype, self.tokenizer = config, dtype, tokenizer
         self.params, self.graphdef, self.parallel = params, make_graphdef(config, dtype), parallel
 
@@ -74,6 +76,15 @@ class LM(lm.LM):
             if step is None:
                 return
             yield step
+
+    def _cached_model(
+        self, prompts: list[list[int]], new_tokens: int, n_beams: int = 1
+    ) -> CachedModel:
+        return CachedModel(self.graphdef, self.params, prompts, new_tokens, n_beams)
+
+    def _load_draft(self, path: Path) -> "LM":
+        config, params = load_model(path, self.dtype, self.parallel)
+        return LM(config, self.dtype, params, None, self.parallel)
 
     def _token_log_probs(self, ids: list[int]) -> np.ndarray:
         # Padded to few lengths, for few compilations: later tokens do not change earlier ones.

@@ -17,6 +17,7 @@ from mooshak.errors import InputError
 from mooshak.generation import lm
 from mooshak.generation.adjustments import RowAdjustments
 from mooshak.tokenizer.base import Tokenizer
+from mooshak_torch.cached_model import CachedModel
 from mooshak_torch.checkpoint import load_model
 from mooshak_torch.decode import generate_tokens
 from mooshak_torch.device import find_device
@@ -36,6 +37,7 @@ class LM(lm.LM):
     """Language model in PyTorch, on one device."""
 
     def __init__(self, model: Model, tokenizer: Tokenizer | None, compiled: bool = False):
+        super().__init__()
         self._model, self.tokenizer, self.compiled = model, tokenizer, compiled
         self.config, self.dtype = model.config, model.dtype
 
@@ -52,6 +54,15 @@ class LM(lm.LM):
         adjusters: list[RowAdjustments],
     ) -> Iterator[lm.Step]:
         return generate_tokens(self._model, prompts, samples, settings, adjusters, self.compiled)
+
+    def _cached_model(
+        self, prompts: list[list[int]], new_tokens: int, n_beams: int = 1
+    ) -> CachedModel:
+        return CachedModel(self._model, prompts, new_tokens, n_beams)
+
+    def _load_draft(self, path: Path) -> "LM":
+        model = load_model(path, self._model.dtype)
+        return LM(model.to(self._model.head_VD.device), None)
 
     @torch.no_grad()
     def _token_log_probs(self, ids: list[int]) -> np.ndarray:

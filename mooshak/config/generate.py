@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from mooshak.errors import require
 
@@ -11,6 +12,11 @@ MIN_TEMPERATURE, MAX_BIAS = 1e-6, 1e6
 MAX_TOP_K = 2**31 - 1
 MAX_TOP = 20
 """Largest `top_logprobs`."""
+
+MAX_LENGTH_PENALTY = 10.0
+"""Bound within which powers of any number of tokens are finite."""
+
+EarlyStopping = bool | Literal["never"]
 
 
 @dataclass(frozen=True)
@@ -68,12 +74,29 @@ class GenerateConfig:
     processed_logprobs: bool = False
     """Return log-probabilities of the distribution that tokens are drawn from: after penalties,
     temperature and filters."""
+    num_beams: int = 1
+    """Beams of a beam search, which replaces greedy decoding (1: no search)."""
+    length_penalty: float = 1.0
+    """Beams are ranked by total log-probability / length ** length_penalty: above 0 favours long
+    texts, below 0 short ones."""
+    early_stopping: EarlyStopping = False
+    """End of a beam search, after num_beams texts have ended: true: at once; false: when the best
+    beam would not be among them if it ended now; never: when no beam can get among them."""
+    num_return_sequences: int = 1
+    """Best texts of a beam search that are returned."""
+    draft: Any = None
+    """Checkpoint of a smaller model with the same vocabulary, in Python also a loaded one, that
+    drafts tokens for speculative decoding (arXiv:2211.17192): the text is the same."""
+    draft_tokens: int = 4
+    """Number of tokens that are drafted, and then verified in one forward pass."""
 
     def __post_init__(self) -> None:
         for key in ("stop", "bad_words"):
             if isinstance(value := getattr(self, key), str):
                 object.__setattr__(self, key, (value,))
-        require(self.n >= 1, f"generate.n {self.n} must be at least 1")
+        for key in ("n", "num_beams", "num_return_sequences", "draft_tokens"):
+            value = getattr(self, key)
+            require(value >= 1, f"generate.{key} {value} must be at least 1")
         least = 0 if self.prompt_logprobs else 1
         require(
             self.max_new_tokens >= least,
@@ -125,3 +148,31 @@ class GenerateConfig:
             )
         for key in ("stop", "bad_words"):
             require(all(getattr(self, key)), f"generate.{key} contains an empty text")
+        self._check_beams()
+
+    def _check_beams(self) -> None:
+        """Raise `InputError` for settings of beam search that are wrong, or exclude each other."""
+        require(
+            abs(self.length_penalty) <= MAX_LENGTH_PENALTY,
+            f"generate.length_penalty {self.length_penalty} must be in "
+            f"[-{MAX_LENGTH_PENALTY:g}, {MAX_LENGTH_PENALTY:g}]",
+        )
+        require(
+            self.num_return_sequences <= self.num_beams,
+            f"generate.num_return_sequences {self.num_return_sequences} is more than "
+            f"generate.num_beams {self.num_beams}",
+        )
+        if self.num_beams == 1:
+            return
+        beams = f"generate.num_beams {self.num_beams}: a beam search"
+        require(self.temperature == 0, f"{beams} does not sample; set generate.temperature to 0")
+        require(self.n == 1, f"{beams} has generate.num_return_sequences in place of generate.n")
+        require(self.draft is None, f"{beams} has no draft; remove generate.draft")
+        require(self.max_new_tokens >= 1, f"{beams} needs generate.max_new_tokens of at least 1")
+        for key in ("top_logprobs", "processed_logprobs"):
+            require(not getattr(self, key), f"{beams} does not return generate.{key}")
+
+    @property
+    def n_results(self) -> int:
+        """Number of completions of each prompt."""
+        return self.n * self.num_return_sequences

@@ -13,6 +13,7 @@ Shapes: B rows, V vocabulary.
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
+from copy import copy
 from typing import NamedTuple
 
 import numpy as np
@@ -62,6 +63,14 @@ class RowAdjustments:
         for end in range(n, len(self.ids) + 1) if n else ():
             self._followers[tuple(self.ids[end - n : end - 1])].add(self.ids[end - 1])
 
+    def copy(self) -> "RowAdjustments":
+        """Return a copy that other tokens may follow."""
+        other = copy(self)
+        other.ids, other.penalty_V = self.ids.copy(), self.penalty_V.copy()
+        other.offset_V, other._counts_V = self.offset_V.copy(), self._counts_V.copy()
+        other._followers = defaultdict(set, {k: v.copy() for k, v in self._followers.items()})
+        return other
+
     def push(self, token: int) -> None:
         """Append a token of the output."""
         self.ids.append(token)
@@ -71,17 +80,17 @@ class RowAdjustments:
         if n and len(self.ids) >= n:
             self._followers[tuple(self.ids[len(self.ids) - n : -1])].add(token)
 
-    def offset(self) -> np.ndarray:
+    def offset(self, check: bool = True) -> np.ndarray:
         """Return the offsets of the next token, float64 [V]; valid until the next call.
 
-        Raises `InputError` if no token is left.
+        With `check`, raises `InputError` if no token is left.
         """
         settings, counts_V = self.settings, self._counts_V
         np.multiply(counts_V, -settings.frequency_penalty, out=self.offset_V)
         self.offset_V -= settings.presence_penalty * (counts_V > 0)
         self.offset_V[self._forbidden_V] = -np.inf
         self.offset_V[self.banned()] = -np.inf
-        if np.isneginf(self.offset_V).all():
+        if check and np.isneginf(self.offset_V).all():
             names = ("allowed_tokens", "bad_words", "no_repeat_ngram_size", "min_new_tokens")
             used = [f"generate.{name}" for name in names if getattr(settings, name)]
             raise InputError(
@@ -104,12 +113,15 @@ class RowAdjustments:
         return not tokens or tuple(self.ids[-len(tokens) :]) == tokens
 
 
-def stack_adjustments(rows: Sequence[RowAdjustments]) -> Adjustments:
-    """Return the adjustments of all rows for the next token."""
+def stack_adjustments(rows: Sequence[RowAdjustments], check: bool = True) -> Adjustments:
+    """Return the adjustments of all rows for the next token.
+
+    With `check`, raises `InputError` if no token is left in a row.
+    """
     return Adjustments(
         np.stack([row.bias_V for row in rows]),
         np.stack([row.penalty_V for row in rows]),
-        np.stack([row.offset() for row in rows]),
+        np.stack([row.offset(check) for row in rows]),
     )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO, get_args, get_type_hints
 
 from mooshak.command_line import command_parser
-from mooshak.config.generate import GenerateConfig
+from mooshak.config.generate import EarlyStopping, GenerateConfig
 from mooshak.config.model import Dtype
 from mooshak.device import add_device_option
 from mooshak.errors import InputError, require
@@ -21,7 +21,7 @@ from mooshak.generation.adjustments import check_token_settings
 from mooshak.generation.completion import Completion
 from mooshak.generation.lm import LM
 from mooshak.generation.requests import STDIN, Request, errors_of, given_settings, logit_bias
-from mooshak.generation.settings import make_settings
+from mooshak.generation.settings import check_stream
 from mooshak.tokenizer.chat_template import encode_chat, end_of_turn, find_template
 
 OTHER_NAMES = {"max_new_tokens": ("--tokens",)}
@@ -86,10 +86,22 @@ def setting_options() -> Iterator[tuple[str, dict[str, Any]]]:
             options |= {"type": int, "nargs": "+", "metavar": "ID"}
         elif kind is str:
             options["metavar"] = "TEXT"
+        elif kind is Any:
+            options["metavar"] = "CHECKPOINT"
+        elif kind == EarlyStopping:
+            options |= {"type": _early_stopping, "metavar": "false|true|never"}
+            options["help"] += " (default: false)"
         else:
             options |= {"type": _logit_bias if one.name == "logit_bias" else _json}
             options["metavar"] = "JSON"
         yield one.name, options
+
+
+def _early_stopping(text: str) -> EarlyStopping:
+    values: dict[str, EarlyStopping] = {"false": False, "true": True, "never": "never"}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"{text!r} is not false, true or never")
+    return values[text.lower()]
 
 
 def _json(text: str) -> Any:
@@ -155,7 +167,7 @@ class _Job:
 def _prepare(lm: LM, request: Request, given: Mapping[str, Any]) -> _Job:
     """Return the token ids and settings of a request. Raises `InputError` with its line."""
     with errors_of(request.source):
-        settings = make_settings({**given, **request.settings}, lm.defaults)
+        settings = lm.settings({**given, **request.settings})
         ends: set[int] = set()
         if request.messages is not None:
             assert lm.tokenizer is not None
@@ -175,20 +187,20 @@ def _completions(lm: LM, jobs: Sequence[_Job]) -> Iterator[tuple[_Job, Completio
     at = 0
     while at < len(jobs):
         first, end = jobs[at], at + 1
-        n = first.settings.n
-        while end < len(jobs) and (end + 1 - at) * n <= BATCH_ROWS:
+        n, n_rows = first.settings.n_results, first.settings.n * first.settings.num_beams
+        while end < len(jobs) and (end + 1 - at) * n_rows <= BATCH_ROWS:
             if (jobs[end].settings, jobs[end].ends) != (first.settings, first.ends):
                 break
             end += 1
-        rows = [(job, sample) for job in jobs[at:end] for sample in range(n)]
+        rows = [(job, sample) for job in jobs[at:end] for sample in range(first.settings.n)]
         start = time.perf_counter()
         ids, samples = [job.ids for job, _ in rows], [sample for _, sample in rows]
         sources = [job.request.source for job in jobs[at:end] if job.request.source]
         with errors_of(" to ".join(dict.fromkeys(sources[:1] + sources[-1:]))):
             found = lm._complete(ids, samples, first.settings, first.ends)
         seconds = time.perf_counter() - start
-        for (job, _), completion in zip(rows, found, strict=True):
-            yield job, completion, seconds
+        for i, completion in enumerate(found):
+            yield jobs[at + i // n], completion, seconds
         at = end
 
 
@@ -215,6 +227,9 @@ def _write_rows(file: TextIO, lm: LM, jobs: Sequence[_Job]) -> None:
             "logprobs": completion.logprobs,
             "finish_reason": completion.finish_reason,
             "index": completion.index,
+            "score": completion.score,
+            "n_drafted": completion.n_drafted,
+            "n_accepted": completion.n_accepted,
             "seconds": round(seconds, 6),
         }
         print(json.dumps(row, ensure_ascii=False), file=file, flush=True)
@@ -225,8 +240,9 @@ def chat(lm: LM, given: Mapping[str, Any]) -> None:
     with suppress(ImportError):  # Absent on some systems: input is then without editing.
         import readline  # noqa: F401
     assert lm.tokenizer is not None
-    settings = make_settings(given, lm.defaults)
-    require(settings.n == 1, "--interactive has one reply for a prompt; set n to 1")
+    settings = lm.settings(given)
+    require(settings.n_results == 1, "--interactive has one reply for a prompt; set n to 1")
+    check_stream(settings)
     check_token_settings(settings, lm.config.vocab_size)
     find_template(lm.tokenizer)
     messages: list[dict[str, str]] = []

@@ -23,13 +23,19 @@ class Completion:
     prompt_token_ids: list[int]
     """Tokens of the prompt, with BOS if it was a text."""
     index: int = 0
-    """Index of the sample among the `n` samples of its prompt."""
+    """Index of the sample among the `n` samples of its prompt, or rank in a beam search."""
     top_logprobs: list[dict[int, float]] | None = None
     """The most probable tokens in the place of each token, with log p, if asked for."""
     prompt_logprobs: list[float | None] | None = None
     """log p of each token of the prompt, if asked for; None for the first one."""
     prompt_top_logprobs: list[dict[int, float] | None] | None = None
     """The most probable tokens in the places of the prompt, if asked for."""
+    score: float | None = None
+    """Of a beam search: the total log-probability, with penalties, / length ** length_penalty."""
+    n_drafted: int | None = None
+    """Number of tokens that the draft model has proposed, if there is one."""
+    n_accepted: int | None = None
+    """Number of those that are in the continuation, its end token included."""
 
     def __str__(self) -> str:
         return " ".join(map(str, self.token_ids)) if self.text is None else self.text
@@ -83,6 +89,15 @@ class Row:
         text = self.stream.push(token)
         self.done = self.stream.stopped
         return text
+
+    def contains_stop(self, ids: list[int]) -> bool:
+        """Return whether the text of new tokens contains a stop text."""
+        if self.stream is None:
+            return False
+        stream = TextStream(self.stream.tokenizer, self.prompt)
+        stream.ids = ids
+        text = stream.text
+        return any(stop in text for stop in self.settings.stop)
 
     def completion(self) -> Completion:
         settings, of_prompt = self.settings, self.prompt_log_probs

@@ -6,7 +6,8 @@ shared.
 
 import abc
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args, overload
 
@@ -23,9 +24,12 @@ from mooshak.generation.adjustments import (
     check_token_settings,
     needs_adjustments,
 )
+from mooshak.generation.beam import beam_search
+from mooshak.generation.cached_model import CachedModel
 from mooshak.generation.completion import Completion, Row
 from mooshak.generation.log_probs import TokenLogProbs
-from mooshak.generation.settings import generation_defaults, make_settings
+from mooshak.generation.settings import check_stream, generation_defaults, make_settings
+from mooshak.generation.speculative import Speculation, check_draft
 from mooshak.generation.text import (
     GENERATION_CONFIG,
     check_tokens,
@@ -57,6 +61,9 @@ class LM(abc.ABC):
     generation_config: Path | None = None
     """The checkpoint's generation_config.json, if it has one."""
 
+    def __init__(self) -> None:
+        self._drafts: dict[Path, LM] = {}
+
     @property
     @abc.abstractmethod
     def model(self) -> Any:
@@ -75,6 +82,16 @@ class LM(abc.ABC):
         Row i continues prompts[i] with the sampling noise of sample samples[i]; `adjusters`, one
         for each row or none, change the logits.
         """
+
+    @abc.abstractmethod
+    def _cached_model(
+        self, prompts: list[list[int]], new_tokens: int, n_beams: int = 1
+    ) -> CachedModel:
+        """Return the model after reading the prompts, with `n_beams` rows for each of them."""
+
+    @abc.abstractmethod
+    def _load_draft(self, path: Path) -> "LM":
+        """Load a model in the same dtype on the same device, or mesh, without a tokenizer."""
 
     @abc.abstractmethod
     def _token_log_probs(self, ids: list[int]) -> np.ndarray:
@@ -100,31 +117,31 @@ class LM(abc.ABC):
     ) -> Completion | list[Completion] | list[list[Completion]]:
         """Continue a prompt, a text or token ids; return a `Completion`.
 
-        A list of prompts returns a list; each result is the same as for the prompt alone. If `n` is
-        more than 1, each prompt returns a list of samples. `settings` are the fields of
-        `GenerateConfig` (docs/generation.md); those that are not given have the values of the
+        A list of prompts returns a list; each result is the same as for the prompt alone. If `n` or
+        `num_return_sequences` is more than 1, each prompt returns a list. `settings` are the fields
+        of `GenerateConfig` (docs/generation.md); those that are not given have the values of the
         checkpoint's generation_config.json. Raises `InputError` for an unknown or invalid setting,
         a prompt without tokens, a token outside of the vocabulary, or a prompt and continuation
         that are longer than `max_seq_len`.
         """
-        chosen = make_settings(settings, self.defaults)
+        chosen = self.settings(settings)
         given, many = _as_list(prompt)
         prompts = [self.encode(one) for one in given]
         rows = [(ids, sample) for ids in prompts for sample in range(chosen.n)]
         found = self._complete([ids for ids, _ in rows], [sample for _, sample in rows], chosen)
-        grouped: list[Any] = [found[i : i + chosen.n] for i in range(0, len(found), chosen.n)]
-        grouped = [group[0] for group in grouped] if chosen.n == 1 else grouped
+        n = chosen.n_results
+        grouped: list[Any] = [found[i : i + n] for i in range(0, len(found), n)]
+        grouped = [group[0] for group in grouped] if n == 1 else grouped
         return grouped if many else grouped[0]
 
     def stream(self, prompt: Prompt, **settings: Any) -> Iterator[str]:
         """Yield the continuation of a prompt in chunks of text; joined, `generate(...).text`.
 
-        Settings and errors are those of `generate`; `n` must be 1. Raises `InputError` if the
-        checkpoint has no tokenizer.
+        Settings and errors are those of `generate`; `n` and `num_beams` must be 1. Raises
+        `InputError` if the checkpoint has no tokenizer.
         """
-        chosen, ids = make_settings(settings, self.defaults), self.encode(prompt)
-        if chosen.n != 1:
-            raise InputError(f"generate.n {chosen.n}: a stream has one sample; set n to 1")
+        chosen, ids = self.settings(settings), self.encode(prompt)
+        check_stream(chosen)
         if self.tokenizer is None:
             raise InputError("the checkpoint has no tokenizer, so there is no text to stream")
         self.check(ids, chosen)  # Errors are raised here, not at the first `next`.
@@ -159,11 +176,11 @@ class LM(abc.ABC):
         """
         if self.tokenizer is None:
             raise InputError("the checkpoint has no tokenizer, so it has no chat template")
-        chosen = make_settings(settings, self.defaults)
+        chosen = self.settings(settings)
         ids = encode_chat(self.tokenizer, messages)
         rows, samples = [ids] * chosen.n, list(range(chosen.n))
         found = self._complete(rows, samples, chosen, end_of_turn(self.tokenizer))
-        return found[0] if chosen.n == 1 else found
+        return found[0] if chosen.n_results == 1 else found
 
     def save(self, path: str | Path) -> None:
         """Write the weights and the tokenizer to a directory in the interchange format.
@@ -171,6 +188,34 @@ class LM(abc.ABC):
         Raises `InputError` if `path` exists.
         """
         safetensors.write_checkpoint(Path(path), self._checkpoint())
+
+    def settings(self, given: Mapping[str, Any]) -> GenerateConfig:
+        """Return settings from those that are given and the checkpoint's; a draft is loaded.
+
+        Raises `InputError` for an unknown or invalid setting, or a draft that does not fit.
+        """
+        chosen = make_settings(given, self.defaults)
+        draft = chosen.draft
+        if draft is None:
+            return chosen
+        if not isinstance(draft, LM):
+            path = Path(draft)
+            draft = self._drafts[path] = self._drafts.get(path) or self._load_draft(path)
+        if type(draft) is not type(self):
+            ours, theirs = (type(lm).__module__.partition(".")[0] for lm in (self, draft))
+            raise InputError(f"generate.draft: the model is of {theirs}; load it with {ours}.load")
+        sizes = draft.config.vocab_size, self.config.vocab_size
+        require(
+            sizes[0] == sizes[1],
+            f"generate.draft has a vocabulary of {sizes[0]} tokens, the model of {sizes[1]}",
+        )
+        return replace(chosen, draft=draft)
+
+    def check_lengths(self, prompts: list[list[int]], settings: GenerateConfig) -> None:
+        """Raise `InputError` for a prompt that is empty, or too long for the model or its draft."""
+        pad_prompts(prompts, settings.max_new_tokens, self.config)
+        if settings.draft is not None:
+            check_draft(prompts, settings.max_new_tokens, settings.draft.config)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Return the token ids of a prompt. Raises `InputError` for what is not one."""
@@ -190,7 +235,7 @@ class LM(abc.ABC):
     def check(self, ids: list[int], settings: GenerateConfig) -> None:
         """Raise the `InputError` with which the generation from a prompt would begin, if any."""
         self.adjusters([ids], settings, set())
-        pad_prompts([ids], settings.max_new_tokens, self.config)
+        self.check_lengths([ids], settings)
 
     def ends(self, settings: GenerateConfig) -> set[int]:
         """Return the ids of the tokens that end a text, of the checkpoint and the settings."""
@@ -236,8 +281,8 @@ class LM(abc.ABC):
             for ids, sample in zip(prompts, samples, strict=True)
         ]
         adjusters = self.adjusters(prompts, settings, ends)
+        self.check_lengths(prompts, settings)
         if settings.prompt_logprobs:
-            pad_prompts(prompts, settings.max_new_tokens, self.config)  # For its errors.
             known: dict[tuple[int, ...], TokenLogProbs] = {}
             for row in rows:
                 key = tuple(row.prompt)
@@ -245,12 +290,54 @@ class LM(abc.ABC):
                 row.prompt_log_probs = known[key]
         if not settings.max_new_tokens:
             return [row.completion() for row in rows]
-        for tokens_B, found in self._steps(prompts, samples, settings, adjusters):
+        if settings.num_beams > 1:
+            return self._search(rows, settings, ends, adjusters)
+        steps = self._all_steps(prompts, samples, settings, adjusters)
+        for tokens_B, found in steps:
             for i, (row, token) in enumerate(zip(rows, tokens_B, strict=True)):
                 row.push(int(token), found, i)
             if all(row.done for row in rows):
                 break
-        return [row.completion() for row in rows]
+        completions = [row.completion() for row in rows]
+        return steps.count(completions) if isinstance(steps, Speculation) else completions
+
+    def _all_steps(
+        self,
+        prompts: list[list[int]],
+        samples: list[int],
+        settings: GenerateConfig,
+        adjusters: list[RowAdjustments],
+    ) -> Iterable[Step]:
+        """Return the steps of `_steps`, with a draft model if there is one."""
+        if settings.draft is None:
+            return self._steps(prompts, samples, settings, adjusters)
+        model, draft = (
+            lm._cached_model(prompts, settings.max_new_tokens) for lm in (self, settings.draft)
+        )
+        return Speculation(model, draft, prompts, samples, settings, adjusters)
+
+    def _search(
+        self,
+        rows: list[Row],
+        settings: GenerateConfig,
+        ends: set[int],
+        adjusters: list[RowAdjustments],
+    ) -> list[Completion]:
+        """Return the completions of a beam search; `rows` has an empty row for each prompt."""
+        prompts = [row.prompt for row in rows]
+        model = self._cached_model(prompts, settings.max_new_tokens, settings.num_beams)
+        stopped = [row.contains_stop for row in rows] if settings.stop else []
+        searches = beam_search(model, prompts, settings, rows[0].ends, adjusters, stopped)
+        completions = []
+        for first, beams in zip(rows, searches, strict=True):
+            for index, beam in enumerate(beams):
+                row = Row(self.tokenizer, first.prompt, index, settings, ends, streamed=False)
+                row.prompt_log_probs = first.prompt_log_probs
+                log_probs = TokenLogProbs(np.array(beam.log_probs))
+                for i, token in enumerate(beam.ids):
+                    row.push(token, log_probs, i)
+                completions.append(replace(row.completion(), score=beam.score))
+        return completions
 
     def _prompt_log_probs(self, ids: list[int], settings: GenerateConfig) -> TokenLogProbs:
         """Return the log-probabilities of the tokens of a prompt after the first one."""
@@ -265,7 +352,7 @@ class LM(abc.ABC):
         ends = self.ends(settings) | (more_ends or set())
         row = Row(self.tokenizer, ids, 0, settings, ends, streamed=True)
         adjusters = self.adjusters([ids], settings, ends)
-        for (token,), found in self._steps([ids], [0], settings, adjusters):
+        for (token,), found in self._all_steps([ids], [0], settings, adjusters):
             if text := row.push(int(token), found, 0):
                 yield text
             if row.done:

@@ -1,5 +1,6 @@
 """Settings of a generation: from keyword arguments, and a checkpoint's generation_config.json."""
 
+import os
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any, get_type_hints
 
 import numpy as np
 
-from mooshak.config.generate import GenerateConfig
+from mooshak.config.generate import EarlyStopping, GenerateConfig
 from mooshak.errors import InputError, did_you_mean, require
 from mooshak.files import read_object
 from mooshak.generation.text import GENERATION_CONFIG
@@ -31,6 +32,8 @@ def make_settings(
         chosen["min_new_tokens"] = min(
             chosen.get("min_new_tokens", 0), max(0, settings["max_new_tokens"])
         )
+    if chosen.get("num_beams", 1) > 1 and "temperature" not in settings:
+        chosen["temperature"] = 0.0
     return GenerateConfig(**chosen)
 
 
@@ -53,9 +56,25 @@ def generation_defaults(directory: Path) -> dict[str, Any]:
     return found
 
 
-FROM_GENERATION_CONFIG = ("repetition_penalty", "no_repeat_ngram_size", "min_new_tokens")
+FROM_GENERATION_CONFIG = (
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+    "min_new_tokens",
+    "length_penalty",
+    "early_stopping",
+)
 FROM_SAMPLING_CONFIG = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 """Keys of generation_config.json; the second ones only with `do_sample`."""
+
+
+def check_stream(settings: GenerateConfig) -> None:
+    """Raise `InputError` unless the settings have one text, which grows by its end."""
+    if settings.n != 1:
+        raise InputError(f"generate.n {settings.n}: a stream has one sample; set n to 1")
+    if settings.num_beams != 1:
+        raise InputError(
+            f"generate.num_beams {settings.num_beams}: beams have no stream; set num_beams to 1"
+        )
 
 
 def _wanted_type(value: Any, annotation: Any) -> str:
@@ -68,6 +87,12 @@ def _wanted_type(value: Any, annotation: Any) -> str:
     is_bool = isinstance(value, (bool, np.bool_))
     if annotation is bool:
         return "" if is_bool else "true or false"
+    if annotation == EarlyStopping:
+        return "" if is_bool or value == "never" else "true, false or never"
+    if annotation is Any:
+        is_path = isinstance(value, (str, os.PathLike)) and bool(str(value))
+        is_model = hasattr(value, "generate")
+        return "" if value is None or is_path or is_model else "a checkpoint or a loaded model"
     if annotation is int:
         return "" if isinstance(value, Integral) and not is_bool else "an integer"
     if annotation is float:

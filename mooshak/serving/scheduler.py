@@ -193,6 +193,8 @@ class Scheduler:
         if not ids:
             raise InputError("the prompt has no tokens")
         check_tokens(ids, self.engine.config)
+        if settings.num_beams > 1 or settings.draft is not None:
+            raise InputError("generate.num_beams and generate.draft are for a batch of their own")
         if len(ids) + settings.max_new_tokens > limit:
             raise InputError(
                 f"the prompt has {len(ids)} tokens; with generate.max_new_tokens "
