@@ -29,6 +29,7 @@ PAIRS = (
     "device",
     "sampling",
     "decode",
+    "cached_model",
     "engine",
     "generate",
     "serve",
@@ -158,6 +159,9 @@ ALLOWED: dict[str, dict[str, str]] = {
     "decode": {
         "generate": FUNCTIONAL,
         "generate_tokens": FUNCTIONAL,
+    },
+    "cached_model": {
+        "CachedModel.__init__": FUNCTIONAL,
     },
     "lm": {
         "LM.__init__": FUNCTIONAL,

@@ -30,6 +30,16 @@ OTHER_NAMES = {"max_new_tokens": ("--tokens",)}
 BATCH_ROWS = 64
 """Maximum number of completions that are generated as one batch; the samples of a prompt are."""
 
+ONLY_IF_ASKED = (
+    "top_logprobs",
+    "prompt_logprobs",
+    "prompt_top_logprobs",
+    "score",
+    "n_drafted",
+    "n_accepted",
+)
+"""Fields of a completion that are in `--jsonl_out` where the settings ask for them."""
+
 
 def generate_parser(module: str, doc: str | None) -> argparse.ArgumentParser:
     """Return the parser of `python -m MODULE CHECKPOINT --prompt TEXT`; `doc` is its docstring."""
@@ -227,9 +237,7 @@ def _write_rows(file: TextIO, lm: LM, jobs: Sequence[_Job]) -> None:
             "logprobs": completion.logprobs,
             "finish_reason": completion.finish_reason,
             "index": completion.index,
-            "score": completion.score,
-            "n_drafted": completion.n_drafted,
-            "n_accepted": completion.n_accepted,
+            **{name: v for name in ONLY_IF_ASKED if (v := getattr(completion, name)) is not None},
             "seconds": round(seconds, 6),
         }
         print(json.dumps(row, ensure_ascii=False), file=file, flush=True)

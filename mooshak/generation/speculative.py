@@ -160,7 +160,7 @@ class Speculation:
 
     def _call(self) -> None:
         """Draft tokens, and verify them in one forward pass."""
-        n = self.settings.draft_tokens + 1
+        n = 1 + min(self.settings.draft_tokens, self.settings.max_new_tokens - 1)
         for row in self.rows:
             row.begin(n - 1)
         steps = self._propose()

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mooshak.config.generate import GenerateConfig
-from mooshak.errors import InputError
+from mooshak.errors import InputError, require
 from mooshak.generation.adjustments import Adjustments, RowAdjustments
 from mooshak.generation.completion import Completion, Row
 from mooshak.generation.lm import LM
@@ -193,8 +193,11 @@ class Scheduler:
         if not ids:
             raise InputError("the prompt has no tokens")
         check_tokens(ids, self.engine.config)
-        if settings.num_beams > 1 or settings.draft is not None:
-            raise InputError("generate.num_beams and generate.draft are for a batch of their own")
+        beams, draft = settings.num_beams, settings.draft
+        require(
+            beams == 1, f"generate.num_beams {beams}: the engine has no beam search; set it to 1"
+        )
+        require(draft is None, "generate.draft: the engine uses no draft model; leave it out")
         if len(ids) + settings.max_new_tokens > limit:
             raise InputError(
                 f"the prompt has {len(ids)} tokens; with generate.max_new_tokens "

@@ -287,3 +287,24 @@ def test_error_during_generation_names_the_lines(
     assert stopped.value.code == 2
     assert "error: standard input line 2: no token may follow" in capsys.readouterr().err
     assert json.loads((tmp_path / "out").read_text())["prompt"] == "a"
+
+
+def test_json_lines_have_the_fields_that_settings_ask_for(
+    lm: LM, run: Run, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.jsonl"
+    rows: list[dict[str, Any]] = [
+        {"prompt": [1, 5], "prompt_logprobs": True, "logprobs": True, "top_logprobs": 2},
+        {"prompt": [1, 5], "num_beams": 2, "temperature": 0.0},
+        {"prompt": [1, 5], "draft": str(tiny_checkpoint)},
+    ]
+    lines = "\n".join(map(json.dumps, rows))
+    run("--jsonl", "-", "--jsonl-out", str(out), "--tokens", "4", stdin=lines)
+    scored, beam, drafted = map(json.loads, out.read_text().splitlines())
+    assert len(scored["prompt_logprobs"]) == len(scored["prompt_top_logprobs"]) == 2
+    assert len(scored["top_logprobs"]) == 4 and "score" not in scored
+    expected = lm.generate([1, 5], max_new_tokens=4, num_beams=2)
+    assert (
+        beam["score"] == pytest.approx(expected.score) and beam["token_ids"] == expected.token_ids
+    )
+    assert drafted["n_accepted"] == drafted["n_drafted"] == 2
