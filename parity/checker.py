@@ -219,6 +219,7 @@ FAULTS = {
     "cache": ("KV cache one position late",),
     "roll_back": ("KV cache not truncated",),
     "decoding": ("KV cache one position late", "noise of the next sample"),
+    "engines": ("noise of the next sample",),
 }
 """Part or dtype -> the faults injected as negative controls, in JAX and then in torch."""
 

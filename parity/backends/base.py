@@ -10,11 +10,11 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from mooshak.checkpoints.base import Checkpoint
-from mooshak.config.generate import GenerateConfig
-from mooshak.config.model import Dtype, ModelConfig
+from mooshak.config.model import Dtype
 from mooshak.config.sections import Config
 from mooshak.data.packing import IGNORE_INDEX, Batch
-from mooshak.generation.adjustments import RowAdjustments, needs_adjustments
+from mooshak.generation.lm import LM
+from mooshak.serving.engine import Engine
 from parity.distance import Arrays
 
 
@@ -85,13 +85,11 @@ class Backend(Protocol):
         The positions of a call start at the length that the caches report.
         """
 
-    def generate(
-        self,
-        dtype: Dtype,
-        prompts: Sequence[Sequence[int]],
-        settings: GenerateConfig,
-    ) -> np.ndarray:
-        """Return the tokens [B, max_new_tokens] that follow each prompt; row b is sample b."""
+    def lm(self, dtype: Dtype) -> LM:
+        """Return the model behind the Python API, without a tokenizer."""
+
+    def engine(self, lm: LM) -> Engine:
+        """Return an engine of four slots, which reads prompts in chunks of five tokens."""
 
 
 class FixedDtype:
@@ -124,13 +122,11 @@ class FixedDtype:
     def cached_logits(self, dtype: Dtype, calls: Sequence[CacheCall]) -> list[np.ndarray]:
         return self._backend.cached_logits(self._dtype, calls)
 
-    def generate(
-        self,
-        dtype: Dtype,
-        prompts: Sequence[Sequence[int]],
-        settings: GenerateConfig,
-    ) -> np.ndarray:
-        return self._backend.generate(self._dtype, prompts, settings)
+    def lm(self, dtype: Dtype) -> LM:
+        return self._backend.lm(self._dtype)
+
+    def engine(self, lm: LM) -> Engine:
+        return self._backend.engine(lm)
 
 
 class Recorder:
@@ -147,15 +143,6 @@ class Recorder:
         elif path.endswith(("wq", "wk")):
             self._linear = path
         self.values.setdefault(f"{path} {end}", value)
-
-
-def make_adjusters(
-    settings: GenerateConfig, prompts: Sequence[Sequence[int]], model: ModelConfig
-) -> list[RowAdjustments]:
-    """Return the adjustments of the logits for each row; none if the settings have none."""
-    if not needs_adjustments(settings):
-        return []
-    return [RowAdjustments(settings, prompt, model.vocab_size, ends=[1]) for prompt in prompts]
 
 
 def count_labels(batch: Batch[np.ndarray]) -> int:

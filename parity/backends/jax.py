@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-import mooshak_jax.decode
 import mooshak_jax.device
 import mooshak_jax.distributed.mesh
+import mooshak_jax.engine
+import mooshak_jax.lm
 import mooshak_jax.model
 import mooshak_jax.objectives
 import mooshak_jax.ops.cross_entropy
@@ -23,11 +24,12 @@ import mooshak_jax.param_names
 import mooshak_jax.params
 import mooshak_jax.step
 from mooshak.checkpoints.base import MOMENTS, Checkpoint
-from mooshak.config.generate import GenerateConfig
 from mooshak.config.model import Dtype
 from mooshak.config.sections import Config
 from mooshak.data.packing import Batch
+from mooshak.generation.lm import LM
 from mooshak.numerics.schedule import learning_rate
+from mooshak.serving.engine import Engine
 from parity.backends.base import (
     Arrays,
     CacheCall,
@@ -36,7 +38,6 @@ from parity.backends.base import (
     Step,
     cache_shape,
     count_labels,
-    make_adjusters,
 )
 
 
@@ -147,18 +148,13 @@ class JaxBackend:
             length = start + tokens_BT.shape[1]
         return results
 
-    def generate(
-        self,
-        dtype: Dtype,
-        prompts: Sequence[Sequence[int]],
-        settings: GenerateConfig,
-    ) -> np.ndarray:
-        adjusters = make_adjusters(settings, prompts, self.source.model)
-        graphdef, params = self.graphdef(dtype), self.params(dtype)
-        steps = mooshak_jax.decode.generate_tokens(
-            graphdef, params, prompts, range(len(prompts)), settings, adjusters
-        )
-        return np.stack([token_B for token_B, _ in steps], axis=1)
+    def lm(self, dtype: Dtype) -> LM:
+        parallel = mooshak_jax.distributed.mesh.make_mesh("data=1", self.devices)
+        return mooshak_jax.lm.LM(self.source.model, dtype, self.params(dtype), None, parallel)
+
+    def engine(self, lm: LM) -> Engine:
+        assert isinstance(lm, mooshak_jax.lm.LM)
+        return mooshak_jax.engine.Engine(lm, n_slots=4, chunk=5)
 
 
 def canonical(tree: Any) -> Arrays:

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
-import mooshak_torch.decode
 import mooshak_torch.device
 import mooshak_torch.distributed.mesh
 import mooshak_torch.distributed.parallelize
+import mooshak_torch.engine
+import mooshak_torch.lm
 import mooshak_torch.model
 import mooshak_torch.objectives
 import mooshak_torch.ops.cross_entropy
@@ -20,11 +21,12 @@ import mooshak_torch.optimizer
 import mooshak_torch.params
 import mooshak_torch.step
 from mooshak.checkpoints.base import MOMENTS, Checkpoint
-from mooshak.config.generate import GenerateConfig
 from mooshak.config.model import Dtype
 from mooshak.config.sections import Config
 from mooshak.data.packing import Batch
+from mooshak.generation.lm import LM
 from mooshak.numerics.schedule import learning_rate
+from mooshak.serving.engine import Engine
 from parity.backends.base import (
     Arrays,
     CacheCall,
@@ -33,7 +35,6 @@ from parity.backends.base import (
     Step,
     cache_shape,
     count_labels,
-    make_adjusters,
 )
 
 
@@ -137,18 +138,12 @@ class TorchBackend:
             length = start + tokens_BT.shape[1]
         return results
 
-    def generate(
-        self,
-        dtype: Dtype,
-        prompts: Sequence[Sequence[int]],
-        settings: GenerateConfig,
-    ) -> np.ndarray:
-        adjusters = make_adjusters(settings, prompts, self.source.model)
-        model = self.model(dtype)
-        steps = mooshak_torch.decode.generate_tokens(
-            model, prompts, range(len(prompts)), settings, adjusters
-        )
-        return np.stack([token_B for token_B, _ in steps], axis=1)
+    def lm(self, dtype: Dtype) -> LM:
+        return mooshak_torch.lm.LM(self.model(dtype), None)
+
+    def engine(self, lm: LM) -> Engine:
+        assert isinstance(lm, mooshak_torch.lm.LM)
+        return mooshak_torch.engine.Engine(lm, n_slots=4, chunk=5)
 
     def _tokens(self, tokens_BT: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(tokens_BT)).to(self.device).long()

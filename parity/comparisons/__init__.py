@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 
 from parity.comparisons.case import Line, ParityCase
-from parity.comparisons.decoding import cache, decoding, roll_back
+from parity.comparisons.decoding import cache, decoding, engines, roll_back
 from parity.comparisons.documents import document_mask, packing
 from parity.comparisons.forward_backward import forward, gradients, log_probs, loss, padding
 from parity.comparisons.training import training
@@ -20,9 +20,10 @@ COMPARISONS: dict[str, Callable[[ParityCase], Iterator[Line]]] = {
     "cache": cache,
     "roll_back": roll_back,
     "decoding": decoding,
+    "engines": engines,
 }
 
-WITH_NOISE_FLOOR = tuple(part for part in COMPARISONS if part != "decoding")
+WITH_NOISE_FLOOR = tuple(part for part in COMPARISONS if part not in ("decoding", "engines"))
 """Parts whose lines have a noise floor; tokens either differ or do not."""
 
 WITH_ITSELF = ("packing", "cache", "roll_back")

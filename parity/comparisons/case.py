@@ -69,6 +69,12 @@ class ParityCase:
         return self.tokens_nBS[0][:, :-1]
 
     @property
+    def prompts(self) -> list[list[int]]:
+        """Return the prompts of decoding, of unequal lengths up to eight tokens."""
+        rows = self.tokens_nBS[0].tolist()
+        return [row[: 8 - i % 3] for i, row in enumerate(rows)]
+
+    @property
     def batches(self) -> list[Batch[np.ndarray]]:
         """Return one batch per step."""
         return [make_batch(tokens_BS) for tokens_BS in self.tokens_nBS]

@@ -1,11 +1,20 @@
-"""Compare decoding: the KV cache, its roll-back, and generated tokens."""
+"""Compare decoding: the KV cache, its roll-back, and generated tokens.
 
-from collections.abc import Iterator
+Shapes: B batch, T time.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from mooshak.config.generate import GenerateConfig
+from mooshak.checkpoints.base import FULL_SLICE, Checkpoint
+from mooshak.generation.completion import Completion
+from mooshak.generation.lm import LM
+from mooshak.generation.settings import make_settings
+from mooshak.serving.scheduler import Scheduler
 from parity.backends import CacheCall
 from parity.comparisons.case import Line, ParityCase
 from parity.distance import distance
@@ -32,7 +41,9 @@ STRATEGIES: dict[str, dict[str, Any]] = {
         "frequency_penalty": 0.5,
         "no_repeat_ngram_size": 3,
         "min_new_tokens": 4,
+        "stop_token_ids": (1,),
     },
+    "beam search": {"num_beams": 4, "length_penalty": 0.6},
 }
 """Name in the report -> settings."""
 
@@ -79,14 +90,63 @@ def roll_back(q: ParityCase) -> Iterator[Line]:
 
 def decoding(q: ParityCase) -> Iterator[Line]:
     """Count tokens that differ, for each strategy."""
-    prompts = q.tokens_nBS[0][:, :8].tolist()
     for dtype in ("float64", "float32"):
+        lms = q.torch.lm(dtype), q.jax.lm(dtype)
         for name, values in STRATEGIES.items():
-            settings = GenerateConfig(max_new_tokens=q.decode, **values)
-            ours, theirs = (b.generate(dtype, prompts, settings) for b in (q.torch, q.jax))
-            different = ours != theirs
-            rows, steps = np.nonzero(different)
-            first = int(steps.min()) if len(steps) else 0
-            where = f"token {first} of row {rows[steps.argmin()]}" if len(steps) else ""
-            title = f"{name} tokens that differ, of {ours.size}"
-            yield Line(title, dtype, float(different.sum()), 0.0, where=where)
+            ours, theirs = (_generate(q, lm, values) for lm in lms)
+            yield _line(f"{name} tokens that differ", dtype, ours, theirs)
+
+
+def engines(q: ParityCase) -> Iterator[Line]:
+    """Count tokens of one framework that differ between ways to compute the same, in float64.
+
+    The engine decodes in slots that are joined and left at different times. The draft is the model
+    with noise in its weights: some of its tokens are accepted, others are rejected.
+    """
+    values = STRATEGIES["penalties, sampled"]
+    for framework, backend in (("torch", q.torch), ("JAX", q.jax)):
+        lm = backend.lm("float64")
+        plain = _generate(q, lm, values)
+        drafting = copy(backend)
+        drafting.source = _with_noise(backend.source)
+        drafted = _generate(q, lm, values | {"draft": drafting.lm("float64")})
+        name = f"sampled tokens that differ with a draft, {framework}"
+        yield _line(name, "float64", drafted, plain)
+        settings = make_settings(values | {"max_new_tokens": q.decode})
+        prompts = q.prompts
+        found = Scheduler(lm, backend.engine(lm)).generate(prompts, [settings] * len(prompts))
+        served = _pad([one.token_ids for (one,) in found], q.decode)
+        yield _line(
+            f"sampled tokens that differ in the engine, {framework}", "float64", served, plain
+        )
+
+
+def _with_noise(source: Checkpoint) -> Checkpoint:
+    """Return a checkpoint with relative noise of a fifth in every weight."""
+
+    def read(name: str, rows: slice = FULL_SLICE) -> np.ndarray:
+        array = source.read(name, FULL_SLICE)
+        noise = np.random.default_rng(len(name)).standard_normal(array.shape)
+        return (array * (1 + 0.2 * noise)).astype(array.dtype)[rows]
+
+    return replace(source, read=read)
+
+
+def _generate(q: ParityCase, lm: LM, values: Mapping[str, Any]) -> np.ndarray:
+    """Return the new tokens [B, max_new_tokens] of each prompt, -1 after the end of a text."""
+    settings: dict[str, Any] = {"max_new_tokens": q.decode, **values}
+    found: list[Completion] = lm.generate(q.prompts, **settings)
+    return _pad([one.token_ids for one in found], q.decode)
+
+
+def _pad(rows: Sequence[Sequence[int]], length: int) -> np.ndarray:
+    return np.array([[*row, *[-1] * (length - len(row))] for row in rows])
+
+
+def _line(name: str, dtype: str, ours: np.ndarray, theirs: np.ndarray) -> Line:
+    """Return the line that counts the tokens that differ."""
+    different = ours != theirs
+    rows, steps = np.nonzero(different)
+    first = int(steps.min()) if len(steps) else 0
+    where = f"token {first} of row {rows[steps.argmin()]}" if len(steps) else ""
+    return Line(f"{name}, of {ours.size}", dtype, float(different.sum()), 0.0, where=where)

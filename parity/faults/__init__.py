@@ -311,6 +311,7 @@ FAULTS = {
         lambda: m.without_top_p(mooshak_torch.decode),
         lambda: m.without_top_p(mooshak_jax.decode),
     ),
+    "drafted tokens not verified": Fault("engines", "^token", m.unverified, m.unverified),
     "norm after the attention": Fault(
         "forward",
         "^layer 0, input of attention$|^layer 0 attention, wq|^layer 0, input of attention",

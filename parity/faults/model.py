@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 import mooshak_jax.model
 import mooshak_torch.model
+from mooshak.generation import speculative
 from mooshak.numerics import rope
 
 Patch = tuple[Any, str, Any]
@@ -258,6 +259,11 @@ def late_documents(module: Any) -> list[Patch]:
 def noise_of_the_next_sample(module: Any) -> list[Patch]:
     original = module.noise
     return [(module, "noise", lambda seed, sample, n: original(seed, sample + 1, n))]
+
+
+def unverified() -> list[Patch]:
+    """Accept every drafted token; both frameworks use the same function."""
+    return [(speculative, "count_accepted", lambda drafted, drawn: len(drafted))]
 
 
 def without_top_p(module: Any) -> list[Patch]:

@@ -22,7 +22,6 @@ import torch
 import transformers
 
 from mooshak.checkpoints import base, safetensors
-from mooshak.config.generate import GenerateConfig
 from mooshak.config.model import ModelConfig
 from mooshak.config.parse import dump_config
 from mooshak.config.sections import Config
@@ -94,15 +93,14 @@ def test_exported_model_is_the_same_function(attention: str, theirs: Any, export
 
 def test_exported_model_generates_the_same_tokens(theirs: Any, exported: Path) -> None:
     prompts = [[1, 40, 300, 7], [1, 9]]
-    ours = TorchBackend(open_any(exported)).generate(
-        "float32", prompts, GenerateConfig(max_new_tokens=64)
-    )
+    lm = TorchBackend(open_any(exported)).lm("float32")
+    ours = [one.token_ids for one in lm.generate(prompts, max_new_tokens=64)]
     padded = torch.tensor([prompts[0], [3, 3, *prompts[1]]])  # transformers pads on the left.
     mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
     greedy = {"max_new_tokens": 64, "do_sample": False, "eos_token_id": None, "pad_token_id": 3}
     for use_cache in (True, False):
         found = theirs.generate(padded, attention_mask=mask, use_cache=use_cache, **greedy)
-        assert found[:, 4:].tolist() == ours.tolist()
+        assert found[:, 4:].tolist() == ours
 
 
 @pytest.mark.parametrize("text", TEXTS)

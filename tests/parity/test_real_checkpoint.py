@@ -17,7 +17,6 @@ import torch
 import transformers
 
 import mooshak_torch.generate
-from mooshak.config.generate import GenerateConfig
 from mooshak.tokenizer.load import open_tokenizer
 from mooshak_torch.ops.matmul import linear
 from parity import tolerances
@@ -74,9 +73,8 @@ def test_trained_model_is_the_same_function(smollm2: Path) -> None:
         ours = side.operations("float32", tokens_BT)["logits"]
         found = distance(ours, truth)
         assert found <= tolerances.RATIO * floor, (side.name, found, floor)
-        assert (
-            side.generate("float32", prompts, GenerateConfig(max_new_tokens=64)).tolist() == greedy
-        ), side.name
+        texts = side.lm("float32").generate(prompts, max_new_tokens=64)
+        assert [text.token_ids for text in texts] == greedy, side.name
 
 
 def test_trained_model_round_trip_is_exact(smollm2: Path, tmp_path: Path) -> None:
