@@ -5,7 +5,7 @@ one repetition (`work`, in the case's unit) divided by its seconds. The roofline
 limit: the same work at the speed of its fastest matrix product, or of its memory.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -81,6 +81,16 @@ def _new_tokens(size: Size) -> float:
     return size["batch_size"] * size["new_tokens"]
 
 
+def spread(bounds: Sequence[int], n: int) -> list[int]:
+    """Return `n` lengths, spread evenly between two bounds."""
+    low, high = bounds
+    return [round(low + (high - low) * i / max(n - 1, 1)) for i in range(n)]
+
+
+def _requested_tokens(size: Size) -> float:
+    return float(sum(spread(size["new_tokens"], size["batch_size"])))
+
+
 def _to_shards(name: str, title: str, text: str, documents: int) -> Case:
     """Return a case that compares ours with a loop in a script, on one kind of text."""
     return Case(
@@ -131,6 +141,9 @@ GENERATE = {
     COMPILED: "torch_models:hf_generate_compiled",
     ROOFLINE: "roofline:read_weights",
 }
+ENGINE_TORCH, ENGINE_JAX = "our engine, torch", "our engine, JAX"
+PADDED, LLAMA_CPP = "HF padded", "llama.cpp"
+REQUESTS = {"batch_size": 16, "chunk": 128}
 
 CASES = (
     Case(
@@ -213,7 +226,7 @@ CASES = (
     Case(
         "decode-1",
         "Greedy decoding of one sequence, 100 M parameters, float32, prompt included",
-        GENERATE,
+        GENERATE | {LLAMA_CPP: "llama_cpp:generate"},
         MEDIUM | {"batch_size": 1, "prompt": 16, "new_tokens": 64},
         TINY | {"batch_size": 1, "prompt": 4, "new_tokens": 4},
         work=_new_tokens,
@@ -223,6 +236,7 @@ CASES = (
             Target(JAX, HF, 2.0),
             Target(TORCH, ROOFLINE, 0.7),
             Target(OURS_COMPILED, ROOFLINE, 0.7),
+            Target(JAX, LLAMA_CPP, 0.9),
         ),
     ),
     Case(
@@ -233,6 +247,38 @@ CASES = (
         TINY | {"batch_size": 3, "prompt": 4, "new_tokens": 4},
         work=_new_tokens,
         targets=(Target(TORCH, HF, 2.0), Target(JAX, HF, 2.0)),
+    ),
+    Case(
+        "engine",
+        "What fixed shapes cost: decode-16 in the engine, and by `generate`",
+        {
+            TORCH: "torch_models:generate",
+            ENGINE_TORCH: "torch_models:engine_on_batch",
+            JAX: "jax_models:generate",
+            ENGINE_JAX: "jax_models:engine_on_batch",
+        },
+        MEDIUM | REQUESTS | {"prompt": 16, "new_tokens": 32},
+        TINY | {"batch_size": 3, "chunk": 4, "prompt": 4, "new_tokens": 4},
+        work=_new_tokens,
+        targets=(Target(ENGINE_JAX, ENGINE_TORCH, 0.8),),
+    ),
+    Case(
+        "requests",
+        "16 requests of unequal lengths at once: tokens that were asked for",
+        {
+            ENGINE_TORCH: "torch_models:engine",
+            ENGINE_JAX: "jax_models:engine",
+            PADDED: "torch_models:hf_padded",
+        },
+        MEDIUM | REQUESTS | {"prompt": (16, 256), "new_tokens": (8, 128)},
+        TINY | {"batch_size": 3, "chunk": 4, "prompt": (2, 6), "new_tokens": (2, 5)},
+        work=_requested_tokens,
+        targets=(
+            Target(ENGINE_TORCH, PADDED, 2.0),
+            Target(ENGINE_JAX, PADDED, 2.0),
+            Target(ENGINE_JAX, ENGINE_TORCH, 0.8),
+        ),
+        repetitions=3,
     ),
     Case(
         "prefill",

@@ -14,6 +14,7 @@ from flax import nnx
 from jax import Array
 
 from benchmarks.cases import Size, config
+from benchmarks.serving import engine_options, serve
 from benchmarks.worker import Repeat, by_turns, timed
 from mooshak.checkpoints.base import MOMENTS
 from mooshak.data.packing import Batch, make_batch
@@ -21,6 +22,8 @@ from mooshak.training.malloc import WARMUP_STEPS, retain_freed_memory, use_singl
 from mooshak_jax.checkpoint import start_saving
 from mooshak_jax.decode import generate as our_generate
 from mooshak_jax.distributed.mesh import make_parallel
+from mooshak_jax.engine import Engine
+from mooshak_jax.lm import LM
 from mooshak_jax.objectives import make_objective
 from mooshak_jax.params import initialize, make_graphdef, merge
 from mooshak_jax.step import initial_state, make_train_step, set_matmul_precision
@@ -76,6 +79,18 @@ def generate(size: Size) -> Repeat:
     graphdef, params = make_graphdef(config(size).model, "float32"), _params(size)
     prompts = _batch(size)[:, : size["prompt"]].tolist()
     return _warm(lambda: our_generate(graphdef, params, prompts, size["new_tokens"]))
+
+
+def engine(size: Size) -> Repeat:
+    """Time our engine on requests of unequal lengths."""
+    parallel = make_parallel(config(size))
+    lm = LM(config(size).model, "float32", _params(size), None, parallel)
+    return serve(lm, Engine(lm, **engine_options(size)), size)
+
+
+def engine_on_batch(size: Size) -> Repeat:
+    """Time our engine on the batch of `generate`."""
+    return engine(size | {name: (size[name], size[name]) for name in ("prompt", "new_tokens")})
 
 
 def prefill(size: Size) -> Repeat:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cases import Size, config
+from benchmarks.serving import engine_options, make_requests, serve
 from benchmarks.worker import Repeat, by_turns, timed
 from mooshak.data.packing import Batch
 from mooshak.training.malloc import WARMUP_STEPS, retain_freed_memory, use_single_arena
@@ -17,6 +18,8 @@ from mooshak_torch.checkpoint import start_saving
 from mooshak_torch.decode import generate as our_generate
 from mooshak_torch.distributed.mesh import make_parallel
 from mooshak_torch.distributed.parallelize import parallelize
+from mooshak_torch.engine import Engine
+from mooshak_torch.lm import LM
 from mooshak_torch.model import Model
 from mooshak_torch.objectives import make_objective, model_of
 from mooshak_torch.optimizer import Optimizer
@@ -89,6 +92,17 @@ def generate_compiled(size: Size) -> Repeat:
     return generate(size, compiled=True)
 
 
+def engine(size: Size) -> Repeat:
+    """Time our engine on requests of unequal lengths."""
+    lm = LM(initialize(Model(config(size).model).to(DEVICE), 0), None)
+    return serve(lm, Engine(lm, **engine_options(size)), size)
+
+
+def engine_on_batch(size: Size) -> Repeat:
+    """Time our engine on the batch of `generate`."""
+    return engine(size | {name: (size[name], size[name]) for name in ("prompt", "new_tokens")})
+
+
 def prefill(size: Size) -> Repeat:
     """Time our generation of a single token, which is the prefill of the prompt."""
     return generate(size | {"new_tokens": 1})
@@ -155,6 +169,25 @@ def hf_generate(size: Size, compiled: bool = False) -> Repeat:
         "disable_compile": DEVICE.type == "cpu",
     }
     return _warm(lambda: model.generate(prompts_BT, **options))
+
+
+@torch.no_grad()
+def hf_padded(size: Size) -> Repeat:
+    """Time transformers' decoding of unequal requests: padded, up to the longest continuation."""
+    model, requests = _hf(size).eval(), make_requests(size)
+    length = max(len(prompt) for prompt, _ in requests)
+    rows = [[0] * (length - len(prompt)) + prompt for prompt, _ in requests]
+    mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt, _ in requests]
+    longest = max(n_new for _, n_new in requests)
+    tokens_BT = torch.tensor(rows, device=DEVICE)
+    options: dict[str, Any] = {
+        "max_new_tokens": longest,
+        "min_new_tokens": longest,
+        "do_sample": False,
+        "attention_mask": torch.tensor(mask, device=DEVICE),
+        "pad_token_id": 0,
+    }
+    return _warm(lambda: model.generate(tokens_BT, **options), 1)
 
 
 def hf_generate_compiled(size: Size) -> Repeat:

@@ -51,8 +51,9 @@ ENTRIES = {
 def test_every_worker_runs(case: Case, entry: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     module, function = entry.split(":")
-    if "litgpt" in function:
-        pytest.importorskip("litgpt")
+    for peer in ("litgpt", "llama_cpp"):
+        if peer in entry:
+            pytest.importorskip(peer)
     repeat = getattr(importlib.import_module(f"benchmarks.{module}"), function)(case.tiny)
     assert case.name == "start" or repeat() > 0  # A start sets up by starting once.
 
