@@ -105,6 +105,28 @@ def _to_shards(name: str, title: str, text: str, documents: int) -> Case:
     )
 
 
+def _server(name: str, figure: str, title: str, unit: str) -> Case:
+    """Return a case of servers; `figure` is what is measured (benchmarks/servers.py)."""
+    quantity: Literal["speed", "seconds"] = "speed" if unit == "tokens/s" else "seconds"
+    sizes = {"batch_size": 64, "prompt": (20, 400), "new_tokens": 32, "slots": 16, "seconds": 0.25}
+    return Case(
+        name,
+        f"64 requests that arrive at random, four a second, over HTTP: {title}",
+        {
+            TORCH: "servers:torch_server",
+            JAX: "servers:jax_server",
+            HF_SERVER: "servers:hf_server",
+        },
+        MEDIUM | sizes | {"figure": figure},
+        TINY
+        | {"vocab_size": 512, "sequence_length": 64, "batch_size": 3, "prompt": (8, 20)}
+        | {"new_tokens": 3, "slots": 2, "seconds": 0.01, "figure": figure},
+        unit=unit,
+        targets=tuple(Target(ours, HF_SERVER, 1.0, quantity) for ours in (TORCH, JAX)),
+        repetitions=2,
+    )
+
+
 TINY = {
     "vocab_size": 128,
     "dim": 32,
@@ -142,7 +164,7 @@ GENERATE = {
     ROOFLINE: "roofline:read_weights",
 }
 ENGINE_TORCH, ENGINE_JAX = "our engine, torch", "our engine, JAX"
-PADDED, LLAMA_CPP = "HF padded", "llama.cpp"
+PADDED, LLAMA_CPP, HF_SERVER = "HF padded", "llama.cpp", "transformers serve"
 REQUESTS = {"batch_size": 16, "chunk": 128}
 
 CASES = (
@@ -228,7 +250,7 @@ CASES = (
         "Greedy decoding of one sequence, 100 M parameters, float32, prompt included",
         GENERATE | {LLAMA_CPP: "llama_cpp:generate"},
         MEDIUM | {"batch_size": 1, "prompt": 16, "new_tokens": 64},
-        TINY | {"batch_size": 1, "prompt": 4, "new_tokens": 4},
+        TINY | {"vocab_size": 512, "batch_size": 1, "prompt": 4, "new_tokens": 4},
         work=_new_tokens,
         targets=(
             Target(TORCH, HF, 2.0),
@@ -280,6 +302,9 @@ CASES = (
         ),
         repetitions=3,
     ),
+    _server("serve", "speed", "tokens of all answers", "tokens/s"),
+    _server("serve-median", "median", "median time to the first token", "seconds"),
+    _server("serve-p95", "p95", "95th percentile of the time to the first token", "seconds"),
     Case(
         "prefill",
         "Prefill of 1,024 tokens into the cache, up to the logits of the next token",

@@ -1,15 +1,21 @@
-"""Requests of unequal lengths, for workers that decode them at once."""
+"""What several workers decode: requests of unequal lengths, a checkpoint with a tokenizer."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import sentencepiece
 
-from benchmarks.cases import Size, spread
+from benchmarks.cases import Size, config, spread
 from benchmarks.worker import Repeat, timed
+from mooshak.checkpoints.base import FULL_SLICE, Checkpoint
 from mooshak.config.generate import GenerateConfig
+from mooshak.corpus.tales import tale
 from mooshak.generation.lm import LM
+from mooshak.numerics.init_weights import initial_weight
 from mooshak.serving.engine import Engine
 from mooshak.serving.scheduler import Scheduler
+from mooshak.tokenizer.sentencepiece import parse_proto
 
 
 def make_requests(size: Size) -> list[tuple[list[int], int]]:
@@ -37,3 +43,33 @@ def serve(lm: LM, engine: Engine, size: Size) -> Repeat:
 
     work()
     return lambda: timed(work)
+
+
+def random_checkpoint(size: Size, directory: Path) -> Checkpoint:
+    """Return our model with initial weights, and a tokenizer of its size in a directory."""
+    trained = str(directory / "tokenizer")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(tale(0, i).text("en") for i in range(20)),
+        model_prefix=trained,
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    file = directory / "tokenizer.model"
+    proto = parse_proto(file.read_bytes())
+    for i in range(len(proto.pieces), size["vocab_size"]):
+        proto.pieces.add(piece=f"<{i}>", score=-float(i))
+    file.write_bytes(proto.SerializeToString())
+    model = config(size).model
+
+    def read(name: str, rows: slice = FULL_SLICE) -> np.ndarray:
+        return initial_weight(model, 0, name, rows)
+
+    tensors = {name: (np.dtype(np.float32), s) for name, s in model.parameter_shapes().items()}
+    files = {file.name: file}
+    return Checkpoint(directory, "random", model, None, tensors, read, tokenizer_files=files)

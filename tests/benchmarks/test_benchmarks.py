@@ -43,6 +43,9 @@ ENTRIES = {
     if name not in (COMPILED, OURS_COMPILED)
 }
 
+PEERS = {"litgpt": "litgpt", "llama_cpp": "llama_cpp", "hf_server": "fastapi"}
+"""Part of a worker's name -> the package that it needs."""
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
@@ -51,8 +54,8 @@ ENTRIES = {
 def test_every_worker_runs(case: Case, entry: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     module, function = entry.split(":")
-    for peer in ("litgpt", "llama_cpp"):
-        if peer in entry:
+    for word, peer in PEERS.items():
+        if word in entry:
             pytest.importorskip(peer)
     repeat = getattr(importlib.import_module(f"benchmarks.{module}"), function)(case.tiny)
     assert case.name == "start" or repeat() > 0  # A start sets up by starting once.
