@@ -17,12 +17,14 @@ import torch
 import transformers
 
 import mooshak_torch.generate
+from mooshak.config.generate import GenerateConfig
 from mooshak.tokenizer.load import open_tokenizer
 from mooshak_torch.ops.matmul import linear
 from parity import tolerances
 from parity.backends import JaxBackend, TorchBackend
 from parity.convert import convert, open_any
 from parity.distance import distance
+from tests.serving.conftest import load, make_scheduler
 
 pytestmark = [
     pytest.mark.slow,
@@ -99,3 +101,27 @@ def test_trained_model_answers_a_chat(
     monkeypatch.setattr(sys, "argv", words)
     mooshak_torch.generate.main()
     assert "The capital of France is Paris." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("framework", ["torch", "jax"])
+def test_trained_model_has_the_same_bits_with_neighbours(
+    framework: str, dtype: str, smollm2: Path
+) -> None:
+    """Tokens and log-probabilities in the engine: alone, and with requests before and after."""
+    lm = load(framework, smollm2, dtype)
+    scheduler = make_scheduler(framework, lm, n_slots=3, max_len=96, chunk=16)
+    prompts = [lm.encode(text) for text in (*TEXTS, TEXTS[1] + " that it would never", "एक चूहा")]
+    settings = [
+        GenerateConfig(max_new_tokens=6 + 3 * i, temperature=0.6 * i, seed=i, logprobs=True)
+        for i in range(len(prompts))
+    ]
+    alone = []
+    for prompt, one in zip(prompts, settings, strict=True):
+        alone += scheduler.generate([prompt], [one])
+        for slot in scheduler.slots:  # No prefix of another request.
+            slot.prefix, slot.length = [], 0
+    assert scheduler.generate(prompts, settings) == alone
+    assert scheduler.generate(prompts[::-1], settings[::-1]) == alone[::-1]
+    (greedy,) = alone[0]
+    assert greedy.text == lm.generate(TEXTS[0], max_new_tokens=6).text or dtype == "bfloat16"
