@@ -142,3 +142,22 @@ def test_constraints_of_the_command(tiny_checkpoint: Path, tmp_path: Path) -> No
     ):
         done = run([*command, *options], capture_output=True, text=True)
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("settings", CONSTRAINTS, ids=lambda one: next(iter(one)))
+def test_constraints_with_beams_and_drafts(settings: dict[str, Any], lms: dict[str, LM]) -> None:
+    """A beam ends where its constraint is met; a draft changes no constrained text."""
+    values = {"max_new_tokens": 20, "ignore_eos": True, **settings}
+    found, theirs = (
+        lm.generate("एक", num_beams=3, num_return_sequences=2, **values) for lm in lms.values()
+    )
+    assert isinstance(found, list) and isinstance(theirs, list)
+    assert [one.token_ids for one in found] == [one.token_ids for one in theirs]
+    for one in found:
+        if one.finish_reason == "stop" and "choice" in settings:
+            assert one.text in settings["choice"]
+    for lm in lms.values():
+        plain = lm.generate(["एक", "a "], temperature=1.0, seed=2, **values)
+        drafted = lm.generate(["एक", "a "], temperature=1.0, seed=2, draft=lm, **values)
+        assert [one.token_ids for one in plain] == [one.token_ids for one in drafted]
+        assert [one.finish_reason for one in plain] == [one.finish_reason for one in drafted]
