@@ -71,7 +71,7 @@ class Constraint:
     def allowed(self, vocab_size: int) -> np.ndarray:
         """Return the tokens that may follow, bool [V]: all of them after the end.
 
-        Raises `InputError` if the constraint is too complex.
+        Raises `InputError` if no token can continue the text, or the constraint is too complex.
         """
         if self.done:
             return np.ones(vocab_size, bool)
@@ -87,7 +87,11 @@ class Constraint:
         return allowed_V
 
     def after(self, token: int) -> "Constraint":
-        """Return the constraint after one more token, which must be allowed."""
+        """Return the constraint after one more token.
+
+        It permits none if the token was not allowed, or the constraint is too complex: `allowed`
+        then raises `InputError`.
+        """
         if self.done:
             return self
         if token in self.ends:
@@ -96,8 +100,7 @@ class Constraint:
         if self.first is not None:
             ids = self.vocabulary.byte_ids(self.first[0].tokens[token])
         matcher = self.matcher.deep_copy()
-        if not matcher.consume_tokens(ids):
-            raise ValueError(f"generate.{self.name}: token {token} is not allowed here")
+        matcher.consume_tokens(ids)
         done = matcher.is_stopped() and matcher.is_accepting()
         return replace(self, matcher=matcher, first=None, done=done)
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from typing import Any
 
 import numpy as np
@@ -197,8 +198,10 @@ def test_one_constraint_is_shared_by_many_rows(tiny_tokenizer: Tokenizer) -> Non
     after_a, after_c = first.after(a), first.after(c)
     assert (first.allowed(512) == before).all()
     assert (after_a.allowed(512) != after_c.allowed(512)).any()
-    with pytest.raises(ValueError, match="is not allowed here"):
-        after_a.after(c)
+    wrong = after_a.after(c)
+    assert not wrong.done
+    with pytest.raises(InputError, match=r"generate.regex: .* doesn't satisfy the grammar"):
+        wrong.allowed(512)
 
 
 INVALID = (
@@ -275,3 +278,25 @@ def test_tokenizers_that_change_texts_are_refused(tiny_tokenizer: Tokenizer) -> 
         make_constraint(GenerateConfig(regex="a"), spaced, [5], ())
     with pytest.raises(InputError, match=r"generate.regex needs a tokenizer"):
         make_constraint(GenerateConfig(regex="a"), None, [5], ())
+
+
+def test_a_constraint_that_is_too_complex_says_so(tiny_tokenizer: Tokenizer) -> None:
+    """After tokens, too: a server goes on with its other requests."""
+    objects = [
+        {
+            "type": "object",
+            "properties": {f"k{i}{j}": {"type": "string", "maxLength": j} for j in range(30)},
+        }
+        for i in range(90)
+    ]
+    with pytest.raises(InputError, match=r"generate.json_schema: .*max is") as error:
+        walk(tiny_tokenizer, [5], json_schema={"anyOf": objects})
+    assert "\n" not in str(error.value)
+
+
+def test_missing_library_is_named(
+    tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with pytest.raises(InputError, match=r"pip install 'mooshak\[constraints\]'"):
+        make_constraint(GenerateConfig(regex="not compiled yet"), tiny_tokenizer, [5], ())
