@@ -24,6 +24,7 @@ from mooshak.errors import InputError
 from mooshak.generation import lm
 from mooshak.generation.adjustments import RowAdjustments
 from mooshak.tokenizer.base import Tokenizer
+from mooshak.tokenizer.load import load_tokenizer
 from mooshak_jax.cached_model import CachedModel
 from mooshak_jax.checkpoint import load_model
 from mooshak_jax.decode import generate_tokens
@@ -152,7 +153,7 @@ def load(
         warnings.warn("dtype float64: JAX's x64 mode is now enabled for this process", stacklevel=2)
     parallel = make_mesh(mesh or "data=1", devices)
     config, params = load_model(path, dtype, parallel)
-    result = LM(config, dtype, params, lm.load_tokenizer(Path(path), config, tokenizer), parallel)
+    result = LM(config, dtype, params, load_tokenizer(Path(path), config, tokenizer), parallel)
     result._use_generation_config(Path(path))
     return result
 

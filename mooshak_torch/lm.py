@@ -17,6 +17,7 @@ from mooshak.errors import InputError
 from mooshak.generation import lm
 from mooshak.generation.adjustments import RowAdjustments
 from mooshak.tokenizer.base import Tokenizer
+from mooshak.tokenizer.load import load_tokenizer
 from mooshak_torch.cached_model import CachedModel
 from mooshak_torch.checkpoint import load_model
 from mooshak_torch.decode import generate_tokens
@@ -115,7 +116,7 @@ def load(
     chosen = find_device(device)
     set_matmul_precision()
     model = load_model(path, dtype)
-    found = lm.load_tokenizer(Path(path), model.config, tokenizer)
+    found = load_tokenizer(Path(path), model.config, tokenizer)
     result = LM(model.to(chosen), found, compiled)
     result._use_generation_config(Path(path))
     return result

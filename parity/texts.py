@@ -89,7 +89,7 @@ class Texts:
         given = {
             field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)
         }
-        found: list[Completion] = self.lm(name, dtype).generate(self.prompts, **given)
+        found: list[Completion] = self.lm(name, dtype).generate(list(self.prompts), **given)
         return [one.token_ids for one in found]
 
     def serve(self, name: str, dtype: Dtype, settings: GenerateConfig) -> list[list[int]]:

@@ -1,17 +1,20 @@
 """Settings of generation: of the commands, the Python API and both frameworks."""
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mooshak.errors import require
+from mooshak.errors import InputError, require
 
 MIN_TEMPERATURE, MAX_BIAS = 1e-6, 1e6
 """Bounds within which logits divided by the temperature are finite."""
 MAX_TOP_K = 2**31 - 1
 MAX_TOP = 20
 """Largest `top_logprobs`."""
+CONSTRAINTS = ("regex", "json_schema", "choice", "grammar")
+"""Settings of which at most one is given."""
 
 MAX_LENGTH_PENALTY = 10.0
 """Bound within which powers of any number of tokens are finite."""
@@ -54,6 +57,14 @@ class GenerateConfig:
     """Token ids; all others are never generated (empty: all are allowed)."""
     bad_words: tuple[str, ...] = ()
     """Texts that are never generated."""
+    regex: str | None = None
+    """Regular expression that the text matches, in full."""
+    json_schema: Mapping[str, Any] | str | None = None
+    """JSON Schema of the text, which is then a JSON value: an object, or its JSON."""
+    choice: tuple[str, ...] = ()
+    """Texts of which one is generated."""
+    grammar: str | None = None
+    """Grammar of the text, in llguidance's dialect of Lark."""
     seed: int = 0
     """Seed of the sampling noise."""
     n: int = 1
@@ -91,7 +102,7 @@ class GenerateConfig:
     """Number of tokens that are drafted, and then verified in one forward pass."""
 
     def __post_init__(self) -> None:
-        for key in ("stop", "bad_words"):
+        for key in ("stop", "bad_words", "choice"):
             if isinstance(value := getattr(self, key), str):
                 object.__setattr__(self, key, (value,))
         for key in ("n", "num_beams", "num_return_sequences", "draft_tokens"):
@@ -146,8 +157,9 @@ class GenerateConfig:
                 f"generate.logit_bias: {bias} of token {token} must be in "
                 f"[-{MAX_BIAS:g}, {MAX_BIAS:g}]",
             )
-        for key in ("stop", "bad_words"):
+        for key in ("stop", "bad_words", "choice"):
             require(all(getattr(self, key)), f"generate.{key} contains an empty text")
+        self._check_constraints()
         self._check_beams()
 
     def _check_beams(self) -> None:
@@ -176,3 +188,31 @@ class GenerateConfig:
     def n_results(self) -> int:
         """Number of completions of each prompt."""
         return self.n * self.num_return_sequences
+
+    def _check_constraints(self) -> None:
+        """Raise `InputError` for more than one constraint, or one that is no text or JSON."""
+        given = [key for key in CONSTRAINTS if getattr(self, key) not in (None, (), [])]
+        require(len(given) < 2, f"give generate.{' or generate.'.join(given)}, not both")
+        for key in ("regex", "grammar"):
+            require(getattr(self, key) != "", f"generate.{key} is an empty text")
+        if self.json_schema is not None:
+            object.__setattr__(self, "json_schema", _json_text(self.json_schema))
+
+    @property
+    def constraint(self) -> tuple[str, str | tuple[str, ...]] | None:
+        """The constraint of the text: setting and value; None if there is none."""
+        name = next((key for key in CONSTRAINTS if getattr(self, key)), None)
+        if name is None:
+            return None
+        return name, tuple(self.choice) if name == "choice" else getattr(self, name)
+
+
+def _json_text(schema: Mapping[str, Any] | str) -> str:
+    """Return a schema as JSON: equality of texts is also that of the order of properties."""
+    try:
+        values = json.loads(schema) if isinstance(schema, str) else schema
+        text = json.dumps(dict(values) if isinstance(values, Mapping) else values, allow_nan=False)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"generate.json_schema is not JSON: {error}") from error
+    require(isinstance(values, Mapping), "generate.json_schema must be a JSON object")
+    return text

@@ -6,7 +6,8 @@ order is that of transformers, with vLLM's penalties between its last two steps:
     logit_bias is added
     repetition_penalty, for tokens in prompt or output: divides positive logits, multiplies others
     presence_penalty and frequency_penalty, for tokens in the output, are subtracted
-    no_repeat_ngram_size, bad_words, min_new_tokens (end tokens), allowed_tokens (others) ban tokens
+    no_repeat_ngram_size, bad_words, min_new_tokens (end tokens), allowed_tokens (others) and the
+        constraint (regex, json_schema, choice, grammar) ban tokens
 
 Shapes: B rows, V vocabulary.
 """
@@ -18,8 +19,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mooshak.config.generate import GenerateConfig
+from mooshak.config.generate import CONSTRAINTS, GenerateConfig
 from mooshak.errors import InputError
+from mooshak.generation.constraints import Constraint
 from mooshak.tokenizer.base import Tokenizer
 
 
@@ -44,6 +46,7 @@ class RowAdjustments:
         vocab_size: int,
         ends: Collection[int] = (),
         bad_words: Iterable[Sequence[int]] = (),
+        constraint: Constraint | None = None,
     ):
         check_token_settings(settings, vocab_size)
         self.settings, self.ends = settings, sorted(end for end in ends if end < vocab_size)
@@ -53,7 +56,7 @@ class RowAdjustments:
         for token, bias in settings.logit_bias.items():
             self.bias_V[token] = bias
         self.penalty_V[self.ids] = settings.repetition_penalty
-        self._bad = [tuple(word) for word in bad_words]
+        self._bad, self.constraint = [tuple(word) for word in bad_words], constraint
         self._forbidden_V = np.zeros(vocab_size, bool)
         if settings.allowed_tokens:
             self._forbidden_V[:] = True
@@ -76,6 +79,8 @@ class RowAdjustments:
         self.ids.append(token)
         self.penalty_V[token] = self.settings.repetition_penalty
         self._counts_V[token] += 1
+        if self.constraint is not None:
+            self.constraint = self.constraint.after(token)
         n = self.settings.no_repeat_ngram_size
         if n and len(self.ids) >= n:
             self._followers[tuple(self.ids[len(self.ids) - n : -1])].add(token)
@@ -90,8 +95,13 @@ class RowAdjustments:
         self.offset_V -= settings.presence_penalty * (counts_V > 0)
         self.offset_V[self._forbidden_V] = -np.inf
         self.offset_V[self.banned()] = -np.inf
+        if self.constraint is not None:
+            if self.constraint.done:  # Nobody reads what follows.
+                return self.offset_V
+            self.offset_V[~self.constraint.allowed(len(self.offset_V))] = -np.inf
         if check and np.isneginf(self.offset_V).all():
-            names = ("allowed_tokens", "bad_words", "no_repeat_ngram_size", "min_new_tokens")
+            bans = ("allowed_tokens", "bad_words", "no_repeat_ngram_size", "min_new_tokens")
+            names = (*bans, *CONSTRAINTS)
             used = [f"generate.{name}" for name in names if getattr(settings, name)]
             raise InputError(
                 f"no token may follow the {len(self.ids) - self.n_prompt} generated ones: relax "
@@ -139,6 +149,7 @@ def needs_adjustments(settings: GenerateConfig) -> bool:
             "bad_words",
             "min_new_tokens",
             "allowed_tokens",
+            *CONSTRAINTS,
         )
     )
 

@@ -27,6 +27,9 @@ from mooshak.tokenizer.chat_template import encode_chat, end_of_turn, find_templ
 OTHER_NAMES = {"max_new_tokens": ("--tokens",)}
 """Setting -> older names of its option."""
 
+FROM_FILE = ("json_schema", "grammar")
+"""Settings whose option may name a file: `@FILE`."""
+
 BATCH_ROWS = 64
 """Maximum number of completions that are generated as one batch; the samples of a prompt are."""
 
@@ -101,6 +104,10 @@ def setting_options() -> Iterator[tuple[str, dict[str, Any]]]:
         elif kind == EarlyStopping:
             options |= {"type": _early_stopping, "metavar": "false|true|never"}
             options["help"] += " (default: false)"
+        elif one.name in FROM_FILE:
+            options |= {"type": _text_or_file, "metavar": "TEXT|@FILE"}
+        elif kind == str | None:
+            options["metavar"] = "TEXT"
         else:
             options |= {"type": _logit_bias if one.name == "logit_bias" else _json}
             options["metavar"] = "JSON"
@@ -119,6 +126,15 @@ def _json(text: str) -> Any:
         return json.loads(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from error
+
+
+def _text_or_file(text: str) -> str:
+    if not text.startswith("@"):
+        return text
+    try:
+        return Path(text[1:]).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise argparse.ArgumentTypeError(f"{text[1:]} cannot be read: {error}") from error
 
 
 def _logit_bias(text: str) -> Mapping[int, float]:

@@ -1,8 +1,10 @@
 """A completion, and the row of a batch in which it is generated."""
 
 from dataclasses import dataclass
+from functools import reduce
 
 from mooshak.config.generate import GenerateConfig
+from mooshak.generation.constraints import Constraint, make_constraint
 from mooshak.generation.log_probs import TokenLogProbs
 from mooshak.generation.text import TextStream
 from mooshak.tokenizer.base import Tokenizer
@@ -19,7 +21,7 @@ class Completion:
     logprobs: list[float] | None
     """log p of each of `token_ids`, in nats, if the setting `logprobs` is true."""
     finish_reason: str
-    """`stop` (an end token or a stop text) or `length` (max_new_tokens)."""
+    """`stop` (an end token, a stop text, a constraint that is met) or `length` (max_new_tokens)."""
     prompt_token_ids: list[int]
     """Tokens of the prompt, with BOS if it was a text."""
     index: int = 0
@@ -67,6 +69,7 @@ class Row:
             self.stream = TextStream(tokenizer, prompt, settings.stop)
         if settings.ignore_eos:
             self.ends = set(settings.stop_token_ids)
+        self.constraint = make_constraint(settings, tokenizer, prompt, self.ends)
 
     def push(self, token: int, log_probs: TokenLogProbs | None, i: int) -> str:
         """Append a token, unless the row has ended; return the text that became final.
@@ -81,18 +84,23 @@ class Row:
             self.log_probs.append(float(log_probs.log_prob_B[i]))
             if n := self.settings.top_logprobs:
                 self.top_log_probs.append(log_probs.top(i, n))
+        if self.constraint is not None:
+            self.constraint = self.constraint.after(token)
+            self.done = self.constraint.done
         if self.stream is None:
             return ""
         if not self.decodes:
             self.stream.ids.append(token)
             return ""
         text = self.stream.push(token)
-        self.done = self.stream.stopped
+        self.done |= self.stream.stopped
         return text
 
-    def contains_stop(self, ids: list[int]) -> bool:
-        """Return whether the text of new tokens contains a stop text."""
-        if self.stream is None:
+    def ends_with(self, ids: list[int]) -> bool:
+        """Return whether new tokens end the text: with a stop text, or a constraint that is met."""
+        if self.constraint is not None and reduce(Constraint.after, ids, self.constraint).done:
+            return True
+        if self.stream is None or not self.settings.stop:
             return False
         stream = TextStream(self.stream.tokenizer, self.prompt)
         stream.ids = ids

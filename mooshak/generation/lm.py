@@ -9,7 +9,7 @@ import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args, overload
+from typing import Any, Literal, get_args, overload
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from mooshak.generation.adjustments import (
 from mooshak.generation.beam import beam_search
 from mooshak.generation.cached_model import CachedModel
 from mooshak.generation.completion import Completion, Row
+from mooshak.generation.constraints import make_constraint
 from mooshak.generation.log_probs import TokenLogProbs
 from mooshak.generation.settings import check_stream, generation_defaults, make_settings
 from mooshak.generation.speculative import Speculation, check_draft
@@ -39,11 +40,12 @@ from mooshak.generation.text import (
 )
 from mooshak.tokenizer.base import Tokenizer
 from mooshak.tokenizer.chat_template import Messages, encode_chat, end_of_turn
-from mooshak.tokenizer.files import files_of_tokenizer, find_tokenizer
-from mooshak.tokenizer.load import open_tokenizer
+from mooshak.tokenizer.files import files_of_tokenizer
 
 Prompt = str | Sequence[int]
 """A text, or token ids."""
+Prompts = list[str] | list[list[int]] | list[Prompt] | tuple[Prompt, ...]
+One = Literal[1]
 
 Step = tuple[np.ndarray, TokenLogProbs | None]
 """The next token of each row, int [B], and its log-probabilities, if asked for."""
@@ -109,11 +111,19 @@ class LM(abc.ABC):
         """Return the weights under their canonical names, open for reading."""
 
     @overload
-    def generate(self, prompt: str, **settings: Any) -> Completion: ...
-    @overload
-    def generate(self, prompt: Sequence[Any], **settings: Any) -> Any: ...
     def generate(
-        self, prompt: Prompt | Sequence[Prompt], **settings: Any
+        self, prompt: Prompt, *, n: One = 1, num_return_sequences: One = 1, **settings: Any
+    ) -> Completion: ...
+    @overload
+    def generate(
+        self, prompt: Prompts, *, n: One = 1, num_return_sequences: One = 1, **settings: Any
+    ) -> list[Completion]: ...
+    @overload
+    def generate(
+        self, prompt: Prompt | Prompts, **settings: Any
+    ) -> Completion | list[Completion] | list[list[Completion]]: ...
+    def generate(
+        self, prompt: Prompt | Prompts, **settings: Any
     ) -> Completion | list[Completion] | list[list[Completion]]:
         """Continue a prompt, a text or token ids; return a `Completion`.
 
@@ -148,10 +158,10 @@ class LM(abc.ABC):
         return self._stream(ids, chosen)
 
     @overload
-    def score(self, text: str) -> np.ndarray: ...
+    def score(self, text: Prompt) -> np.ndarray: ...
     @overload
-    def score(self, text: Sequence[Any]) -> Any: ...
-    def score(self, text: Prompt | Sequence[Prompt]) -> np.ndarray | list[np.ndarray]:
+    def score(self, text: Prompts) -> list[np.ndarray]: ...
+    def score(self, text: Prompt | Prompts) -> np.ndarray | list[np.ndarray]:
         """Return log p(token t | tokens before t), t = 1 .. T - 1, in nats: float64 [T - 1].
 
         `text` is a text (BOS is prepended), token ids, or a list of these, which returns a list.
@@ -167,7 +177,13 @@ class LM(abc.ABC):
             raise InputError(f"cannot score {len(ids)} tokens; give {counts}")
         return self._token_log_probs(ids)
 
-    def chat(self, messages: Messages, **settings: Any) -> Any:
+    @overload
+    def chat(
+        self, messages: Messages, *, n: One = 1, num_return_sequences: One = 1, **settings: Any
+    ) -> Completion: ...
+    @overload
+    def chat(self, messages: Messages, **settings: Any) -> Completion | list[Completion]: ...
+    def chat(self, messages: Messages, **settings: Any) -> Completion | list[Completion]:
         """Generate the next turn of a conversation: messages with `role` and `content`.
 
         The checkpoint's chat template renders the prompt, or for tokenizers of this project ours.
@@ -234,7 +250,8 @@ class LM(abc.ABC):
 
     def check(self, ids: list[int], settings: GenerateConfig) -> None:
         """Raise the `InputError` with which the generation from a prompt would begin, if any."""
-        self.adjusters([ids], settings, set())
+        for adjuster in self.adjusters([ids], settings, self.ends(settings)):
+            adjuster.offset()
         self.check_lengths([ids], settings)
 
     def ends(self, settings: GenerateConfig) -> set[int]:
@@ -265,7 +282,8 @@ class LM(abc.ABC):
             return []
         words = bad_word_ids(settings.bad_words, self.tokenizer)
         vocab_size = self.config.vocab_size
-        return [RowAdjustments(settings, ids, vocab_size, ends, words) for ids in prompts]
+        rows = ((ids, make_constraint(settings, self.tokenizer, ids, ends)) for ids in prompts)
+        return [RowAdjustments(settings, ids, vocab_size, ends, words, one) for ids, one in rows]
 
     def _complete(
         self,
@@ -326,7 +344,8 @@ class LM(abc.ABC):
         """Return the completions of a beam search; `rows` has an empty row for each prompt."""
         prompts = [row.prompt for row in rows]
         model = self._cached_model(prompts, settings.max_new_tokens, settings.num_beams)
-        stopped = [row.contains_stop for row in rows] if settings.stop else []
+        ends_early = bool(settings.stop or settings.constraint)
+        stopped = [row.ends_with for row in rows] if ends_early else []
         searches = beam_search(model, prompts, settings, rows[0].ends, adjusters, stopped)
         completions = []
         for first, beams in zip(rows, searches, strict=True):
@@ -365,28 +384,6 @@ def check_dtype(dtype: str) -> None:
     """Raise `InputError` for an unknown compute dtype."""
     known = get_args(Dtype)
     require(dtype in known, f"dtype {dtype!r} must be one of {', '.join(known)}")
-
-
-def load_tokenizer(
-    checkpoint: Path, model: ModelConfig, given: str | Path | None = None
-) -> Tokenizer | None:
-    """Return the tokenizer `given`, or that of the checkpoint; None if there is none.
-
-    Raises `InputError` if it does not fit the vocabulary of the model.
-    """
-    path = find_tokenizer(checkpoint, str(given) if given else None, required=False)
-    if path is None:
-        return None
-    tokenizer = open_tokenizer(path)
-    # A model from elsewhere may have more rows than tokens; its tokenizer is in its directory.
-    own = tokenizer.path.parent == checkpoint
-    needed = tokenizer.vocab_size if own else tokenizer.padded_vocab_size
-    if needed > model.vocab_size or (needed < model.vocab_size and not own):
-        raise InputError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the vocabulary of the model "
-            f"{model.vocab_size}; name the right one with --tokenizer"
-        )
-    return tokenizer
 
 
 def _as_list(prompt: Any) -> tuple[list[Any], bool]:

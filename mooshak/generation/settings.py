@@ -97,6 +97,11 @@ def _wanted_type(value: Any, annotation: Any) -> str:
         return "" if isinstance(value, Integral) and not is_bool else "an integer"
     if annotation is float:
         return "" if isinstance(value, Real) and not is_bool else "a number"
+    if annotation == str | None:
+        return "" if value is None or isinstance(value, str) else "a text"
+    if annotation == Mapping[str, Any] | str | None:
+        is_one = value is None or isinstance(value, str | Mapping)
+        return "" if is_one else "a JSON object, or its JSON"
     is_list = isinstance(value, Sequence) and all(isinstance(one, str) for one in value)
     return "" if is_list else "a text or a list of texts"
 

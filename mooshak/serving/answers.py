@@ -8,7 +8,7 @@ from typing import Any
 from mooshak.generation.completion import Completion
 from mooshak.serving.events import Event, Token
 from mooshak.serving.protocol import Prompt, Request
-from mooshak.serving.token_texts import TokenTexts
+from mooshak.tokenizer.token_texts import TokenTexts
 
 MIN_LOG_PROB = -9999.0
 """OpenAI's number for a probability of zero; JSON has no infinity."""

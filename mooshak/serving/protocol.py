@@ -5,7 +5,7 @@ import math
 import random
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from mooshak.config.generate import MAX_TOP, GenerateConfig
@@ -17,7 +17,6 @@ from mooshak.serving.fields import ABSENT, ApiError, Fields, is_a
 from mooshak.tokenizer.base import Tokenizer
 from mooshak.tokenizer.chat_template import encode_chat, end_of_turn
 
-SETTINGS = tuple(one.name for one in fields(GenerateConfig))
 SAME_NAME = (
     *("temperature", "top_p", "n", "seed", "presence_penalty", "frequency_penalty"),
     *("top_k", "min_p", "typical_p", "repetition_penalty", "no_repeat_ngram_size"),
@@ -31,8 +30,14 @@ OTHER_NAMES = {
     "max_tokens": "max_new_tokens",
     "max_completion_tokens": "max_new_tokens",
     "min_tokens": "min_new_tokens",
+    "guided_json": "json_schema",
+    "guided_regex": "regex",
+    "guided_choice": "choice",
+    "guided_grammar": "grammar",
 }
 """Field of OpenAI or vLLM -> setting."""
+STRUCTURED = {"json": "json_schema", "regex": "regex", "choice": "choice", "grammar": "grammar"}
+"""Field of vLLM's `structured_outputs` -> setting."""
 IGNORED = (
     *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
     "parallel_tool_calls",
@@ -50,8 +55,8 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
 """Field -> values that ask for nothing; others are refused."""
 MAX_LOGPROBS = 5
 """OpenAI's bound for completions; chats may ask for `MAX_TOP`."""
-MAX_TEXTS = {"stop": 64, "bad_words": 1024}
-"""Each is compared with the text after every token of every request."""
+MAX_TEXTS = {"stop": 64, "bad_words": 1024, "choice": 1024}
+"""Stop texts and bad words are compared with the text after every token of every request."""
 DEFAULT_TOKENS = 16
 """max_tokens of a completion, OpenAI's; a chat may fill the rest of the slot."""
 
@@ -282,15 +287,7 @@ def _settings(found: Fields) -> tuple[dict[str, Any], dict[str, str]]:
         value = found.any(name)
         if value is ABSENT:
             continue
-        setting = OTHER_NAMES.get(name, name)
-        if setting in given:
-            raise ApiError(f"give {names[setting]} or {name}, not both", name)
-        if isinstance(value, list) and name in (*TEXT_LISTS, *ID_LISTS):
-            value = tuple(value)
-            if len(value) > MAX_TEXTS.get(name, len(value)):
-                raise ApiError(f"{name} has more than {MAX_TEXTS[name]} texts", name)
-        given |= _supported({setting: value}, name)
-        names[setting] = name
+        _give(OTHER_NAMES.get(name, name), value, name, given, names)
     if given.get("top_k") == -1:  # vLLM's value for all tokens.
         given["top_k"] = 0
     if given.get("stop") == ():
@@ -300,7 +297,8 @@ def _settings(found: Fields) -> tuple[dict[str, Any], dict[str, str]]:
             given["logit_bias"] = logit_bias(bias)
         except InputError as error:
             raise ApiError(f"logit_bias: {error}", "logit_bias") from error
-    given |= _response_format(found.take("response_format", "an object"), given)
+    _structured_outputs(found.take("structured_outputs", "an object"), given, names)
+    _response_format(found.take("response_format", "an object"), given, names)
     for name, neutral in UNSUPPORTED.items():
         value = found.any(name)
         if value is not ABSENT and value not in neutral:
@@ -308,30 +306,44 @@ def _settings(found: Fields) -> tuple[dict[str, Any], dict[str, str]]:
     return given, names
 
 
-def _supported(settings: dict[str, Any], field: str) -> dict[str, Any]:
-    """Return settings. Raises `ApiError` if the generator does not have one that is used."""
-    used = {name: value for name, value in settings.items() if value or name in SETTINGS}
-    if not used.keys() <= set(SETTINGS):
-        raise ApiError(f"{field} is not supported", field)
-    return used
+def _give(
+    setting: str, value: Any, name: str, given: dict[str, Any], names: dict[str, str]
+) -> None:
+    """Add a setting that was given by a field. Raises `ApiError` if it is there already."""
+    if setting in given:
+        raise ApiError(f"give {names[setting]} or {name}, not both", name)
+    if isinstance(value, list) and setting in (*TEXT_LISTS, *ID_LISTS):
+        value = tuple(value)
+        if len(value) > MAX_TEXTS.get(setting, len(value)):
+            raise ApiError(f"{name} has more than {MAX_TEXTS[setting]} texts", name)
+    given[setting], names[setting] = value, name
 
 
-def _response_format(value: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the setting that a `response_format` asks for."""
+def _structured_outputs(value: Any, given: dict[str, Any], names: dict[str, str]) -> None:
+    """Add the setting that vLLM's `structured_outputs` asks for."""
+    found = Fields(value or {}, "structured_outputs")
+    for key, setting in STRUCTURED.items():
+        if (one := found.any(key)) is not ABSENT:
+            _give(setting, one, f"structured_outputs.{key}", given, names)
+    found.end()
+
+
+def _response_format(value: Any, given: dict[str, Any], names: dict[str, str]) -> None:
+    """Add the setting that a `response_format` asks for."""
     if value is ABSENT:
-        return {}
-    found = Fields(value, "response_format")
+        return
+    field = "response_format"
+    found = Fields(value, field)
     kind, schema = found.take("type", "a text"), found.take("json_schema", "an object")
     found.end()
     if kind == "text" and schema is ABSENT:
-        return {}
-    if "json_schema" in given:
-        raise ApiError("give response_format or json_schema, not both", "response_format")
+        return
     if kind == "json_object" and schema is ABSENT:
-        return _supported({"json_schema": {"type": "object"}}, "response_format")
+        _give("json_schema", {"type": "object"}, field, given, names)
+        return
     if kind != "json_schema" or schema is ABSENT:
         text = "response_format must have the type text, json_object, or json_schema with a schema"
-        raise ApiError(text, "response_format")
+        raise ApiError(text, field)
     inner = Fields(schema, "response_format.json_schema")
     for name, wanted in (
         ("name", "a text"),
@@ -342,8 +354,8 @@ def _response_format(value: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     rules = inner.take("schema", "an object")
     inner.end()
     if rules is ABSENT:
-        raise ApiError("response_format.json_schema.schema is missing", "response_format")
-    return _supported({"json_schema": rules}, "response_format")
+        raise ApiError("response_format.json_schema.schema is missing", field)
+    _give("json_schema", rules, field, given, names)
 
 
 def _messages(given: Any) -> list[dict[str, str]]:

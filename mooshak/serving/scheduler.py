@@ -106,7 +106,8 @@ class Scheduler:
         ids = list(prompt)
         self._check(ids, settings)
         ticket, ends = Ticket(), self.lm.ends(settings) | (more_ends or set())
-        self.lm.adjusters([ids], settings, ends)  # For its errors.
+        for adjuster in self.lm.adjusters([ids], settings, ends):  # For its errors.
+            adjuster.offset()
         samples = []
         for index in range(settings.n):
             row = Row(self.lm.tokenizer, ids, index, settings, ends, streamed)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from mooshak.serving.metrics import Metrics
 from mooshak.serving.protocol import Parser
 from mooshak.serving.scheduler import Scheduler
-from mooshak.serving.token_texts import TokenTexts
+from mooshak.tokenizer.token_texts import TokenTexts
 
 
 @dataclass

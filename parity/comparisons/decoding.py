@@ -6,6 +6,8 @@ Shapes: B batch, T time.
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,6 +48,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "beam search": {"num_beams": 4, "length_penalty": 0.6},
 }
 """Name in the report -> settings."""
+CONSTRAINED = {"temperature": 1.0, "regex": "([a-c]{1,3}[d-h] ?)*", "stop_token_ids": (1,)}
 
 
 def cache(q: ParityCase) -> Iterator[Line]:
@@ -95,6 +98,9 @@ def decoding(q: ParityCase) -> Iterator[Line]:
         for name, values in STRATEGIES.items():
             ours, theirs = (_generate(q, lm, values) for lm in lms)
             yield _line(f"{name} tokens that differ", dtype, ours, theirs)
+        if find_spec("llguidance"):  # The extra `constraints`.
+            ours, theirs = (_generate(q, _with_letters(lm), CONSTRAINED) for lm in lms)
+            yield _line("constrained (regex) tokens that differ", dtype, ours, theirs)
 
 
 def engines(q: ParityCase) -> Iterator[Line]:
@@ -130,6 +136,32 @@ def _with_noise(source: Checkpoint) -> Checkpoint:
         return (array * (1 + 0.2 * noise)).astype(array.dtype)[rows]
 
     return replace(source, read=read)
+
+
+class Letters:
+    """A tokenizer for any vocabulary: each token is a letter. Random models have no other one."""
+
+    path, eos_id = Path("letters"), 0
+
+    def __init__(self, vocab_size: int):
+        self.vocab_size = vocab_size
+
+    def pieces(self) -> list[str]:
+        """Return the tokens by id."""
+        return ["abcdefghij "[id % 11] for id in range(self.vocab_size)]
+
+    texts = pieces
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids."""
+        return "".join("abcdefghij "[id % 11] for id in ids)
+
+
+def _with_letters(lm: LM) -> LM:
+    """Return a model with a tokenizer, for constraints."""
+    found: Any = copy(lm)
+    found.tokenizer = Letters(lm.config.vocab_size)
+    return found  # type: ignore[no-any-return]
 
 
 def _generate(q: ParityCase, lm: LM, values: Mapping[str, Any]) -> np.ndarray:

@@ -1,40 +1,18 @@
 """Streamed text: joined it is the text, and no part ends inside a character or a cluster."""
 
-import json
 from collections.abc import Iterator
 
 import pytest
 import regex
 import sentencepiece
-import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mooshak.generation.text import TextStream
 from mooshak.tokenizer.base import Tokenizer
 from mooshak.tokenizer.load import open_tokenizer
+from tests.hf_tokenizers import KINDS, PARTS, small_tokenizer
 
-PARTS = (
-    "क्ष",
-    "स्त्री",
-    "ड़",
-    "ड\u093c",
-    "क्\u200dष",
-    "क्\u200cष",
-    "कि",
-    "र्कि",
-    "👨‍👩‍👧",
-    "🇮🇳",
-    "e\u0301",
-    "the ",
-    "a mouse",
-    " ",
-    "\n",
-    "।",
-    "",
-    "\u093f",  # A vowel sign alone.
-)
 texts = st.lists(st.sampled_from(PARTS), max_size=12).map("".join) | st.text(max_size=8)
 
 
@@ -99,37 +77,12 @@ def test_any_tokens_join_to_the_text(tiny_tokenizer: Tokenizer, ids: list[int], 
     check(tiny_tokenizer, ids[:split], ids[split:], ())
 
 
-@pytest.fixture(scope="module", params=["byte level", "metaspace"])
+@pytest.fixture(scope="module", params=KINDS)
 def hf_tokenizer(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Tokenizer:
     """A small tokenizer.json, whose characters are bytes, or pieces with bytes as a fallback."""
-    specials = ["<unk>", "<s>", "</s>"]
-    if request.param == "byte level":
-        lines = ["".join(PARTS[(i * i + j * 7) % len(PARTS)] for j in range(30)) for i in range(99)]
-        made = tokenizers.Tokenizer(models.BPE())
-        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        made.decoder = decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(
-            vocab_size=400, initial_alphabet=alphabet, special_tokens=specials, show_progress=False
-        )
-        made.train_from_iterator(lines, trainer)
-    else:
-        # As in Llama 2: <0x41> is a byte, no special token.
-        tokens = [*specials, *(f"<0x{i:02X}>" for i in range(256)), "▁", "▁▁", *"aeनकषि्"]
-        vocabulary = {token: id for id, token in enumerate(tokens)}
-        model = models.BPE(vocabulary, [("▁", "▁")], unk_token="<unk>", byte_fallback=True)
-        made = tokenizers.Tokenizer(model)
-        made.pre_tokenizer = pre_tokenizers.Metaspace()
-        made.add_special_tokens(specials)
-        steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-        made.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
-    path = tmp_path_factory.mktemp("hf") / "tokenizer.json"
-    made.save(str(path))
-    names = {"bos_token": "<s>", "eos_token": "</s>"}
-    path.with_name("tokenizer_config.json").write_text(json.dumps(names))
-    return open_tokenizer(path)
+    return small_tokenizer(request.param, tmp_path_factory.mktemp("hf"))
 
 
 @settings(deadline=None, max_examples=200)
