@@ -67,6 +67,8 @@ ALLOWED: dict[str, dict[str, str]] = {
     },
     "ops/activations": {
         "rotate": ROPE,
+        "VECTORS": "loops of PyTorch's on a CPU; XLA compiles a shape to one loop",
+        "GRAIN": "loops of PyTorch's on a CPU; XLA compiles a shape to one loop",
         "recompute_in_backward": "autograd saves what XLA recomputes by itself",
     },
     "ops/attention": {

@@ -15,6 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+VECTORS = 64
+"""Elements that a loop of a CPU computes at once: two vectors of bfloat16, AVX-512."""
+GRAIN = 32768
+"""Elements that PyTorch computes in one thread, at least."""
+
 
 def rms_norm(x: Tensor, gain_D: Tensor, eps: float) -> Tensor:
     """Return x / rms(x) * gain (arXiv:1910.07467), shape and dtype of x.
@@ -39,7 +44,25 @@ def rotate(x_BTHK: Tensor, cos_BT1K: Tensor, sin_BT1K: Tensor) -> Tensor:
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """Return silu(gate) * up (arXiv:2002.05202), shape and dtype of gate."""
-    return _SwiGLU.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate).mul_(up)
+    if torch.is_grad_enabled():
+        return _SwiGLU.apply(gate, up)
+    return (_silu_by_row(gate) if gate.shape[1:-1] == (1,) else F.silu(gate)).mul_(up)
+
+
+def _silu_by_row(x_B1D: Tensor) -> Tensor:
+    """Return silu of one token in each row; the bits do not depend on the row.
+
+    A CPU computes the last elements of a tensor, and of a thread's share, with another exp than
+    those that fill a vector register: in one call, the rows would differ.
+    """
+    n_rows = len(x_B1D)
+    whole = x_B1D.numel() % VECTORS == 0 and x_B1D.numel() <= GRAIN
+    if n_rows == 1 or whole or x_B1D.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.silu(x_B1D)
+    result_B1D = torch.empty_like(x_B1D)
+    for x_1D, result_1D in zip(x_B1D, result_B1D, strict=True):
+        torch.ops.aten.silu.out(x_1D, out=result_1D)
+    return result_B1D
 
 
 def recompute_in_backward(

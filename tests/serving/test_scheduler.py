@@ -10,12 +10,14 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import torch
 
 from mooshak.config.generate import GenerateConfig
 from mooshak.errors import InputError
 from mooshak.generation.completion import Completion
 from mooshak.serving.events import Event, QueueFullError
 from mooshak.serving.scheduler import Scheduler
+from mooshak_torch.ops.activations import swiglu
 from tests.serving.conftest import load, make_scheduler
 
 SETTINGS: list[dict[str, Any]] = [
@@ -82,6 +84,26 @@ def test_bits_do_not_depend_on_neighbours(
         random.Random(seed).shuffle(order)
         assert run(together, order, steps_between) == alone
     assert together.counters.reused_tokens > 100
+
+
+@pytest.mark.parametrize("n_rows", [3, 16])
+@pytest.mark.parametrize("width", [65, 68, 64, 11008])
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_gate_of_a_token_does_not_depend_on_its_row(
+    n_threads: int, width: int, n_rows: int
+) -> None:
+    """Vector loops compute the end of a tensor, or of a thread's share, in another way."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+    try:
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            row_1D = torch.randn(1, width, generator=torch.Generator().manual_seed(0)).to(dtype)
+            rows_B1D = row_1D.expand(n_rows, 1, width).contiguous()
+            with torch.no_grad():
+                found_B1D = swiglu(rows_B1D, torch.ones_like(rows_B1D))
+            assert all(torch.equal(one, found_B1D[0]) for one in found_B1D)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.fixture
