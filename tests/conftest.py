@@ -12,6 +12,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax")
 )
+# Many tests, and the commands that they start, compile the same programs.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import fork_server
 import jax
@@ -36,8 +38,6 @@ from tests.drawn_checkpoints import drawn_checkpoint
 subprocess.Popen = fork_server.ForkedPopen  # type: ignore[misc]
 # Devices are counted once per process, and a mesh takes as many of them as it needs.
 jax.config.update("jax_num_cpu_devices", 8)
-# Many tests, and the commands that they start, compile the same programs.
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -24,6 +24,8 @@ from parity.comparisons import ParityCase
 from parity.comparisons.precision import float64_reference, precision
 from scripts import collect_wheels
 
+pytestmark = pytest.mark.usefixtures("compiled_in_haste")
+
 MODEL = ModelConfig(vocab_size=48, dim=32, n_layers=2, n_heads=4, hidden_dim=40, max_seq_len=32)
 
 
