@@ -70,7 +70,7 @@ def test_there_are_at_least_44_faults() -> None:
 def test_lines_pass_and_their_controls_fail_without_fault() -> None:
     lines = list(
         checker.check(
-            checker.random_checkpoint(replace(MODEL, n_layers=2)),
+            checker.random_checkpoint(replace(MODEL, n_layers=1)),
             batch=4,
             time=20,
             decode=10,
