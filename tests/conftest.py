@@ -4,6 +4,7 @@ import json
 import os
 import random
 import subprocess
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,6 +45,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests come first: the workers that share them then end together."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(scope="module")
+def compiled_in_haste() -> Iterator[None]:
+    """Compile with few of LLVM's optimizations, in half the time; commands that a test starts, too.
+
+    For comparisons to a tolerance, of many programs that each run for a moment. Bits are compared
+    in the programs that users run; those, and loss curves of full runs, are compared to a
+    tolerance too: training/test_runs.py, parity/test_demo.py, distributed/test_jax_meshes.py.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)
 
 
 HINDI = (
