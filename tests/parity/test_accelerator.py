@@ -62,6 +62,7 @@ def test_report_of_a_cpu_has_every_part_and_passes(
     assert not re.search(r"""src=|href="(?!#)|url\((?!#)""", text)  # Self-contained.
 
 
+@pytest.mark.slow
 def test_part_is_ended_after_its_time_with_a_row(tmp_path: Path) -> None:
     rows = list(measure(PARTS[1], _setup(tmp_path), 1.5, os.environ))
     assert [(row.value, row.passed) for row in rows][-1] == ("ended after its 2 seconds", False)
