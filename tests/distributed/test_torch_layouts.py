@@ -240,19 +240,19 @@ def test_checkpoint_restores_in_every_layout(
 ) -> None:
     """To the last bit, with the optimizer: from one process, and from two on four and four on two.
 
-    DeepSpeed, which starts anew for each, takes two: of layouts that cut otherwise.
+    DeepSpeed, which starts anew for each, takes two: of layouts that cut otherwise. Kept and
+    offload write the shards of fsdp.
     """
     whole = len(load_config(config).model.parameter_shapes())
+    read = {key: run for key, run in runs.items() if not key.startswith(("kept", "offload"))}
     for name, run in (*runs.items(), ("alone", None)):
         processes = 1 if run is None else run["processes"]
-        others = {key: r for key, r in runs.items() if r["processes"] != processes}
-        # The shards of these two are those of fsdp, and so are their checkpoints.
-        others = {k: r for k, r in others.items() if not k.startswith(("kept", "offload"))}
+        others = {key: r for key, r in read.items() if r["processes"] != processes}
         stage = next((stage for stage in ZERO if stage in name), None)
         if stage:
             cut_otherwise = ("tensor", *(other for other in ZERO if other != stage))[:2]
             others = {key: r for key, r in others.items() if key.startswith(cut_otherwise)}
-        written = [*(other["directory"] for other in others.values()), *([] if stage else [alone])]
+        written = [other["directory"] for other in others.values()] + ([] if stage else [alone])
         checkpoints = [directory / "checkpoints" / str(STEPS) for directory in written]
         options = () if run is None else run["options"]
         compared = ranks.run(processes, "restored", [config, *options], *checkpoints)
@@ -385,8 +385,7 @@ def test_float16_skips_overflows_and_resumes_exactly(
     config: Path, tmp_path: Path, ranks: Ranks
 ) -> None:
     steps = 10  # The first ones are skipped.
-    options = [config, "--train.dtype", "float16", "--evaluate.every", 0, "--mesh", "fsdp=-1"]
-    options += ["--train.steps", steps]
+    options = [config, "--train.dtype", "float16", "--mesh", "fsdp=-1", "--train.steps", steps]
     for run, stop in (("whole", steps), ("parts", 6), ("parts", steps)):
         argv = [*options, "--train.stop_after_step", stop, "--run.dir", tmp_path / run]
         ranks.run(2, "overflowing", argv)

@@ -146,6 +146,7 @@ def test_collected_packages_are_those_of_the_project_only(tmp_path: Path) -> Non
     assert collect_wheels.packages_in(tmp_path / "freeze.txt") == {"numpy", "ruamel-yaml"}
 
 
+@pytest.mark.slow
 def test_low_precision_of_both_exceeds_the_bound_of_the_cpu() -> None:
     source = checker.random_checkpoint(MODEL)
     backends = TorchBackend(source), JaxBackend(source)
