@@ -240,14 +240,12 @@ def test_checkpoint_restores_in_every_layout(
 ) -> None:
     """To the last bit, with the optimizer: from one process, and from two on four and four on two.
 
-    DeepSpeed, which starts anew for each, takes two: of layouts that cut otherwise. Kept and
-    offload write the shards of fsdp.
+    DeepSpeed, which starts anew for each, takes two: of layouts that cut otherwise.
     """
     whole = len(load_config(config).model.parameter_shapes())
-    read = {key: run for key, run in runs.items() if not key.startswith(("kept", "offload"))}
     for name, run in (*runs.items(), ("alone", None)):
         processes = 1 if run is None else run["processes"]
-        others = {key: r for key, r in read.items() if r["processes"] != processes}
+        others = {key: r for key, r in runs.items() if r["processes"] != processes}
         stage = next((stage for stage in ZERO if stage in name), None)
         if stage:
             cut_otherwise = ("tensor", *(other for other in ZERO if other != stage))[:2]
