@@ -4,6 +4,7 @@ import json
 import os
 import random
 import subprocess
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax")
 )
+# Many tests, and the commands that they start, compile the same programs.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import fork_server
 import jax
@@ -36,14 +39,27 @@ from tests.drawn_checkpoints import drawn_checkpoint
 subprocess.Popen = fork_server.ForkedPopen  # type: ignore[misc]
 # Devices are counted once per process, and a mesh takes as many of them as it needs.
 jax.config.update("jax_num_cpu_devices", 8)
-# Many tests, and the commands that they start, compile the same programs.
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests come first: the workers that share them then end together."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(scope="module")
+def compiled_in_haste() -> Iterator[None]:
+    """Compile with few of LLVM's optimizations, in half the time; commands that a test starts, too.
+
+    For comparisons to a tolerance, of many programs that each run for a moment. Bits are compared
+    in the programs that users run; those, and loss curves of full runs, are compared to a
+    tolerance too: training/test_runs.py, parity/test_demo.py, distributed/test_jax_meshes.py.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)
 
 
 HINDI = (

@@ -49,6 +49,7 @@ class ForkedPopen(_Popen):
 
     def _execute_child(self, args: Any, *rest: Any) -> None:
         _, _, _, pass_fds, cwd, env, _, _, shell, *_ = rest
+        start_new_session = rest[20]
         words = [] if shell else [os.fsdecode(word) for word in args]
         environment = dict(os.environ if env is None else env)
         if pass_fds or not is_forkable(words, cwd, environment):
@@ -60,7 +61,8 @@ class ForkedPopen(_Popen):
         p2cread, _, _, c2pwrite, _, errwrite = rest[9:15]
         self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._connection.connect(os.environ[ADDRESS])
-        request = json.dumps({"words": words[1:], "environment": environment}).encode()
+        message = {"words": words[1:], "environment": environment, "session": start_new_session}
+        request = json.dumps(message).encode()
         files = [own if fd == -1 else fd for own, fd in enumerate((p2cread, c2pwrite, errwrite))]
         socket.send_fds(self._connection, [request], files)
         self.pid = int(self._connection.recv(64))
@@ -98,6 +100,8 @@ IMPORTED = (
     "TORCH_LOGS",
 )
 """Prefixes of variables that are read at import."""
+APPLIED = {"JAX_PLATFORMS": str, "JAX_DISABLE_MOST_OPTIMIZATIONS": lambda value: value == "1"}
+"""Those that a forked process applies afterwards: to JAX's configuration, by the same names."""
 
 
 def is_forkable(words: list[str], cwd: Any, environment: dict[str, str]) -> bool:
@@ -114,7 +118,7 @@ def is_forkable(words: list[str], cwd: Any, environment: dict[str, str]) -> bool
         return False
     keys = {key for key in {*environment, *os.environ} if key.startswith(IMPORTED)}
     changed = {key for key in keys if environment.get(key) != os.environ.get(key)}
-    return changed <= {"JAX_PLATFORMS"}
+    return changed <= set(APPLIED)
 
 
 def start() -> None:
@@ -146,8 +150,9 @@ def main() -> None:
     words, environment = request["words"], request["environment"]
     os.environ.clear()
     os.environ.update(environment)
-    if platforms := environment.get("JAX_PLATFORMS"):
-        sys.modules["jax"].config.update("jax_platforms", platforms)
+    for key, read in APPLIED.items():
+        if key in environment:
+            sys.modules["jax"].config.update(key.lower(), read(environment[key]))
     subprocess.Popen = ForkedPopen  # type: ignore[misc]
     if words[0] == "-u":
         words = words[1:]
@@ -187,6 +192,9 @@ def serve(address: str) -> dict[str, Any] | None:
             connection, _ = listening.accept()
             message, files, _, _ = socket.recv_fds(connection, MAX_MESSAGE, 3)
             if (pid := os.fork()) == 0:
+                request: dict[str, Any] = json.loads(message)
+                if request["session"]:
+                    os.setsid()
                 for target, file in enumerate(files):
                     os.dup2(file, target)
                 # Objects, not numbers: later their destructors would close other files.
@@ -200,7 +208,6 @@ def serve(address: str) -> dict[str, Any] | None:
                 connection.close()
                 listening.close()
                 waiting.close()
-                request: dict[str, Any] = json.loads(message)
                 return request
             for file in files:
                 os.close(file)

@@ -18,7 +18,7 @@ from mooshak.config.parse import dump_config, load_config
 from mooshak.config.sections import CheckpointConfig, Config, EvaluateConfig, ScheduleConfig
 from mooshak.data.shards import load_or_prepare_shards
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiled_in_haste")]
 
 Pair = list[subprocess.Popen]
 

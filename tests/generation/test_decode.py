@@ -30,6 +30,7 @@ PROMPTS = [[1, 5, 9], [3], [7, 8, 9, 10, 11, 12, 13]]
 NEW = 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 def test_prompts_of_several_lengths_decode_as_alone(model: ModelConfig) -> None:
     torch_model = initialize(Model(model, "float64"), 0, gain_std=0.1)

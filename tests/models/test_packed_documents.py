@@ -195,6 +195,7 @@ def test_documents_see_each_other_without_segments(config: ModelConfig, alone: A
     assert (difference[1:] > 1e-2 * np.linalg.norm(alone[0][1:], axis=(1, 2))).all()
 
 
+@pytest.mark.slow
 def test_jax_packed_is_torch_packed(config: ModelConfig, packed: Any) -> None:
     logits, grads = jax_side(config, TOKENS, LABELS, positions_BT=POSITIONS, segments_BT=SEGMENTS)
     assert_close(logits, packed[0])

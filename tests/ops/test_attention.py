@@ -71,6 +71,7 @@ def test_attention_with_more_keys_than_queries() -> None:
         np.testing.assert_allclose(attention(q, k, v, mask), plain(q, k, v, mask), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_bfloat16_attention_accumulates_in_float32() -> None:
     draw = np.random.default_rng(0).normal
     wide = [jnp.asarray(draw(size=(2, 30, 2, 16)), jnp.bfloat16).astype(jnp.float32) for _ in "qkv"]
@@ -163,6 +164,7 @@ def torch_grads(
     return [value.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("heads", "groups"), [(6, 2), (3, 1)])
 @pytest.mark.parametrize(
     ("window", "queries"), [(None, (4, 9)), (5, (4, 9)), (1, (64, 64)), (17, (64, 64))]
@@ -227,6 +229,7 @@ def test_one_document_is_bit_identical_to_causal() -> None:
             assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 def test_document_attention_compiles_without_a_graph_break() -> None:
     qkv, out, segments = draw(17, 6, 2)
     compiled = torch.compile(torch_module.document_attention, backend="aot_eager", fullgraph=True)

@@ -24,6 +24,8 @@ from parity.comparisons import ParityCase
 from parity.comparisons.precision import float64_reference, precision
 from scripts import collect_wheels
 
+pytestmark = pytest.mark.usefixtures("compiled_in_haste")
+
 MODEL = ModelConfig(vocab_size=48, dim=32, n_layers=2, n_heads=4, hidden_dim=40, max_seq_len=32)
 
 
@@ -60,6 +62,7 @@ def test_report_of_a_cpu_has_every_part_and_passes(
     assert not re.search(r"""src=|href="(?!#)|url\((?!#)""", text)  # Self-contained.
 
 
+@pytest.mark.slow
 def test_part_is_ended_after_its_time_with_a_row(tmp_path: Path) -> None:
     rows = list(measure(PARTS[1], _setup(tmp_path), 1.5, os.environ))
     assert [(row.value, row.passed) for row in rows][-1] == ("ended after its 2 seconds", False)
@@ -143,6 +146,7 @@ def test_collected_packages_are_those_of_the_project_only(tmp_path: Path) -> Non
     assert collect_wheels.packages_in(tmp_path / "freeze.txt") == {"numpy", "ruamel-yaml"}
 
 
+@pytest.mark.slow
 def test_low_precision_of_both_exceeds_the_bound_of_the_cpu() -> None:
     source = checker.random_checkpoint(MODEL)
     backends = TorchBackend(source), JaxBackend(source)

@@ -13,6 +13,7 @@ WORDS = "एक चूहा और a mouse जंगल में in the forest
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiled_in_haste")
 def test_loss_curves_agree_across_frameworks(tmp_path: Path) -> None:
     lines = [json.dumps({"text": " ".join([*WORDS[i % 7 :], str(i)])}) for i in range(400)]
     (tmp_path / "text.jsonl").write_text("\n".join(lines))

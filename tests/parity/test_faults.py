@@ -4,10 +4,8 @@ Each fault is injected into one framework, torch and JAX in turns.
 """
 
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 
-import jax
 import numpy as np
 import pytest
 
@@ -16,7 +14,7 @@ from parity import checker
 from parity.comparisons.case import Line
 from parity.faults import FAULTS, inject_fault
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiled_in_haste")]
 
 MODEL = ModelConfig(vocab_size=96, dim=24, n_layers=3, n_heads=3, hidden_dim=40, max_seq_len=40)
 LLAMA = replace(
@@ -31,14 +29,6 @@ LLAMA = replace(
     qk_norm=True,
     sliding_window=6,
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _compiled_in_haste() -> Iterator[None]:
-    """Every fault is another program, and each runs for a moment."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 CASES = [(name, ("torch", "JAX")[i % 2]) for i, name in enumerate(FAULTS)]
@@ -80,7 +70,7 @@ def test_there_are_at_least_44_faults() -> None:
 def test_lines_pass_and_their_controls_fail_without_fault() -> None:
     lines = list(
         checker.check(
-            checker.random_checkpoint(replace(MODEL, n_layers=2)),
+            checker.random_checkpoint(replace(MODEL, n_layers=1)),
             batch=4,
             time=20,
             decode=10,

@@ -64,6 +64,7 @@ MODELS = {
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiled_in_haste")
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 def test_check_passes_every_line(model: ModelConfig) -> None:
     source = checker.random_checkpoint(model)

@@ -14,6 +14,7 @@ MODEL = ModelConfig(vocab_size=96, dim=16, n_layers=2, n_heads=4, hidden_dim=24,
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiled_in_haste")
 def test_layouts_change_nothing_and_controls_fail(tmp_path: Path) -> None:
     lines = list(
         checker.check(checker.random_checkpoint(MODEL), batch=4, time=20, parts=("layouts",))

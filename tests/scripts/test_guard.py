@@ -1,6 +1,7 @@
 """scripts/guard.py: equal results pass, and a planted change is found and named."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from safetensors.numpy import save_file
 
 ROOT = Path(__file__).parents[2]
@@ -117,10 +119,17 @@ def test_guard_finds_a_planted_change(tmp_path: Path) -> None:
 
     if subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True).returncode:
         pytest.skip("not a git repository")
-    tree = tmp_path / "tree"
+    tree, scripts = tmp_path / "tree", tmp_path / "scripts"
+    # The scripts of the working tree, with one lowered step of four, and a smaller model.
+    shutil.copytree(ROOT / "scripts", scripts)
+    settings = yaml.safe_load((scripts / "guard.yaml").read_text())
+    settings["lowered"] = {"single": {}}
+    settings["models"]["mooshak"] |= {"n_layers": 1, "dim": 48, "hidden_dim": 64}
+    settings["common"]["optimizer"]["max_grad_norm"] = 0.1
+    (scripts / "guard.yaml").write_text(yaml.safe_dump(settings))
     git("worktree", "add", "--detach", tree, "HEAD")
     try:
-        guard = [sys.executable, ROOT / "scripts" / "guard.py", "HEAD", "--steps", "6"]
+        guard = [sys.executable, scripts / "guard.py", "HEAD", "--steps", "3"]
         guard += ["--cache", tmp_path / "cache"]
         guard += ["--only", "torch/mooshak/single,lowered/mooshak"]
         equal = subprocess.run(guard, cwd=tree, capture_output=True, text=True)

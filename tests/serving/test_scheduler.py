@@ -114,6 +114,7 @@ def x64() -> Iterator[None]:
     jax.config.update("jax_enable_x64", before)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", ["mooshak", "llama"])
 def test_float64_engines_equal_generate_and_score(name: str, checkpoints: dict[str, Path]) -> None:
@@ -156,6 +157,7 @@ def compilations() -> Iterator[list[str]]:
     active = False
 
 
+@pytest.mark.slow
 def test_jax_compiles_nothing_after_the_start(checkpoints: dict[str, Path]) -> None:
     scheduler = make_scheduler("jax", load("jax", checkpoints["llama"]), n_slots=3)
     scheduler.engine.warm_up()
