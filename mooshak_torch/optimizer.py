@@ -53,7 +53,7 @@ class Optimizer:
         """Accumulate the gradients of a loss in the parameters."""
         loss.backward()
 
-    def clip(self, max_norm: float, scale: float = 1.0) -> Tensor:
+    def clip(self, max_norm: float | None, scale: float = 1.0) -> Tensor:
         """Divide the gradients by the loss scale and clip them; see `clip_gradients`."""
         return clip_gradients(self.objective.parameters(), max_norm, scale)
 
@@ -114,10 +114,13 @@ class LossScale:
             self.scale, self.clean = self.scale * 2, 0
 
 
-def clip_gradients(parameters: Iterable[Tensor], max_norm: float, scale: float = 1.0) -> Tensor:
+def clip_gradients(
+    parameters: Iterable[Tensor], max_norm: float | None, scale: float = 1.0
+) -> Tensor:
     """Scale the gradients by max_norm / max(norm, max_norm), in place; return the global norm.
 
-    The gradients are first divided by `scale`, the loss scale. The norm is over all processes.
+    None does not clip. The gradients are first divided by `scale`, the loss scale. The norm is over
+    all processes.
 
     Not `torch.nn.utils.clip_grad_norm_`: it adds 1e-6 to the norm, which alone makes the frameworks
     differ by 1.5e-9 after 20 steps.
@@ -130,7 +133,10 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float, scale: float =
     if any(isinstance(g, DTensor) for g in grads):
         dist.all_reduce(square)
     norm = square.sqrt().to(shards[0].dtype) / scale
-    torch._foreach_mul_(shards, max_norm / torch.clamp(norm, min=max_norm) / scale)
+    if max_norm is not None:
+        torch._foreach_mul_(shards, max_norm / torch.clamp(norm, min=max_norm) / scale)
+    elif scale != 1:
+        torch._foreach_mul_(shards, 1 / scale)
     return norm
 
 

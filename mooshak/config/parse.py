@@ -44,17 +44,30 @@ class _HelpFormatter(HelpFormatter, jsonargparse.DefaultHelpFormatter):
             return f"{text} (default: the built-in tales in Hindi and English)"
         if action.dest == "print_config":
             return "print the configuration as YAML and exit"
+        limits = _range_of(action.dest)
+        opening = f" ({limits}; default" if limits else " (default"
         # Where null or an empty text has a meaning, the help says it.
-        text, is_explained = re.subn(r"\((null|empty): ", r"(default \1: ", text)
+        text, is_explained = re.subn(r" \((null|empty): ", rf"{opening} \1: ", text)
         if is_explained or action.nargs == 0 or default in (None, "", argparse.SUPPRESS):
-            return text
+            return text if is_explained or not limits else f"{text} ({limits})"
         shown = str(default).lower() if isinstance(default, bool) else "%(default)s"
-        return f"{text} (default: {shown})"
+        return f"{text}{opening}: {shown})"
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         names = {"int": "N", "float": "X", "str": "TEXT"}
         kind = (self._get_type_str(action) or "").removesuffix(" | null")
         return names.get(kind) or super()._get_default_metavar_for_optional(action)
+
+
+def _range_of(dest: str) -> str:
+    """Return the range of `section.key` as text, empty if it has none."""
+    section, _, key = dest.partition(".")
+    if section not in SECTIONS:
+        return ""
+    ranges = (
+        f.metadata.get("range") for f in fields(get_type_hints(Config)[section]) if f.name == key
+    )
+    return str(next(ranges, None) or "")
 
 
 def config_parser(

@@ -59,7 +59,7 @@ class ZeroOptimizer:
         """Accumulate the gradients of a loss in the parameters."""
         self.engine.backward(loss, scale_wrt_gas=False)
 
-    def clip(self, max_norm: float, scale: float = 1.0) -> Tensor:
+    def clip(self, max_norm: float | None, scale: float = 1.0) -> Tensor:
         """Set the next step to scale the gradients by max_norm / max(norm, max_norm).
 
         Returns the global norm. The loss scale is 1: `check` refuses float16. DeepSpeed scales by
@@ -70,7 +70,8 @@ class ZeroOptimizer:
             norm = torch.linalg.vector_norm(torch.stack(zero._get_norm_groups()))
         else:
             norm = zero.scaled_global_norm()
-        zero.clip_grad = max_norm * (1 + 1e-6 / norm.item()) if norm > max_norm else 0.0
+        clips = max_norm is not None and bool(norm > max_norm)
+        zero.clip_grad = max_norm * (1 + 1e-6 / norm.item()) if clips else 0.0
         return norm
 
     def step(self, rate: float) -> None:
