@@ -4,7 +4,7 @@ Mirror: mooshak_jax/optimizer.py.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -66,6 +66,15 @@ class Optimizer:
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Return `params`, `exp_avg`, `exp_avg_sq` by canonical name, not copied."""
         return {"params": dict(self.model.named_parameters()), **moments(self.model, self.inner)}
+
+    def find_nonfinite(self) -> str:
+        """Return a tensor of this process's state that is not finite, or an empty text."""
+        state = self.state()
+        tensors = dict(state["params"])
+        tensors |= {
+            f"{moment}.{name}": t for moment in MOMENTS for name, t in state[moment].items()
+        }
+        return first_nonfinite(tensors)
 
     def set_step(self, step: int) -> None:
         """Set the number of steps done, for the bias correction of the moments."""
@@ -138,6 +147,14 @@ def clip_gradients(
     elif scale != 1:
         torch._foreach_mul_(shards, 1 / scale)
     return norm
+
+
+@torch.no_grad()
+def first_nonfinite(tensors: Mapping[str, Tensor]) -> str:
+    """Return the first key whose tensor, or local shard, is not finite, or an empty text."""
+    shards = (t.to_local() if isinstance(t, DTensor) else t for t in tensors.values())
+    finite = torch.stack([shard.isfinite().all() for shard in shards]).tolist()
+    return next((key for key, good in zip(tensors, finite, strict=True) if not good), "")
 
 
 def _sum_squares(tensor: Tensor) -> Tensor:

@@ -155,6 +155,7 @@ ALLOWED: dict[str, dict[str, str]] = {
         "adamw": MUTABLE,
         "clip_gradients": IN_PLACE,
         "LossScale": "float16, which JAX does not train",
+        "first_nonfinite": "JAX checks the state in one compiled function",
     },
     "decode": {
         "generate": FUNCTIONAL,

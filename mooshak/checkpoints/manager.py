@@ -5,6 +5,7 @@ A checkpoint is renamed to its final name when it is complete. It contains `conf
 """
 
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -45,6 +46,16 @@ class CheckpointManager:
                         shutil.rmtree(unfinished)
         self.raise_failure()
 
+    def __enter__(self) -> "CheckpointManager":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: Any, traceback: Any) -> None:
+        """Let a save finish that is under way when a step fails; a second signal does not wait."""
+        if kind is not None and issubclass(kind, Exception) and self._thread is not None:
+            alone = self.processes.world_size == 1
+            is_lost = issubclass(kind, PeerError)  # The other process cannot do its part.
+            self._thread.join(None if alone else 5 if is_lost else self.config.parallel.timeout)
+
     @property
     def failed(self) -> bool:
         """True if this process has a failure that it has not reported to the others."""
@@ -67,7 +78,7 @@ class CheckpointManager:
         with self.defer_failure(what):
             if self.processes.is_main:
                 if final.exists():
-                    raise SaveError(f"{what}: {final} is in the way and incomplete; remove it")
+                    _set_aside(final)
                 temporary.mkdir(exist_ok=True)
         # Before a process could wait in start_writing for one that has failed here.
         self.raise_failure()
@@ -144,6 +155,15 @@ class CheckpointManager:
             unwanted = self.directory / f".{step}.deleting"
             (self.directory / str(step)).rename(unwanted)
             shutil.rmtree(unwanted)
+
+
+def _set_aside(path: Path) -> None:
+    """Rename an incomplete checkpoint, such as a broken copy, to a free name."""
+    number = 1
+    while (aside := path.with_name(f"{path.name}.incomplete-{number}")).exists():
+        number += 1
+    path.rename(aside)
+    print(f"{path} is incomplete; it is {aside} now", file=sys.stderr)
 
 
 def _loss_of_step(state: dict[str, Any]) -> float | None:

@@ -187,6 +187,9 @@ class TrainConfig:
     """Steps between lines of metrics.jsonl; the last step is always logged."""
     stop_after_step: int | None = number(None, at_least=1)
     """Save and stop after this step; the schedule does not change (null: train.steps)."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A step whose loss or gradients are not finite: end the run (stop), or leave its update out
+    and go on (skip)."""
 
     def __post_init__(self) -> None:
         check_fields(self, "train")

@@ -65,7 +65,10 @@ def test_overrides_take_precedence_over_the_file() -> None:
         (["--checkpoint.keep", "0"], "checkpoint.keep must be at least 1, not 0"),
         (["--checkpoint.every", "-1"], "checkpoint.every must be at least 0, not -1"),
         (["--schedule.warmup_steps", "-1"], "schedule.warmup_steps must be at least 0, not -1"),
-        (["--optimizer.max_grad_norm", "-1"], "optimizer.max_grad_norm must be at least 0 or .inf, not -1"),
+        (
+            ["--optimizer.max_grad_norm", "-1"],
+            "optimizer.max_grad_norm must be at least 0 or .inf, not -1",
+        ),
         (["--model.rope_theta", "0"], "model.rope_theta must be above 0 and finite, not 0"),
         (["--parallel.num_processes", "2"], "go together; give all three or none"),
         (

@@ -66,14 +66,15 @@ def test_help_has_every_range() -> None:
         (["--train.gradient_accumulation_steps", "0"], "must be at least 1, not 0"),
         (["--train.stop_after_step", "-1"], "train.stop_after_step must be at least 1, not -1"),
         (["--train.steps", "3000000000"], "train.steps must be at least 1"),
-        (["--data.sources", "[{name: a, weight: .nan}]"], r"data.sources\[a\].weight must be above"),
+        (
+            ["--data.sources", "[{name: a, weight: .nan}]"],
+            r"data.sources\[a\].weight must be above",
+        ),
         (["--train.steps", "null"], "train.steps"),
         (["--optimizer.learning_rate", "null"], "optimizer.learning_rate"),
     ],
 )
-def test_number_without_sense_is_refused(
-    options: list[str], message: str, tmp_path: Path
-) -> None:
+def test_number_without_sense_is_refused(options: list[str], message: str, tmp_path: Path) -> None:
     """From overrides, and in the record of a run."""
     with pytest.raises(InputError, match=message):
         load_draft_of(options)
