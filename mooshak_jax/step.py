@@ -223,7 +223,9 @@ def set_matmul_precision(config: Config) -> None:
 def cache_compilations() -> None:
     """Cache compiled programs in JAX_COMPILATION_CACHE_DIR, by default the user's cache."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+        if not home.is_absolute():
+            return  # The user of a container may have no home.
         jax.config.update("jax_compilation_cache_dir", str(home / "mooshak" / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 

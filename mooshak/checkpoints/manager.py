@@ -15,7 +15,7 @@ from typing import Any
 
 from mooshak.checkpoints import base
 from mooshak.checkpoints.formats import Processes
-from mooshak.config.sections import Config
+from mooshak.config.sections import Config, with_absolute_paths
 from mooshak.errors import InputError, PeerError, SaveError, os_error_text
 from mooshak.files import write_atomically
 from mooshak.tokenizer.files import files_of_tokenizer, standard_name, tokenizer_files
@@ -188,7 +188,11 @@ def _copy_tokenizer(config: Config) -> dict[str, Path]:
 
 
 def record_of(config: Config) -> Config:
-    """Return the configuration for RUN/config.yaml: after `init.from`, with RUN/tokenizer."""
+    """Return the configuration for RUN/config.yaml, after `init.from` with RUN/tokenizer.
+
+    Its paths are absolute: the commands that read it may run in another working directory.
+    """
+    config = with_absolute_paths(config)
     if not config.init.from_:
         return config
     path = Path(config.run.dir) / "tokenizer" / standard_name(Path(config.tokenizer.path))

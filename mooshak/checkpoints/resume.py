@@ -13,6 +13,7 @@ from mooshak.config.model import ModelConfig, model_description
 from mooshak.config.sections import Config, OptimizerConfig, ScheduleConfig
 from mooshak.errors import InputError
 from mooshak.numerics.schedule import learning_rate
+from mooshak.tokenizer.base import Tokenizer
 
 
 def resume_from(config: Config, resume: str) -> Path | None:
@@ -215,6 +216,20 @@ def check_model(
                 f"{path} is a checkpoint of another model: its {key} is {there[key]}, "
                 f"the configuration's is {value}"
             )
+
+
+def check_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
+    """Raise `InputError` if the checkpoint `path` was trained with another tokenizer.
+
+    A checkpoint without a training state does not say which.
+    """
+    known = ((base.read_trainer_state(path) or {}).get("data") or {}).get("tokenizer")
+    if known is None or known == tokenizer.fingerprint:
+        return
+    raise InputError(
+        f"{path} was trained with another tokenizer than {tokenizer.path}: its fingerprint is "
+        f"{known[:12]}, that of the file {tokenizer.fingerprint[:12]}"
+    )
 
 
 def _data(

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from os.path import abspath
 from typing import Literal
 
 from mooshak.config.fields import check_fields, expand_home, number, path
@@ -329,6 +330,23 @@ class Config:
         """Tokens per training sequence."""
         assert self.train.sequence_length is not None
         return self.train.sequence_length
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """Return the configuration for another working directory: its paths are absolute."""
+    sources = [
+        source
+        if source.kind in ("tales", "huggingface")
+        else replace(source, path=abspath(source.path))
+        for source in config.data.sources
+    ]
+    return replace(
+        config,
+        tokenizer=replace(config.tokenizer, path=abspath(config.tokenizer.path)),
+        init=replace(config.init, from_=config.init.from_ and abspath(config.init.from_)),
+        data=replace(config.data, dir=abspath(config.data.dir), sources=sources),
+        run=replace(config.run, dir=abspath(config.run.dir)),
+    )
 
 
 def check_tensor_axis(model: ModelConfig, sizes: Mapping[str, int]) -> None:

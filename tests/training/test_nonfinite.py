@@ -145,7 +145,7 @@ def test_overflow_of_the_loss_scale_is_none_of_this(tiny_config: Config) -> None
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_no_clipping_leaves_the_gradients(framework: str, config: Config) -> None:
-    """0 (null and .inf are the same) trains as a limit that no gradient reaches does, to the last bit."""
+    """0 trains as a limit that no gradient reaches; null and .inf are read as 0 is."""
     curves = []
     for limit in (0.0, 1e9):
         optimizer = replace(config.optimizer, max_grad_norm=limit)
