@@ -223,6 +223,7 @@ def _run(
                 loss = metrics.get("validation_loss")
                 state = describe_state(config, trainer, tokenizer, step, loss, shards)
                 manager.save(state, trainer.start_saving)
+                log.flush()
         manager.finish()
     return step
 

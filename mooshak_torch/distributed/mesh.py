@@ -186,13 +186,17 @@ LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def _from_launcher(name: str, default: int) -> int:
+    """Return a number from the environment; the default is the lowest one."""
     text = os.environ.get(name, "")
     try:
         value = int(text) if text else default
     except ValueError:
         value = -1
     if value < default:
-        raise InputError(f"the environment variable {name} is {text!r}, not an integer; unset it")
+        raise InputError(
+            f"the environment variable {name} is {text!r}, not an integer of at least {default}; "
+            "unset it"
+        )
     return value
 
 
