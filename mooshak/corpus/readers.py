@@ -17,8 +17,9 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
-from typing import Any
+from typing import Any, BinaryIO
 
 from mooshak.config.sections import Config, SourceConfig
 from mooshak.corpus import tales
@@ -93,7 +94,7 @@ def _tales(source: SourceConfig, config: Config) -> Iterator[str]:
 
 def _text(source: SourceConfig, config: Config) -> Iterator[str]:
     for name in _files(source):
-        with open(name, "rb") as file:
+        with _open(source, name) as file:
             content = file.read()
         try:
             text = content.decode("utf-8-sig")
@@ -107,7 +108,7 @@ def _text(source: SourceConfig, config: Config) -> Iterator[str]:
 def _jsonl(source: SourceConfig, config: Config) -> Iterator[str]:
     broken = 0
     for name in _files(source):
-        with open(name, "rb") as file:
+        with _open(source, name) as file:
             for number, line in enumerate(file, 1):
                 if b"\0" in line:
                     raise _not_text(source, name, f"a NUL byte in line {number}")
@@ -224,6 +225,17 @@ def _files(source: SourceConfig) -> list[str]:
     if not any(map(os.path.getsize, files)):
         raise InputError(f"source {source.name}: the files of {source.path} are empty; set path")
     return files
+
+
+@contextmanager
+def _open(source: SourceConfig, name: str) -> Iterator[BinaryIO]:
+    """Open a file of a source. Raises `InputError` where it cannot be opened or read."""
+    try:
+        with open(name, "rb") as file:
+            yield file
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"source {source.name}: {name} cannot be read: {reason}") from error
 
 
 def _matches(source: SourceConfig) -> list[str]:

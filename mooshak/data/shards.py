@@ -14,7 +14,6 @@ Until then its shards are in DIR/{source}~partial, where progress.json lists the
 interrupted preparation resumes there.
 """
 
-import contextlib
 import os
 import shutil
 import sys
@@ -43,6 +42,7 @@ from mooshak.data.manifest import (
     write_json,
     write_offsets,
 )
+from mooshak.data.progress import progress_bar
 from mooshak.errors import InputError
 from mooshak.files import locked
 from mooshak.tokenizer import train
@@ -339,7 +339,7 @@ def _write_shards(
 
     read = 0
     batches = map(encode, _batches(documents(source, config)))
-    with ThreadPoolExecutor(1) as pool, _progress_bar(source, progress) as advance:
+    with ThreadPoolExecutor(1) as pool, progress_bar(source, progress) as advance:
         for (first, texts), chosen, future in _one_ahead(batches):
             read, encoded = first + len(texts), future.result()
             for (number, name, text), ids in zip(chosen, encoded, strict=True):
@@ -381,26 +381,3 @@ def _one_ahead(items: Iterator[_Encoded]) -> Iterator[_Encoded]:
         if len(waiting) > 1:
             yield waiting.popleft()
     yield from waiting
-
-
-@contextlib.contextmanager
-def _progress_bar(source: SourceConfig, show: bool) -> Iterator[Any]:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:,} documents, {task.fields[tokens]:,} tokens"),
-        TimeElapsedColumn(),
-    )
-    total = source.documents or (1000 if source.kind == "tales" else None)
-    with Progress(*columns, console=Console(stderr=True), disable=not show) as bar:
-        task = bar.add_task(f"tokenizing {source.name}", total=total, tokens=0)
-
-        def advance(documents: int, tokens: int) -> None:
-            tokens += bar.tasks[task].fields["tokens"]
-            bar.update(task, advance=documents, tokens=tokens)
-
-        yield advance

@@ -208,17 +208,16 @@ def _run(
             metrics = {"loss": measured.pop("loss"), "learning_rate": rate, **measured}
             metrics |= trainer.peak_memory()
             seconds = time.perf_counter() - began
-            if validation and (step % config.evaluate.every == 0 or step == last):
+            if validation and _is_due(step, last, config.evaluate.every):
                 metrics |= validation_metrics(trainer.evaluate, validation, token_bytes_V)
             reason = nonfinite.check(step, metrics)
-            if reason or step % config.train.log_every == 0 or step == last:
+            if reason or _is_due(step, last, config.train.log_every):
                 with manager.defer_failure(f"step {step} could not be logged"):
                     log.log(step, seconds, metrics)
             if reason:
                 manager.finish()
                 raise InputError(f"{reason} ({saved_text(config)})")
-            every = config.checkpoint.every
-            if step == last or stopped or (every and step % every == 0):
+            if stopped or _is_due(step, last, config.checkpoint.every):
                 check_state(step, trainer.processes.gather(trainer.find_nonfinite()))
                 loss = metrics.get("validation_loss")
                 state = describe_state(config, trainer, tokenizer, step, loss, shards)
@@ -226,6 +225,11 @@ def _run(
                 log.flush()
         manager.finish()
     return step
+
+
+def _is_due(step: int, last: int, every: int) -> bool:
+    """Return whether a step is the last one, or one of every so many (0: only the last)."""
+    return step == last or (every > 0 and step % every == 0)
 
 
 def saved_text(config: Config) -> str:
