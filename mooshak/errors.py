@@ -52,7 +52,7 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
         except OSError as error:
-            if error.errno not in _DISK_ERRORS and (
+            if error.errno not in (*_DISK_ERRORS, *_DEVICE_ERRORS) and (
                 error.errno not in _FILE_ERRORS or error.filename is None
             ):
                 raise
@@ -63,11 +63,12 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
 
 def os_error_text(error: OSError) -> str:
     """Return the reason and the file of an `OSError`, in one line."""
-    text = f"{error.strerror or error}: {error.filename or 'while writing'}"
+    text = f"{error.strerror or error}: {error.filename or 'while reading or writing'}"
     return f"{text}; free some space" if error.errno in _DISK_ERRORS else text
 
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DEVICE_ERRORS = (errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENODEV)
 _FILE_ERRORS = (
     errno.ENOENT,
     errno.EEXIST,

@@ -36,8 +36,13 @@ def adamw(state: dict[str, Any], grads: Any, learning_rate: Array, config: Optim
     return {"params": params, "exp_avg": new.mu, "exp_avg_sq": new.nu, "step": new.count}
 
 
-def clip_gradients(grads: Any, max_norm: float) -> tuple[Any, Array]:
-    """Return the gradients times max_norm / max(norm, max_norm), and their global norm."""
+def clip_gradients(grads: Any, max_norm: float | None) -> tuple[Any, Array]:
+    """Return the gradients times max_norm / max(norm, max_norm), and their global norm.
+
+    None does not clip.
+    """
     norm = optax.tree.norm(grads)
+    if max_norm is None:
+        return grads, norm
     scale = max_norm / jnp.maximum(norm, max_norm)
     return jax.tree.map(lambda g: g * scale, grads), norm

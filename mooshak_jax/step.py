@@ -4,6 +4,7 @@ Mirror: mooshak_torch/step.py.
 """
 
 import contextlib
+import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +18,7 @@ import numpy as np
 from jax import Array
 
 from mooshak.checkpoints.base import MOMENTS, Checkpoint
-from mooshak.checkpoints.resume import loss_scale_of, n_updates
+from mooshak.checkpoints.resume import loss_scale_of, n_updates, skipped_steps
 from mooshak.config.sections import Config
 from mooshak.data.packing import Batch, pad_rows
 from mooshak.errors import InputError
@@ -55,6 +56,10 @@ class Trainer:
         self.explain_timeouts, self.peak_memory = contextlib.nullcontext, peak_memory
         self._train_step = make_train_step(config, parallel)
         self._evaluate = make_evaluate(config, parallel)
+        self._finite = jax.jit(
+            partial(jax.tree.map, lambda x: jnp.isfinite(x).all()),
+            out_shardings=parallel.replicated,
+        )
 
     def initialize(self, tokenizer: Tokenizer) -> None:
         config, parallel = self.config, self.processes
@@ -65,12 +70,14 @@ class Trainer:
                 config.model, config.train.dtype, config.run.seed, parallel=parallel
             )
         self.state, self._earlier = initial_state(params), dict[str, Any]()
+        self._skipped = 0
 
     def restore(self, source: Checkpoint) -> None:
         assert source.trainer_state is not None
         self.state = restore(self.config.model, self.config.train.dtype, source, self.processes)
         self.state["step"] = np.int32(n_updates(source.trainer_state))
         self._earlier = loss_scale_of(source.trainer_state)
+        self._skipped = skipped_steps(source.trainer_state)
 
     def step(
         self, batch: Batch, rate: float, stop: Callable[[], bool]
@@ -79,7 +86,10 @@ class Trainer:
         self.state, loss, norm = self._train_step(self.state, global_batch, rate)
         # The processes exchange their flags while the devices compute.
         stopping = self.processes.any_process(stop())
-        return {"loss": float(loss), "grad_norm": float(norm)}, stopping
+        metrics = {"loss": float(loss), "grad_norm": float(norm)}
+        if self.config.train.on_nonfinite == "skip":
+            self._skipped += not all(map(math.isfinite, metrics.values()))
+        return metrics, stopping
 
     def evaluate(self, batch: Batch) -> float:
         return evaluate(self._evaluate, self.state["params"], batch, self.config, self.processes)
@@ -87,8 +97,16 @@ class Trainer:
     def start_saving(self, path: Path) -> Callable[[], None]:
         return start_saving({key: self.state[key] for key in ("params", *MOMENTS)}, path)
 
+    def find_nonfinite(self) -> str:
+        finite = self._finite({key: self.state[key] for key in ("params", *MOMENTS)})
+        for path, good in jax.tree_util.tree_leaves_with_path(finite):
+            if not good:
+                group, *names = (str(getattr(key, "key", key)) for key in path)
+                return ".".join([*([] if group == "params" else [group]), *names])
+        return ""
+
     def trainer_state(self) -> dict[str, Any]:
-        return self._earlier
+        return self._earlier | ({"skipped_steps": self._skipped} if self._skipped else {})
 
     def close(self) -> None:
         """Do nothing: JAX disconnects from the other processes when this one exits."""
@@ -115,7 +133,8 @@ def make_train_step(
     """Return the compiled optimizer step: (state, global batch, rate) -> (state, loss, norm).
 
     `loss` is the mean over the global batch, `norm` the global norm of the gradients before
-    clipping. The state's memory is donated: use the returned state.
+    clipping. The state's memory is donated: use the returned state. It does not change in a step
+    that `train.on_nonfinite` leaves out.
     """
     objective = make_objective(config.model, config)
     n_micro_batches = config.train.gradient_accumulation_steps
@@ -139,7 +158,11 @@ def make_train_step(
                 zeros = (zero, jax.tree.map(jnp.zeros_like, state["params"]))
                 (loss, grads), _ = jax.lax.scan(add, zeros, micro_batches)
         grads, norm = clip_gradients(grads, config.optimizer.max_grad_norm)
-        return adamw(state, grads, rate, config.optimizer), loss, norm
+        update = partial(adamw, learning_rate=rate, config=config.optimizer)
+        if config.train.on_nonfinite == "stop":
+            return update(state, grads), loss, norm
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        return jax.lax.cond(finite, update, lambda state, _: state, state, grads), loss, norm
 
     replicated = parallel.replicated
     shardings = jax.tree.map(lambda array: array.sharding, abstract_state(config, parallel))
@@ -200,7 +223,9 @@ def set_matmul_precision(config: Config) -> None:
 def cache_compilations() -> None:
     """Cache compiled programs in JAX_COMPILATION_CACHE_DIR, by default the user's cache."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+        if not home.is_absolute():
+            return  # The user of a container may have no home.
         jax.config.update("jax_compilation_cache_dir", str(home / "mooshak" / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 

@@ -12,11 +12,13 @@ from mooshak.training import loop
 from mooshak.training.malloc import use_single_arena
 
 
-def train(config: Config, resume: str = "auto", profile: bool = False) -> None:
+def train(
+    config: Config, resume: str = "auto", profile: bool = False, allow_data_change: bool = False
+) -> None:
     """Train a model in JAX; arguments and errors are those of `mooshak.training.loop.train`."""
     from mooshak_jax.step import Trainer
 
-    loop.train(config, Trainer(config), resume, profile)
+    loop.train(config, Trainer(config), resume, profile, allow_data_change)
 
 
 @command
@@ -33,7 +35,7 @@ def main() -> None:
     cache_compilations()
     if arguments.profile:
         prepare_profiler()
-    train(config, arguments.resume, arguments.profile)
+    train(config, arguments.resume, arguments.profile, arguments.allow_data_change)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Mirror: mooshak_jax/optimizer.py.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -53,7 +53,7 @@ class Optimizer:
         """Accumulate the gradients of a loss in the parameters."""
         loss.backward()
 
-    def clip(self, max_norm: float, scale: float = 1.0) -> Tensor:
+    def clip(self, max_norm: float | None, scale: float = 1.0) -> Tensor:
         """Divide the gradients by the loss scale and clip them; see `clip_gradients`."""
         return clip_gradients(self.objective.parameters(), max_norm, scale)
 
@@ -66,6 +66,15 @@ class Optimizer:
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Return `params`, `exp_avg`, `exp_avg_sq` by canonical name, not copied."""
         return {"params": dict(self.model.named_parameters()), **moments(self.model, self.inner)}
+
+    def find_nonfinite(self) -> str:
+        """Return a tensor of this process's state that is not finite, or an empty text."""
+        state = self.state()
+        tensors = dict(state["params"])
+        tensors |= {
+            f"{moment}.{name}": t for moment in MOMENTS for name, t in state[moment].items()
+        }
+        return first_nonfinite(tensors)
 
     def set_step(self, step: int) -> None:
         """Set the number of steps done, for the bias correction of the moments."""
@@ -114,10 +123,13 @@ class LossScale:
             self.scale, self.clean = self.scale * 2, 0
 
 
-def clip_gradients(parameters: Iterable[Tensor], max_norm: float, scale: float = 1.0) -> Tensor:
+def clip_gradients(
+    parameters: Iterable[Tensor], max_norm: float | None, scale: float = 1.0
+) -> Tensor:
     """Scale the gradients by max_norm / max(norm, max_norm), in place; return the global norm.
 
-    The gradients are first divided by `scale`, the loss scale. The norm is over all processes.
+    None does not clip. The gradients are first divided by `scale`, the loss scale. The norm is over
+    all processes.
 
     Not `torch.nn.utils.clip_grad_norm_`: it adds 1e-6 to the norm, which alone makes the frameworks
     differ by 1.5e-9 after 20 steps.
@@ -130,8 +142,19 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float, scale: float =
     if any(isinstance(g, DTensor) for g in grads):
         dist.all_reduce(square)
     norm = square.sqrt().to(shards[0].dtype) / scale
-    torch._foreach_mul_(shards, max_norm / torch.clamp(norm, min=max_norm) / scale)
+    if max_norm is not None:
+        torch._foreach_mul_(shards, max_norm / torch.clamp(norm, min=max_norm) / scale)
+    elif scale != 1:
+        torch._foreach_mul_(shards, 1 / scale)
     return norm
+
+
+@torch.no_grad()
+def first_nonfinite(tensors: Mapping[str, Tensor]) -> str:
+    """Return the first key whose tensor, or local shard, is not finite, or an empty text."""
+    shards = (t.to_local() if isinstance(t, DTensor) else t for t in tensors.values())
+    finite = torch.stack([shard.isfinite().all() for shard in shards]).tolist()
+    return next((key for key, good in zip(tensors, finite, strict=True) if not good), "")
 
 
 def _sum_squares(tensor: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mooshak.checkpoints.base import Checkpoint
-from mooshak.checkpoints.resume import loss_scale_of, n_updates
+from mooshak.checkpoints.resume import loss_scale_of, n_updates, skipped_steps
 from mooshak.config.sections import Config
 from mooshak.data.packing import Batch
 from mooshak.numerics.init_weights import initial_weight
@@ -54,7 +54,8 @@ class Trainer:
     def _set_state(self, tokenizer: Tokenizer | None, source: Checkpoint | None) -> None:
         self.objective, self.optimizer = make_state(self.config, self.processes, tokenizer, source)
         self.loss_scale = make_loss_scale(self.config, self.optimizer, source)
-        self._earlier = {} if source is None else loss_scale_of(source.trainer_state)
+        state = None if source is None else source.trainer_state
+        self._earlier, self._skipped = loss_scale_of(state), skipped_steps(state)
 
     def step(
         self, batch: Batch, rate: float, stop: Callable[[], bool]
@@ -69,6 +70,8 @@ class Trainer:
         metrics = {"loss": total, "grad_norm": norm.item()}
         if scale is not None:
             metrics["loss_scale"] = scale.scale
+        elif self.config.train.on_nonfinite == "skip":
+            self._skipped += not all(map(math.isfinite, metrics.values()))
         return metrics, stopping > 0
 
     def evaluate(self, batch: Batch) -> float:
@@ -77,8 +80,13 @@ class Trainer:
     def start_saving(self, path: Path) -> Callable[[], None]:
         return start_saving(self.optimizer.state(), path, self.processes.checkpoint_group)
 
+    def find_nonfinite(self) -> str:
+        return self.optimizer.find_nonfinite()
+
     def trainer_state(self) -> dict[str, Any]:
-        return self._earlier if self.loss_scale is None else {"loss_scale": asdict(self.loss_scale)}
+        scale = None if self.loss_scale is None else {"loss_scale": asdict(self.loss_scale)}
+        skipped = {"skipped_steps": self._skipped} if self._skipped else {}
+        return (scale or self._earlier) | skipped
 
     def close(self) -> None:
         self.processes.close()
@@ -136,7 +144,8 @@ def train_step(
     """Take one optimizer step on this process's rows of the batch.
 
     Returns this process's share of the mean loss, to be summed over the processes, and the global
-    norm of the gradients before clipping.
+    norm of the gradients before clipping. Parameters and moments do not change in a step that
+    `train.on_nonfinite` or the loss scale leaves out.
     """
     optimizer.zero_grad()
     scale = 1.0 if loss_scale is None else loss_scale.scale
@@ -154,8 +163,15 @@ def train_step(
         loss_scale.update(finite=bool(norm.isfinite()))
         if not norm.isfinite():
             return loss, norm
+    elif config.train.on_nonfinite == "skip" and not _is_finite(loss, norm, parallel):
+        return loss, norm
     optimizer.step(rate)
     return loss, norm
+
+
+def _is_finite(loss: Tensor, norm: Tensor, parallel: Parallel) -> bool:
+    """Return whether the global loss and the norm are finite, in all processes alike."""
+    return bool((parallel.sum(loss.clone()) + norm).isfinite())
 
 
 @torch.no_grad()

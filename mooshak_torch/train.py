@@ -14,11 +14,13 @@ from mooshak.training import loop
 from mooshak.training.malloc import use_single_arena
 
 
-def train(config: Config, resume: str = "auto", profile: bool = False) -> None:
+def train(
+    config: Config, resume: str = "auto", profile: bool = False, allow_data_change: bool = False
+) -> None:
     """Train a model in PyTorch; arguments and errors are those of `mooshak.training.loop.train`."""
     from mooshak_torch.step import Trainer
 
-    loop.train(config, Trainer(config), resume, profile)
+    loop.train(config, Trainer(config), resume, profile, allow_data_change)
 
 
 @command
@@ -29,7 +31,7 @@ def main() -> None:
     parser = config_parser("mooshak_torch.train", __doc__)
     loop.add_options(parser)
     draft, arguments = parse_config(parser)
-    train(resolve(draft), arguments.resume, arguments.profile)
+    train(resolve(draft), arguments.resume, arguments.profile, arguments.allow_data_change)
 
 
 if __name__ == "__main__":

@@ -157,6 +157,7 @@ ALLOWED: dict[str, dict[str, str]] = {
         "adamw": MUTABLE,
         "clip_gradients": IN_PLACE,
         "LossScale": "float16, which JAX does not train",
+        "first_nonfinite": "JAX checks the state in one compiled function",
     },
     "decode": {
         "generate": FUNCTIONAL,
@@ -181,6 +182,7 @@ ALLOWED: dict[str, dict[str, str]] = {
         "DEFAULT_MESHES": "of torch's strategies",
         "COLLECTIVES": "for explain_timeouts",
         "WAITING": "for explain_timeouts",
+        "LAUNCHER": "torchrun's environment; JAX has options of its own",
         "SHUTDOWN_SECONDS": "of JAX's coordinator; torch has parallel.timeout",
         "check_fsdp": "FSDP2 shards any width, JAX only what the axis divides",
         "Parallel.device": "a torch process has one device",

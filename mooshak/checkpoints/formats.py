@@ -26,6 +26,10 @@ class Processes(Protocol):
     def is_main(self) -> bool:
         """True in the first process."""
 
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+
     def broadcast(self, text: str) -> str:
         """Return the text of the first process, in all of them."""
 

@@ -61,7 +61,9 @@ def _record(run: Path, source: str) -> Config | None:
     if not (run / "config.yaml").is_file() or newest_checkpoint(run) is None:
         return None
     recorded = load_config(run / "config.yaml")
-    return recorded if recorded.init.from_ == source else None
+    from_ = recorded.init.from_
+    same = bool(from_) and Path(from_).absolute() == Path(source).absolute()
+    return recorded if same else None
 
 
 WITHOUT_PARAMETERS = ("max_seq_len", "rope_theta", "rope_scaling", "sliding_window", "norm_eps")

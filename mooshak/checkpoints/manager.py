@@ -5,6 +5,7 @@ A checkpoint is renamed to its final name when it is complete. It contains `conf
 """
 
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from typing import Any
 
 from mooshak.checkpoints import base
 from mooshak.checkpoints.formats import Processes
-from mooshak.config.sections import Config
+from mooshak.config.sections import Config, with_absolute_paths
 from mooshak.errors import InputError, PeerError, SaveError, os_error_text
 from mooshak.files import write_atomically
 from mooshak.tokenizer.files import files_of_tokenizer, standard_name, tokenizer_files
@@ -45,6 +46,16 @@ class CheckpointManager:
                         shutil.rmtree(unfinished)
         self.raise_failure()
 
+    def __enter__(self) -> "CheckpointManager":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: Any, traceback: Any) -> None:
+        """Let a save finish that is under way when a step fails; a second signal does not wait."""
+        if kind is not None and issubclass(kind, Exception) and self._thread is not None:
+            alone = self.processes.world_size == 1
+            is_lost = issubclass(kind, PeerError)  # The other process cannot do its part.
+            self._thread.join(None if alone else 5 if is_lost else self.config.parallel.timeout)
+
     @property
     def failed(self) -> bool:
         """True if this process has a failure that it has not reported to the others."""
@@ -67,7 +78,7 @@ class CheckpointManager:
         with self.defer_failure(what):
             if self.processes.is_main:
                 if final.exists():
-                    raise SaveError(f"{what}: {final} is in the way and incomplete; remove it")
+                    _set_aside(final)
                 temporary.mkdir(exist_ok=True)
         # Before a process could wait in start_writing for one that has failed here.
         self.raise_failure()
@@ -146,6 +157,15 @@ class CheckpointManager:
             shutil.rmtree(unwanted)
 
 
+def _set_aside(path: Path) -> None:
+    """Rename an incomplete checkpoint, such as a broken copy, to a free name."""
+    number = 1
+    while (aside := path.with_name(f"{path.name}.incomplete-{number}")).exists():
+        number += 1
+    path.rename(aside)
+    print(f"{path} is incomplete; it is {aside} now", file=sys.stderr)
+
+
 def _loss_of_step(state: dict[str, Any]) -> float | None:
     """Return the validation loss of a training state, or None if it is of an earlier step."""
     # Older versions did not record the step.
@@ -168,7 +188,11 @@ def _copy_tokenizer(config: Config) -> dict[str, Path]:
 
 
 def record_of(config: Config) -> Config:
-    """Return the configuration for RUN/config.yaml: after `init.from`, with RUN/tokenizer."""
+    """Return the configuration for RUN/config.yaml, after `init.from` with RUN/tokenizer.
+
+    Its paths are absolute: the commands that read it may run in another working directory.
+    """
+    config = with_absolute_paths(config)
     if not config.init.from_:
         return config
     path = Path(config.run.dir) / "tokenizer" / standard_name(Path(config.tokenizer.path))

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeAlias, get_args
 
+from mooshak.config.fields import check_fields, number
 from mooshak.errors import InputError, did_you_mean, require
 
 Dtype: TypeAlias = Literal["float64", "float32", "bfloat16", "float16"]
@@ -18,26 +19,26 @@ class ModelConfig:
 
     architecture: Architecture = "mooshak"
     """Block class of the layers."""
-    vocab_size: int = 64128
+    vocab_size: int = number(64128, at_least=1)
     """Rows of the embedding and of the output head: the tokens of the tokenizer, rounded up to a
     multiple of 64."""
-    dim: int = 4096
+    dim: int = number(4096, at_least=1)
     """Width of the residual stream."""
-    n_layers: int = 8
+    n_layers: int = number(8, at_least=1)
     """Number of layers."""
-    n_heads: int = 32
+    n_heads: int = number(32, at_least=1)
     """Number of query heads."""
-    n_kv_heads: int | None = None
+    n_kv_heads: int | None = number(None, at_least=1)
     """Number of key/value heads (null: as many as query heads)."""
-    head_dim: int | None = None
+    head_dim: int | None = number(None, at_least=1)
     """Width of a head (null: dim / n_heads)."""
-    hidden_dim: int = 11008
+    hidden_dim: int = number(11008, at_least=1)
     """Hidden width of the MLP."""
-    max_seq_len: int = 2048
+    max_seq_len: int = number(2048, at_least=1)
     """Maximum sequence length in tokens, which sizes the RoPE tables."""
-    norm_eps: float = 1e-5
+    norm_eps: float = number(1e-5, above=0)
     """Epsilon of RMSNorm."""
-    rope_theta: float = 10000.0
+    rope_theta: float = number(10000.0, above=0)
     """Base of the RoPE frequencies."""
     rope_scaling: dict[str, Any] | None = None
     """llama: rescaling of the RoPE frequencies (null: none), an object with rope_type linear and
@@ -53,7 +54,7 @@ class ModelConfig:
     """llama: bias of the three MLP projections."""
     qk_norm: bool = False
     """llama: RMSNorm of the queries and keys of each head, before RoPE (as in Qwen3)."""
-    sliding_window: int | None = None
+    sliding_window: int | None = number(None, at_least=1)
     """llama: number of positions that a query attends to, its own included, as in Mistral
     (null: all earlier positions)."""
     # Layout of the parameters in JAX: the function and the checkpoints are the same.
@@ -68,8 +69,7 @@ class ModelConfig:
             f"model.architecture {self.architecture!r} is unknown; known are "
             f"{' and '.join(get_args(Architecture))}",
         )
-        for name in ("vocab_size", "dim", "n_layers", "n_heads", "hidden_dim", "max_seq_len"):
-            require(getattr(self, name) > 0, f"model.{name} must be positive")
+        check_fields(self, "model")
         if self.head_dim is None:
             require(
                 self.dim % self.n_heads == 0,
@@ -81,17 +81,11 @@ class ModelConfig:
             object.__setattr__(self, "n_kv_heads", self.n_heads)
         require(self.K % 2 == 0, f"model.head_dim {self.K} must be even: RoPE rotates pairs")
         require(
-            self.G > 0 and self.n_heads % self.G == 0,
+            self.n_heads % self.G == 0,
             f"model.n_heads {self.n_heads} is not a multiple of model.n_kv_heads {self.G}",
         )
-        for name in ("norm_eps", "rope_theta"):
-            require(getattr(self, name) > 0, f"model.{name} must be positive")
         if self.rope_scaling is not None:
             _check_rope_scaling(self.rope_scaling)
-        require(
-            self.sliding_window is None or self.sliding_window > 0,
-            "model.sliding_window must be positive",
-        )
         if self.architecture == "mooshak":
             # The concatenated heads are added to the residual stream without a projection.
             require(

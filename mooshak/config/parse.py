@@ -16,6 +16,7 @@ from mooshak.command_line import HelpFormatter, description, prog
 from mooshak.config import renamed
 from mooshak.config.model import ModelConfig
 from mooshak.config.sections import Config, InitConfig, SourceConfig
+from mooshak.config.yaml_file import checked_text
 from mooshak.errors import InputError, did_you_mean
 
 SECTIONS = tuple(f.name for f in fields(Config))
@@ -44,17 +45,30 @@ class _HelpFormatter(HelpFormatter, jsonargparse.DefaultHelpFormatter):
             return f"{text} (default: the built-in tales in Hindi and English)"
         if action.dest == "print_config":
             return "print the configuration as YAML and exit"
+        limits = _range_of(action.dest)
+        opening = f" ({limits}; default" if limits else " (default"
         # Where null or an empty text has a meaning, the help says it.
-        text, is_explained = re.subn(r"\((null|empty): ", r"(default \1: ", text)
+        text, is_explained = re.subn(r" \((null|empty): ", rf"{opening} \1: ", text)
         if is_explained or action.nargs == 0 or default in (None, "", argparse.SUPPRESS):
-            return text
+            return text if is_explained or not limits else f"{text} ({limits})"
         shown = str(default).lower() if isinstance(default, bool) else "%(default)s"
-        return f"{text} (default: {shown})"
+        return f"{text}{opening}: {shown})"
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         names = {"int": "N", "float": "X", "str": "TEXT"}
         kind = (self._get_type_str(action) or "").removesuffix(" | null")
         return names.get(kind) or super()._get_default_metavar_for_optional(action)
+
+
+def _range_of(dest: str) -> str:
+    """Return the range of `section.key` as text, empty if it has none."""
+    section, _, key = dest.partition(".")
+    if section not in SECTIONS:
+        return ""
+    ranges = (
+        f.metadata.get("range") for f in fields(get_type_hints(Config)[section]) if f.name == key
+    )
+    return str(next(ranges, None) or "")
 
 
 def config_parser(
@@ -121,12 +135,14 @@ def parse_config(
     (`is_record`) may have keys of older versions. Raises `InputError` for a missing file, an
     unknown key or a value of another type.
     """
+    file = None
     words = _config_first([_long(word) for word in (sys.argv[1:] if argv is None else argv)])
     try:
         if find_config is not None and _config_file(words) is None:
             words = ["--config", str(find_config(arguments.parse_args(words))), *words]
             is_record = True
-        words = _translated(words, is_record)
+        file = _config_file(words)
+        words = _prepared(words, is_record)
         given = arguments.parse_args(words, defaults=False)
         namespace = arguments.parse_args(words)
         model = namespace.pop("model").as_dict()
@@ -135,7 +151,7 @@ def parse_config(
         message = _explain(str(error))
         not_yaml = isinstance(error, (UnicodeDecodeError, yaml.YAMLError))
         if not_yaml or message.startswith("Problems parsing config"):
-            message = f"{_config_file(words)} is not YAML: {message}"
+            message = f"{file} is not YAML: {message}"
         raise InputError(message) from error
     sections = {name: values[name] for name in SECTIONS if name not in ("model", "init")}
     sections |= {"model": model, "init": InitConfig(values["init.from"])}
@@ -143,26 +159,59 @@ def parse_config(
 
 
 def _config_first(words: list[str]) -> list[str]:
-    """Move `--config FILE` to the front: options override the file, whatever their order."""
-    for i, word in enumerate(words):
-        if word == "--config" and i + 1 < len(words):
-            return [word, words[i + 1], *words[:i], *words[i + 2 :]]
-        if word.startswith("--config="):
-            return ["--config", word.removeprefix("--config="), *words[:i], *words[i + 1 :]]
-    return words
+    """Move each `--config FILE` to the front: options override files, whatever their order."""
+    files, others, i = list[str](), list[str](), 0
+    while i < len(words):
+        if words[i] == "--config" and i + 1 < len(words):
+            files += words[i : i + 2]
+            i += 1
+        elif words[i].startswith("--config="):
+            files += ["--config", words[i].removeprefix("--config=")]
+        else:
+            others.append(words[i])
+        i += 1
+    return files + others
 
 
-def _translated(words: list[str], is_record: bool) -> list[str]:
-    """Return the words; the path of a record with old keys is replaced by its translated text."""
-    path = Path(_config_file(words) or "")
-    if not path.is_file() or not (is_record or is_run_record(path)):
-        return words
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError):
-        return words  # The parser reports it.
-    new = renamed.translate(values) if isinstance(values, dict) else values
-    return words if new == values else ["--config", yaml.safe_dump(new), *words[2:]]
+def _prepared(words: list[str], is_record: bool) -> list[str]:
+    """Return the words; a file that cannot be parsed as it is is replaced by its text.
+
+    That is a record with old keys or of a directory that was moved, and a file with empty sections.
+    """
+    result = list(words)
+    for i in range(0, len(words), 2):
+        if words[i] != "--config" or i + 1 == len(words):
+            break
+        path = Path(words[i + 1])
+        if not path.is_file():
+            continue  # The parser reports it.
+        text = checked_text(path)
+        if is_record or is_run_record(path):
+            try:
+                values = yaml.safe_load(text or path.read_text(encoding="utf-8"))
+            except (yaml.YAMLError, UnicodeDecodeError):
+                continue
+            if isinstance(values, dict) and (new := _present(values, path)) != values:
+                text = yaml.safe_dump(new)
+        if text is not None:
+            result[i + 1] = text
+    return result
+
+
+def _present(record: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return a record of a run with today's keys, and with the directory that it is in."""
+    values = renamed.translate(record)
+    if not is_run_record(path):
+        return values
+    run, here = values.get("run"), path.absolute().parent
+    if isinstance(run, dict) and Path(str(run.get("dir"))).absolute() != here:
+        run["dir"] = str(here)
+    tokenizer = values.get("tokenizer")
+    if isinstance(tokenizer, dict) and not Path(str(tokenizer.get("path"))).exists():
+        for copied in sorted(here.glob("tokenizer/tokenizer.*")):
+            if copied.suffix in (".model", ".json"):
+                tokenizer["path"] = str(copied)
+    return values
 
 
 def is_run_record(path: Path) -> bool:
@@ -198,7 +247,7 @@ def dump_config(config: Config) -> str:
 def _config_file(words: Sequence[str]) -> str | None:
     """Return the value of `--config`, which the messages of jsonargparse do not contain."""
     option = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    option.add_argument("--config")
+    option.add_argument("--config", nargs="?")
     file: str | None = option.parse_known_args(words)[0].config
     return file
 
@@ -215,7 +264,28 @@ def _explain(message: str) -> str:
             if key in renamed.RENAMED:
                 return f"{prefix}{key} was renamed; use {renamed.RENAMED[key]}"
             return f"unknown {prefix}{key}{did_you_mean(key, _known_keys())}"
+    if match := re.search(r"Not a valid subclass of SourceConfig. Got value: (.*)", message):
+        return f"data.sources: {match[1]} is not an object with the keys of a source"
+    if match := re.match(r'Parser key "([\w.]+)":(.*)', message, re.DOTALL):
+        kinds = [_KINDS.get(kind, kind) for kind in re.findall(r"Expected an? (<.*?>)", match[2])]
+        choices = re.search(r"Expected a typing\.Literal\[(.*?)\]", match[2])
+        wanted = f"one of {choices[1]}" if choices else " or ".join(dict.fromkeys(kinds))
+        value = re.search(r"(?:Got|Given) value: ?(.*)", match[2], re.DOTALL)
+        if wanted and value:
+            return f"{match[1]} must be {wanted}, not {value[1].strip() or 'an empty text'}"
     return message
+
+
+_KINDS = {
+    "<class 'int'>": "an integer",
+    "<class 'float'>": "a number",
+    "<class 'str'>": "a text",
+    "<class 'bool'>": "true or false",
+    "<class 'list'>": "a list",
+    "<class 'dict'>": "an object",
+    "<class 'NoneType'>": "null",
+}
+"""Type in the messages of jsonargparse -> words."""
 
 
 @functools.cache

@@ -4,11 +4,14 @@ mooshak/config/parse.py builds the parser of every command from them. Their docs
 texts. An unknown key is an error that names the most similar known one.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from os.path import abspath
 from typing import Literal
 
+from mooshak.config.fields import check_fields, expand_home, number, path
 from mooshak.config.model import Dtype, ModelConfig
 from mooshak.errors import InputError, require
 
@@ -17,23 +20,29 @@ from mooshak.errors import InputError, require
 class TokenizerConfig:
     """The tokenizer; a SentencePiece model is trained when the file is missing."""
 
-    path: str = "data/demo/tokenizer.model"
+    path: str = path("data/demo/tokenizer.model")
     """SentencePiece model file, or a `tokenizer.json` of Hugging Face."""
-    vocab_size: int = 64128
+    vocab_size: int = number(64128, at_least=1)
     """Tokens to train; model.vocab_size is this number, rounded up to a multiple of 64."""
-    character_coverage: float = 1.0
+    character_coverage: float = number(1.0, at_least=0.98, at_most=1)
     """Share of the characters that become tokens; the others are encoded as bytes."""
-    training_bytes: int = 200_000_000
+    training_bytes: int = number(200_000_000, at_least=1, at_most=2**40)
     """Maximum bytes of training text, taken from the sources by weight."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "tokenizer")
 
 
 @dataclass(frozen=True)
 class InitConfig:
     """Initial weights. The key is `from`, which is a keyword of Python."""
 
-    from_: str = ""
+    from_: str = path("")
     """Checkpoint of any format, or Hugging Face directory, that supplies the initial weights; keys
     of model that are not given, and the tokenizer, are taken from it (empty: random weights)."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "init")
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,7 @@ class SourceConfig:
     """tales (built in), text (a document per file), jsonl, parquet, or huggingface (`datasets`)."""
     language: str = "en"
     """Language tag (hi, en, ...); validation is reported by language."""
-    weight: float = 1.0
+    weight: float = number(1.0, above=0)
     """Weight in the training mixture, relative to the weights of the other sources."""
     path: str = ""
     """Glob of the files, or name of the Hugging Face dataset."""
@@ -56,9 +65,9 @@ class SourceConfig:
     """huggingface: configuration (`name=`) or directory (`data_dir=`) of the dataset."""
     split: str = "train"
     """huggingface: split of the dataset."""
-    documents: int | None = None
+    documents: int | None = number(None, at_least=1)
     """Maximum number of documents (null: all; tales: 1000)."""
-    seed: int = 0
+    seed: int = number(0, at_least=-(2**63), at_most=2**63 - 1)
     """tales: seed; sources in two languages with one seed are translations of each other."""
 
     def __post_init__(self) -> None:
@@ -67,7 +76,9 @@ class SourceConfig:
             f"data.sources name {self.name!r} (a directory) must begin with a letter or digit, "
             "then letters, digits, '_', '-' and '.'",
         )
-        require(self.weight > 0, f"weight of source {self.name} must be positive")
+        check_fields(self, f"data.sources[{self.name}]")
+        if self.path.startswith("~"):
+            object.__setattr__(self, "path", expand_home(self.path))
         require(self.kind == "tales" or bool(self.path), f"source {self.name} needs a path")
 
 
@@ -75,7 +86,7 @@ class SourceConfig:
 class DataConfig:
     """Text sources, token shards and batches."""
 
-    dir: str = "data/demo"
+    dir: str = path("data/demo")
     """Directory of the token shards."""
     sources: list[SourceConfig] = field(
         default_factory=lambda: [
@@ -90,44 +101,46 @@ class DataConfig:
     """Drop documents without visible characters."""
     deduplicate: bool = True
     """Drop exact duplicates of documents within a source."""
-    validation_fraction: float = 0.02
+    validation_fraction: float = number(0.02, at_least=0, below=1)
     """Fraction of the documents held out for validation, selected by a hash of their text."""
-    max_broken_lines: int = 100
+    max_broken_lines: int = number(100, at_least=0)
     """jsonl: invalid lines that are skipped before preparation fails."""
-    shard_tokens: int = 2**24
+    shard_tokens: int = number(2**24, at_least=1)
     """Tokens per shard."""
     document_mask: bool = False
     """Restrict attention to the document of a token: positions restart at each document, and labels
     across a document boundary are ignored."""
-    workers: int = 0
+    workers: int = number(0, at_least=0, at_most=1024)
     """Grain worker processes that prefetch batches (0: threads of the training process)."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "data")
         names = [source.name for source in self.sources]
         require(bool(names), "data.sources is empty; name at least one source")
         require(len(set(names)) == len(names), f"data.sources has a duplicate name: {names}")
-        require(0 <= self.validation_fraction < 1, "data.validation_fraction must be in [0, 1)")
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW (arXiv:1711.05101) and gradient clipping by the global norm."""
 
-    learning_rate: float = 3e-4
+    learning_rate: float = number(3e-4, at_least=0)
     """Peak learning rate."""
-    beta1: float = 0.9
+    beta1: float = number(0.9, at_least=0, below=1)
     """Decay rate of the first moment."""
-    beta2: float = 0.95
+    beta2: float = number(0.95, at_least=0, below=1)
     """Decay rate of the second moment."""
-    eps: float = 1e-8
+    eps: float = number(1e-8, at_least=1e-30)
     """Term added to the square root of the second moment."""
-    weight_decay: float = 0.1
+    weight_decay: float = number(0.1, at_least=0)
     """Decoupled weight decay; applied to matrices, not to norm gains or biases."""
-    max_grad_norm: float = 1.0
-    """Global norm to which larger gradients are scaled down."""
+    max_grad_norm: float | None = number(1.0, at_least=0, at_most=math.inf)
+    """Global norm to which larger gradients are scaled down; 0, .inf or null: no clipping."""
 
     def __post_init__(self) -> None:
-        require(self.max_grad_norm >= 0, "optimizer.max_grad_norm must not be negative")
+        check_fields(self, "optimizer")
+        if self.max_grad_norm in (0, math.inf):
+            object.__setattr__(self, "max_grad_norm", None)
 
 
 @dataclass(frozen=True)
@@ -136,52 +149,51 @@ class ScheduleConfig:
 
     kind: Literal["cosine", "wsd", "constant"] = "cosine"
     """cosine, wsd (warmup-stable-decay, arXiv:2404.06395) or constant, each after the warmup."""
-    warmup_steps: int = 100
+    warmup_steps: int = number(100, at_least=0)
     """Steps of linear warmup."""
-    decay_fraction: float = 0.2
+    decay_fraction: float = number(0.2, at_least=0, at_most=1)
     """wsd: fraction of the total steps, at the end, in which the rate decays."""
-    min_lr_ratio: float = 0.1
+    min_lr_ratio: float = number(0.1, at_least=0, at_most=1)
     """Final learning rate as a fraction of the peak (cosine, wsd)."""
-    total_steps: int | None = None
+    total_steps: int | None = number(None, at_least=1)
     """Step at which the schedule ends (null: train.steps)."""
 
     def __post_init__(self) -> None:
-        require(self.warmup_steps >= 0, "schedule.warmup_steps must not be negative")
+        check_fields(self, "schedule")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Training loop, precision and memory."""
 
-    steps: int = 1000
+    steps: int = number(1000, at_least=1)
     """Total optimizer steps, including those before a resume."""
-    batch_size: int = 8
+    batch_size: int = number(8, at_least=1)
     """Sequences per optimizer step, over all processes and micro-batches."""
-    sequence_length: int | None = None
+    sequence_length: int | None = number(None, at_least=1)
     """Tokens per sequence (null: model.max_seq_len)."""
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: int = number(1, at_least=1)
     """Micro-batches per optimizer step; their gradients are summed."""
     dtype: Dtype = "float32"
     """float64, float32, bfloat16 (matrix products in bf16; parameters, norms and loss in fp32), or
     float16 (the same with loss scaling; torch only)."""
-    loss_chunk: int = 2048
+    loss_chunk: int = number(2048, at_least=1)
     """Tokens per chunk of the loss: their logits are in memory at once."""
     remat: Literal["none", "dots", "full"] = "none"
     """Activations recomputed in the backward pass: none, all but matrix products (dots), or all
     (full)."""
     compile: bool = False
     """torch: torch.compile each layer. JAX always compiles the full step."""
-    log_every: int = 1
+    log_every: int = number(1, at_least=1)
     """Steps between lines of metrics.jsonl; the last step is always logged."""
-    stop_after_step: int | None = None
+    stop_after_step: int | None = number(None, at_least=1)
     """Save and stop after this step; the schedule does not change (null: train.steps)."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A step whose loss or gradients are not finite: end the run (stop), or leave its update out
+    and go on (skip)."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "loss_chunk", "log_every"):
-            require(getattr(self, name) > 0, f"train.{name} must be positive")
-        for name in ("sequence_length", "stop_after_step"):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"train.{name} must be positive or null")
+        check_fields(self, "train")
 
 
 @dataclass(frozen=True)
@@ -195,34 +207,32 @@ class ParallelConfig:
     mesh: str = ""
     """Axes data, fsdp and tensor with their sizes, such as data=2,fsdp=-1 (-1: all remaining
     devices); short: --mesh (empty: that of the strategy; JAX: data=-1)."""
-    cpu_devices: int | None = None
+    cpu_devices: int | None = number(None, at_least=1, at_most=4096)
     """JAX on CPU: devices per process (null: as many as the mesh needs)."""
     reshard_after_forward: bool = True
     """torch, fsdp: free the gathered parameters of a layer after its forward pass, and gather them
     again in the backward pass."""
     cpu_offload: bool = False
     """torch, fsdp: store parameters, gradients and optimizer state in host memory."""
-    prefetch: int = 1
+    prefetch: int = number(1, at_least=0)
     """torch, fsdp: layers gathered ahead of the layer that computes."""
     zero_stage: Literal[1, 2, 3] = 2
     """torch, deepspeed: shard the optimizer state (1), also gradients (2), also parameters (3)."""
-    timeout: int = 600
+    timeout: int = number(600, at_least=1)
     """torch: seconds after which a collective that waits for another process fails."""
     sequence_parallel: bool = False
     """torch, tensor parallelism: shard hidden states by sequence between the sharded matrices."""
-    num_slices: int = 1
+    num_slices: int = number(1, at_least=1)
     """JAX: TPU slices, connected by the data-center network, that the data axis spans."""
     coordinator_address: str | None = None
     """JAX: HOST:PORT of process 0, or auto (TPU pods, Slurm) (null: one process)."""
-    num_processes: int | None = None
+    num_processes: int | None = number(None, at_least=1)
     """JAX: number of processes, with a coordinator_address HOST:PORT."""
-    process_id: int | None = None
+    process_id: int | None = number(None, at_least=0)
     """JAX: index of this process, from 0."""
 
     def __post_init__(self) -> None:
-        require(self.num_slices > 0, "parallel.num_slices must be positive")
-        require(self.timeout > 0, "parallel.timeout must be positive")
-        require(self.prefetch >= 0, "parallel.prefetch must not be negative")
+        check_fields(self, "parallel")
         named = self.coordinator_address not in (None, "auto")
         require(
             named == (self.num_processes is not None) == (self.process_id is not None),
@@ -240,46 +250,46 @@ class ParallelConfig:
 class CheckpointConfig:
     """Checkpoints of a run."""
 
-    every: int = 500
+    every: int = number(500, at_least=0)
     """Steps between checkpoints; the last step is always saved (0: only the last)."""
-    keep: int = 2
+    keep: int = number(2, at_least=1)
     """Number of newest checkpoints to retain, in addition to the one with the lowest validation
     loss."""
 
     def __post_init__(self) -> None:
-        require(self.every >= 0, "checkpoint.every must not be negative")
-        require(self.keep > 0, "checkpoint.keep must be positive: the newest one is always kept")
+        check_fields(self, "checkpoint")
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
     """Validation on held-out text."""
 
-    every: int = 250
+    every: int = number(250, at_least=0)
     """Steps between validations (0: never)."""
-    sequences: int = 64
+    sequences: int = number(64, at_least=0)
     """Maximum validation sequences per language, spread evenly over the split (0: all)."""
-    batch_size: int = 8
+    batch_size: int = number(8, at_least=1)
     """Sequences per forward pass, over all processes."""
 
     def __post_init__(self) -> None:
-        require(self.every >= 0, "evaluate.every must not be negative")
-        require(self.sequences >= 0, "evaluate.sequences must not be negative")
-        require(self.batch_size > 0, "evaluate.batch_size must be positive")
+        check_fields(self, "evaluate")
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """Run directory, seed and logging."""
 
-    dir: str = "runs/default"
+    dir: str = path("runs/default")
     """Run directory: metrics, resolved configuration, checkpoints."""
-    seed: int = 0
+    seed: int = number(0, at_least=-(2**63), at_most=2**63 - 1)
     """Seed of the initial weights and of the data order."""
     progress: bool = True
     """Show a progress bar."""
     tensorboard: bool = True
     """Write TensorBoard events."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "run")
 
 
 @dataclass(frozen=True)
@@ -310,8 +320,7 @@ class Config:
             f"train.sequence_length {self.T} is more than model.max_seq_len {model.max_seq_len}",
         )
         require(
-            train.gradient_accumulation_steps > 0
-            and train.batch_size % train.gradient_accumulation_steps == 0,
+            train.batch_size % train.gradient_accumulation_steps == 0,
             f"train.batch_size {train.batch_size} is not divisible by "
             f"train.gradient_accumulation_steps {train.gradient_accumulation_steps}",
         )
@@ -321,6 +330,23 @@ class Config:
         """Tokens per training sequence."""
         assert self.train.sequence_length is not None
         return self.train.sequence_length
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """Return the configuration for another working directory: its paths are absolute."""
+    sources = [
+        source
+        if source.kind in ("tales", "huggingface")
+        else replace(source, path=abspath(source.path))
+        for source in config.data.sources
+    ]
+    return replace(
+        config,
+        tokenizer=replace(config.tokenizer, path=abspath(config.tokenizer.path)),
+        init=replace(config.init, from_=config.init.from_ and abspath(config.init.from_)),
+        data=replace(config.data, dir=abspath(config.data.dir), sources=sources),
+        run=replace(config.run, dir=abspath(config.run.dir)),
+    )
 
 
 def check_tensor_axis(model: ModelConfig, sizes: Mapping[str, int]) -> None:

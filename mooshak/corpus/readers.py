@@ -12,11 +12,14 @@ The order is fixed (files sorted by name), and so are the tokens.
 """
 
 import glob
+import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
+from typing import Any, BinaryIO
 
 from mooshak.config.sections import Config, SourceConfig
 from mooshak.corpus import tales
@@ -29,17 +32,59 @@ def documents(source: SourceConfig, config: Config) -> Iterator[str]:
     return islice(clean(READERS[source.kind](source, config), config), source.documents)
 
 
-def input_state(source: SourceConfig) -> dict[str, int] | None:
-    """Return what reveals a change of a source: number and bytes of files, version of the tales.
+def input_state(source: SourceConfig) -> dict[str, Any] | None:
+    """Return what reveals a change of a source: size, time and content of its files.
 
-    None for Hugging Face datasets, and if there are no files.
+    For the tales it is their version. None for Hugging Face datasets, and if there are no files.
     """
     if source.kind == "tales":
         return {"version": tales.version()}
     if source.kind not in ("text", "jsonl", "parquet"):
         return None
     files = _matches(source)
-    return {"files": len(files), "bytes": sum(map(os.path.getsize, files))} if files else None
+    if not files:
+        return None
+    return _sizes(files) | {"times": _digest(files, _time), "contents": _digest(files, _content)}
+
+
+def same_input(source: SourceConfig, past: Mapping[str, Any] | None) -> bool:
+    """Return whether the files of a source are those of an earlier `input_state`.
+
+    They are read only if their size is the same and their time is not. True if there are none: the
+    files of prepared text may have been removed.
+    """
+    if source.kind == "tales":
+        return past == input_state(source)
+    files = _matches(source) if source.kind in ("text", "jsonl", "parquet") else []
+    if not files:
+        return True
+    if past is None or _sizes(files) != {key: past.get(key) for key in ("files", "bytes")}:
+        return False
+    # Older versions recorded sizes only.
+    if "contents" not in past or past.get("times") == _digest(files, _time):
+        return True
+    return bool(past["contents"] == _digest(files, _content))
+
+
+def _sizes(files: list[str]) -> dict[str, int]:
+    return {"files": len(files), "bytes": sum(map(os.path.getsize, files))}
+
+
+def _digest(files: list[str], describe: Callable[[str], str]) -> str:
+    """Return a hash of the descriptions of files."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{describe(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def _time(file: str) -> str:
+    return str(os.stat(file).st_mtime_ns)
+
+
+def _content(file: str) -> str:
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _tales(source: SourceConfig, config: Config) -> Iterator[str]:
@@ -49,7 +94,7 @@ def _tales(source: SourceConfig, config: Config) -> Iterator[str]:
 
 def _text(source: SourceConfig, config: Config) -> Iterator[str]:
     for name in _files(source):
-        with open(name, "rb") as file:
+        with _open(source, name) as file:
             content = file.read()
         try:
             text = content.decode("utf-8-sig")
@@ -63,7 +108,7 @@ def _text(source: SourceConfig, config: Config) -> Iterator[str]:
 def _jsonl(source: SourceConfig, config: Config) -> Iterator[str]:
     broken = 0
     for name in _files(source):
-        with open(name, "rb") as file:
+        with _open(source, name) as file:
             for number, line in enumerate(file, 1):
                 if b"\0" in line:
                     raise _not_text(source, name, f"a NUL byte in line {number}")
@@ -180,6 +225,17 @@ def _files(source: SourceConfig) -> list[str]:
     if not any(map(os.path.getsize, files)):
         raise InputError(f"source {source.name}: the files of {source.path} are empty; set path")
     return files
+
+
+@contextmanager
+def _open(source: SourceConfig, name: str) -> Iterator[BinaryIO]:
+    """Open a file of a source. Raises `InputError` where it cannot be opened or read."""
+    try:
+        with open(name, "rb") as file:
+            yield file
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"source {source.name}: {name} cannot be read: {reason}") from error
 
 
 def _matches(source: SourceConfig) -> list[str]:

@@ -39,6 +39,17 @@ def totals(manifest: dict[str, Any], *splits: str) -> dict[str, int]:
     return {key: sum(shard[key] for shard in shards) for key in ("tokens", "documents", "bytes")}
 
 
+def shards_description(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return what identifies the training tokens of a source: their number and checksum."""
+    shards = [shard for shard in manifest["shards"] if shard["split"] == "train"]
+    checksums = "".join(shard.get("sha256", "") for shard in shards)
+    return {
+        **{key: sum(shard[key] for shard in shards) for key in ("documents", "tokens")},
+        "shard_tokens": manifest.get("shard_tokens"),
+        "sha256": hashlib.sha256(checksums.encode()).hexdigest(),
+    }
+
+
 def has_offsets(manifest: dict[str, Any]) -> bool:
     """Return True if every shard has document offsets."""
     return all("offsets" in shard for shard in manifest["shards"])

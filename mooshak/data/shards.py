@@ -14,7 +14,6 @@ Until then its shards are in DIR/{source}~partial, where progress.json lists the
 interrupted preparation resumes there.
 """
 
-import contextlib
 import os
 import shutil
 import sys
@@ -31,7 +30,7 @@ import numpy as np
 
 from mooshak.config.sections import Config, SourceConfig
 from mooshak.corpus.filters import in_validation
-from mooshak.corpus.readers import documents, input_state
+from mooshak.corpus.readers import documents, input_state, same_input
 from mooshak.data.manifest import (
     add_offsets,
     damage,
@@ -43,6 +42,7 @@ from mooshak.data.manifest import (
     write_json,
     write_offsets,
 )
+from mooshak.data.progress import progress_bar
 from mooshak.errors import InputError
 from mooshak.files import locked
 from mooshak.tokenizer import train
@@ -66,6 +66,30 @@ def load_or_prepare_shards(
     """
     tokenizer = train.load_or_train_tokenizer(config)
     return tokenizer, prepare(config, tokenizer, progress)
+
+
+def open_shards(config: Config) -> Tokenizer:
+    """Return the tokenizer of a configuration; prepare sources that are absent, and change nothing.
+
+    Raises `InputError` if the tokenizer is missing, or the shards of a source are not those of the
+    configuration: a command that only reads neither trains a tokenizer nor writes data again.
+    """
+    path = Path(config.tokenizer.path)
+    if not path.exists():
+        raise InputError(
+            f"tokenizer {path} is missing; name the tokenizer of the checkpoint with "
+            "--tokenizer.path"
+        )
+    tokenizer = train.load_or_train_tokenizer(config)
+    for source in config.data.sources:
+        reason = _stale(source, config, tokenizer)
+        if reason and (Path(config.data.dir) / source.name).exists():
+            raise InputError(
+                f"source {source.name}: {reason}; run `python -m mooshak.data prepare`, "
+                "or name another --data.dir"
+            )
+    prepare(config, tokenizer)
+    return tokenizer
 
 
 def prepare(
@@ -150,8 +174,8 @@ class TokenShards:
             done, index = end, index + 1
 
 
-def _identity(source: SourceConfig, config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return everything that the shards of a source depend on."""
+def _settings(source: SourceConfig, config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return everything that the shards of a source depend on, but the text."""
     of_source = asdict(source)
     for key in ("name", "weight"):  # These change the mixture, not the tokens.
         del of_source[key]
@@ -163,8 +187,12 @@ def _identity(source: SourceConfig, config: Config, tokenizer: Tokenizer) -> dic
         "cleaning": {key: getattr(config.data, key) for key in cleaning},
         "validation_fraction": config.data.validation_fraction,
         "shard_tokens": config.data.shard_tokens,
-        "input": input_state(source),
     }
+
+
+def _identity(source: SourceConfig, config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return everything that the shards of a source depend on."""
+    return {**_settings(source, config, tokenizer), "input": input_state(source)}
 
 
 def _stale(source: SourceConfig, config: Config, tokenizer: Tokenizer) -> str | None:
@@ -176,12 +204,11 @@ def _stale(source: SourceConfig, config: Config, tokenizer: Tokenizer) -> str | 
         return "not prepared yet"
     except ValueError:
         return "the manifest is damaged"
-    wanted = _identity(source, config, tokenizer)
-    for key, value in wanted.items():
-        if key == "input" and value is None:
-            continue  # The source files may have been removed.
+    for key, value in _settings(source, config, tokenizer).items():
         if manifest.get(key) != value:
             return f"the shards in {directory} were prepared with another {key}"
+    if not same_input(source, manifest.get("input")):
+        return f"the text of {source.path or 'the tales'} has changed since it was prepared"
     for shard in manifest["shards"]:
         if reason := damage(directory, shard):
             return reason
@@ -312,7 +339,7 @@ def _write_shards(
 
     read = 0
     batches = map(encode, _batches(documents(source, config)))
-    with ThreadPoolExecutor(1) as pool, _progress_bar(source, progress) as advance:
+    with ThreadPoolExecutor(1) as pool, progress_bar(source, progress) as advance:
         for (first, texts), chosen, future in _one_ahead(batches):
             read, encoded = first + len(texts), future.result()
             for (number, name, text), ids in zip(chosen, encoded, strict=True):
@@ -354,26 +381,3 @@ def _one_ahead(items: Iterator[_Encoded]) -> Iterator[_Encoded]:
         if len(waiting) > 1:
             yield waiting.popleft()
     yield from waiting
-
-
-@contextlib.contextmanager
-def _progress_bar(source: SourceConfig, show: bool) -> Iterator[Any]:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:,} documents, {task.fields[tokens]:,} tokens"),
-        TimeElapsedColumn(),
-    )
-    total = source.documents or (1000 if source.kind == "tales" else None)
-    with Progress(*columns, console=Console(stderr=True), disable=not show) as bar:
-        task = bar.add_task(f"tokenizing {source.name}", total=total, tokens=0)
-
-        def advance(documents: int, tokens: int) -> None:
-            tokens += bar.tasks[task].fields["tokens"]
-            bar.update(task, advance=documents, tokens=tokens)
-
-        yield advance

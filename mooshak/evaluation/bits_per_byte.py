@@ -18,7 +18,7 @@ from mooshak.config.model import ModelConfig
 from mooshak.config.parse import config_parser, parse_config
 from mooshak.config.sections import Config, ParallelConfig
 from mooshak.data.packing import IGNORE_INDEX, Batch
-from mooshak.data.shards import TokenShards, load_or_prepare_shards
+from mooshak.data.shards import TokenShards, open_shards
 from mooshak.device import add_device_option, restrict_to
 from mooshak.errors import InputError
 from mooshak.mesh import parse_mesh
@@ -66,10 +66,10 @@ def _layout_fits(config: Config, module: str) -> bool:
     Evaluation gives the same numbers on any layout.
     """
     n_processes = math.prod(max(1, size) for size in parse_mesh(config.parallel.mesh).values())
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world = os.environ.get("WORLD_SIZE") or "1"
     strategy = config.parallel.strategy
     alone = strategy in ("auto", "single") and n_processes == 1
-    return alone if module.startswith("mooshak_torch") and world == 1 else True
+    return alone if module.startswith("mooshak_torch") and world == "1" else True
 
 
 def _config_of_run(arguments: jsonargparse.Namespace) -> Path:
@@ -88,13 +88,14 @@ def compare(
 
     `evaluate` returns the cross entropy of a batch: the sum over labels that are not ignored, in
     nats. `model` is the model of the checkpoint. Raises `InputError` if it is not that of the
-    configuration.
+    configuration, or the tokenizer is not that of the checkpoint.
     """
     # Grain imports jax.
     from mooshak.data.batches import validation_sequences
 
     resume.check_model(checkpoint, model, config)
-    tokenizer, _ = load_or_prepare_shards(config)
+    tokenizer = open_shards(config)
+    resume.check_tokenizer(checkpoint, tokenizer)
     token_bytes_V = tokenizer.token_bytes()
     scores: Scores = {}
     for language, batch in validation_sequences(config).items():

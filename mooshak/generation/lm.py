@@ -15,6 +15,7 @@ import numpy as np
 
 from mooshak.checkpoints import safetensors
 from mooshak.checkpoints.base import Checkpoint
+from mooshak.checkpoints.resume import check_tokenizer
 from mooshak.config.generate import GenerateConfig
 from mooshak.config.model import Dtype, ModelConfig
 from mooshak.errors import InputError, require
@@ -268,7 +269,9 @@ class LM(abc.ABC):
         return files if own is None else files | {own.name: own}
 
     def _use_generation_config(self, directory: Path) -> None:
-        """Take defaults and end tokens from the checkpoint in a directory."""
+        """Take defaults and end tokens from a checkpoint; check that it has this tokenizer."""
+        if self.tokenizer is not None:
+            check_tokenizer(directory, self.tokenizer)
         self.defaults = generation_defaults(directory)
         path = directory / GENERATION_CONFIG
         self.generation_config = path if path.is_file() else None

@@ -69,7 +69,7 @@ def trained_model(config: Config) -> bytes:
     """
     settings, model = config.tokenizer, io.BytesIO()
     lines = 0
-    unreadable: list[InputError] = []
+    unreadable: list[InputError | OSError] = []
 
     def counted() -> Iterator[str]:
         nonlocal lines
@@ -77,7 +77,7 @@ def trained_model(config: Config) -> bytes:
             for line in training_lines(config):
                 lines += 1
                 yield line
-        except InputError as error:  # The trainer would turn it into a RuntimeError.
+        except (InputError, OSError) as error:  # The trainer would turn it into a RuntimeError.
             unreadable.append(error)
 
     try:

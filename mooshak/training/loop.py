@@ -5,23 +5,28 @@ A framework supplies a `Trainer`; the objective defines what a step minimises.
 
 import argparse
 import contextlib
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from mooshak.checkpoints.base import Checkpoint
 from mooshak.checkpoints.formats import Processes, ensure_readable_format
-from mooshak.checkpoints.manager import CheckpointManager
-from mooshak.checkpoints.resume import check_resume, resume_from, trainer_state
+from mooshak.checkpoints.manager import CheckpointManager, complete_steps, newest_checkpoint
+from mooshak.checkpoints.resume import check_resume, rate_change, resume_from, trainer_state
 from mooshak.config.sections import Config
+from mooshak.data.manifest import shards_description
 from mooshak.data.packing import Batch
 from mooshak.data.shards import load_or_prepare_shards
+from mooshak.errors import InputError
 from mooshak.evaluation.bits_per_byte import validation_metrics
 from mooshak.numerics.schedule import learning_rate
 from mooshak.tokenizer.base import Tokenizer
 from mooshak.training.malloc import WARMUP_STEPS, retain_freed_memory
 from mooshak.training.metrics import RunLog, stop_request
+from mooshak.training.nonfinite import NonFiniteSteps, check_state
+from mooshak.training.run_lock import own_run
 
 PROFILED_STEP = 3
 """The step, counted from where the run starts, that `--profile` traces."""
@@ -93,6 +98,10 @@ class Trainer(Protocol):
         """Start writing a snapshot to `path`; return a function that waits until it is written."""
         ...
 
+    def find_nonfinite(self) -> str:
+        """Return a tensor of this process's state that is not finite, or an empty text."""
+        ...
+
     def trainer_state(self) -> dict[str, Any]:
         """Return additional entries of `trainer_state.json`."""
         ...
@@ -120,33 +129,68 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", default="auto", metavar="WHERE", help=text)
     text = "trace the third step of this process into RUN/profile"
     parser.add_argument("--profile", action="store_true", help=text)
+    text = "resume with data other than those of the checkpoint: the order of the data changes"
+    parser.add_argument("--allow_data_change", action="store_true", help=text)
 
 
-def train(config: Config, trainer: Trainer, resume: str = "auto", profile: bool = False) -> None:
+def train(
+    config: Config,
+    trainer: Trainer,
+    resume: str = "auto",
+    profile: bool = False,
+    allow_data_change: bool = False,
+) -> None:
     """Train up to `train.steps`, `train.stop_after_step`, or a signal.
 
     `resume` is auto, never, or the path of a checkpoint; `profile` traces the third step from the
-    start into RUN/profile. Raises `InputError` if the run cannot start or a save fails, `PeerError`
-    if another process failed.
+    start into RUN/profile; with `allow_data_change` a run resumes with other data. Raises
+    `InputError` if the run cannot start, a save fails or a number is not finite, `PeerError` if
+    another process failed.
     """
+    with own_run(Path(config.run.dir), trainer.processes):
+        tokenizer, manifests = load_or_prepare_shards(config)
+        shards = {name: shards_description(manifest) for name, manifest in manifests.items()}
+        first = start(config, trainer, tokenizer, resume, shards, allow_data_change)
+        step = _run(config, trainer, tokenizer, first, shards, profile)
+    if trainer.processes.is_main:
+        saved = Path(config.run.dir) / "checkpoints"
+        if step < min(config.train.steps, config.train.stop_after_step or config.train.steps):
+            print(f"stopped after step {step}, saved; the same command resumes (--resume auto)")
+        elif step in complete_steps(saved):
+            print(f"step {step} of {config.train.steps} done: {saved / str(step)}")
+        else:
+            print(
+                f"step {step} of {config.train.steps} done: no step was left, and no checkpoint is "
+                "saved"
+            )
+
+
+def _run(
+    config: Config,
+    trainer: Trainer,
+    tokenizer: Tokenizer,
+    first: int,
+    shards: Mapping[str, Any],
+    profile: bool,
+) -> int:
+    """Take the steps after step `first`, and save; return the number of steps done."""
     # Grain imports jax and starts threads: only after the framework has initialised its devices.
     from mooshak.data.batches import batches_of_rows, validation_sequences
 
-    tokenizer, _ = load_or_prepare_shards(config)
-    step, validated = start(config, trainer, tokenizer, resume)
     validation = validation_sequences(config) if config.evaluate.every else {}
     token_bytes_V = tokenizer.token_bytes()
-    batches = batches_of_rows(config, trainer.rows, step)
-    first, last = step, min(config.train.steps, config.train.stop_after_step or config.train.steps)
+    batches = batches_of_rows(config, trainer.rows, first)
+    step, last = first, min(config.train.steps, config.train.stop_after_step or config.train.steps)
     is_main, stopped = trainer.processes.is_main, False
+    nonfinite = NonFiniteSteps(config, is_main)
     # Outermost: when one process has ended, launchers send SIGTERM to those that are closing.
     with (
         stop_request() as stop,
         contextlib.closing(trainer),
         contextlib.closing(RunLog(config, step, is_main, trainer.device, trainer.n_devices)) as log,
         trainer.explain_timeouts(),
+        CheckpointManager(config, trainer.processes) as manager,
     ):
-        manager = CheckpointManager(config, trainer.processes)
         while step < last and not stopped:
             began, rate, batch = time.perf_counter(), learning_rate(config, step), next(batches)
             traced = profile and is_main and step - first == PROFILED_STEP - 1
@@ -164,29 +208,34 @@ def train(config: Config, trainer: Trainer, resume: str = "auto", profile: bool 
             metrics = {"loss": measured.pop("loss"), "learning_rate": rate, **measured}
             metrics |= trainer.peak_memory()
             seconds = time.perf_counter() - began
-            if validation and (step % config.evaluate.every == 0 or step == last):
-                scores = validation_metrics(trainer.evaluate, validation, token_bytes_V)
-                validated = step, scores["validation_loss"]
-                metrics |= scores
-            if step % config.train.log_every == 0 or step == last:
+            if validation and _is_due(step, last, config.evaluate.every):
+                metrics |= validation_metrics(trainer.evaluate, validation, token_bytes_V)
+            reason = nonfinite.check(step, metrics)
+            if reason or _is_due(step, last, config.train.log_every):
                 with manager.defer_failure(f"step {step} could not be logged"):
                     log.log(step, seconds, metrics)
-            every = config.checkpoint.every
-            if step == last or stopped or (every and step % every == 0):
-                state = describe_state(config, trainer, tokenizer, step, validated)
+            if reason:
+                manager.finish()
+                raise InputError(f"{reason} ({saved_text(config)})")
+            if stopped or _is_due(step, last, config.checkpoint.every):
+                check_state(step, trainer.processes.gather(trainer.find_nonfinite()))
+                loss = metrics.get("validation_loss")
+                state = describe_state(config, trainer, tokenizer, step, loss, shards)
                 manager.save(state, trainer.start_saving)
+                log.flush()
         manager.finish()
-    if is_main:
-        if stopped and step < config.train.steps:
-            print(f"stopped after step {step}, saved; the same command resumes (--resume auto)")
-        else:
-            path = manager.directory / str(step)
-            print(f"step {step} of {config.train.steps} done: {_saved(path)}")
+    return step
 
 
-def _saved(path: Path) -> str:
-    """Return what to say of a checkpoint: none is saved where there were no steps to take."""
-    return str(path) if path.is_dir() else "no step was left, and no checkpoint is saved"
+def _is_due(step: int, last: int, every: int) -> bool:
+    """Return whether a step is the last one, or one of every so many (0: only the last)."""
+    return step == last or (every > 0 and step % every == 0)
+
+
+def saved_text(config: Config) -> str:
+    """Return what to say of the newest checkpoint of a run."""
+    path = newest_checkpoint(Path(config.run.dir))
+    return "no checkpoint is saved" if path is None else f"the last checkpoint is {path}"
 
 
 def describe_state(
@@ -194,7 +243,8 @@ def describe_state(
     trainer: Trainer,
     tokenizer: Tokenizer,
     step: int,
-    validated: tuple[int, float] | None,
+    validation_loss: float | None,
+    shards: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return the contents of `trainer_state.json`."""
     common = trainer_state(
@@ -202,23 +252,31 @@ def describe_state(
         step,
         trainer.framework,
         tokenizer.fingerprint,
-        validated,
+        validation_loss,
         trainer.world_size,
         trainer.layout,
+        shards,
     )
     return common | trainer.trainer_state()
 
 
 def start(
-    config: Config, trainer: Trainer, tokenizer: Tokenizer, resume: str
-) -> tuple[int, tuple[int, float] | None]:
-    """Initialise or restore the trainer; return the steps done, and step and loss of validation."""
+    config: Config,
+    trainer: Trainer,
+    tokenizer: Tokenizer,
+    resume: str,
+    shards: Mapping[str, Any],
+    allow_data_change: bool = False,
+) -> int:
+    """Initialise or restore the trainer; return the number of steps done."""
     path = resume_from(config, resume)
     if path is None:
         trainer.initialize(tokenizer)
-        return 0, None
+        return 0
     with ensure_readable_format(path, trainer.framework, trainer.processes) as readable:
         source = trainer.open_checkpoint(readable)
-        step, validated = check_resume(config, source, tokenizer.fingerprint)
+        step = check_resume(config, source, tokenizer.fingerprint, shards, allow_data_change)
         trainer.restore(source)
-    return step, validated
+    if trainer.processes.is_main and (change := rate_change(config, source.trainer_state)):
+        print(change, file=sys.stderr)
+    return step

@@ -42,13 +42,11 @@ class RunLog:
         write_atomically(
             self.directory / "environment.json", json.dumps(environment(), indent=2) + "\n"
         )
-        _truncate(self.directory / "metrics.jsonl", start_step)
+        dropped = _truncate(self.directory / "metrics.jsonl", start_step)
         self.file = (self.directory / "metrics.jsonl").open("a")
         self.events: Any = None
         if config.run.tensorboard:
-            from tensorboard.summary import Writer
-
-            self.events = Writer(str(self.directory / "tensorboard"))
+            self.events = self._open_events(dropped)
         self.progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -73,11 +71,37 @@ class RunLog:
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
         if self.events is not None:
-            for name, value in line.items():
-                if name not in ("step", "time"):
-                    self.events.add_scalar(name, value, step)
+            self._write_events(line)
         status = f"loss {metrics['loss']:.4f}  {line['tokens_per_second']:,.0f} tokens/s"
         self.progress.update(self.task, completed=step, status=status)
+
+    def flush(self) -> None:
+        """Write buffered events to disk, which a killed process would lose."""
+        if self.is_main and self.events is not None:
+            self.events.flush()
+
+    def _open_events(self, dropped: bool) -> Any:
+        """Return a writer of TensorBoard events.
+
+        If lines of metrics.jsonl were `dropped`, because the process was killed after its last
+        checkpoint, the events are written again from the others: each step is there once.
+        """
+        from tensorboard.summary import Writer
+
+        directory = self.directory / "tensorboard"
+        if not dropped:
+            return Writer(str(directory))
+        for file in directory.glob("events.out.tfevents.*"):
+            file.unlink()
+        self.events = Writer(str(directory))
+        for line in read_metrics(self.directory / "metrics.jsonl"):
+            self._write_events(line)
+        return self.events
+
+    def _write_events(self, line: dict[str, float]) -> None:
+        for name, value in line.items():
+            if name not in ("step", "time"):
+                self.events.add_scalar(name, value, int(line["step"]), wall_time=line.get("time"))
 
     def close(self) -> None:
         """Close the files and the progress bar."""
@@ -150,8 +174,11 @@ def losses(run: Path) -> dict[int, float]:
     return {int(line["step"]): line["loss"] for line in read_metrics(run / "metrics.jsonl")}
 
 
-def _truncate(path: Path, step: int) -> None:
-    """Drop the lines after `step`: the run resumes there and writes them again."""
-    if path.is_file():
-        retained = [line for line in read_metrics(path) if line["step"] <= step]
-        write_atomically(path, "".join(json.dumps(line) + "\n" for line in retained))
+def _truncate(path: Path, step: int) -> bool:
+    """Drop the lines after `step`, which the run writes again; return whether there were any."""
+    if not path.is_file():
+        return False
+    lines = read_metrics(path)
+    retained = [line for line in lines if line["step"] <= step]
+    write_atomically(path, "".join(json.dumps(line) + "\n" for line in retained))
+    return len(retained) < len(lines)

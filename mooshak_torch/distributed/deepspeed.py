@@ -19,7 +19,7 @@ from mooshak.checkpoints.base import MOMENTS
 from mooshak.config.sections import Config
 from mooshak.errors import InputError
 from mooshak_torch.model import Model
-from mooshak_torch.optimizer import make_optimizer
+from mooshak_torch.optimizer import first_nonfinite, make_optimizer
 from mooshak_torch.rope import Rope
 
 Values = Callable[[str], np.ndarray]
@@ -59,7 +59,7 @@ class ZeroOptimizer:
         """Accumulate the gradients of a loss in the parameters."""
         self.engine.backward(loss, scale_wrt_gas=False)
 
-    def clip(self, max_norm: float, scale: float = 1.0) -> Tensor:
+    def clip(self, max_norm: float | None, scale: float = 1.0) -> Tensor:
         """Set the next step to scale the gradients by max_norm / max(norm, max_norm).
 
         Returns the global norm. The loss scale is 1: `check` refuses float16. DeepSpeed scales by
@@ -70,7 +70,8 @@ class ZeroOptimizer:
             norm = torch.linalg.vector_norm(torch.stack(zero._get_norm_groups()))
         else:
             norm = zero.scaled_global_norm()
-        zero.clip_grad = max_norm * (1 + 1e-6 / norm.item()) if norm > max_norm else 0.0
+        clips = max_norm is not None and bool(norm > max_norm)
+        zero.clip_grad = max_norm * (1 + 1e-6 / norm.item()) if clips else 0.0
         return norm
 
     def step(self, rate: float) -> None:
@@ -96,6 +97,14 @@ class ZeroOptimizer:
                 for group, tensor in full.items():
                     state[group][name] = tensor.detach().to("cpu", copy=True)
         return state
+
+    def find_nonfinite(self) -> str:
+        """Return a part of this process's state that is not finite, or an empty text."""
+        states = [self.engine.optimizer.optimizer.state[flat] for flat in self.flats]
+        found = {f"parameters of group {i}": flat for i, flat in enumerate(self.flats)}
+        for i, state in enumerate(states):
+            found |= {f"{moment} of group {i}": state[moment] for moment in MOMENTS}
+        return first_nonfinite(found)
 
     def set_step(self, step: int) -> None:
         """Set the number of steps done, for the bias correction of the moments."""
@@ -175,6 +184,10 @@ def check(config: Config) -> None:
         raise InputError(
             "parallel.strategy deepspeed does not support init.from: train the first step with "
             "another strategy, then resume"
+        )
+    if config.train.on_nonfinite == "skip":
+        raise InputError(
+            "parallel.strategy deepspeed leaves out no step; train.on_nonfinite is stop"
         )
     _deepspeed(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 

@@ -158,11 +158,16 @@ def make_parallel(config: Config, device: torch.device | None = None) -> Paralle
     Raises `InputError`, before anything is allocated, if the strategy, the mesh, the number of
     processes and the batch do not fit together.
     """
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    world, rank = _from_launcher("WORLD_SIZE", 1), _from_launcher("RANK", 0)
     strategy, sizes = _strategy_and_sizes(config, world)
     check_mesh(config, sizes)
+    if strategy != "single" and (missing := [n for n in LAUNCHER if not os.environ.get(n)]):
+        raise InputError(
+            f"WORLD_SIZE is {world} and {', '.join(missing)} not set; start the processes with "
+            "torchrun, or unset WORLD_SIZE for a single one"
+        )
     if device is None:
-        has_gpu, local_rank = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
+        has_gpu, local_rank = torch.cuda.is_available(), _from_launcher("LOCAL_RANK", 0)
         device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -176,9 +181,29 @@ def make_parallel(config: Config, device: torch.device | None = None) -> Paralle
     return Parallel(rank, sizes, device, strategy, mesh, dist.new_group(backend="gloo"))
 
 
+LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Environment variables that torchrun sets, and a process group needs."""
+
+
+def _from_launcher(name: str, default: int) -> int:
+    """Return a number from the environment; the default is the lowest one."""
+    text = os.environ.get(name, "")
+    try:
+        value = int(text) if text else default
+    except ValueError:
+        value = -1
+    if value < default:
+        raise InputError(
+            f"the environment variable {name} is {text!r}, not an integer of at least {default}; "
+            "unset it"
+        )
+    return value
+
+
 def _strategy_and_sizes(config: Config, world: int) -> tuple[str, dict[str, int]]:
     strategy, text = config.parallel.strategy, config.parallel.mesh
-    launched = "WORLD_SIZE" in os.environ
+    # A cluster's environment may have WORLD_SIZE=1 without a launcher.
+    launched = world > 1 or all(os.environ.get(name) for name in LAUNCHER)
     if strategy == "auto" and launched:
         named = parse_mesh(text)
         strategy = "fsdp" if named.get("fsdp", 1) != 1 or named.get("tensor", 1) != 1 else "ddp"

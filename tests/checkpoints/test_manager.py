@@ -15,7 +15,7 @@ from mooshak.checkpoints.manager import (
     record_of,
 )
 from mooshak.config.sections import CheckpointConfig, Config, InitConfig
-from mooshak.errors import InputError, SaveError
+from mooshak.errors import InputError
 
 
 class OneProcess:
@@ -27,6 +27,8 @@ class OneProcess:
         return text
 
     def barrier(self) -> None: ...
+
+    world_size = 1
 
     def any_process(self, flag: bool) -> bool:
         return flag
@@ -124,12 +126,21 @@ def test_record_of_a_run_with_init_from_names_its_tokenizer(tiny_config: Config)
     assert record_of(record_of(started)) == record_of(started)
 
 
-def test_incomplete_checkpoint_in_the_way_is_named(manager: Manager) -> None:
-    saving = manager(1)
+def test_broken_copy_of_a_step_is_set_aside(
+    manager: Manager, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such as a directory that was copied without `trainer_state.json`; a file too."""
+    saving = manager(9)
     (saving.directory / "3" / "dcp").mkdir(parents=True)
-    with pytest.raises(SaveError, match=r"checkpoints/3 is in the way and incomplete; remove it"):
-        save(saving, 3)
-    assert [path.name for path in saving.directory.iterdir()] == ["3"]
+    (saving.directory / "3.incomplete-1").mkdir()
+    (saving.directory / "4").write_text("a file")
+    for step in (3, 4):
+        save(saving, step)
+        saving.finish()
+    assert complete_steps(saving.directory) == [3, 4]
+    assert (saving.directory / "3.incomplete-2" / "dcp").is_dir()
+    assert (saving.directory / "4.incomplete-1").read_text() == "a file"
+    assert "checkpoints/3 is incomplete; it is " in capsys.readouterr().err
 
 
 def test_manager_deletes_nothing_unknown(manager: Manager) -> None:

@@ -89,6 +89,6 @@ def test_help_lists_every_key_with_its_default() -> None:
     for strategy in ("single", "ddp", "fsdp", "hsdp", "deepspeed", "auto"):
         assert strategy in text
     flat = " ".join(text.split())
-    assert "Peak learning rate (default: 0.0003)" in flat
+    assert "Peak learning rate (at least 0 and finite; default: 0.0003)" in flat
     assert "Write TensorBoard events (default: true)" in flat
-    assert "Steps of linear warmup (default: 100)" in flat
+    assert "Steps of linear warmup (at least 0; default: 100)" in flat

@@ -97,6 +97,7 @@ def schedule(kind: str) -> Config:
         ("cosine", 12, 0.55),
         ("cosine", 20, 0.1),
         ("wsd", 14, 1.0),
+        ("wsd", 19, 0.1),
         ("wsd", 20, 0.1),
         ("constant", 19, 1.0),
     ],

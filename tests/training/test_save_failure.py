@@ -54,6 +54,7 @@ class Peer:
 
     def __init__(self, peers: Peers, rank: int):
         self.peers, self.rank, self.is_main = peers, rank, rank == 0
+        self.world_size = peers.count
 
     def broadcast(self, text: str) -> str:
         return self.gather(text)[0]

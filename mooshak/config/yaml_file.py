@@ -1,0 +1,86 @@
+"""Checks of a YAML file before it is parsed: duplicate keys, empty sections, null values."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import yaml
+
+from mooshak.config.sections import Config
+from mooshak.errors import InputError
+
+
+def checked_text(path: Path) -> str | None:
+    """Return the text to parse in place of a file whose empty sections are their defaults.
+
+    None if the file can be parsed as it is, or is not YAML at all, which the parser reports. Raises
+    `InputError`, with the lines, for a key that stands twice, a section without keys, and a null
+    where a value is needed.
+    """
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return None
+    if root is None or _is_null(root):
+        return "{}"
+    _check_duplicates(path, root, "", set())
+    if not isinstance(root, yaml.MappingNode):
+        raise InputError(f"{path} does not consist of sections, such as `train: {{steps: 100}}`")
+    sections, kept = get_type_hints(Config), []
+    for key, value in root.value:
+        if key.value not in sections:
+            kept.append((key, value))  # The parser names the most similar section.
+        elif isinstance(value, yaml.MappingNode):
+            _check_nulls(path, key.value, sections[key.value], value)
+            kept.append((key, value))
+        elif not _is_null(value):
+            raise InputError(
+                f"{path}, line {_line(value)}: section {key.value} has no keys but the value "
+                f"{value.value or '[...]'}; write `{key.value}: {{key: value}}`"
+            )
+    if len(kept) == len(root.value):
+        return None
+    root.value = kept
+    text: str = yaml.serialize(root)
+    return text
+
+
+def _check_duplicates(path: Path, node: yaml.Node, where: str, seen: set[int]) -> None:
+    if id(node) in seen:  # An alias may name a node that contains it.
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for i, item in enumerate(node.value):
+            _check_duplicates(path, item, f"{where}[{i}]", seen)
+    if isinstance(node, yaml.MappingNode):
+        lines: dict[Any, int] = {}
+        for key, value in node.value:
+            name = f"{where}.{key.value}".lstrip(".")
+            if isinstance(key, yaml.ScalarNode) and key.value in lines:
+                raise InputError(
+                    f"{path}: {name} stands twice, in lines {lines[key.value]} and {_line(key)}; "
+                    "merge the two"
+                )
+            if isinstance(key, yaml.ScalarNode):
+                lines[key.value] = _line(key)
+            _check_duplicates(path, value, name, seen)
+
+
+def _check_nulls(path: Path, section: str, kind: type, node: yaml.MappingNode) -> None:
+    required = {
+        one.name.rstrip("_") for one in fields(kind) if type(None) not in get_args(one.type)
+    }
+    for key, value in node.value:
+        if key.value in required and _is_null(value):
+            raise InputError(
+                f"{path}, line {_line(key)}: {section}.{key.value} is null, and needs a value; "
+                "remove the key for its default"
+            )
+
+
+def _is_null(node: yaml.Node) -> bool:
+    return bool(node.tag == "tag:yaml.org,2002:null")
+
+
+def _line(node: yaml.Node) -> int:
+    return int(node.start_mark.line) + 1
