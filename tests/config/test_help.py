@@ -24,6 +24,7 @@ COMMANDS = [
     "parity.check",
     "parity.convert",
     "parity.logits",
+    "parity.texts",
     "parity.curve",
     "parity.demo",
     "parity.report",
