@@ -61,6 +61,7 @@ def trainer_state(
         "schedule": asdict(config.schedule),
         "optimizer": asdict(config.optimizer),
         "data": _data(config, tokenizer),
+        "normalize_nfc": config.data.normalize_nfc,
         "validation_loss": loss,
         "validation_step": validation_step,
     }

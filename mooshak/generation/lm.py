@@ -31,16 +31,11 @@ from mooshak.generation.constraints import make_constraint
 from mooshak.generation.log_probs import TokenLogProbs
 from mooshak.generation.settings import check_stream, generation_defaults, make_settings
 from mooshak.generation.speculative import Speculation, check_draft
-from mooshak.generation.text import (
-    GENERATION_CONFIG,
-    check_tokens,
-    end_ids,
-    named_end_ids,
-    pad_prompts,
-)
+from mooshak.generation.text import check_tokens, end_ids, pad_prompts
 from mooshak.tokenizer.base import Tokenizer
 from mooshak.tokenizer.chat_template import Messages, encode_chat, end_of_turn
-from mooshak.tokenizer.files import files_of_tokenizer
+from mooshak.tokenizer.files import files_of_tokenizer, generation_files
+from mooshak.tokenizer.metadata import NFC_FILE, TEXT_NORMALIZATION, named_end_ids
 
 Prompt = str | Sequence[int]
 """A text, or token ids."""
@@ -60,8 +55,8 @@ class LM(abc.ABC):
     """The tokenizer; None if the checkpoint has none: prompts are then token ids."""
     defaults: Mapping[str, Any] = {}
     """Settings of the checkpoint's generation_config.json, which those of a call replace."""
-    generation_config: Path | None = None
-    """The checkpoint's generation_config.json, if it has one."""
+    directory: Path | None = None
+    """The directory of the checkpoint."""
 
     def __init__(self) -> None:
         self._drafts: dict[Path, LM] = {}
@@ -257,21 +252,20 @@ class LM(abc.ABC):
     def ends(self, settings: GenerateConfig) -> set[int]:
         """Return the ids of the tokens that end a text, of the checkpoint and the settings."""
         own = set() if self.tokenizer is None else end_ids(self.tokenizer)
-        if self.generation_config is not None:
-            own |= named_end_ids(self.generation_config.parent)
+        if self.directory is not None:
+            own |= named_end_ids(self.directory)
         return own | set(settings.stop_token_ids)
 
     def _files(self) -> dict[str, Path]:
         """Return the files that `save` writes with the weights: name -> file."""
         files = files_of_tokenizer(self.tokenizer.path) if self.tokenizer else {}
-        own = self.generation_config
-        return files if own is None else files | {own.name: own}
+        if self.tokenizer and self.tokenizer.nfc:
+            files[TEXT_NORMALIZATION] = NFC_FILE
+        return files | (generation_files(self.directory) if self.directory else {})
 
-    def _use_generation_config(self, directory: Path) -> None:
+    def _use_settings_of(self, directory: Path) -> None:
         """Take defaults and end tokens from the checkpoint in a directory."""
-        self.defaults = generation_defaults(directory)
-        path = directory / GENERATION_CONFIG
-        self.generation_config = path if path.is_file() else None
+        self.defaults, self.directory = generation_defaults(directory), directory
 
     def adjusters(
         self, prompts: list[list[int]], settings: GenerateConfig, ends: set[int]
