@@ -71,11 +71,14 @@ def tokenizer_differences(
 ) -> list[str]:
     """Return how the ids and texts of an exported tokenizer differ from ours: at most one line."""
     wrong: list[str] = []
+    unknown = ours.pieces().index(ours.special_texts["unk"]) if "unk" in ours.special_texts else -1
     for text in texts:
         ids = ours.encode(text, bos=True)
         found = encode(text)
         if found != ids:
             wrong.append(f"{text!r} has the ids {_shown(found)}, not {_shown(ids)}")
+        elif unknown in ids:  # It has no text.
+            continue
         elif decode is not None and (back := decode(ids)) != ours.decode(ids):
             wrong.append(f"the ids of {text!r} have the text {back!r}")
     if not wrong:

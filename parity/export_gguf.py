@@ -81,8 +81,11 @@ def _write(
     model, architecture = source.model, ARCHITECTURES[kind]
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture])
     _describe(writer, source)
+    notes = ["Text: Unicode NFC; a prompt is to be in this form, too."] * tokenizer.ours.nfc
     if note:
-        writer.add_description(f"This export differs from its checkpoint: {note}")
+        notes.append(f"This export differs from its checkpoint: {note}")
+    if notes:
+        writer.add_description(" ".join(notes))
     add_tokenizer(writer, tokenizer, model)
     tensors = {
         theirs: (name, *_type(source, name))

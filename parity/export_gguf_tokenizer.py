@@ -100,11 +100,13 @@ def gguf_tokenizer_differences(read: gguf.GGUFReader, tokenizer: GGUFTokenizer) 
     bos = [field("bos_token_id")] if field("add_bos_token") else []
     eos = [field("eos_token_id")] if field("add_eos_token") else []
     prefix, nfc = field("add_space_prefix"), tokenizer.ours.nfc
+    # Tokens that llama.cpp finds in a text before it merges; after one it writes the prefix again.
+    found_first = [piece for piece, _, kind in rows if kind == gguf.TokenType.USER_DEFINED]
     texts = [
         # The mark is a space to llama.cpp; a space at the start of a text follows its prefix.
         text.lstrip(" ") if prefix else text
         for text in samples(tokenizer.ours)
-        if SPACE_MARK not in text
+        if not any(piece in text for piece in (SPACE_MARK, *found_first))
     ]
     if nfc:  # llama.cpp normalises nothing: the text of its caller must be in NFC.
         texts = [unicodedata.normalize("NFC", text) for text in texts]

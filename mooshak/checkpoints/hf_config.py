@@ -252,11 +252,14 @@ def _rotary(values: Mapping[str, Any], where: str) -> tuple[float, dict[str, Any
 def _scaling(
     settings: Mapping[str, Any], values: Mapping[str, Any], where: str
 ) -> dict[str, Any] | None:
-    scaling = {key: value for key, value in settings.items() if key not in ("rope_theta", "type")}
+    scaling = {
+        key: value
+        for key, value in settings.items()
+        if key not in ("rope_theta", "type") and not _is_neutral(key, value)
+    }
     scaling["rope_type"] = settings.get("rope_type", settings.get("type", "default"))
     if scaling["rope_type"] == "default":
-        has_effect = {key for key, value in scaling.items() if not _is_neutral(key, value)}
-        if others := sorted(has_effect - {"rope_type"}):
+        if others := sorted(set(scaling) - {"rope_type"}):
             raise InputError(f"{where}: RoPE of rope_type default does not use {others[0]!r}")
         return None
     if scaling["rope_type"] == "llama3":
