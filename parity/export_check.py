@@ -8,6 +8,7 @@ import json
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ TEXTS = (
     "https://example.org/?q=1&r=%20 user_name@x.co 3.14e-10",
 )
 N_JOINED = 400
-"""Number of texts of two tokens."""
+"""Number of texts of three tokens."""
 MAX_LOGITS_DISTANCE = 1e-4
 """Relative; float32's own error of trained models is below 1e-5, a wrong setting is above."""
 N_TOKENS = 24
@@ -44,15 +45,28 @@ FULL_BYTES, N_ROWS = 1 << 28, 256
 
 
 def samples(tokenizer: Tokenizer) -> Iterator[str]:
-    """Yield the texts whose ids are compared: `TEXTS`, tokens one by one, in pairs, and added."""
+    """Yield the texts whose ids are compared: `TEXTS`, and tokens joined."""
     yield from TEXTS
     texts = [text for text in tokenizer.texts() if text.strip() and REPLACEMENT not in text]
     random, n = np.random.default_rng(0), len(texts)
     # Appended tokens, at the end, are where merges go wrong.
     for start in (0, max(0, n - n // 4)) if n else ():
-        for a, b in random.integers(start, n, (N_JOINED // 2, 2)):
-            yield texts[a] + texts[b].lstrip()
-            yield f"{texts[a].strip()} {texts[b].strip()}"
+        for a, b, c in random.integers(start, n, (N_JOINED // 2, 3)):
+            yield texts[a] + texts[b].lstrip() + texts[c].lstrip()
+            yield f"{texts[a].strip()} {texts[b].strip()}{texts[c].strip()}"
+        yield from islice(_overlapping(texts[start:], random), N_JOINED // 2)
+
+
+def _overlapping(texts: list[str], random: np.random.Generator) -> Iterator[str]:
+    """Yield texts in which two tokens share letters: the order of the merges decides."""
+    by_start: dict[str, list[str]] = {}
+    for text in texts:
+        for n in range(1, min(4, len(text))):
+            by_start.setdefault(text[:n], []).append(text)
+    for i in random.permutation(len(texts)):
+        for n in range(1, min(4, len(texts[i]))):
+            if following := by_start.get(texts[i][-n:]):
+                yield texts[i] + following[random.integers(len(following))][n:]
 
 
 def added_samples(tokenizer: Tokenizer) -> Iterator[str]:

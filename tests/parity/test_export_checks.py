@@ -124,8 +124,8 @@ def append_pieces(path: Path, score: float | None) -> sentencepiece.SentencePiec
         "चूह",
         "ूहा",
         "atth",
-        "हत",
-        "रह",
+        "लम",
+        "कल",
     ]
     known = {piece.piece for piece in proto.pieces}
     for i, piece in enumerate(new):
@@ -137,7 +137,7 @@ def append_pieces(path: Path, score: float | None) -> sentencepiece.SentencePiec
 
 @pytest.mark.parametrize("to", ["hf", "gguf"])
 def test_appended_pieces_are_equal_or_refused(to: str, tmp_path: Path) -> None:
-    """Pieces of equal score are merged from the left, by llama.cpp too; merges of BPE have ranks."""
+    """Pieces of equal score are merged from the left, by llama.cpp too; in BPE, by their ranks."""
     llama(tmp_path / "hf")
     train_sentencepiece(tmp_path / "hf" / "tokenizer.model", vocab_size=310)
     append_pieces(tmp_path / "hf" / "tokenizer.model", 0.0)
