@@ -3,7 +3,7 @@
 A Llama-shaped model becomes one of transformers' own classes; the mooshak architecture is exported
 with its code (`remote_code/`, loaded with `trust_remote_code=True`). A SentencePiece model is also
 written as a `tokenizer.json` with the same ids. Before the directory gets its name, transformers
-reads it back: its logits and token ids must be ours (export_check.py).
+reads it back: its logits and token ids must be ours (export_hf_check.py).
 """
 
 import json
@@ -21,7 +21,8 @@ from mooshak.checkpoints.hf import hf_name, open_checkpoint
 from mooshak.checkpoints.hf_config import model_to_hf
 from mooshak.files import atomic_directory, read_object
 from mooshak.tokenizer.metadata import HF_CONFIG
-from parity.export_check import hf_differences, refuse
+from parity.export_check import refuse
+from parity.export_hf_check import hf_differences
 from parity.export_tokenizer import TOKEN_IDS, source_tokenizer, write_json, write_tokenizer
 
 REMOTE_CODE = Path(__file__).parent / "remote_code"

@@ -35,7 +35,12 @@ from mooshak.generation.text import check_tokens, end_ids, pad_prompts
 from mooshak.tokenizer.base import Tokenizer
 from mooshak.tokenizer.chat_template import Messages, encode_chat, end_of_turn
 from mooshak.tokenizer.files import files_of_tokenizer, generation_files
-from mooshak.tokenizer.metadata import NFC_FILE, TEXT_NORMALIZATION, named_end_ids
+from mooshak.tokenizer.metadata import (
+    GENERATION_CONFIG,
+    NFC_FILE,
+    TEXT_NORMALIZATION,
+    named_end_ids,
+)
 
 Prompt = str | Sequence[int]
 """A text, or token ids."""
@@ -55,8 +60,9 @@ class LM(abc.ABC):
     """The tokenizer; None if the checkpoint has none: prompts are then token ids."""
     defaults: Mapping[str, Any] = {}
     """Settings of the checkpoint's generation_config.json, which those of a call replace."""
-    directory: Path | None = None
-    """The directory of the checkpoint."""
+    generation_config: Path | None = None
+    """The checkpoint's generation_config.json, if it has one."""
+    _directory: Path | None = None
 
     def __init__(self) -> None:
         self._drafts: dict[Path, LM] = {}
@@ -252,8 +258,8 @@ class LM(abc.ABC):
     def ends(self, settings: GenerateConfig) -> set[int]:
         """Return the ids of the tokens that end a text, of the checkpoint and the settings."""
         own = set() if self.tokenizer is None else end_ids(self.tokenizer)
-        if self.directory is not None:
-            own |= named_end_ids(self.directory)
+        if self._directory is not None:
+            own |= named_end_ids(self._directory)
         return own | set(settings.stop_token_ids)
 
     def _files(self) -> dict[str, Path]:
@@ -261,11 +267,13 @@ class LM(abc.ABC):
         files = files_of_tokenizer(self.tokenizer.path) if self.tokenizer else {}
         if self.tokenizer and self.tokenizer.nfc:
             files[TEXT_NORMALIZATION] = NFC_FILE
-        return files | (generation_files(self.directory) if self.directory else {})
+        return files | (generation_files(self._directory) if self._directory else {})
 
     def _use_settings_of(self, directory: Path) -> None:
         """Take defaults and end tokens from the checkpoint in a directory."""
-        self.defaults, self.directory = generation_defaults(directory), directory
+        self.defaults, self._directory = generation_defaults(directory), directory
+        path = directory / GENERATION_CONFIG
+        self.generation_config = path if path.is_file() else None
 
     def adjusters(
         self, prompts: list[list[int]], settings: GenerateConfig, ends: set[int]

@@ -4,6 +4,7 @@ import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 
@@ -83,7 +84,7 @@ def trained_model(config: Config) -> bytes:
 def _trained(config: Config, required_chars: str = "") -> bytes:
     """Train a tokenizer whose tokens include the characters `required_chars`."""
     settings, model = config.tokenizer, io.BytesIO()
-    required = {"required_chars": required_chars} if required_chars else {}
+    required: dict[str, Any] = {"required_chars": required_chars} if required_chars else {}
     lines = 0
     unreadable: list[InputError] = []
 

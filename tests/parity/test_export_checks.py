@@ -24,7 +24,7 @@ from mooshak.tokenizer.base import Tokenizer
 from mooshak.tokenizer.files import find_tokenizer
 from mooshak.tokenizer.load import load_tokenizer, open_tokenizer
 from mooshak.tokenizer.sentencepiece import parse_proto
-from parity import export_check
+from parity import export_hf_check
 from parity.convert import convert, main, open_any
 from parity.export_check import TEXTS
 from tests.parity.test_huggingface import make
@@ -256,10 +256,10 @@ def test_wrong_logits_leave_nothing(
 def test_large_models_are_checked_in_part(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export_check, "FULL_BYTES", 0)
-    monkeypatch.setattr(export_check, "N_ROWS", 50)
+    monkeypatch.setattr(export_hf_check, "FULL_BYTES", 0)
+    monkeypatch.setattr(export_hf_check, "N_ROWS", 50)
     make(tmp_path / "hf", kind, vocab_size=448, num_key_value_heads=2)
-    part = export_check.first_part(open_any(tmp_path / "hf"))
+    part = export_hf_check.first_part(open_any(tmp_path / "hf"))
     assert (part.model.n_layers, part.model.vocab_size) == (1, 50)
     convert(tmp_path / "hf", tmp_path / "out", "hf", shard_size=40_000)
 
