@@ -33,7 +33,7 @@ from mooshak.config.sections import Config, check_tensor_axis
 from mooshak.errors import InputError
 from mooshak.files import atomic_directory
 from mooshak.tokenizer.base import Tokenizer
-from mooshak.tokenizer.files import tokenizer_files
+from mooshak.tokenizer.files import files_of_checkpoint
 from mooshak_jax.distributed.mesh import Parallel, check_fsdp
 from mooshak_jax.param_names import CanonicalTensor, canonical_tensors
 from mooshak_jax.params import abstract_params, load_params
@@ -91,7 +91,8 @@ def _read_moment(source: Checkpoint, moment: str, name: str) -> np.ndarray:
 def load_init_weights(config: Config, tokenizer: Tokenizer, parallel: Parallel) -> Any:
     """Load the weights of `init.from` as parameters; rows of new tokens are initialized."""
     with ensure_readable_format(Path(config.init.from_), "jax", parallel) as source_path:
-        source = init_checkpoint(config, open_checkpoint(source_path), tokenizer)
+        found = base.check_range(open_checkpoint(source_path), config.train.dtype)
+        source = init_checkpoint(config, found, tokenizer)
         return load_params(abstract_params(config.model, config.train.dtype, parallel), source.read)
 
 
@@ -107,7 +108,7 @@ def load_model(
     `InputError` if the mesh does not divide the model.
     """
     with ensure_readable_format(Path(path), "jax", parallel) as source_path:
-        source = open_checkpoint(source_path)
+        source = base.check_range(open_checkpoint(source_path), dtype)
         model = source.model
         if layout is not None:
             model = replace(model, scan_layers=layout.scan_layers, fuse_kernels=layout.fuse_kernels)
@@ -153,7 +154,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return base.contiguous(canonical.rows(array)[rows_in_block])
 
     read = verify_on_read(read_rows, tensors, checksums, lambda _: directory)
-    files = tokenizer_files(path)
+    files = files_of_checkpoint(path)
     return Checkpoint(path, "jax", model, state, tensors, read, checksums, files)
 
 

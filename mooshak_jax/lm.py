@@ -154,7 +154,7 @@ def load(
     parallel = make_mesh(mesh or "data=1", devices)
     config, params = load_model(path, dtype, parallel)
     result = LM(config, dtype, params, load_tokenizer(Path(path), config, tokenizer), parallel)
-    result._use_generation_config(Path(path))
+    result._use_settings_of(Path(path))
     return result
 
 

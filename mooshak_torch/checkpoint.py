@@ -32,7 +32,7 @@ from mooshak.config.sections import Config
 from mooshak.errors import InputError, PeerError
 from mooshak.files import atomic_directory
 from mooshak.tokenizer.base import Tokenizer
-from mooshak.tokenizer.files import tokenizer_files
+from mooshak.tokenizer.files import files_of_checkpoint
 from mooshak_torch.dcp import ChunkedSavePlanner, DCPReader, DCPWriter
 from mooshak_torch.model import Model
 from mooshak_torch.optimizer import Optimizer
@@ -93,14 +93,15 @@ def load_init_weights(
 ) -> None:
     """Load the weights of `init.from` into the model; rows of new tokens are initialized."""
     with ensure_readable_format(Path(config.init.from_), "torch", parallel) as source_path:
-        source = init_checkpoint(config, open_checkpoint(source_path), tokenizer)
+        found = base.check_range(open_checkpoint(source_path), config.train.dtype)
+        source = init_checkpoint(config, found, tokenizer)
         load_params(dict(model.named_parameters()), source)
 
 
 def load_model(path: str | Path, dtype: Dtype) -> Model:
     """Return the model of a checkpoint of any format, without the optimizer."""
     with ensure_readable_format(Path(path), "torch") as source_path:
-        source = open_checkpoint(source_path)
+        source = base.check_range(open_checkpoint(source_path), dtype)
         model = Model(source.model, dtype)
         load_params(dict(model.named_parameters()), source)
     return model
@@ -145,7 +146,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
                 f"{directory}: tensor {key} cannot be read; the checkpoint is truncated ({error})"
             ) from error
 
-    files = tokenizer_files(path)
+    files = files_of_checkpoint(path)
     read = verify_on_read(read_rows, tensors, checksums, lambda _: directory)
     return Checkpoint(path, "torch", model, state, tensors, read, checksums, files)
 

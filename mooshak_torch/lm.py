@@ -118,5 +118,5 @@ def load(
     model = load_model(path, dtype)
     found = load_tokenizer(Path(path), model.config, tokenizer)
     result = LM(model.to(chosen), found, compiled)
-    result._use_generation_config(Path(path))
+    result._use_settings_of(Path(path))
     return result

@@ -8,6 +8,7 @@ python -m parity.convert runs/demo/torch/checkpoints/600 --describe
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import os
@@ -55,12 +56,14 @@ def convert(
     weights_only: bool = False,
     shard_size: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    force: bool = False,
 ) -> int:
     """Write the checkpoint `source` of any kind as `target` of the kind `to`. Returns its bytes.
 
     `dtype` casts the weights, not the moments. `shard_size` is the maximum size of a safetensors
-    file in bytes. `progress` is called with the bytes of tensors read so far and the total. Raises
-    `InputError` when the source is incomplete or the target exists.
+    file in bytes. `progress` is called with the bytes of tensors read so far and the total. `force`
+    writes an export that differs from its checkpoint. Raises `InputError` when the source is
+    incomplete or the target exists.
     """
     checkpoint = open_any(source)
     if weights_only:
@@ -70,6 +73,8 @@ def convert(
     checkpoint = with_progress(checkpoint, progress)
     if dtype is not None:
         checkpoint = cast(checkpoint, dtype)
+    if to in ("hf", "gguf"):
+        _check_installed(to)
     if to == "torch":
         from mooshak_torch.checkpoint import write_checkpoint
     elif to == "jax":
@@ -77,13 +82,22 @@ def convert(
     elif to == "hf":
         from parity import export_hf
 
-        write_checkpoint = partial(export_hf.write_checkpoint, shard_size=shard_size)
+        write_checkpoint = partial(export_hf.write_checkpoint, shard_size=shard_size, force=force)
     elif to == "gguf":
-        from parity.export_gguf import write_checkpoint
+        from parity import export_gguf
+
+        write_checkpoint = partial(export_gguf.write_checkpoint, force=force)
     else:
         write_checkpoint = partial(safetensors.write_checkpoint, shard_size=shard_size)
     write_checkpoint(target, checkpoint)
     return checkpoint.n_bytes
+
+
+def _check_installed(to: str) -> None:
+    """Raise `InputError` if the packages that an export needs are missing."""
+    for package in ("tokenizers", "transformers") if to == "hf" else ("tokenizers", "gguf"):
+        if importlib.util.find_spec(package) is None:
+            raise InputError(f"--to {to} needs the package {package}; pip install 'mooshak[hf]'")
 
 
 def open_any(path: Path) -> Checkpoint:
@@ -122,7 +136,8 @@ def cast(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
     }
 
     def read(key: str, rows: slice = FULL_SLICE) -> np.ndarray:
-        return checkpoint.read(key, rows).astype(tensors[key][0], copy=False)
+        array = checkpoint.read(key, rows)
+        return base.cast(array, tensors[key][0], checkpoint.label(key))
 
     return replace(checkpoint, tensors=tensors, read=read, checksums={})
 
@@ -259,6 +274,8 @@ def main() -> None:
     add("--weights-only", action="store_true", help="omit the optimizer and the trainer state")
     text = "split safetensors files that are larger, for instance 2GB"
     add("--shard-size", type=size_in_bytes, metavar="SIZE", help=text)
+    text = "hf, gguf: write an export whose check finds a difference, with a note in it"
+    add("--force", action="store_true", help=text)
     text = "print what SOURCE contains; convert nothing"
     add("--describe", action="store_true", help=text)
     add("--json", action="store_true", help="print the description as JSON")
@@ -283,6 +300,7 @@ def main() -> None:
             args.weights_only,
             args.shard_size,
             progress,
+            args.force,
         )
     seconds = time.perf_counter() - start
     print(

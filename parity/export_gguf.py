@@ -2,6 +2,7 @@
 
 Names and keys are those of the `gguf` package. llama.cpp's Llama applies RoPE to neighbouring
 elements and ours to halves: the rows of wq and wk are permuted accordingly. Its Qwen uses halves.
+Before the file gets its name it is read back: tensors and token ids must be ours.
 """
 
 from pathlib import Path
@@ -9,17 +10,20 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from mooshak.checkpoints.base import DTYPES, Checkpoint
+from mooshak.checkpoints.base import DTYPES, Checkpoint, cast
 from mooshak.checkpoints.hf import hf_name
 from mooshak.checkpoints.hf_config import model_to_hf
 from mooshak.config.model import ModelConfig
 from mooshak.errors import InputError
 from mooshak.files import locked
 from mooshak.numerics.rope import rescaled
-from mooshak.tokenizer.chat_template import CHAT_TEMPLATE
-from mooshak.tokenizer.files import HF_CONFIG
-from mooshak.tokenizer.sentencepiece import parse_proto
-from parity.export_hf import exported_tokenizer_files
+from parity.export_check import refuse
+from parity.export_gguf_tokenizer import (
+    GGUFTokenizer,
+    add_tokenizer,
+    gguf_tokenizer_differences,
+    open_gguf_tokenizer,
+)
 
 ARCHITECTURES = {
     "llama": gguf.MODEL_ARCH.LLAMA,
@@ -40,10 +44,13 @@ FILE_TYPES = {
 }
 
 
-def write_checkpoint(path: Path, source: Checkpoint) -> None:
+def write_checkpoint(
+    path: Path, source: Checkpoint, check: bool = True, force: bool = False
+) -> None:
     """Write the weights of a checkpoint of any kind to the file `path`, one tensor at a time.
 
-    Raises `InputError` for a model that llama.cpp does not support, and where `path` exists.
+    Raises `InputError` for a model that llama.cpp does not support, where `path` exists, and,
+    unless `force` is true, where the `check` of the written file finds a difference.
     """
     model = source.model
     kind = model_to_hf(model)["model_type"]
@@ -52,40 +59,79 @@ def write_checkpoint(path: Path, source: Checkpoint) -> None:
             f"GGUF has no architecture for this model ({kind}"
             f"{', sliding window' if model.sliding_window else ''}); use --to hf"
         )
-    if path.exists():
-        raise InputError(f"{path} exists already; remove it or choose another destination")
-    architecture = ARCHITECTURES[kind]
-    names = gguf.get_tensor_name_map(architecture, model.n_layers)
-    temporary = path.with_name(f".{path.name}.unfinished")
-    with locked(path.with_name(f".{path.name}.lock")):
+    lock, temporary = (path.with_name(f".{path.name}.{end}") for end in ("lock", "unfinished"))
+    with locked(lock):
         try:
-            writer = gguf.GGUFWriter(temporary, gguf.MODEL_ARCH_NAMES[architecture])
-            _describe(writer, source)
-            _add_tokenizer(writer, source)
-            tensors = {}
-            for name in model.parameter_shapes():
-                theirs = names.get_name(hf_name(name), try_suffixes=(".weight", ".bias"))
-                assert theirs is not None, name
-                tensors[theirs] = (name, *_type(source, name))
-            if (factors := frequency_factors(model)) is not None:
-                shape, kind_ = factors.shape, gguf.GGMLQuantizationType.F32
-                writer.add_tensor_info(ROPE, shape, factors.dtype, factors.nbytes, kind_)
-            for theirs, (name, dtype, stored) in tensors.items():
-                shape = source.tensors[name][1]
-                size = int(np.prod(shape)) * dtype.itemsize
-                writer.add_tensor_info(theirs, shape, dtype, size, stored)
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-            if factors is not None:
-                writer.write_tensor_data(factors)
-            for name, dtype, _ in tensors.values():
-                writer.write_tensor_data(tensor(source, name, kind).astype(dtype, copy=False))
-            writer.close()
+            if path.exists():
+                raise InputError(f"{path} exists already; remove it or choose another destination")
+            tokenizer = open_gguf_tokenizer(source)
+            _write(temporary, source, kind, tokenizer)
+            if check and (differences := gguf_differences(temporary, source, kind, tokenizer)):
+                refuse(path, differences, force)
+                _write(temporary, source, kind, tokenizer, "; ".join(differences))
             temporary.rename(path)
         finally:
             temporary.unlink(missing_ok=True)
-    path.with_name(f".{path.name}.lock").unlink(missing_ok=True)
+            lock.unlink(missing_ok=True)
+
+
+def _write(
+    path: Path, source: Checkpoint, kind: str, tokenizer: GGUFTokenizer, note: str = ""
+) -> None:
+    model, architecture = source.model, ARCHITECTURES[kind]
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture])
+    _describe(writer, source)
+    notes = ["Text: Unicode NFC; a prompt is to be in this form, too."] * tokenizer.ours.nfc
+    if note:
+        notes.append(f"This export differs from its checkpoint: {note}")
+    if notes:
+        writer.add_description(" ".join(notes))
+    add_tokenizer(writer, tokenizer, model)
+    tensors = {
+        theirs: (name, *_type(source, name))
+        for name, theirs in tensor_names(model, architecture).items()
+    }
+    if (factors := frequency_factors(model)) is not None:
+        shape, kind_ = factors.shape, gguf.GGMLQuantizationType.F32
+        writer.add_tensor_info(ROPE, shape, factors.dtype, factors.nbytes, kind_)
+    for theirs, (name, dtype, stored) in tensors.items():
+        shape = source.tensors[name][1]
+        size = int(np.prod(shape)) * dtype.itemsize
+        writer.add_tensor_info(theirs, shape, dtype, size, stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    if factors is not None:
+        writer.write_tensor_data(factors)
+    for name, dtype, _ in tensors.values():
+        writer.write_tensor_data(cast(tensor(source, name, kind), dtype, source.label(name)))
+    writer.close()
+
+
+def tensor_names(model: ModelConfig, architecture: gguf.MODEL_ARCH) -> dict[str, str]:
+    """Return canonical name -> name in the file."""
+    names, result = gguf.get_tensor_name_map(architecture, model.n_layers), {}
+    for name in model.parameter_shapes():
+        theirs = names.get_name(hf_name(name), try_suffixes=(".weight", ".bias"))
+        assert theirs is not None, name
+        result[name] = theirs
+    return result
+
+
+def gguf_differences(
+    path: Path, source: Checkpoint, kind: str, tokenizer: GGUFTokenizer
+) -> list[str]:
+    """Return how a file, as the package `gguf` reads it, differs from the checkpoint."""
+    read, model = gguf.GGUFReader(path), source.model
+    found = {one.name: one.data for one in read.tensors}
+    for name, theirs in tensor_names(model, ARCHITECTURES[kind]).items():
+        expected = cast(tensor(source, name, kind), _type(source, name)[0], source.label(name))
+        data = found[theirs].view(np.uint8).ravel()
+        if not np.array_equal(data, np.ascontiguousarray(expected).view(np.uint8).ravel()):
+            return [f"the tensor {theirs} differs"]
+        if not np.isfinite(expected).all():
+            return [f"the tensor {theirs} is not finite; the weights are damaged"]
+    return gguf_tokenizer_differences(read, tokenizer)
 
 
 ROPE = "rope_freqs.weight"
@@ -134,34 +180,3 @@ def _describe(writer: gguf.GGUFWriter, source: Checkpoint) -> None:
     if model.rope_scaling is not None and model.rope_scaling["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(model.rope_scaling["factor"])
-
-
-def _add_tokenizer(writer: gguf.GGUFWriter, source: Checkpoint) -> None:
-    """Add the tokens of the SentencePiece model; rows beyond them are unused tokens."""
-    files = exported_tokenizer_files(source)
-    file = files.get("tokenizer.model")
-    if file is None:
-        raise InputError(f"{source.path} has no tokenizer.model; GGUF needs one")
-    proto = parse_proto(file.read_bytes())
-    spare = range(len(proto.pieces), source.model.vocab_size)
-    unused = gguf.TokenType.UNUSED
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list([*(p.piece for p in proto.pieces), *(f"[PAD{i}]" for i in spare)])
-    writer.add_token_scores([*(p.score for p in proto.pieces), *(-1e4 for _ in spare)])
-    # SentencePiece and GGUF use the same numbers for token types.
-    writer.add_token_types([*(int(p.type) for p in proto.pieces), *(unused for _ in spare)])
-    writer.add_add_space_prefix(proto.normalizer_spec.add_dummy_prefix)
-    writer.add_add_bos_token(True)
-    spec = proto.trainer_spec
-    for add, id in (
-        (writer.add_bos_token_id, spec.bos_id),
-        (writer.add_eos_token_id, spec.eos_id),
-        (writer.add_unk_token_id, spec.unk_id),
-        (writer.add_pad_token_id, spec.pad_id),
-    ):
-        if id >= 0:
-            add(id)
-    if "chat_template.jinja" in files:
-        writer.add_chat_template(files["chat_template.jinja"].read_text())
-    elif any(p.piece == "<|assistant|>" for p in proto.pieces) and HF_CONFIG not in files:
-        writer.add_chat_template(CHAT_TEMPLATE)

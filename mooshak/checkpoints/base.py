@@ -9,11 +9,11 @@ rows: no checkpoint is loaded into memory at once. Keys are `{name}` for a param
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -61,6 +61,8 @@ class Checkpoint:
     tokenizer_files: Mapping[str, Path] = field(default_factory=dict)
     """Name -> file of the tokenizer, its settings and chat template, which are copied with the
     weights."""
+    label: Callable[[str], str] = lambda key: key
+    """Function that returns how a tensor is called in messages: by the file's own name."""
 
     @property
     def has_optimizer(self) -> bool:
@@ -75,6 +77,50 @@ def size_of(tensor: tuple[np.dtype, tuple[int, ...]]) -> int:
     """Return the bytes of a tensor of this dtype and shape."""
     dtype, shape = tensor
     return math.prod(shape) * dtype.itemsize
+
+
+def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """Return the array in another dtype. Raises `InputError` if a finite value becomes infinite.
+
+    `name` is that of the tensor, for the message.
+    """
+    if array.dtype == dtype:
+        return array
+    with np.errstate(over="ignore"):
+        result = array.astype(dtype)
+    if array.dtype.itemsize > dtype.itemsize or dtype == np.float16:
+        lost = np.isinf(result) & np.isfinite(array)
+        if lost.any():
+            _refuse(array[lost][0], dtype, name)
+    return result
+
+
+def check_range(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
+    """Return the checkpoint for a computation in `dtype`.
+
+    Its `read` raises `InputError` for a finite weight that `dtype` does not hold.
+    """
+    limit = np.dtype(dtype if dtype != "bfloat16" else ml_dtypes.bfloat16)
+    exponent = ml_dtypes.finfo(limit).maxexp
+    if all(ml_dtypes.finfo(stored).maxexp <= exponent for stored, _ in checkpoint.tensors.values()):
+        return checkpoint
+
+    def read(key: str, rows: slice = FULL_SLICE) -> np.ndarray:
+        array = checkpoint.read(key, rows)
+        with np.errstate(invalid="ignore"):
+            lost = np.isfinite(array) & (np.abs(array) > float(ml_dtypes.finfo(limit).max))
+        if lost.any():
+            _refuse(array[lost][0], limit, checkpoint.label(key))
+        return array
+
+    return replace(checkpoint, read=read)
+
+
+def _refuse(value: Any, dtype: np.dtype, name: str) -> NoReturn:
+    raise InputError(
+        f"tensor {name} has the value {float(value):.6g}, which {dtype.name} does not hold (at "
+        f"most {float(ml_dtypes.finfo(dtype).max):.6g}); choose another dtype"
+    )
 
 
 def row_chunks(tensor: tuple[np.dtype, tuple[int, ...]]) -> Iterator[slice]:
@@ -109,11 +155,15 @@ STRIP = (4096, 16)
 
 
 def check_tensors(
-    path: Path, model: ModelConfig, tensors: Tensors
+    path: Path,
+    model: ModelConfig,
+    tensors: Tensors,
+    label: Callable[[str], str] = lambda key: key,
 ) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
     """Return the tensors in the order of the model, moments last.
 
-    Raises `InputError` unless they are exactly those of the model, with all moments or none.
+    `label` returns the name of a tensor in messages. Raises `InputError` unless they are exactly
+    those of the model, with all moments or none.
     """
     shapes = model.parameter_shapes()
     expected = dict(shapes)
@@ -122,11 +172,11 @@ def check_tensors(
     for key, shape in expected.items():
         if key not in tensors:
             raise InputError(
-                f"{path}: tensor {key} is missing; this is not the model of config.json"
+                f"{path}: tensor {label(key)} is missing; this is not the model of config.json"
             )
         if tensors[key][1] != shape:
             raise InputError(
-                f"{path}: tensor {key} has shape {list(tensors[key][1])}, config.json says "
+                f"{path}: tensor {label(key)} has shape {list(tensors[key][1])}, config.json says "
                 f"{list(shape)}; this is a checkpoint of another model"
             )
     if left_over := sorted(set(tensors) - set(expected)):

@@ -102,11 +102,17 @@ def ensure_readable_format(
 
 
 def _converted(path: Path) -> tuple[str, str]:
-    """Convert a checkpoint to the interchange format in a temporary directory next to it.
+    """Convert a checkpoint to the interchange format in a temporary directory.
 
-    Returns the directory, and why the conversion failed, or an empty text.
+    It is next to the checkpoint, where there is space and all processes see it, or, if nothing can
+    be written there, in the system's directory. Returns it, and why the conversion failed, or an
+    empty text.
     """
-    directory = tempfile.mkdtemp(dir=path.parent, prefix=".converting-")
+    path = path.absolute()
+    try:
+        directory = tempfile.mkdtemp(dir=path.parent, prefix=".converting-")
+    except OSError:
+        directory = tempfile.mkdtemp(prefix="mooshak-converting-")
     arguments = ["-m", "parity.convert", str(path), f"{directory}/{path.name}"]
     command = [sys.executable, *arguments, "--to", "safetensors"]
     done = subprocess.run(command, capture_output=True, text=True)

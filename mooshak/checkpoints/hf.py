@@ -9,7 +9,7 @@ RoPE of HF's Llama rotates halves, as here: no matrix is permuted.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +29,8 @@ from mooshak.checkpoints.safetensors import entry_reader, read_entries
 from mooshak.config.model import ModelConfig
 from mooshak.errors import InputError
 from mooshak.files import read_object
-from mooshak.tokenizer.files import HF_CONFIG, tokenizer_files
+from mooshak.tokenizer.files import files_of_checkpoint
+from mooshak.tokenizer.metadata import HF_CONFIG
 
 MODELS = {
     "embeddings": "model.embed_tokens",
@@ -89,7 +90,7 @@ def open_checkpoint(path: Path, stored: HFTensors | None = None) -> Checkpoint:
     shape, or belongs to no parameter.
     """
     model = read_config(path)
-    found = stored or _safetensors(path)
+    found = stored or _safetensors(path, (HEAD,) if model.tie_embeddings else ())
     canonical = {hf_name(name): name for name in model.parameter_shapes()}
     computed = "|".join(NO_PARAMETERS)
     tensors = {
@@ -97,21 +98,35 @@ def open_checkpoint(path: Path, stored: HFTensors | None = None) -> Checkpoint:
         for name, tensor in found.tensors.items()
         if not re.fullmatch(computed, name)
     }
-    if model.tie_embeddings and "lm_head.weight" in tensors:
-        # Some programs write tied weights twice.
-        _check_tied(path, found)
-        del tensors["lm_head.weight"]
-    tensors = check_tensors(path, model, tensors)
+    if model.tie_embeddings and HEAD in tensors:
+        tensor = tensors.pop(HEAD)
+        if "embeddings.weight" in tensors:
+            # Some programs write tied weights twice.
+            _check_tied(path, found)
+        else:
+            tensors["embeddings.weight"], canonical[HEAD] = tensor, "embeddings.weight"
+            del canonical[hf_name("embeddings.weight")]
+    theirs = {ours: name for name, ours in canonical.items()}
+    tensors = check_tensors(path, model, tensors, label)
     checksums = {
         canonical[name]: hash for name, hash in found.checksums.items() if name in canonical
     }
 
     def rows_of(key: str, rows: slice = FULL_SLICE) -> np.ndarray:
-        return found.read(hf_name(key), rows)
+        return found.read(theirs[key], rows)
 
     read = verify_on_read(rows_of, tensors, checksums, lambda key: path)
-    files = tokenizer_files(path) | {HF_CONFIG: path / "config.json"}
-    return Checkpoint(path, "hf", model, None, tensors, read, checksums, files)
+    files = files_of_checkpoint(path) | {HF_CONFIG: path / "config.json"}
+    return Checkpoint(path, "hf", model, None, tensors, read, checksums, files, label)
+
+
+HEAD = "lm_head.weight"
+
+
+def label(name: str) -> str:
+    """Return the Hugging Face name of a parameter, with ours in brackets."""
+    theirs = hf_name(name)
+    return name if theirs == name else f"{theirs} ({name})"
 
 
 def _check_tied(path: Path, there: HFTensors) -> None:
@@ -119,7 +134,7 @@ def _check_tied(path: Path, there: HFTensors) -> None:
 
     If they differed, transformers 4 would use the embedding, and 5 both.
     """
-    head, embedding = "lm_head.weight", hf_name("embeddings.weight")
+    head, embedding = HEAD, hf_name("embeddings.weight")
     tensor = there.tensors[head]
     same = there.tensors.get(embedding) == tensor
     for rows in row_chunks(tensor) if same else ():
@@ -132,23 +147,28 @@ def _check_tied(path: Path, there: HFTensors) -> None:
         )
 
 
-def _safetensors(path: Path) -> HFTensors:
-    stored = read_entries(path, "model", required=True)
+def _safetensors(path: Path, optional: Collection[str]) -> HFTensors:
+    stored = read_entries(path, "model", required=True, optional=optional)
     tensors = {key: (entry.dtype, entry.shape) for key, entry in stored.items()}
     checksums = {key: entry.checksum for key, entry in stored.items() if entry.checksum}
     return HFTensors(tensors, entry_reader(stored), checksums)
 
 
 def has_safetensors(path: Path) -> bool:
-    """Return whether the weights are safetensors, not a pickle, which only torch reads."""
-    return any(path.glob("model*.safetensors"))
+    """Return whether the weights are safetensors, not a pickle, which only torch reads.
+
+    Without either, safetensors are what is missing.
+    """
+    if any((path / f"model.safetensors{end}").is_file() for end in ("", ".index.json")):
+        return True
+    return not any((path / f"pytorch_model.bin{end}").is_file() for end in ("", ".index.json"))
 
 
 def pickle_files(path: Path) -> list[Path]:
-    """Return `pytorch_model.bin` or its shards. Raises `InputError` if a file is missing."""
+    """Return `pytorch_model.bin`, or else its shards. Raises `InputError` if a file is missing."""
     index = path / "pytorch_model.bin.index.json"
     names = {"pytorch_model.bin"}
-    if index.is_file():
+    if index.is_file() and not (path / "pytorch_model.bin").is_file():
         try:
             names = set(json.loads(index.read_bytes())["weight_map"].values())
         except (ValueError, KeyError, AttributeError) as error:

@@ -6,7 +6,7 @@ from typing import Any
 
 from mooshak.config.model import ModelConfig
 from mooshak.errors import InputError
-from mooshak.tokenizer.files import HF_CONFIG
+from mooshak.tokenizer.metadata import HF_CONFIG
 
 KEYS = {
     "vocab_size": "vocab_size",
@@ -31,15 +31,26 @@ REQUIRED = tuple(
 ROTARY = ("rope_parameters", "rope_theta", "rope_scaling")
 
 INERT = {
-    "_attn_implementation_autoset",
-    "_model_name_or_path",
-    "_name_or_path",
     "architectures",
     "attention_dropout",
     "auto_map",
     "bos_token_id",
+    "cross_attention_hidden_size",
     "dtype",
     "eos_token_id",
+    "finetuning_task",
+    "id2label",
+    "label2id",
+    "output_attentions",
+    "output_hidden_states",
+    "prefix",
+    "problem_type",
+    "return_dict",
+    "sep_token_id",
+    "task_specific_params",
+    "tf_legacy_loss",
+    "torchscript",
+    "use_bfloat16",
     "initializer_range",
     "is_llama_config",
     "layer_types",  # Checked: all layers must have the same type.
@@ -60,6 +71,60 @@ INERT = {
 
 ONLY = {"hidden_act": "silu", "rope_interleaved": False, "use_mrope": False}
 """Keys with only one supported value."""
+
+NEUTRAL: dict[str, Any] = {
+    "add_cross_attention": False,
+    "attention_bias": False,
+    "attn_logit_softcapping": 0.0,
+    "chunk_size_feed_forward": 0,
+    "embedding_multiplier": 1.0,
+    "final_logit_softcapping": 0.0,
+    "is_decoder": False,
+    "is_encoder_decoder": False,
+    "logit_scale": 1.0,
+    "logits_scaling": 1.0,
+    "mlp_bias": False,
+    "num_experts": 0,
+    "num_local_experts": 0,
+    "num_nextn_predict_layers": 0,
+    "partial_rotary_factor": 1.0,
+    "pruned_heads": {},
+    "residual_multiplier": 1.0,
+    "tie_encoder_decoder": False,
+    "use_qk_norm": False,
+    "use_sliding_window": False,
+}
+"""Keys of other families -> the value with which they have no effect. Null has none, either."""
+
+OF_GENERATION = {
+    "bad_words_ids",
+    "begin_suppress_tokens",
+    "decoder_start_token_id",
+    "diversity_penalty",
+    "do_sample",
+    "early_stopping",
+    "encoder_no_repeat_ngram_size",
+    "exponential_decay_length_penalty",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "length_penalty",
+    "max_length",
+    "min_length",
+    "no_repeat_ngram_size",
+    "num_beam_groups",
+    "num_beams",
+    "num_return_sequences",
+    "output_scores",
+    "remove_invalid_values",
+    "repetition_penalty",
+    "return_dict_in_generate",
+    "suppress_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "typical_p",
+}
+"""Defaults of generation, which transformers 4 wrote here, too; not of the model's function."""
 
 INTEGERS = (*REQUIRED, "num_key_value_heads", "head_dim", "sliding_window", "max_window_layers")
 VALUE_TYPES: dict[str, tuple[Any, tuple[str, ...]]] = {
@@ -122,8 +187,8 @@ def model_from_hf(values: Mapping[str, Any], where: str) -> ModelConfig:
     heads = values.get("architectures") or [family.head]
     if heads != [family.head]:
         raise InputError(f"{where}: architectures {heads} is not supported; expected {family.head}")
-    known = {*KEYS, *ROTARY, *INERT, *ONLY, *family.keys}
-    if unused := sorted(set(values) - known):
+    known = {*KEYS, *ROTARY, *INERT, *ONLY, *OF_GENERATION, *family.keys}
+    if unused := sorted(key for key in set(values) - known if not _is_neutral(key, values[key])):
         raise InputError(
             f"{where}: key {unused[0]!r} ({values[unused[0]]!r}) is not supported; "
             "it could change the function of the model"
@@ -159,6 +224,12 @@ def model_from_hf(values: Mapping[str, Any], where: str) -> ModelConfig:
         raise InputError(f"{where}: {error}") from error
 
 
+def _is_neutral(key: str, value: Any) -> bool:
+    """Return whether a key that the family does not have leaves the model as it is."""
+    is_same = key in NEUTRAL and value == NEUTRAL[key]
+    return key.startswith("_") or value is None or is_same
+
+
 def _rotary(values: Mapping[str, Any], where: str) -> tuple[float, dict[str, Any] | None]:
     """Return theta and rescaling from both forms of the RoPE settings, which must agree."""
     five, four = values.get("rope_parameters"), values.get("rope_scaling")
@@ -181,7 +252,11 @@ def _rotary(values: Mapping[str, Any], where: str) -> tuple[float, dict[str, Any
 def _scaling(
     settings: Mapping[str, Any], values: Mapping[str, Any], where: str
 ) -> dict[str, Any] | None:
-    scaling = {key: value for key, value in settings.items() if key not in ("rope_theta", "type")}
+    scaling = {
+        key: value
+        for key, value in settings.items()
+        if key not in ("rope_theta", "type") and not _is_neutral(key, value)
+    }
     scaling["rope_type"] = settings.get("rope_type", settings.get("type", "default"))
     if scaling["rope_type"] == "default":
         if others := sorted(set(scaling) - {"rope_type"}):

@@ -88,7 +88,11 @@ def init_checkpoint(config: Config, source: Checkpoint, tokenizer: Tokenizer) ->
         return source
     file = known[0] if known else find_tokenizer(Path(config.init.from_), None)
     old = open_tokenizer(file)
-    if type(old) is not type(tokenizer) or tokenizer.pieces()[: old.vocab_size] != old.pieces():
+    is_json = isinstance(old, HFTokenizer)
+    if (
+        is_json != isinstance(tokenizer, HFTokenizer)
+        or tokenizer.pieces()[: old.vocab_size] != old.pieces()
+    ):
         raise InputError(
             f"{tokenizer.path} does not start with the tokens of {file}; extend that tokenizer"
         )

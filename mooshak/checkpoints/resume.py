@@ -65,6 +65,7 @@ def trainer_state(
         "schedule": asdict(config.schedule),
         "optimizer": asdict(config.optimizer),
         "data": _data(config, tokenizer, shards),
+        "normalize_nfc": config.data.normalize_nfc,
         "validation_loss": validation_loss,
         "validation_step": None if validation_loss is None else step,
     }

@@ -6,7 +6,7 @@
 
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from mooshak.checkpoints.base import (
 from mooshak.checkpoints.checksums import HASH, Checksums, read_ahead, verify_on_read
 from mooshak.errors import InputError
 from mooshak.files import DirectIOFile, atomic_directory
-from mooshak.tokenizer.files import tokenizer_files
+from mooshak.tokenizer.files import files_of_checkpoint
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -45,7 +45,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     tensors = check_tensors(path, model, described)
     checksums = {key: entry.checksum for key, entry in stored.items() if entry.checksum}
     read = verify_on_read(entry_reader(stored), tensors, checksums, lambda key: stored[key].file)
-    files = tokenizer_files(path)
+    files = files_of_checkpoint(path)
     return Checkpoint(path, "safetensors", model, state, tensors, read, checksums, files)
 
 
@@ -97,10 +97,15 @@ class SafetensorsEntry:
     checksum: str | None
 
 
-def read_entries(path: Path, name: str, required: bool) -> dict[str, SafetensorsEntry]:
-    """Read the entries of `{name}.safetensors`, or of the shards in its index: key -> entry."""
+def read_entries(
+    path: Path, name: str, required: bool, optional: Collection[str] = ()
+) -> dict[str, SafetensorsEntry]:
+    """Read the entries of `{name}.safetensors`, or else of the shards in its index: key -> entry.
+
+    The index may list tensors in `optional` that no shard holds.
+    """
     index, single = path / f"{name}.safetensors.index.json", path / f"{name}.safetensors"
-    if not index.is_file():
+    if single.is_file() or not index.is_file():  # As in transformers, a single file wins.
         return _header(single) if required or single.is_file() else {}
     try:
         files = {
@@ -114,9 +119,10 @@ def read_entries(path: Path, name: str, required: bool) -> dict[str, Safetensors
         if not file.is_file():
             key = next(key for key in files if files[key] == file)
             raise InputError(f"{file} is missing, with tensor {key} and others")
-        stored |= _header(file)
+        # Of a tensor in several shards, that of the index.
+        stored |= {k: e for k, e in _header(file).items() if files.get(k, file) == file}
     for key, file in files.items():
-        if key not in stored or stored[key].file != file:
+        if key not in stored and key not in optional:
             raise InputError(f"{file} lacks tensor {key}, which {index.name} lists")
     return stored
 

@@ -32,16 +32,16 @@ from mooshak.generation.constraints import make_constraint
 from mooshak.generation.log_probs import TokenLogProbs
 from mooshak.generation.settings import check_stream, generation_defaults, make_settings
 from mooshak.generation.speculative import Speculation, check_draft
-from mooshak.generation.text import (
-    GENERATION_CONFIG,
-    check_tokens,
-    end_ids,
-    named_end_ids,
-    pad_prompts,
-)
+from mooshak.generation.text import check_tokens, end_ids, pad_prompts
 from mooshak.tokenizer.base import Tokenizer
 from mooshak.tokenizer.chat_template import Messages, encode_chat, end_of_turn
-from mooshak.tokenizer.files import files_of_tokenizer
+from mooshak.tokenizer.files import files_of_tokenizer, generation_files
+from mooshak.tokenizer.metadata import (
+    GENERATION_CONFIG,
+    NFC_FILE,
+    TEXT_NORMALIZATION,
+    named_end_ids,
+)
 
 Prompt = str | Sequence[int]
 """A text, or token ids."""
@@ -63,6 +63,7 @@ class LM(abc.ABC):
     """Settings of the checkpoint's generation_config.json, which those of a call replace."""
     generation_config: Path | None = None
     """The checkpoint's generation_config.json, if it has one."""
+    _directory: Path | None = None
 
     def __init__(self) -> None:
         self._drafts: dict[Path, LM] = {}
@@ -188,8 +189,7 @@ class LM(abc.ABC):
         """Generate the next turn of a conversation: messages with `role` and `content`.
 
         The checkpoint's chat template renders the prompt, or for tokenizers of this project ours.
-        Settings, results and errors are
-        those of `generate`. Raises `InputError` if the checkpoint has no chat template.
+        Settings, results and errors are those of `generate`. Raises `InputError` if the checkpoint has no chat template.
         """
         if self.tokenizer is None:
             raise InputError("the checkpoint has no tokenizer, so it has no chat template")
@@ -258,21 +258,22 @@ class LM(abc.ABC):
     def ends(self, settings: GenerateConfig) -> set[int]:
         """Return the ids of the tokens that end a text, of the checkpoint and the settings."""
         own = set() if self.tokenizer is None else end_ids(self.tokenizer)
-        if self.generation_config is not None:
-            own |= named_end_ids(self.generation_config.parent)
+        if self._directory is not None:
+            own |= named_end_ids(self._directory)
         return own | set(settings.stop_token_ids)
 
     def _files(self) -> dict[str, Path]:
         """Return the files that `save` writes with the weights: name -> file."""
         files = files_of_tokenizer(self.tokenizer.path) if self.tokenizer else {}
-        own = self.generation_config
-        return files if own is None else files | {own.name: own}
+        if self.tokenizer and self.tokenizer.nfc:
+            files[TEXT_NORMALIZATION] = NFC_FILE
+        return files | (generation_files(self._directory) if self._directory else {})
 
-    def _use_generation_config(self, directory: Path) -> None:
+    def _use_settings_of(self, directory: Path) -> None:
         """Take defaults and end tokens from a checkpoint; check that it has this tokenizer."""
         if self.tokenizer is not None:
             check_tokenizer(directory, self.tokenizer)
-        self.defaults = generation_defaults(directory)
+        self.defaults, self._directory = generation_defaults(directory), directory
         path = directory / GENERATION_CONFIG
         self.generation_config = path if path.is_file() else None
 

@@ -11,7 +11,7 @@ import numpy as np
 from mooshak.config.generate import EarlyStopping, GenerateConfig
 from mooshak.errors import InputError, did_you_mean, require
 from mooshak.files import read_object
-from mooshak.generation.text import GENERATION_CONFIG
+from mooshak.tokenizer.metadata import GENERATION_CONFIG
 
 
 def make_settings(

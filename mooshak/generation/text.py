@@ -2,17 +2,15 @@
 
 from collections.abc import Collection, Sequence
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import regex
 
 from mooshak.config.model import ModelConfig
 from mooshak.errors import InputError
-from mooshak.files import read_object
 from mooshak.tokenizer.base import Tokenizer
+from mooshak.tokenizer.metadata import named_end_ids
 
-GENERATION_CONFIG = "generation_config.json"
 REPLACEMENT = "\ufffd"
 """U+FFFD, which `decode` returns for an incomplete UTF-8 sequence."""
 CLUSTER = regex.compile(r"\X")
@@ -149,15 +147,8 @@ def _common_prefix(a: str, b: str) -> str:
 
 
 def end_ids(tokenizer: Tokenizer) -> set[int]:
-    """Return the ids of end tokens: of the tokenizer, and in generation_config.json next to it."""
+    """Return the ids of end tokens: of the tokenizer, and those that files next to it name."""
     return {tokenizer.eos_id} | named_end_ids(tokenizer.path.parent)
-
-
-def named_end_ids(directory: Path) -> set[int]:
-    """Return the ids of end tokens in the generation_config.json of a directory."""
-    named = read_object(directory / GENERATION_CONFIG).get("eos_token_id")
-    named = named if isinstance(named, list) else [named]
-    return {id for id in named if isinstance(id, int)}
 
 
 def pad_prompts(

@@ -1,6 +1,7 @@
 """The interface of every tokenizer, whatever library reads its file."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -20,6 +21,11 @@ class Tokenizer(Protocol):
     padded_vocab_size: int
     """`vocab_size`, rounded up to a multiple of 64: rows of the embedding."""
     bos_id: int
+    """The token before a document; that of `eos_id` if there is no BOS token."""
+    nfc: bool
+    """Whether a text is brought to Unicode NFC before it is encoded."""
+    special_texts: dict[str, str]
+    """Texts of the special tokens for chat templates: bos, eos, pad and others -> token."""
     eos_id: int
     pad_id: int
 
@@ -59,6 +65,16 @@ class Tokenizer(Protocol):
 def padded(vocab_size: int) -> int:
     """Return the rows of the embedding: `vocab_size`, rounded up to a multiple of 64."""
     return -(-vocab_size // 64) * 64
+
+
+def check_unicode(texts: Iterable[str]) -> None:
+    """Raise `InputError` for a text with a lone surrogate, which is not Unicode text."""
+    for text in texts:
+        if surrogate := re.search("[\ud800-\udfff]", text):
+            raise InputError(
+                f"the text has a lone surrogate, U+{ord(surrogate[0]):04X}, at character "
+                f"{surrogate.start()}; it is not Unicode text, read it as UTF-8"
+            ) from None
 
 
 def check_found(found: int, wanted: int, before: int) -> None:

@@ -1,7 +1,9 @@
 """Chat templates: conversations as token ids, by a checkpoint's Jinja template or our own."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from functools import cache, lru_cache
 from typing import Any
 
@@ -34,15 +36,12 @@ def encode_chat(tokenizer: Tokenizer, messages: Messages) -> list[int]:
     template = find_template(tokenizer)
     if template == CHAT_TEMPLATE and _is_own(tokenizer):
         return _encode_own(tokenizer, messages)
-    pieces = _pieces(tokenizer)
-    bos = pieces[tokenizer.bos_id] if 0 <= tokenizer.bos_id < len(pieces) else ""
-    eos = pieces[tokenizer.eos_id] if 0 <= tokenizer.eos_id < len(pieces) else ""
+    specials = {f"{name}_token": text for name, text in tokenizer.special_texts.items()}
     try:
         text = _compiled(template).render(
             messages=[dict(message) for message in messages],
             add_generation_prompt=True,
-            bos_token=bos,
-            eos_token=eos,
+            **{"bos_token": "", "eos_token": "", **specials},
         )
     except jinja2.TemplateError as error:
         raise InputError(f"the chat template of {tokenizer.path} fails: {error}") from error
@@ -80,7 +79,7 @@ def find_template(tokenizer: Tokenizer) -> str:
     directory = tokenizer.path.parent
     file = directory / "chat_template.jinja"
     if file.is_file():
-        return file.read_text()
+        return file.read_text("utf-8")
     for name in ("chat_template.json", "tokenizer_config.json"):
         template = read_object(directory / name).get("chat_template")
         if isinstance(template, list):
@@ -128,10 +127,19 @@ def _is_own(tokenizer: Tokenizer) -> bool:
 @cache
 def _compiled(template: str) -> jinja2.Template:
     # The template of a checkpoint is untrusted code: it runs in a sandbox.
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
 
     def refuse(message: str) -> None:
         raise jinja2.TemplateError(message)
 
     environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    # Jinja's own writes Hindi, quotes and angle brackets as escapes.
+    environment.filters["tojson"] = _to_json
     return environment.from_string(template)
+
+
+def _to_json(value: Any, indent: int | None = None, ensure_ascii: bool = False) -> str:
+    return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii)

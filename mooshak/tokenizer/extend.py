@@ -11,7 +11,7 @@ from mooshak.errors import InputError
 from mooshak.files import write_atomically
 from mooshak.tokenizer import train
 from mooshak.tokenizer.base import Tokenizer, check_found
-from mooshak.tokenizer.files import find_tokenizer, tokenizer_files
+from mooshak.tokenizer.files import find_tokenizer, standard_name, tokenizer_files
 from mooshak.tokenizer.hf_tokenizer import HFTokenizer
 from mooshak.tokenizer.load import open_tokenizer
 from mooshak.tokenizer.sentencepiece import parse_proto
@@ -30,7 +30,8 @@ def extend(config: Config) -> None:
         raise InputError("there is no tokenizer to extend; name its directory with --init.from")
     if path.exists():
         raise InputError(f"{path} exists already; remove it or choose another tokenizer.path")
-    old = open_tokenizer(find_tokenizer(Path(config.init.from_), None))
+    own = Path(config.init.from_) / standard_name(path)  # Of a directory with both kinds.
+    old = open_tokenizer(own if own.is_file() else find_tokenizer(Path(config.init.from_), None))
     if wanted <= old.vocab_size:
         raise InputError(
             f"tokenizer.vocab_size {wanted} must be more than the {old.vocab_size} tokens of "
@@ -61,6 +62,16 @@ SETTINGS = {
 def _with_new_pieces(old: Tokenizer, config: Config) -> bytes:
     """Return the SentencePiece model `old` with new tokens, up to `tokenizer.vocab_size`."""
     proto = parse_proto(old.path.read_bytes())
+    # Tokens that only other files have keep their ids.
+    for id in range(len(proto.pieces), old.vocab_size):
+        piece, text = old.pieces()[id], old.texts()[id]
+        kind = proto.SentencePiece.USER_DEFINED if text else proto.SentencePiece.CONTROL
+        proto.pieces.add(piece=piece, score=0.0, type=kind)
+    if "eos" in old.special_texts:
+        proto.trainer_spec.eos_piece, proto.trainer_spec.eos_id = (
+            old.special_texts["eos"],
+            old.eos_id,
+        )
     known = {piece.piece for piece in proto.pieces}
     trained = parse_proto(train.trained_model(config))
     # Tokens are in order of their merges: the parts of a token precede it.

@@ -7,14 +7,15 @@ it, so its post-processing, such as a first token, applies here, too.
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 
 from mooshak.errors import InputError
-from mooshak.files import read_object
-from mooshak.tokenizer.base import check_found, padded
-from mooshak.tokenizer.files import HF_CONFIG
+from mooshak.tokenizer.base import check_found, check_unicode, padded
+from mooshak.tokenizer.metadata import AddedToken, read_metadata
 
 
 class HFTokenizer:
@@ -32,12 +33,20 @@ class HFTokenizer:
             text = self.path.read_bytes()
         except OSError as error:
             raise InputError(f"tokenizer {path} cannot be read: {error.strerror}") from error
-        self.fingerprint = hashlib.sha256(text).hexdigest()
         try:
             self._fast = tokenizers.Tokenizer.from_str(text.decode())
         except Exception as error:  # The library raises no other class.
             raise InputError(f"tokenizer {path} is not a tokenizer.json: {error}") from error
         self._decoder = str(json.loads(text).get("decoder"))
+        # Settings of some earlier call that the file keeps: they would cut texts off, or pad them.
+        self._fast.no_truncation()
+        self._fast.no_padding()
+        self.metadata = read_metadata(self.path.parent)
+        self.nfc = self.metadata.nfc
+        added = self._add_tokens()
+        self.fingerprint = hashlib.sha256(text + repr(added).encode() * bool(added)).hexdigest()
+        """SHA-256 of the file, with the added tokens that only other files have."""
+        self.special_texts = dict(self.metadata.names)
         # Ids may have gaps.
         self.vocab_size = 1 + max(self._fast.get_vocab().values(), default=-1)
         self.padded_vocab_size = padded(self.vocab_size)
@@ -52,16 +61,32 @@ class HFTokenizer:
 
     def _special(self, name: str) -> int | None:
         """Return the id of a special token that a file of the directory names, or None."""
-        for file in ("tokenizer_config.json", "generation_config.json", "config.json", HF_CONFIG):
-            values = read_object(self.path.parent / file)
-            token = values.get(f"{name}_token")
-            token = token.get("content") if isinstance(token, dict) else token
-            if token is not None and (id := self._fast.token_to_id(token)) is not None:
-                return int(id)
-            ids = values.get(f"{name}_token_id")
-            if (id := ids[0] if isinstance(ids, list) else ids) is not None:
-                return int(id)
-        return None
+        token = self.metadata.names.get(name)
+        id = None if token is None else self._fast.token_to_id(token)
+        return self.metadata.ids.get(name) if id is None else int(id)
+
+    def _add_tokens(self) -> list[AddedToken]:
+        """Add the tokens that other files have and `tokenizer.json` lacks; return them.
+
+        Raises `InputError` if their ids do not follow those of the file.
+        """
+        import tokenizers
+
+        known = {token.content for token in self._fast.get_added_tokens_decoder().values()}
+        placed = list(self.metadata.added.items())
+        tokens = [(id, token) for id, token in placed if token.content not in known]
+        wanted = [AddedToken(text, special=True) for text in self.metadata.unplaced]
+        tokens += [(-1, token) for token in wanted if token.content not in known]
+        for id, token in tokens:
+            new = tokenizers.AddedToken(**asdict(token))
+            (self._fast.add_special_tokens if token.special else self._fast.add_tokens)([new])
+            given = self._fast.token_to_id(token.content)
+            if id not in (-1, given):
+                raise InputError(
+                    f"{self.path.parent}: the added token {token.content!r} has id {id}, but "
+                    f"{given} follows the other tokens, which transformers would give it"
+                )
+        return [token for _, token in tokens]
 
     def id_of(self, piece: str) -> int:
         """Return the id of a token. Raises `InputError` if there is none."""
@@ -72,13 +97,19 @@ class HFTokenizer:
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         """Return the token ids of a text; with `bos`, also special tokens that the file adds."""
+        (text,) = self._normal([text])
         ids = list(self._fast.encode(text, add_special_tokens=bos).ids)
         return ids + [self.eos_id] * eos
 
     def encode_batch(self, texts: list[str], threads: int = 1) -> list[list[int]]:
         """Return the token ids of many texts, encoded in parallel."""
-        encoded = self._fast.encode_batch(texts, add_special_tokens=False)
+        encoded = self._fast.encode_batch(self._normal(texts), add_special_tokens=False)
         return [list(one.ids) for one in encoded]
+
+    def _normal(self, texts: list[str]) -> list[str]:
+        """Return the texts in the form that the library accepts, and the model was trained on."""
+        check_unicode(texts)
+        return [normalize("NFC", text) for text in texts] if self.nfc else texts
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Return the text of token ids, without special tokens."""
@@ -136,12 +167,12 @@ class HFTokenizer:
 
     def token_bytes(self) -> np.ndarray:
         """Return the UTF-8 bytes of each token, int32 [padded_vocab_size]; 0 for special tokens."""
-        specials = {id for id, t in self._fast.get_added_tokens_decoder().items() if t.special}
+        added = self._fast.get_added_tokens_decoder()
         result = np.zeros(self.padded_vocab_size, np.int32)
         for piece, id in self._fast.get_vocab().items():
-            if id in specials:
-                continue
-            if "ByteLevel" in self._decoder:
+            if id in added:  # Spelt as in a text.
+                result[id] = 0 if added[id].special else len(piece.encode())
+            elif "ByteLevel" in self._decoder:
                 result[id] = len(piece)  # Each character represents a byte.
             elif len(piece) == 6 and piece.startswith("<0x"):
                 result[id] = 1

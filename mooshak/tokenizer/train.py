@@ -4,6 +4,7 @@ import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 
@@ -14,7 +15,7 @@ from mooshak.errors import InputError, require
 from mooshak.files import locked, write_atomically
 from mooshak.tokenizer.base import Tokenizer
 from mooshak.tokenizer.load import open_tokenizer
-from mooshak.tokenizer.sentencepiece import CHAT_MARKERS
+from mooshak.tokenizer.sentencepiece import CHAT_MARKERS, SPACE_MARK, parse_proto
 
 # SentencePiece splits only the digits 0-9. A separate line for each Devanagari digit has the same
 # effect: no token with two of them occurs.
@@ -35,6 +36,11 @@ def load_or_train_tokenizer(config: Config) -> Tokenizer:
             if not path.exists():  # Another process may have trained it meanwhile.
                 train(config)
     tokenizer = open_tokenizer(path)
+    require(
+        tokenizer.eos_id >= 0,
+        f"tokenizer {path} has no end token, which separates documents; name its eos_token in a "
+        "tokenizer_config.json next to it",
+    )
     # A model from elsewhere may have more rows than tokens.
     spare = bool(config.init.from_) and tokenizer.vocab_size <= config.model.vocab_size
     if tokenizer.padded_vocab_size != config.model.vocab_size and not spare:
@@ -67,7 +73,18 @@ def trained_model(config: Config) -> bytes:
     The same text gives the same file, bit for bit. Raises `InputError` if the sources cannot be
     read, or `tokenizer.vocab_size` does not fit their text.
     """
+    model = _trained(config)
+    # Text without spaces, such as a list of words, would leave no token for them: they would be
+    # encoded as the bytes of SentencePiece's mark, and decoded to it.
+    if any(piece.piece == SPACE_MARK for piece in parse_proto(model).pieces):
+        return model
+    return _trained(config, required_chars=SPACE_MARK)
+
+
+def _trained(config: Config, required_chars: str = "") -> bytes:
+    """Train a tokenizer whose tokens include the characters `required_chars`."""
     settings, model = config.tokenizer, io.BytesIO()
+    required: dict[str, Any] = {"required_chars": required_chars} if required_chars else {}
     lines = 0
     unreadable: list[InputError | OSError] = []
 
@@ -99,6 +116,7 @@ def trained_model(config: Config) -> bytes:
             pad_id=3,
             control_symbols=list(CHAT_MARKERS),
             minloglevel=2,
+            **required,
         )
     except RuntimeError as error:
         if not lines and not unreadable:
