@@ -52,9 +52,8 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
         except OSError as error:
-            if error.errno not in (*_DISK_ERRORS, *_DEVICE_ERRORS) and (
-                error.errno not in _FILE_ERRORS or error.filename is None
-            ):
+            # Other errors without a file are of the network, or of this program.
+            if error.errno not in (*_DISK_ERRORS, *_DEVICE_ERRORS) and error.filename is None:
                 raise
             sys.exit(_fail(os_error_text(error)))
 
@@ -69,19 +68,6 @@ def os_error_text(error: OSError) -> str:
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DEVICE_ERRORS = (errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENODEV)
-_FILE_ERRORS = (
-    errno.ENOENT,
-    errno.EEXIST,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.EMFILE,
-    errno.ENFILE,
-    errno.ENAMETOOLONG,
-    errno.ELOOP,
-)
 
 
 def _fail(message: str, exit_code: int = 2) -> int:

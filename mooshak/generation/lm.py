@@ -189,7 +189,8 @@ class LM(abc.ABC):
         """Generate the next turn of a conversation: messages with `role` and `content`.
 
         The checkpoint's chat template renders the prompt, or for tokenizers of this project ours.
-        Settings, results and errors are those of `generate`. Raises `InputError` if the checkpoint has no chat template.
+        Settings, results and errors are those of `generate`. Raises `InputError` if the checkpoint
+        has no chat template.
         """
         if self.tokenizer is None:
             raise InputError("the checkpoint has no tokenizer, so it has no chat template")
@@ -348,8 +349,7 @@ class LM(abc.ABC):
         """Return the completions of a beam search; `rows` has an empty row for each prompt."""
         prompts = [row.prompt for row in rows]
         model = self._cached_model(prompts, settings.max_new_tokens, settings.num_beams)
-        ends_early = bool(settings.stop or settings.constraint)
-        stopped = [row.ends_with for row in rows] if ends_early else []
+        stopped = [row.ends_with for row in rows] if settings.stop or settings.constraint else []
         searches = beam_search(model, prompts, settings, rows[0].ends, adjusters, stopped)
         completions = []
         for first, beams in zip(rows, searches, strict=True):
