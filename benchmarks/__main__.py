@@ -44,7 +44,7 @@ class Worker:
         self.entry, self.errors = entry, errors
         words = [sys.executable, "-m", "benchmarks.worker", entry, json.dumps(size)]
         self.process = subprocess.Popen(
-            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, encoding="utf-8"
         )
         self.missing = self._answer().get("missing")
 
@@ -163,7 +163,7 @@ def machine() -> dict[str, Any]:
 
 def _cpuinfo() -> Iterable[str]:
     path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else ()
+    return path.read_text("utf-8").splitlines() if path.exists() else ()
 
 
 def print_point(case: Case, point: Mapping[str, Any]) -> None:
@@ -192,7 +192,7 @@ def print_point(case: Case, point: Mapping[str, Any]) -> None:
 def write_page(out: Path) -> None:
     """Write one page of all results in the directory, in the order of the cases."""
     files = {case.name: out / f"{case.name}.json" for case in CASES}
-    results = [json.loads(file.read_text()) for file in files.values() if file.is_file()]
+    results = [json.loads(file.read_text("utf-8")) for file in files.values() if file.is_file()]
     here, there = jinja2.FileSystemLoader(Path(__file__).parent), TEMPLATES.loader
     assert there is not None
     pages = TEMPLATES.overlay(loader=jinja2.ChoiceLoader([here, there]))

@@ -44,7 +44,7 @@ def _start(module: str, size: Size) -> Repeat:
         run = Path(directory.name) / f"run{next(numbers)}"
         words = [sys.executable, "-m", module, *options, "--run.dir", str(run)]
         start = time.time()
-        done = subprocess.run(words, capture_output=True, text=True)
+        done = subprocess.run(words, capture_output=True, encoding="utf-8")
         if done.returncode:
             raise InputError(f"{module} failed: {done.stderr[-2000:]}")
         return read_metrics(run / "metrics.jsonl")[0]["time"] - start

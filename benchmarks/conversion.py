@@ -115,7 +115,7 @@ def child(source: Path, target: Path, to: str) -> dict[str, float]:
 
 def rss_anon() -> int:
     """Return this process's anonymous memory in bytes."""
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text("utf-8")
     (line,) = (line for line in status.splitlines() if line.startswith("RssAnon:"))
     return 1024 * int(line.split()[1])
 
@@ -193,7 +193,7 @@ def main() -> None:
         source, target, to = args.child
         print(json.dumps(child(Path(source), Path(target), to)))
         return
-    results = json.loads(args.out.read_text()) if args.out and args.out.is_file() else {}
+    results = json.loads(args.out.read_text("utf-8")) if args.out and args.out.is_file() else {}
     first = args.directory / "safetensors"
     for kind in args.sources:
         source = args.directory / kind

@@ -46,7 +46,7 @@ def our_batches(size: Size) -> Iterator[Batch[np.ndarray]]:
         "dtype": "uint16",
         "file_bytes": file.stat().st_size,
     }
-    (directory / "manifest.json").write_text(json.dumps({"shards": [shard]}))
+    (directory / "manifest.json").write_text(json.dumps({"shards": [shard]}), "utf-8")
     T, B = size["sequence_length"], size["batch_size"]
     config = Config(
         model=ModelConfig(vocab_size=64, dim=2, n_layers=1, n_heads=1, max_seq_len=T),
@@ -113,7 +113,7 @@ def sentencepiece_loop(size: Size) -> Repeat:
 
     def work() -> None:
         arrays = []
-        with open(config.data.sources[0].path) as file:
+        with open(config.data.sources[0].path, encoding="utf-8") as file:
             for line in file:
                 ids = [model.bos_id(), *model.encode(json.loads(line)["text"]), model.eos_id()]
                 arrays.append(np.array(ids, np.uint16))
@@ -132,7 +132,7 @@ def _text(size: Size) -> Config:
     directory = _directory()
     path, n = directory / "text.jsonl", size["documents"]
     tales = (text for _, text in documents(0, n // 2, ("hi", "en")))
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         for text in tales if size["text"] == "tales" else islice(_docstrings(), n):
             file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
     model = ModelConfig(vocab_size=-(-size["vocab_size"] // 64) * 64, dim=2, n_layers=1, n_heads=1)

@@ -29,7 +29,7 @@ def main() -> None:
         sys.exit("usage: python -m benchmarks.worker MODULE:FUNCTION SIZE_AS_JSON")
     entry, size = sys.argv[1], json.loads(sys.argv[2])
     # Output of libraries must not mix with the answers.
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    answers = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
     os.dup2(2, 1)
 
     def answer(**values: Any) -> None:
@@ -80,12 +80,12 @@ def _other_cpu_seconds() -> float:
     """Return the processor time of processes of other sessions; 0 without /proc."""
     if not Path("/proc/stat").exists():
         return 0.0
-    every = Path("/proc/stat").read_text().split("\n", 1)[0].split()
+    every = Path("/proc/stat").read_text("utf-8").split("\n", 1)[0].split()
     ticks = sum(int(every[i]) for i in (1, 2, 3, 6, 7))  # All but idle, waiting and stolen.
     session = os.getsid(0)
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # It may have ended by now.
-            fields = path.read_text().rpartition(")")[2].split()
+            fields = path.read_text("utf-8").rpartition(")")[2].split()
             if int(fields[3]) == session:
                 ticks -= sum(map(int, fields[11:15]))  # Its own and its ended children's.
     return ticks / os.sysconf("SC_CLK_TCK")

@@ -3,6 +3,7 @@
 import difflib
 import errno
 import functools
+import io
 import multiprocessing
 import os
 import sys
@@ -29,11 +30,12 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
     """Wrap the `main` of a command: an `InputError` is printed as `error: ...`, with its exit code.
 
     So is an error of a file or directory (not there, not writable, not a directory, a full disk):
-    the user has to act, and a traceback would not say so.
+    the user has to act, and a traceback would not say so. Text is UTF-8 in every locale.
     """
 
     @functools.wraps(main)
     def wrapped(*args: object, **kwargs: object) -> None:
+        use_utf8()
         try:
             main(*args, **kwargs)
         except (PeerError, SaveError) as error:
@@ -58,6 +60,19 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
             sys.exit(_fail(os_error_text(error)))
 
     return wrapped
+
+
+def use_utf8() -> None:
+    """Start this process again in Python's UTF-8 mode if the locale has another encoding.
+
+    Arguments, names of files and printed texts may be in Hindi. Characters that the output still
+    cannot have (PYTHONIOENCODING, bytes in the name of a file) are escaped.
+    """
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, sys.orig_argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def os_error_text(error: OSError) -> str:

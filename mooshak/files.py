@@ -55,7 +55,7 @@ def read_object(path: Path) -> dict[str, Any]:
 def locked(path: Path) -> Iterator[None]:
     """Hold the lock file `path`, which other processes wait for; a dead process releases it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
+    with open(path, "a", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

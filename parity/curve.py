@@ -125,7 +125,7 @@ def train(run: Run, settings: Sequence[str], start: Sequence[Path]) -> None:
     if run.framework == "jax":
         resume += ["--mesh", f"data={run.devices}"]
     words += [f"mooshak_{run.framework}.train", *settings, *resume]
-    done = subprocess.run(words, capture_output=True, text=True)
+    done = subprocess.run(words, capture_output=True, encoding="utf-8", errors="replace")
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         reason = lines[-1].removeprefix("error: ") if lines else done.stderr[-2000:]

@@ -231,7 +231,7 @@ def run(stage: Stage) -> float:
 def is_done(stage: Stage, stamp: Path, key: str) -> bool:
     """Return whether a stage was completed with this key and its files have the same sizes."""
     try:
-        made = json.loads(stamp.read_text())
+        made = json.loads(stamp.read_text("utf-8"))
     except (FileNotFoundError, ValueError):
         return False
     return made["key"] == key and made["files"] == sizes(stage.makes)

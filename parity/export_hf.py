@@ -141,7 +141,7 @@ def training_figures(source: Checkpoint) -> dict[str, str]:
     tokens = state["step"] * data.get("batch_size", 0) * data.get("sequence_length", 0)
     figures = {"steps": f"{state['step']:,}", "tokens seen": f"{tokens:,}"}
     metrics = source.path.parent.parent / "metrics.jsonl"
-    lines = metrics.read_text().splitlines() if metrics.is_file() else []
+    lines = metrics.read_text("utf-8").splitlines() if metrics.is_file() else []
     measured: dict[str, Any] = {}
     for line in map(json.loads, lines):
         if line["step"] <= state["step"]:

@@ -116,7 +116,7 @@ def _train_on_ranks(
         write_atomically(directory / "ports", json.dumps(_free_ports(len(cases) * len(PROCESSES))))
         words = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         words += [f"--nproc-per-node={N_PROCESSES}", "-m", "parity.rank_worker", name]
-        done = subprocess.run(words, capture_output=True, text=True)
+        done = subprocess.run(words, capture_output=True, encoding="utf-8", errors="replace")
         if done.returncode:
             raise InputError(f"torchrun failed: {done.stderr[-1000:]}")
         return [
@@ -160,7 +160,7 @@ def train_on_rank(directory: Path) -> None:
     # A store for each case: in that of an earlier one, processes find addresses that are closed.
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
     for (case, mesh), port in zip(
-        cases, json.loads((directory / "ports").read_text()), strict=True
+        cases, json.loads((directory / "ports").read_text("utf-8")), strict=True
     ):
         os.environ["MASTER_PORT"] = str(port)
         files = [directory / f"case-{case}-batch-{step}.safetensors" for step in range(STEPS)]

@@ -102,7 +102,7 @@ def read_samples(torch: Path, jax: Path, prompts: list[str]) -> list[Sample]:
 
 def _texts(path: Path, prompts: list[str]) -> list[str]:
     """Return the continuation of each prompt: a text starts with it and ends in an empty line."""
-    output, starts = path.read_text(), [0]
+    output, starts = path.read_text("utf-8"), [0]
     for prompt in prompts[1:]:
         starts.append(output.find(f"\n\n{prompt}", starts[-1]) + 2)
     if not output.startswith(prompts[0]) or 1 in starts:
@@ -229,7 +229,9 @@ class Results:
 
 def read(directory: Path) -> Results:
     """Read the output directory of a demo. Raises `InputError` when a stage is missing."""
-    stamps = {p.stem: json.loads(p.read_text()) for p in (directory / "stages").glob("*.json")}
+    stamps = {
+        p.stem: json.loads(p.read_text("utf-8")) for p in (directory / "stages").glob("*.json")
+    }
     made = dict(sorted(stamps.items(), key=lambda stamp: stamp[1]["number"]))
     try:
         prompts = [b for a, b in pairwise(made["samples-jax"]["words"]) if a == "--prompt"]
@@ -239,15 +241,17 @@ def read(directory: Path) -> Results:
             directory=directory,
             stages=made,
             config=load_config(directory / "torch" / "config.yaml"),
-            environment=json.loads((directory / "jax" / "environment.json").read_text()),
+            environment=json.loads((directory / "jax" / "environment.json").read_text("utf-8")),
             curve=read_curve(runs, relative=False, allowed=CURVE_FLOAT32),
             precise=read_curve(precise, relative=True, allowed=FLOAT64),
-            parity=json.loads((directory / "parity" / "report.json").read_text())["lines"],
+            parity=json.loads((directory / "parity" / "report.json").read_text("utf-8"))["lines"],
             samples=read_samples(
                 directory / "samples-torch.txt", directory / "samples-jax.txt", prompts
             ),
             evaluations={
-                framework: json.loads((directory / f"evaluation-{framework}.json").read_text())
+                framework: json.loads(
+                    (directory / f"evaluation-{framework}.json").read_text("utf-8")
+                )
                 for framework in ("torch", "jax")
             },
         )

@@ -58,7 +58,7 @@ class Field:
 def parse(path: str) -> dict[str, ast.stmt]:
     """Return the public functions and classes of a file by name, in order."""
     found: dict[str, ast.stmt] = {}
-    for node in ast.parse((ROOT / path).read_text()).body:
+    for node in ast.parse((ROOT / path).read_text("utf-8")).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
             found[node.name] = node
     return found
@@ -231,7 +231,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help=text)
     if not parser.parse_args().check:
         write_atomically(TARGET, api_page())
-    elif not TARGET.is_file() or TARGET.read_text() != api_page():
+    elif not TARGET.is_file() or TARGET.read_text("utf-8") != api_page():
         sys.exit("docs/api.md is not up to date; run python scripts/api_docs.py")
 
 

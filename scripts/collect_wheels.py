@@ -60,7 +60,7 @@ def main() -> None:
 def packages_in(path: Path) -> set[str]:
     """Return the normalised names of a `pip list --format=freeze`."""
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text("utf-8").splitlines()
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from error
     names = (re.match(r"[A-Za-z0-9._-]+", line) for line in lines)

@@ -78,7 +78,9 @@ def train(revision: Revision, out: Path, framework: str, model: str, layout: str
     ranks = 2 if layout == "fsdp" else 1
     revision.run(f"mooshak_{framework}.train", "--config", config, *options, ranks=ranks)
     metrics = shutil.copy(out / "run" / "metrics.jsonl", out)
-    norms = [json.loads(line)["grad_norm"] for line in Path(metrics).read_text().splitlines()]
+    norms = [
+        json.loads(line)["grad_norm"] for line in Path(metrics).read_text("utf-8").splitlines()
+    ]
     if max(norms) <= SETTINGS["common"]["optimizer"]["max_grad_norm"]:
         raise CommandFailed("no gradient was clipped: a fault of clipping would not be seen")
     checkpoint = out / "run" / "checkpoints" / str(revision.steps)
@@ -97,7 +99,7 @@ def generate(revision: Revision, out: Path, framework: str, model: str, how: str
     text, *_ = revision.generate(framework, checkpoint, *SETTINGS["generate"][how])
     tokenizer = str(revision.base / "data" / "tokenizer.model")
     pieces = sentencepiece.SentencePieceProcessor(model_file=tokenizer)
-    (out / "tokens.txt").write_text("\n".join(pieces.encode(text, out_type=str)))
+    (out / "tokens.txt").write_text("\n".join(pieces.encode(text, out_type=str)), "utf-8")
 
 
 def convert(revision: Revision, out: Path, model: str, to: str) -> None:
@@ -189,7 +191,7 @@ def measure(revision: Revision, out: Path, framework: str, checkpoint: Path) -> 
     sections["train"] = sections["train"] | {"steps": 40, "stop_after_step": None}
     config = revision.config(out / "config.yaml", "mooshak", sections)
     _, _, train_bytes = revision.run(f"mooshak_{framework}.train", "--config", config)
-    lines = (out / "run" / "metrics.jsonl").read_text().splitlines()
+    lines = (out / "run" / "metrics.jsonl").read_text("utf-8").splitlines()
     rates = [json.loads(line)["tokens_per_second"] for line in lines]
     if checkpoint.is_relative_to(out):
         add_tokenizer(revision, checkpoint)
@@ -244,7 +246,7 @@ def main() -> int:
     # The worktrees are removed on a signal, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with contextlib.ExitStack() as stack:
-        lock = stack.enter_context((base_out / "lock").open("w"))
+        lock = stack.enter_context((base_out / "lock").open("w", encoding="utf-8"))
         fcntl.flock(lock, fcntl.LOCK_EX)
         reads = any(part.partition("/")[0] in READERS for part in parts)
         base_parts = ["data", *(SOURCES if reads else ()), *parts]

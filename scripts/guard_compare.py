@@ -31,7 +31,7 @@ def differences(base: Path, head: Path) -> Iterator[str]:
 def compare_metrics(base: Path, head: Path) -> str | None:
     """Compare every metric of BASE, step by step; HEAD may have more of them."""
     lines, others = (
-        [json.loads(line) for line in file.read_text().splitlines()] for file in (base, head)
+        [json.loads(line) for line in file.read_text("utf-8").splitlines()] for file in (base, head)
     )
     for line, other in zip(lines, others, strict=False):
         for key in line:
@@ -75,7 +75,7 @@ def load_tensors(file: Path) -> dict[str, np.ndarray]:
 
 def compare_lines(base: Path, head: Path) -> str | None:
     """Compare texts line by line; a line of generated text is a token."""
-    lines, others = (file.read_text().split("\n") for file in (base, head))
+    lines, others = (file.read_text("utf-8").split("\n") for file in (base, head))
     for number, (line, other) in enumerate(zip(lines, others, strict=False), 1):
         if line != other:
             a, b = _around_difference(line.strip(), other.strip())

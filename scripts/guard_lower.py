@@ -17,7 +17,7 @@ def find(files: str, *names: str) -> Any:
     """Import the first of these functions that a file of the tree defines."""
     for name in names:
         for file in sorted(Path.cwd().glob(files)):
-            if re.search(rf"^def {name}\(", file.read_text(), re.MULTILINE):
+            if re.search(rf"^def {name}\(", file.read_text("utf-8"), re.MULTILINE):
                 module = ".".join(file.relative_to(Path.cwd()).with_suffix("").parts)
                 return getattr(importlib.import_module(module), name)
     sys.exit(
@@ -45,7 +45,9 @@ def main() -> None:
         config = load_config(file)
         parallel = make_parallel(config)
         set_matmul_precision(config)
-        file.with_suffix(".mlir").write_text(strip_names(lowered(config, parallel).as_text()))
+        file.with_suffix(".mlir").write_text(
+            strip_names(lowered(config, parallel).as_text()), "utf-8"
+        )
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 HERE = Path(__file__).resolve().parent
-SETTINGS: dict[str, Any] = yaml.safe_load((HERE / "guard.yaml").read_text())
+SETTINGS: dict[str, Any] = yaml.safe_load((HERE / "guard.yaml").read_text("utf-8"))
 
 RENAMED = {
     "gradient_accumulation_steps": "accumulation",
@@ -82,7 +82,9 @@ class Revision:
         """Return whether a field of that name is declared in the tree's shared package."""
         assert self.tree is not None
         wanted = re.compile(pattern.format(name), re.MULTILINE)
-        return any(wanted.search(file.read_text()) for file in self.tree.glob("mooshak/**/*.py"))
+        return any(
+            wanted.search(file.read_text("utf-8")) for file in self.tree.glob("mooshak/**/*.py")
+        )
 
     def config(self, file: Path, model: str, sections: Sections | None = None) -> Path:
         """Write the configuration of a model, some sections changed, in this tree's key names."""
@@ -101,7 +103,7 @@ class Revision:
         old = {new: name for new, name in RENAMED.items() if not self.knows(new)}
         for section, values in config.items():
             config[section] = {old.get(key, key): value for key, value in values.items()}
-        file.write_text(yaml.safe_dump(config))
+        file.write_text(yaml.safe_dump(config), "utf-8")
         return file
 
     def generate(self, framework: str, checkpoint: Path, *options: str) -> tuple[str, float, int]:
@@ -154,7 +156,7 @@ def checkout(revision: str) -> Iterator[Path]:
 
 def git(*words: str) -> str:
     """Return what git prints, run in the working directory."""
-    done = subprocess.run(["git", *words], capture_output=True, text=True)
+    done = subprocess.run(["git", *words], capture_output=True, encoding="utf-8")
     if done.returncode:
         raise SystemExit(done.stderr.strip())
     return done.stdout.strip()

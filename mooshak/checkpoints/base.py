@@ -223,10 +223,10 @@ def write_description(
     """Write `config.json`, `trainer_state.json` for a training state, and the tokenizer files."""
     for name, file in (tokenizer_files or {}).items():
         shutil.copyfile(file, path / name)
-    (path / "config.json").write_text(model_to_json(model))
+    (path / "config.json").write_text(model_to_json(model), "utf-8")
     if trainer_state is not None:
         text = json.dumps(trainer_state, indent=2, ensure_ascii=False) + "\n"
-        (path / "trainer_state.json").write_text(text)
+        (path / "trainer_state.json").write_text(text, "utf-8")
 
 
 def stored_rows(

@@ -65,7 +65,7 @@ def verify_on_read(
 
 def write_checksums(path: Path, checksums: Mapping[str, str]) -> None:
     """Write the checksums of a checkpoint whose format does not store them."""
-    (path / CHECKSUMS).write_text(json.dumps({HASH: checksums}, indent=2) + "\n")
+    (path / CHECKSUMS).write_text(json.dumps({HASH: checksums}, indent=2) + "\n", "utf-8")
 
 
 def read_checksums(path: Path) -> dict[str, str]:

@@ -115,7 +115,7 @@ def _converted(path: Path) -> tuple[str, str]:
         directory = tempfile.mkdtemp(prefix="mooshak-converting-")
     arguments = ["-m", "parity.convert", str(path), f"{directory}/{path.name}"]
     command = [sys.executable, *arguments, "--to", "safetensors"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     # The last line is the error, after warnings.
     reason = (done.stderr.splitlines() or ["no reason given"])[-1].removeprefix("error: ")
     return directory, reason if done.returncode else ""

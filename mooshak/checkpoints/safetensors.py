@@ -83,7 +83,7 @@ def write_tensors(
             "weight_map": {k: f for f, s in zip(files, shards, strict=True) for k in s},
         }
         text = json.dumps(index, indent=2) + "\n"
-        (directory / f"{name}.safetensors.index.json").write_text(text)
+        (directory / f"{name}.safetensors.index.json").write_text(text, "utf-8")
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def read_entries(
     try:
         files = {
             key: path / str(file)
-            for key, file in json.loads(index.read_text())["weight_map"].items()
+            for key, file in json.loads(index.read_text("utf-8"))["weight_map"].items()
         }
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise InputError(f"{index} is not an index of shards: {error!r}") from error

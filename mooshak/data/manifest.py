@@ -133,7 +133,7 @@ def add_offsets(directory: Path, bos_id: int, eos_id: int) -> bool:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a manifest or progress file. Raises `ValueError` if it is neither."""
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text("utf-8"))
     if not isinstance(content, dict) or "shards" not in content:
         raise ValueError("not a manifest")
     return content

@@ -217,8 +217,8 @@ async def page(http: HTTPRequest) -> Response:
     service = _service(http)
     facts = {"peer": service.peer, "needs_key": service.api_key is not None}
     # A data file of another package: the styles of all pages are one.
-    style = (resources.files("mooshak.report") / "style.css").read_text()
-    html = (resources.files("mooshak.serving") / "page.html").read_text()
+    style = (resources.files("mooshak.report") / "style.css").read_text("utf-8")
+    html = (resources.files("mooshak.serving") / "page.html").read_text("utf-8")
     html = html.replace("/* STYLE */", style)
     html = html.replace("/* FACTS */", json.dumps(facts).replace("<", "\\u003c"))
     return HTMLResponse(html, headers={"Content-Security-Policy": PAGE_POLICY})

@@ -43,7 +43,7 @@ class RunLog:
             self.directory / "environment.json", json.dumps(environment(), indent=2) + "\n"
         )
         dropped = _truncate(self.directory / "metrics.jsonl", start_step)
-        self.file = (self.directory / "metrics.jsonl").open("a")
+        self.file = (self.directory / "metrics.jsonl").open("a", encoding="utf-8")
         self.events: Any = None
         if config.run.tensorboard:
             self.events = self._open_events(dropped)
@@ -145,7 +145,7 @@ def environment() -> dict[str, Any]:
     here = Path(__file__).parent
     git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        commit = subprocess.run(git, capture_output=True, encoding="utf-8").stdout.strip()
     except OSError:  # git is not installed.
         commit = ""
     return {
@@ -161,7 +161,7 @@ def environment() -> dict[str, Any]:
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """Read the lines of a `metrics.jsonl`, up to one that was not written completely."""
     lines = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    for line in path.read_text("utf-8").splitlines() if path.is_file() else []:
         try:
             lines.append(json.loads(line))
         except ValueError:

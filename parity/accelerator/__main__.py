@@ -119,12 +119,12 @@ def measure(
     logs.mkdir(exist_ok=True)
     values = json.dumps(asdict(setup) | {"out": str(setup.out)})
     words = [sys.executable, "-m", "parity.accelerator.worker", part.name, values]
-    with (logs / f"{part.name}.log").open("w") as log:
+    with (logs / f"{part.name}.log").open("w", encoding="utf-8") as log:
         process = subprocess.Popen(
             words,
             stdout=subprocess.PIPE,
             stderr=log,
-            text=True,
+            encoding="utf-8",
             env=environment,
             start_new_session=True,
         )
@@ -158,7 +158,12 @@ def _devices(wanted: str | None, environment: Mapping[str, str]) -> tuple[str, s
     words = [sys.executable, "-m", "parity.accelerator.worker", "devices"]
     words.append(json.dumps({"wanted": wanted}))
     done = subprocess.run(
-        words, capture_output=True, text=True, env=environment, timeout=PROBE_SECONDS
+        words,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        env=environment,
+        timeout=PROBE_SECONDS,
     )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -193,7 +198,9 @@ def _write_json(
 def _write_page(out: Path, environment: Mapping[str, str]) -> None:
     """Write the page in a process of its own, which sees the installed wheels."""
     words = [sys.executable, "-m", "parity.accelerator.page", str(out)]
-    done = subprocess.run(words, capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        words, capture_output=True, encoding="utf-8", errors="replace", env=environment
+    )
     if done.returncode:
         sys.stderr.write(done.stderr)
 

@@ -133,7 +133,9 @@ def _options(setup: Setup) -> list[str]:
 def _command(words: list[str], device: str) -> None:
     environment = os.environ | dict(device_environment(device))
     line = [sys.executable, "-m", *words]
-    done = subprocess.run(line, capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        line, capture_output=True, encoding="utf-8", errors="replace", env=environment
+    )
     sys.stderr.write(done.stderr)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]

@@ -80,7 +80,9 @@ def _driver() -> Iterator[Row]:
     query = "name,driver_version,memory.total,power.limit,clocks.max.sm"
     words = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=20)
+        done = subprocess.run(
+            words, capture_output=True, encoding="utf-8", errors="replace", timeout=20
+        )
     except FileNotFoundError:
         return
     for i, line in enumerate(done.stdout.strip().splitlines()):

@@ -29,7 +29,7 @@ CURVES = {
 def page(directory: Path) -> str:
     """Render the report. Raises `InputError` if there is none in the directory."""
     try:
-        report: Mapping[str, Any] = json.loads((directory / "report.json").read_text())
+        report: Mapping[str, Any] = json.loads((directory / "report.json").read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{directory} has no report.json: {error}") from error
     titles = {"packages": "Packages"} | {part.name: part.title for part in PARTS}

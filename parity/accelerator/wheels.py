@@ -28,7 +28,7 @@ def install_missing(
     if missing:
         words = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
         words += ["--disable-pip-version-check", "--upgrade", "--target", str(site)]
-        done = subprocess.run([*words, *map(str, missing)], capture_output=True, text=True)
+        done = subprocess.run([*words, *map(str, missing)], capture_output=True, encoding="utf-8")
         if done.returncode:
             lines = done.stderr.strip().splitlines() or ["no message"]
             raise InputError(f"pip cannot install the wheels of {folder}: {lines[-1]}")

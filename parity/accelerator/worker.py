@@ -19,7 +19,7 @@ from parity.accelerator.rows import Row, Setup, reason
 def main() -> None:
     name, values = sys.argv[1], json.loads(sys.argv[2])
     # Output of libraries must not mix with the rows.
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    answers = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
     os.dup2(2, 1)
     if name == "devices":
         from mooshak.errors import InputError
