@@ -30,7 +30,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 EQUIVALENT = ROOT / "docs" / "mutants.md"
-PRELOADED = ("torch", "jax", "flax.nnx", "grain", "orbax.checkpoint", "pyarrow.parquet")
+PRELOADED = (
+    "torch",
+    "jax",
+    "flax.nnx",
+    "grain",
+    "orbax.checkpoint",
+    "pyarrow.parquet",
+    "transformers",
+)
 
 CHECKPOINTS = ("parity/test_convert", "checkpoints/test_manager", "checkpoints/test_hf_files")
 SHARDS = ("data/test_shards", "data/test_offsets", "data/test_changed_text")
