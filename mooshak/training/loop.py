@@ -7,7 +7,7 @@ import argparse
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -178,13 +178,8 @@ def _run(
     profile: bool,
 ) -> int:
     """Take the steps after step `first`, and save; return the number of steps done."""
-    # Grain imports jax and starts threads: only after the framework has initialised its devices.
-    from mooshak.data.batches import batches_of_rows, validation_sequences
-
-    with fail_together(trainer.processes):
-        validation = validation_sequences(config) if config.evaluate.every else {}
-        token_bytes_V = tokenizer.token_bytes()
-        batches = batches_of_rows(config, trainer.rows, first)
+    validation, batches = _open_data(config, trainer, first)
+    token_bytes_V = tokenizer.token_bytes()
     step, last = first, min(config.train.steps, config.train.stop_after_step or config.train.steps)
     is_main, stopped = trainer.processes.is_main, False
     nonfinite = NonFiniteSteps(config, is_main)
@@ -230,6 +225,18 @@ def _run(
                 log.flush()
         manager.finish()
     return step
+
+
+def _open_data(
+    config: Config, trainer: Trainer, first: int
+) -> tuple[dict[str, Batch], Iterator[Batch]]:
+    """Return the validation sequences by language, and this process's rows after step `first`."""
+    # Grain imports jax and starts threads: only after the framework has initialised its devices.
+    from mooshak.data.batches import batches_of_rows, validation_sequences
+
+    with fail_together(trainer.processes):
+        validation = validation_sequences(config) if config.evaluate.every else {}
+        return validation, batches_of_rows(config, trainer.rows, first)
 
 
 def _is_due(step: int, last: int, every: int) -> bool:
