@@ -158,7 +158,10 @@ def make_train_step(
                 zeros = (zero, jax.tree.map(jnp.zeros_like, state["params"]))
                 (loss, grads), _ = jax.lax.scan(add, zeros, micro_batches)
         grads, norm = clip_gradients(grads, config.optimizer.max_grad_norm)
-        update = partial(adamw, learning_rate=rate, config=config.optimizer)
+
+        def update(state: State, grads: Any) -> State:
+            return adamw(state, grads, rate, config.optimizer)
+
         if config.train.on_nonfinite == "stop":
             return update(state, grads), loss, norm
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)

@@ -7,7 +7,7 @@ import argparse
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ from mooshak.checkpoints.base import Checkpoint
 from mooshak.checkpoints.formats import Processes, ensure_readable_format
 from mooshak.checkpoints.manager import CheckpointManager, complete_steps, newest_checkpoint
 from mooshak.checkpoints.resume import check_resume, rate_change, resume_from, trainer_state
+from mooshak.checkpoints.together import fail_together
 from mooshak.config.sections import Config
 from mooshak.data.packing import Batch
 from mooshak.data.training_data import TrainingData, open_training_data
@@ -22,6 +23,7 @@ from mooshak.errors import InputError
 from mooshak.evaluation.bits_per_byte import validation_metrics
 from mooshak.numerics.schedule import learning_rate
 from mooshak.tokenizer.base import Tokenizer
+from mooshak.training.agreement import check_agreement
 from mooshak.training.malloc import WARMUP_STEPS, retain_freed_memory
 from mooshak.training.metrics import RunLog, stop_request
 from mooshak.training.nonfinite import NonFiniteSteps, check_state
@@ -147,7 +149,9 @@ def train(
     another process failed.
     """
     with own_run(Path(config.run.dir), trainer.processes):
-        data = open_training_data(config)
+        with fail_together(trainer.processes):
+            data = open_training_data(config)
+        check_agreement(trainer.processes, config, data.description)
         if data.summary and trainer.processes.is_main:
             print(data.summary, file=sys.stderr)
         first = start(config, trainer, data.tokenizer, resume, data.description, allow_data_change)
@@ -167,9 +171,8 @@ def train(
 
 def _run(config: Config, trainer: Trainer, data: TrainingData, first: int, profile: bool) -> int:
     """Take the steps after step `first`, and save; return the number of steps done."""
-    validation = data.validation() if config.evaluate.every else {}
+    validation, batches = _open_data(config, trainer, data, first)
     token_bytes_V = data.tokenizer.token_bytes()
-    batches = data.batches(trainer.rows, first)
     step, last = first, min(config.train.steps, config.train.stop_after_step or config.train.steps)
     is_main, stopped = trainer.processes.is_main, False
     nonfinite = NonFiniteSteps(config, is_main)
@@ -215,6 +218,15 @@ def _run(config: Config, trainer: Trainer, data: TrainingData, first: int, profi
                 log.flush()
         manager.finish()
     return step
+
+
+def _open_data(
+    config: Config, trainer: Trainer, data: TrainingData, first: int
+) -> tuple[dict[str, Batch], Iterator[Batch]]:
+    """Return the validation sequences by language, and this process's rows after step `first`."""
+    with fail_together(trainer.processes):
+        validation = data.validation() if config.evaluate.every else {}
+        return validation, data.batches(trainer.rows, first)
 
 
 def _is_due(step: int, last: int, every: int) -> bool:
