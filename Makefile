@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: help setup smollm2 demo picture accelerator-report test test-fast benchmark lint format clean
+.PHONY: help setup smollm2 demo picture accelerator-report test test-fast mutants benchmark lint format clean
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 22
 
@@ -37,6 +37,9 @@ test: setup ## run all tests
 
 test-fast: setup ## run the fast tests
 	$(BIN)/python -m pytest $(WORKERS) --durations=15 -m 'not slow'
+
+mutants: setup ## plant faults in the shared modules, and count those that the tests find: half an hour
+	$(BIN)/python scripts/mutants.py
 
 benchmark: setup ## measure our code and its peers: benchmarks/results/index.html
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[bench]'

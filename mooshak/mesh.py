@@ -6,6 +6,7 @@ batch; `tensor` shards heads, MLP width and vocabulary.
 
 import math
 import re
+from collections.abc import Mapping
 
 from mooshak.errors import InputError
 
@@ -42,6 +43,6 @@ def parse_mesh(text: str) -> dict[str, int]:
     return sizes
 
 
-def mesh_text(sizes: dict[str, int]) -> str:
+def mesh_text(sizes: Mapping[str, int]) -> str:
     """Return a mesh in its notation: the axes of size > 1, or `data=1`."""
     return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "data=1"

@@ -28,8 +28,8 @@ from mooshak.checkpoints.checksums import (
 )
 from mooshak.checkpoints.formats import detect_format, ensure_readable_format
 from mooshak.checkpoints.init_from import init_checkpoint
-from mooshak.config.model import Dtype, ModelConfig
 from mooshak.config.mesh_checks import check_tensor_axis
+from mooshak.config.model import Dtype, ModelConfig
 from mooshak.config.sections import Config
 from mooshak.errors import InputError
 from mooshak.files import atomic_directory

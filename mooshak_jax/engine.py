@@ -69,7 +69,7 @@ class Engine(engine.Engine):
             if targets is None:
                 return None
             logits_CV = _chunk_logits(self.graphdef, self.params, hidden_1CD)
-            found = log_probs(logits_CV, jnp.asarray(self.pad_chunk(targets, 0)[0]), top)
+            found = log_probs(logits_CV, self.pad_chunk(targets, 0)[0], top)
             return TokenLogProbs(*(np.asarray(values)[: last + 1] for values in found))
 
     def copy_slot(self, source: int, target: int) -> None:
@@ -78,9 +78,8 @@ class Engine(engine.Engine):
 
     def step(self, inputs: StepInputs) -> tuple[np.ndarray, TokenLogProbs | None]:
         with self._activate():
-            uniform_B, logits_BV = jnp.asarray(inputs.uniform_B), self.state.logits_BV
-            settings = inputs.parameters, inputs.adjustments
-            token_B = sample(logits_BV, uniform_B, *settings)
+            settings, logits_BV = (inputs.parameters, inputs.adjustments), self.state.logits_BV
+            token_B = sample(logits_BV, inputs.uniform_B, *settings)
             found: list[Array] = []
             if inputs.log_probs:
                 scores_BV = returned_scores(logits_BV, *settings, inputs.processed_B)

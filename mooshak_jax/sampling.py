@@ -26,7 +26,7 @@ CANDIDATES = 256
 
 def sample(
     logits_BV: Array,
-    uniform_B: Array,
+    uniform_B: Array | np.ndarray,
     parameters: SamplingParameters,
     adjustments: Adjustments | None = None,
 ) -> Array:
@@ -196,7 +196,7 @@ def _choose_rows(chosen_B: Array, scores_BV: Array, logits_BV: Array) -> Array:
     return jnp.where(chosen_B[:, None], scores_BV, logits_BV.astype(jnp.float64))
 
 
-def log_probs(logits_BV: Array, token_B: Array, top: bool) -> list[Array]:
+def log_probs(logits_BV: Array, token_B: Array | np.ndarray, top: bool) -> list[Array]:
     """Return the fields of `TokenLogProbs`, on the device; without `top` only the tokens' own."""
     return [token_log_prob(logits_BV, token_B), *(most_probable(logits_BV) if top else ())]
 

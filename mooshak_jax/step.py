@@ -167,7 +167,10 @@ def make_train_step(
                 zeros = (zero, jax.tree.map(jnp.zeros_like, params))
                 (loss, grads), _ = jax.lax.scan(add, zeros, micro_batches)
         grads, norm = clip_gradients(grads, config.optimizer.max_grad_norm)
-        update = partial(adamw, learning_rate=rate, config=config.optimizer)
+
+        def update(state: State, grads: Any) -> State:
+            return adamw(state, grads, rate, config.optimizer)
+
         state = state | {"params": params}
         if config.train.on_nonfinite == "stop":
             state = update(state, grads)

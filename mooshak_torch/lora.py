@@ -48,7 +48,8 @@ def add_adapter(y_BTO: Tensor, x_BTI: Tensor, layer: Any, lora: LoraConfig) -> T
     """Return the output of an adapted linear layer, [B, T, O], from y = x w^T without adapter.
 
     It is y + s x a^T b^T, where s is `lora.scale`; with DoRA (arXiv:2402.09353) times
-    magnitude / |w + s b a|, the norm of each row, which is a constant for the gradients, as in PEFT.
+    magnitude / |w + s b a|, the norm of each row, which is a constant for the gradients, as in
+    PEFT.
     """
     a_RI, b_OR = layer.lora_a.weight, layer.lora_b.weight
     low_BTR = linear(x_BTI, a_RI.to(x_BTI.dtype))

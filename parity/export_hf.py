@@ -22,7 +22,6 @@ from mooshak.checkpoints.hf_config import model_to_hf
 from mooshak.files import atomic_directory, read_object
 from mooshak.tokenizer.metadata import HF_CONFIG
 from parity.export_check import refuse
-from parity.export_hf_check import hf_differences
 from parity.export_tokenizer import TOKEN_IDS, source_tokenizer, write_json, write_tokenizer
 
 REMOTE_CODE = Path(__file__).parent / "remote_code"
@@ -45,6 +44,9 @@ def write_checkpoint(
     Raises `InputError` where no architecture of transformers computes the model's function, and,
     unless `force` is true, where the `check` by transformers finds a difference.
     """
+    # It needs torch and transformers, which are optional here.
+    from parity.export_hf_check import hf_differences
+
     model, tokenizer = source.model, source_tokenizer(source)
     files = dict(source.tokenizer_files)
     original = read_object(files.pop(HF_CONFIG)) if HF_CONFIG in files else None

@@ -5,6 +5,7 @@ engine of the server; with a draft model and without. In float64 all texts must 
 texts may diverge at ties: a change of the logits by at most their noise floor gives either token.
 
 python -m parity.texts runs/demo/torch/checkpoints/600 --draft runs/demo/draft/checkpoints/600
+python -m parity.texts runs/demo/torch/checkpoints/600 --prompts 8 --tokens 16 --out runs/texts
 
 Shapes: B texts, T tokens, V vocabulary.
 """

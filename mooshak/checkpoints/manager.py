@@ -15,8 +15,9 @@ from typing import Any
 
 from mooshak.checkpoints import base
 from mooshak.checkpoints.formats import Processes
+from mooshak.checkpoints.together import raise_together
 from mooshak.config.sections import Config, with_absolute_paths
-from mooshak.errors import InputError, PeerError, SaveError, os_error_text
+from mooshak.errors import PeerError, SaveError, os_error_text
 from mooshak.files import write_atomically
 from mooshak.tokenizer.files import files_of_tokenizer, standard_name, tokenizer_files
 
@@ -117,16 +118,9 @@ class CheckpointManager:
 
         All processes call it at the same point of the run.
         """
-        if not self.processes.any_process(self.failed):
-            return
-        failure, self._failure = self._failure, None
-        known = failure is not None and not isinstance(failure, PeerError)
-        texts = self.processes.gather(_summary(failure) if known else "")
-        causes = [f"rank {rank} failed: {text}" for rank, text in enumerate(texts) if text]
-        self.processes.close()
-        if failure is not None and (known or not causes):
-            raise failure
-        raise PeerError("; ".join(causes)) from failure
+        if (failure := self._failure) is not None:
+            self._failure = None
+        raise_together(self.processes, failure)
 
     def finish(self) -> None:
         """Wait until the current save is complete in all processes; all of them call it.
@@ -197,12 +191,6 @@ def record_of(config: Config) -> Config:
         return config
     path = Path(config.run.dir) / "tokenizer" / standard_name(Path(config.tokenizer.path))
     return replace(config, tokenizer=replace(config.tokenizer, path=str(path)))
-
-
-def _summary(error: BaseException | None) -> str:
-    lines = str(error).strip().splitlines()
-    text = lines[0] if lines else ""
-    return text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
 
 
 def complete_steps(directory: Path) -> list[int]:

@@ -30,7 +30,7 @@ class LoraConfig:
     alpha: float = number(16.0, above=0)
     """Scale of the adapters: their output is multiplied by alpha / rank."""
     targets: list[str] = field(default_factory=list)
-    """Matrices with an adapter, of wq, wk, wv, wo, w1, w2 and w3 (empty: all that the model has)."""
+    """Matrices with an adapter: wq, wk, wv, wo, w1, w2, w3 (empty: all that the model has)."""
     modules_to_save: list[str] = field(default_factory=list)
     """Parameters that are trained in full: embeddings and lm_head (for new tokens), norms."""
     rslora: bool = False
@@ -123,9 +123,7 @@ def check_frozen(
         "lora.rank freezes all parameters but the adapters; remove train.freeze_embeddings and "
         "train.freeze_layers",
     )
-    require(
-        layers < n_layers, f"train.freeze_layers {layers} leaves none of the {n_layers} layers"
-    )
+    require(layers < n_layers, f"train.freeze_layers {layers} leaves none of the {n_layers} layers")
     require(
         not (layers and scan_layers),
         "train.freeze_layers needs a parameter for each layer; set model.scan_layers false",

@@ -14,7 +14,7 @@ from typing import Literal
 from mooshak.config.fields import check_fields, expand_home, number, path
 from mooshak.config.lora import LoraConfig, check_frozen, frozen_parameters
 from mooshak.config.model import Dtype, ModelConfig
-from mooshak.errors import InputError, require
+from mooshak.errors import require
 
 
 @dataclass(frozen=True)
@@ -323,7 +323,11 @@ class Config:
         elif model.lora is not None:  # Of the checkpoint `init.from`.
             object.__setattr__(self, "lora", model.lora)
         check_frozen(
-            model.lora, train.freeze_embeddings, train.freeze_layers, model.n_layers, model.scan_layers
+            model.lora,
+            train.freeze_embeddings,
+            train.freeze_layers,
+            model.n_layers,
+            model.scan_layers,
         )
         if train.sequence_length is None:
             train = replace(train, sequence_length=model.max_seq_len)

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib.util import find_spec
 from ipaddress import ip_address
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 from urllib.parse import urlsplit
 
 from mooshak.command_line import command_parser
@@ -34,6 +34,8 @@ BACKLOG = 2048
 """Connections that may wait until they are accepted."""
 KEEP_ALIVE_SECONDS = 65
 """Time that an unused connection stays open: longer than clients keep one in their pools."""
+
+_LM = TypeVar("_LM", bound=LM)
 
 
 def serve_parser(module: str, doc: str | None) -> argparse.ArgumentParser:
@@ -83,13 +85,11 @@ def run_server(
     peer = _check_peer(args.peer) if args.peer else None
     # Before the model is loaded: a port in use is known at once.
     with bind(args.host, args.port) as listening:
-        lm = load(args.checkpoint, args.dtype, device=args.device, tokenizer=args.tokenizer)
-        if lm.tokenizer is None:
-            raise InputError(f"{args.checkpoint} has no tokenizer; name one with --tokenizer")
-        engine = make_engine(lm, args.n_slots, args.max_len, args.chunk, args.kv_dtype)
+        lm, engine = open_engine(args, load, make_engine)
         engine.warm_up()
         scheduler = Scheduler(lm, engine, args.max_waiting)
         name = args.served_model_name or str(args.checkpoint)
+        assert lm.tokenizer is not None
         parser = Parser(lm, lm.tokenizer, name, engine.max_len, args.max_waiting)
         service = Service(
             parser, scheduler, framework, key, args.max_body_bytes, args.timeout, peer
@@ -101,6 +101,17 @@ def run_server(
         _serve(service, listening)
     if scheduler.failed:
         sys.exit(1)
+    engine.close()
+
+
+def open_engine(
+    args: argparse.Namespace, load: Callable[..., _LM], make_engine: Callable[..., Engine]
+) -> tuple[_LM, Engine]:
+    """Load the model that the arguments name. Raises `InputError` if it cannot be served."""
+    lm = load(args.checkpoint, args.dtype, device=args.device, tokenizer=args.tokenizer)
+    if lm.tokenizer is None:
+        raise InputError(f"{args.checkpoint} has no tokenizer; name one with --tokenizer")
+    return lm, make_engine(lm, args.n_slots, args.max_len, args.chunk, args.kv_dtype)
 
 
 def bind(host: str, port: int) -> socket.socket:

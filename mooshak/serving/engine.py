@@ -90,6 +90,10 @@ class Engine(abc.ABC):
     def step(self, inputs: StepInputs) -> tuple[np.ndarray, TokenLogProbs | None]:
         """Sample a token in each slot, int64 [B], and compute the logits of the next one."""
 
+    def close(self) -> None:
+        """End what the engine started; no call follows."""
+        return
+
     def warm_up(self) -> None:
         """Run every computation once; nothing is compiled afterwards."""
         tokens = [0] * self.chunk

@@ -79,7 +79,21 @@ def _with_new_pieces(old: Tokenizer, config: Config) -> bytes:
     wanted = config.tokenizer.vocab_size
     check_found(len(found), wanted, old.vocab_size)
     lowest = min(piece.score for piece in proto.pieces)
-    for rank, piece in enumerate(found[: wanted - old.vocab_size], 1):
+    for rank, piece in enumerate(_with_letters(found, known, wanted - old.vocab_size), 1):
         proto.pieces.add(piece=piece, score=lowest - rank)
     proto.trainer_spec.vocab_size = wanted
     return bytes(proto.SerializeToString())
+
+
+def _with_letters(found: list[str], known: set[str], room: int) -> list[str]:
+    """Return the first tokens that fit in `room`, each after its letters that are new.
+
+    SentencePiece merges letters that are no tokens; the `tokenizers` library does not.
+    """
+    chosen: dict[str, None] = {}
+    for piece in found:
+        parts = dict.fromkeys([*piece, piece])
+        new = [part for part in parts if part not in known and part not in chosen]
+        if len(chosen) + len(new) <= room:
+            chosen |= dict.fromkeys(new)
+    return list(chosen)

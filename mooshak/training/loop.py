@@ -7,7 +7,7 @@ import argparse
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ from mooshak.checkpoints.base import Checkpoint
 from mooshak.checkpoints.formats import Processes, ensure_readable_format
 from mooshak.checkpoints.manager import CheckpointManager, complete_steps, newest_checkpoint
 from mooshak.checkpoints.resume import check_resume, rate_change, resume_from, trainer_state
+from mooshak.checkpoints.together import fail_together
 from mooshak.config.sections import Config
 from mooshak.data.manifest import shards_description
 from mooshak.data.packing import Batch
@@ -23,6 +24,7 @@ from mooshak.errors import InputError
 from mooshak.evaluation.bits_per_byte import validation_metrics
 from mooshak.numerics.schedule import learning_rate
 from mooshak.tokenizer.base import Tokenizer
+from mooshak.training.agreement import check_agreement
 from mooshak.training.malloc import WARMUP_STEPS, retain_freed_memory
 from mooshak.training.metrics import RunLog, stop_request
 from mooshak.training.nonfinite import NonFiniteSteps, check_state
@@ -148,8 +150,10 @@ def train(
     another process failed.
     """
     with own_run(Path(config.run.dir), trainer.processes):
-        tokenizer, manifests = load_or_prepare_shards(config)
+        with fail_together(trainer.processes):
+            tokenizer, manifests = load_or_prepare_shards(config)
         shards = {name: shards_description(manifest) for name, manifest in manifests.items()}
+        check_agreement(trainer.processes, config, shards)
         first = start(config, trainer, tokenizer, resume, shards, allow_data_change)
         step = _run(config, trainer, tokenizer, first, shards, profile)
     if trainer.processes.is_main:
@@ -174,12 +178,8 @@ def _run(
     profile: bool,
 ) -> int:
     """Take the steps after step `first`, and save; return the number of steps done."""
-    # Grain imports jax and starts threads: only after the framework has initialised its devices.
-    from mooshak.data.batches import batches_of_rows, validation_sequences
-
-    validation = validation_sequences(config) if config.evaluate.every else {}
+    validation, batches = _open_data(config, trainer, first)
     token_bytes_V = tokenizer.token_bytes()
-    batches = batches_of_rows(config, trainer.rows, first)
     step, last = first, min(config.train.steps, config.train.stop_after_step or config.train.steps)
     is_main, stopped = trainer.processes.is_main, False
     nonfinite = NonFiniteSteps(config, is_main)
@@ -225,6 +225,18 @@ def _run(
                 log.flush()
         manager.finish()
     return step
+
+
+def _open_data(
+    config: Config, trainer: Trainer, first: int
+) -> tuple[dict[str, Batch], Iterator[Batch]]:
+    """Return the validation sequences by language, and this process's rows after step `first`."""
+    # Grain imports jax and starts threads: only after the framework has initialised its devices.
+    from mooshak.data.batches import batches_of_rows, validation_sequences
+
+    with fail_together(trainer.processes):
+        validation = validation_sequences(config) if config.evaluate.every else {}
+        return validation, batches_of_rows(config, trainer.rows, first)
 
 
 def _is_due(step: int, last: int, every: int) -> bool:

@@ -17,9 +17,9 @@ from jax import Array
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mooshak.config.model import ModelConfig
 from mooshak.config.mesh_checks import check_mesh
-from mooshak.config.sections import Config
+from mooshak.config.model import ModelConfig
+from mooshak.config.sections import Config, ParallelConfig
 from mooshak.data.packing import Batch
 from mooshak.errors import InputError
 from mooshak.mesh import AXES, mesh_sizes, mesh_text, parse_mesh
@@ -157,14 +157,10 @@ def make_parallel(config: Config, devices: Sequence[Any] | None = None) -> Paral
     """
     parallel = config.parallel
     if devices is None:
-        _join(config)
+        join(parallel)
         devices = _devices(config)
     sizes = mesh_sizes(parallel.mesh, len(devices))
-    if jax.process_count() > 1 and math.prod(sizes.values()) != len(devices):
-        raise InputError(
-            f"mesh {parallel.mesh} has {math.prod(sizes.values())} devices, the "
-            f"{jax.process_count()} processes have {len(devices)}; every one must be in it"
-        )
+    _check_all_used(sizes, len(devices))
     if sizes["data"] % parallel.num_slices:
         raise InputError(
             f"mesh data={sizes['data']} is not divisible by parallel.num_slices "
@@ -176,17 +172,28 @@ def make_parallel(config: Config, devices: Sequence[Any] | None = None) -> Paral
 
 
 def make_mesh(text: str, devices: Sequence[Any]) -> Parallel:
-    """Return a mesh like `fsdp=2,tensor=2` over the devices of a single process.
+    """Return a mesh like `fsdp=2,tensor=2` over the devices of one process, or of all of several.
 
     Raises `InputError` if the text is not a mesh, or does not divide the devices.
     """
-    return _arrange(mesh_sizes(text, len(devices)), devices)
+    sizes = mesh_sizes(text, len(devices))
+    _check_all_used(sizes, len(devices))
+    return _arrange(sizes, devices)
 
 
 def check_fsdp(model: ModelConfig, sizes: Mapping[str, int]) -> None:
     """Raise `InputError` unless the axis fsdp divides the model's width."""
     if model.dim % sizes["fsdp"]:
         raise InputError(f"model.dim {model.dim} is not divisible by fsdp={sizes['fsdp']}")
+
+
+def _check_all_used(sizes: Mapping[str, int], n_devices: int) -> None:
+    """Raise `InputError` unless the mesh has every device of several processes."""
+    if jax.process_count() > 1 and math.prod(sizes.values()) != n_devices:
+        raise InputError(
+            f"mesh {mesh_text(sizes)} has {math.prod(sizes.values())} devices, the "
+            f"{jax.process_count()} processes have {n_devices}; every one must be in it"
+        )
 
 
 def _arrange(sizes: Mapping[str, int], devices: Sequence[Any], num_slices: int = 1) -> Parallel:
@@ -206,9 +213,11 @@ def _arrange(sizes: Mapping[str, int], devices: Sequence[Any], num_slices: int =
     return Parallel(Mesh(grid, AXES))
 
 
-def _join(config: Config) -> None:
-    """Join the other processes, by the configuration or (auto) by TPU or Slurm metadata."""
-    parallel = config.parallel
+def join(parallel: ParallelConfig) -> None:
+    """Join the other processes, if any, by the configuration or (auto) by TPU or Slurm metadata.
+
+    Call it before anything uses a device. Raises `InputError` if that fails.
+    """
     if parallel.coordinator_address is None or jax.distributed.is_initialized():
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")

@@ -36,19 +36,35 @@ COMMANDS = [
     "scripts/plot_run.py",
     "scripts/smollm2.py",
 ]
-# Prints the imported modules of the frameworks after the help.
+# Forks a process for each program, without a framework; it prints the program's help and, in its
+# last line, the imported modules of the frameworks.
 RUN = """
-import json, runpy, sys
-program = sys.argv[1]
-sys.argv[1:] = ["--help"]
-try:
-    if program.endswith(".py"):
-        runpy.run_path(program, run_name="__main__")
-    else:
-        runpy.run_module(program, run_name="__main__", alter_sys=True)
-except SystemExit as stop:
-    print(json.dumps([stop.code, sorted({"torch", "jax"} & sys.modules.keys())]))
+import contextlib, io, json, os, runpy, sys
+from pathlib import Path
+import mooshak.config.parse  # Shared by the forked processes.
+out = Path(sys.argv[1])
+for program in sys.argv[2:]:
+    if not (pid := os.fork()):
+        sys.argv = [program, "--help"]
+        with (out / program.replace("/", ".")).open("w") as text, contextlib.redirect_stdout(text):
+            try:
+                if program.endswith(".py"):
+                    runpy.run_path(program, run_name="__main__")
+                else:
+                    runpy.run_module(program, run_name="__main__", alter_sys=True)
+            except SystemExit as stop:
+                print(json.dumps([stop.code, sorted({"torch", "jax"} & sys.modules.keys())]))
+        os._exit(0)
+    os.waitpid(pid, 0)
 """
+
+
+@pytest.fixture(scope="module")
+def helps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a file for each program: its help, then its imports."""
+    out = tmp_path_factory.mktemp("help")
+    subprocess.run([sys.executable, "-c", RUN, out, *COMMANDS], cwd=ROOT, check=True)
+    return out
 
 
 def test_commands_are_all_modules_with_a_parser() -> None:
@@ -67,22 +83,20 @@ def test_commands_are_all_modules_with_a_parser() -> None:
 
 
 @pytest.mark.parametrize("program", COMMANDS)
-def test_help(program: str) -> None:
-    words = [sys.executable, "-c", RUN, program]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=True)
-    *help_lines, last = done.stdout.splitlines()
+def test_help(program: str, helps: Path) -> None:
+    text = (helps / program.replace("/", ".")).read_text("utf-8")
+    *help_lines, last = text.splitlines()
     start = f"python {program}" if program.endswith(".py") else f"python -m {program}"
     assert help_lines[0].startswith(f"usage: {start} ") and help_lines[1] == ""
-    assert "[--model" not in done.stdout
+    assert "[--model" not in text
     examples = help_lines[help_lines.index("examples:") + 1 :]
     examples = examples[: examples.index("")]
     assert len(examples) >= 2 and all(line.startswith("  ") for line in examples)
     assert json.loads(last) == [0, []]
 
 
-def test_help_lists_every_key_with_its_default() -> None:
-    words = [sys.executable, "-m", "mooshak_torch.train", "--help"]
-    text = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=True).stdout
+def test_help_lists_every_key_with_its_default(helps: Path) -> None:
+    text = (helps / "mooshak_torch.train").read_text("utf-8")
     for name, section in get_type_hints(Config).items():
         assert f"\n{name}: " in text
         for key in fields(section):

@@ -1,4 +1,4 @@
-"""Adapters: the same function in both frameworks, merged as unmerged, from the same initial bits."""
+"""Adapters: the same function in both frameworks, merged as unmerged, from equal initial bits."""
 
 from collections.abc import Iterator
 from dataclasses import replace

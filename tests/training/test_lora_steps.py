@@ -103,11 +103,11 @@ def test_mesh_with_adapters_takes_the_same_steps() -> None:
 
 
 def test_layers_that_are_stacked_cannot_be_frozen() -> None:
-    with pytest.raises(InputError, match="set model.scan_layers false"):
+    with pytest.raises(InputError, match=r"set model.scan_layers false"):
         replace(PARTIAL, model=replace(PARTIAL.model, scan_layers=True))
-    with pytest.raises(InputError, match="remove train.freeze_embeddings"):
+    with pytest.raises(InputError, match=r"remove train.freeze_embeddings"):
         replace(LORA, train=PARTIAL.train)
-    with pytest.raises(InputError, match="leaves none of the 2 layers"):
+    with pytest.raises(InputError, match=r"leaves none of the 2 layers"):
         replace(CONFIG, train=replace(CONFIG.train, freeze_layers=2))
 
 

@@ -19,9 +19,7 @@ from mooshak.config.parse import dump_config
 from mooshak.config.sections import CheckpointConfig, Config
 from mooshak.data.shards import load_or_prepare_shards
 from mooshak.errors import PeerError, SaveError
-
-DEADLINE = 240
-"""Seconds; most of them are for the start of processes on a busy machine."""
+from tests.peers import DEADLINE, Peer, Peers
 
 FAILURES = {
     "mkdir": "File exists",
@@ -32,44 +30,6 @@ FAILURES = {
     "prune": "Directory not empty",
 }
 """Failing operation -> the reason that is reported."""
-
-
-class Peers:
-    """Threads that stand for the processes of a run."""
-
-    def __init__(self, count: int):
-        self.count, self.texts = count, [""] * count
-        self.barrier = threading.Barrier(count, timeout=DEADLINE)
-
-    def exchange(self, rank: int, text: str) -> list[str]:
-        self.texts[rank] = text
-        self.barrier.wait()
-        texts = list(self.texts)
-        self.barrier.wait()
-        return texts
-
-
-class Peer:
-    """One of them, with the interface of `Parallel`."""
-
-    def __init__(self, peers: Peers, rank: int):
-        self.peers, self.rank, self.is_main = peers, rank, rank == 0
-        self.world_size = peers.count
-
-    def broadcast(self, text: str) -> str:
-        return self.gather(text)[0]
-
-    def barrier(self) -> None:
-        self.gather("")
-
-    def any_process(self, flag: bool) -> bool:
-        return any(self.gather("set" if flag else ""))
-
-    def gather(self, text: str) -> list[str]:
-        return self.peers.exchange(self.rank, text)
-
-    def close(self) -> None:
-        self.barrier()
 
 
 def train(checkpoints: CheckpointManager, peer: Peer, last: int, start: Callable[..., Any]) -> None:
