@@ -56,11 +56,11 @@ def add_adapter(y_BTO: Array, x_BTI: Array, layer: Any, lora: LoraConfig) -> Arr
     y_BTO = y_BTO + linear(low_BTR, b_RO, None, (None, last)) * lora.scale
     if not lora.dora:
         return y_BTO
-    norm_O = merged_norm(layer.kernel[...], a_IR, b_RO, lora)
+    norm_O = _merged_norm(layer.kernel[...], a_IR, b_RO, lora)
     return y_BTO * (layer.dora_magnitude[...] / norm_O).astype(y_BTO.dtype)
 
 
-def merged_norm(w_IO: Array, a_IR: Array, b_RO: Array, lora: LoraConfig) -> Array:
+def _merged_norm(w_IO: Array, a_IR: Array, b_RO: Array, lora: LoraConfig) -> Array:
     """Return the norm [O] of each column of w + s a b, in the dtype of the adapters."""
     merged_IO = w_IO.astype(b_RO.dtype) + einsum("IR,RO->IO", a_IR, b_RO) * lora.scale
     return jax.lax.stop_gradient(jnp.linalg.norm(merged_IO, axis=0))

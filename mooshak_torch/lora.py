@@ -56,12 +56,12 @@ def add_adapter(y_BTO: Tensor, x_BTI: Tensor, layer: Any, lora: LoraConfig) -> T
     y_BTO = y_BTO + linear(low_BTR, b_OR.to(x_BTI.dtype)) * lora.scale
     if not lora.dora:
         return y_BTO
-    norm_O = merged_norm(layer.weight, a_RI, b_OR, lora)
+    norm_O = _merged_norm(layer.weight, a_RI, b_OR, lora)
     return y_BTO * (layer.dora_magnitude / norm_O).to(y_BTO.dtype)
 
 
 @torch.no_grad()
-def merged_norm(w_OI: Tensor, a_RI: Tensor, b_OR: Tensor, lora: LoraConfig) -> Tensor:
+def _merged_norm(w_OI: Tensor, a_RI: Tensor, b_OR: Tensor, lora: LoraConfig) -> Tensor:
     """Return the norm [O] of each row of w + s b a, in the dtype of the adapters."""
     merged_OI = w_OI.to(b_OR.dtype) + (b_OR @ a_RI) * lora.scale
     return torch.linalg.vector_norm(merged_OI, dim=1)

@@ -47,6 +47,8 @@ class LoraConfig:
                     f"lora.{key} has no {name!r}{did_you_mean(str(name), known)}; known are "
                     f"{', '.join(known)}",
                 )
+            # In one order: configurations with the same set are equal.
+            object.__setattr__(self, key, [name for name in known if name in getattr(self, key)])
         given = [
             key for key in ("targets", "modules_to_save", "rslora", "dora") if getattr(self, key)
         ]

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from mooshak.config.lora import LoraConfig
+from mooshak.config.parse import dump_config
 from mooshak.config.sections import Config
 from mooshak.errors import InputError
 from mooshak_jax import params as jax_params
@@ -115,8 +116,6 @@ def test_layers_that_are_stacked_cannot_be_frozen() -> None:
 def test_adapters_resume_in_the_other_framework(
     fresh_config: Config, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    from mooshak.config.parse import dump_config
-
     train = replace(fresh_config.train, steps=6, dtype="float64", sequence_length=32)
     config = replace(fresh_config, train=train)
     file = tmp_path / "config.yaml"
