@@ -50,8 +50,9 @@ def pack_weights_for_decode(model: _M, weights: Iterable[Tensor], n_rows: int, n
     not follow later changes of `model`: use it for one decoding. `model` is not changed.
 
     `model` itself is returned where packing does not pay off or is not possible: few tokens, a
-    GPU, an Intel CPU, another dtype than float32, a sharded model, layers that are compiled,
-    recomputed or rescaled by DoRA, or weights of more than a quarter of the machine's memory.
+    GPU, an Intel CPU, weights or a computation of another dtype than float32, a sharded model,
+    layers that are compiled, recomputed or rescaled by DoRA, or weights of more than a quarter of
+    the machine's memory.
     """
     weights = list(weights)
     few = n_tokens < (MIN_PACKED_TOKENS_OF_ONE_ROW if n_rows == 1 else MIN_PACKED_TOKENS)
@@ -61,7 +62,7 @@ def pack_weights_for_decode(model: _M, weights: Iterable[Tensor], n_rows: int, n
         isinstance(m, FSDPModule) or "forward" in vars(m) or hasattr(m, "dora_magnitude")
         for m in model.modules()
     )
-    if few or large or bound or not _by_onednn(*weights):
+    if few or large or bound or model.dtype != "float32" or not _by_onednn(*weights):
         return model
     reorder = torch.ops.mkldnn._reorder_linear_weight
     packed = {id(w): reorder(w.detach(), PACKED_FOR_ROWS) for w in weights}
