@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mooshak.checkpoints.base import FULL_SLICE, Checkpoint, check_tensors
+from mooshak.checkpoints.base import FULL_SLICE, Checkpoint, check_tensors, size_of
 from mooshak.checkpoints.hf import hf_name
 from mooshak.checkpoints.safetensors import entry_reader, read_entries, write_tensors
 from mooshak.config.lora import LoraConfig, frozen_parameters, is_adapter
@@ -82,7 +82,7 @@ def write_adapter(path: Path, source: Checkpoint, base: str = "") -> None:
         "use_dora": lora.dora,
         "use_rslora": lora.rslora,
     }
-    with atomic_directory(path, sum(np.prod(s) * d.itemsize for d, s in tensors.values())) as to:
+    with atomic_directory(path, sum(map(size_of, tensors.values()))) as to:
         (to / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         write_tensors(to, "adapter_model", tensors, read)
 
