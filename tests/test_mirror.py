@@ -36,6 +36,7 @@ PAIRS = (
     "serve",
     "lm",
     "train",
+    "sft",
     "evaluate",
     "evaluator",
     "plan",
