@@ -6,6 +6,7 @@ from parity.comparisons.case import Line, ParityCase
 from parity.comparisons.decoding import cache, decoding, engines, roll_back
 from parity.comparisons.documents import document_mask, packing
 from parity.comparisons.forward_backward import forward, gradients, log_probs, loss, padding
+from parity.comparisons.sft import sft
 from parity.comparisons.training import training
 
 COMPARISONS: dict[str, Callable[[ParityCase], Iterator[Line]]] = {
@@ -17,6 +18,7 @@ COMPARISONS: dict[str, Callable[[ParityCase], Iterator[Line]]] = {
     "document_mask": document_mask,
     "packing": packing,
     "training": training,
+    "sft": sft,
     "cache": cache,
     "roll_back": roll_back,
     "decoding": decoding,
