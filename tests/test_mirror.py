@@ -35,6 +35,7 @@ PAIRS = (
     "serve",
     "lm",
     "train",
+    "sft",
     "evaluate",
     "evaluator",
     "plan",

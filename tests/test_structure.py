@@ -56,7 +56,7 @@ LATE_IMPORTS = {
     "mooshak_torch": "a command parses its arguments before a framework is imported",
     "mooshak_jax": "a command parses its arguments before a framework is imported",
     "mooshak.serving.command": "Starlette and uvicorn are optional dependencies",
-    "mooshak.training.loop": "Grain imports jax, after the framework has made its devices",
+    "mooshak.data.training_data": "Grain imports jax, after the framework has made its devices",
     "mooshak.evaluation.bits_per_byte": "Grain imports jax",
     "parity.accelerator.machine": "a framework that is missing is a row of the report",
     "parity.accelerator.training": "a process imports the framework that it measures",

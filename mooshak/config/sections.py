@@ -13,6 +13,7 @@ from typing import Literal
 
 from mooshak.config.fields import check_fields, expand_home, number, path
 from mooshak.config.model import Dtype, ModelConfig
+from mooshak.config.sft import SFTConfig
 from mooshak.errors import InputError, require
 
 
@@ -51,14 +52,16 @@ class SourceConfig:
 
     name: str
     """Name of the source in reports, and of its directory of token shards."""
-    kind: Literal["tales", "text", "jsonl", "parquet", "huggingface"] = "tales"
-    """tales (built in), text (a document per file), jsonl, parquet, or huggingface (`datasets`)."""
+    kind: Literal["tales", "tasks", "text", "jsonl", "parquet", "huggingface"] = "tales"
+    """tales (built in), tasks (conversations about the tales), text (a document per file), jsonl,
+    parquet, or huggingface (`datasets`)."""
     language: str = "en"
     """Language tag (hi, en, ...); validation is reported by language."""
     weight: float = number(1.0, above=0)
     """Weight in the training mixture, relative to the weights of the other sources."""
     path: str = ""
-    """Glob of the files, or name of the Hugging Face dataset."""
+    """Glob of the files, name of the Hugging Face dataset, or names of tasks, separated by commas
+    (tasks; empty: questions, translation and continuation)."""
     column: str = "text"
     """Field (jsonl) or column (parquet, huggingface) that holds the text."""
     subset: str | None = None
@@ -66,9 +69,9 @@ class SourceConfig:
     split: str = "train"
     """huggingface: split of the dataset."""
     documents: int | None = number(None, at_least=1)
-    """Maximum number of documents (null: all; tales: 1000)."""
+    """Maximum number of documents (null: all; tales and tasks: 1000)."""
     seed: int = number(0, at_least=-(2**63), at_most=2**63 - 1)
-    """tales: seed; sources in two languages with one seed are translations of each other."""
+    """tales, tasks: seed; sources in two languages with one seed are translations of each other."""
 
     def __post_init__(self) -> None:
         require(
@@ -79,13 +82,17 @@ class SourceConfig:
         check_fields(self, f"data.sources[{self.name}]")
         if self.path.startswith("~"):
             object.__setattr__(self, "path", expand_home(self.path))
-        require(self.kind == "tales" or bool(self.path), f"source {self.name} needs a path")
+        built_in = self.kind in ("tales", "tasks")
+        require(built_in or bool(self.path), f"source {self.name} needs a path")
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Text sources, token shards and batches."""
 
+    format: Literal["text", "conversations"] = "text"
+    """text: documents, for train; conversations: records with messages, a prompt and an answer, or
+    an instruction, for sft (docs/finetune.md)."""
     dir: str = path("data/demo")
     """Directory of the token shards."""
     sources: list[SourceConfig] = field(
@@ -300,6 +307,7 @@ class Config:
     init: InitConfig = field(default_factory=InitConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    sft: SFTConfig = field(default_factory=SFTConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -336,7 +344,7 @@ def with_absolute_paths(config: Config) -> Config:
     """Return the configuration for another working directory: its paths are absolute."""
     sources = [
         source
-        if source.kind in ("tales", "huggingface")
+        if source.kind in ("tales", "tasks", "huggingface")
         else replace(source, path=abspath(source.path))
         for source in config.data.sources
     ]
@@ -347,6 +355,11 @@ def with_absolute_paths(config: Config) -> Config:
         data=replace(config.data, dir=abspath(config.data.dir), sources=sources),
         run=replace(config.run, dir=abspath(config.run.dir)),
     )
+
+
+def for_sft(config: Config) -> Config:
+    """Return the configuration of a supervised fine-tuning: its data are conversations."""
+    return replace(config, data=replace(config.data, format="conversations"))
 
 
 def check_tensor_axis(model: ModelConfig, sizes: Mapping[str, int]) -> None:

@@ -37,7 +37,7 @@ def input_state(source: SourceConfig) -> dict[str, Any] | None:
 
     For the tales it is their version. None for Hugging Face datasets, and if there are no files.
     """
-    if source.kind == "tales":
+    if source.kind in ("tales", "tasks"):
         return {"version": tales.version()}
     if source.kind not in ("text", "jsonl", "parquet"):
         return None
@@ -53,7 +53,7 @@ def same_input(source: SourceConfig, past: Mapping[str, Any] | None) -> bool:
     They are read only if their size is the same and their time is not. True if there are none: the
     files of prepared text may have been removed.
     """
-    if source.kind == "tales":
+    if source.kind in ("tales", "tasks"):
         return past == input_state(source)
     files = _matches(source) if source.kind in ("text", "jsonl", "parquet") else []
     if not files:
@@ -93,25 +93,25 @@ def _tales(source: SourceConfig, config: Config) -> Iterator[str]:
 
 
 def _text(source: SourceConfig, config: Config) -> Iterator[str]:
-    for name in _files(source):
-        with _open(source, name) as file:
+    for name in files_of(source):
+        with open_file(source, name) as file:
             content = file.read()
         try:
             text = content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise _not_text(source, name, f"byte {error.start}") from None
+            raise not_text(source, name, f"byte {error.start}") from None
         if "\0" in text:
-            raise _not_text(source, name, "a NUL byte")
+            raise not_text(source, name, "a NUL byte")
         yield text
 
 
 def _jsonl(source: SourceConfig, config: Config) -> Iterator[str]:
     broken = 0
-    for name in _files(source):
-        with _open(source, name) as file:
+    for name in files_of(source):
+        with open_file(source, name) as file:
             for number, line in enumerate(file, 1):
                 if b"\0" in line:
-                    raise _not_text(source, name, f"a NUL byte in line {number}")
+                    raise not_text(source, name, f"a NUL byte in line {number}")
                 if not line.strip():
                     continue
                 try:
@@ -150,7 +150,7 @@ def _parquet(source: SourceConfig, config: Config) -> Iterator[str]:
     import pyarrow
     import pyarrow.parquet
 
-    for name in _files(source):
+    for name in files_of(source):
         try:
             with pyarrow.parquet.ParquetFile(name) as file:
                 schema = file.schema_arrow
@@ -176,6 +176,18 @@ def _parquet(source: SourceConfig, config: Config) -> Iterator[str]:
 
 
 def _huggingface(source: SourceConfig, config: Config) -> Iterator[str]:
+    for example in load_examples(source):
+        if source.column not in example:
+            raise InputError(
+                f"source {source.name}: {source.path} has no column {source.column!r}; "
+                f"it has {', '.join(example)}: set column"
+            )
+        if isinstance(text := example[source.column], str):
+            yield text
+
+
+def load_examples(source: SourceConfig) -> Iterator[dict[str, Any]]:
+    """Yield the examples of a Hugging Face dataset. Raises `InputError` if it cannot be read."""
     try:
         import datasets
     except ImportError:
@@ -193,14 +205,7 @@ def _huggingface(source: SourceConfig, config: Config) -> Iterator[str]:
         except ValueError:
             # A directory, not a configuration: such as verified/hin of ai4bharat/sangraha.
             examples = load(data_dir=source.subset)
-        for example in examples:
-            if source.column not in example:
-                raise InputError(
-                    f"source {source.name}: {source.path} has no column {source.column!r}; "
-                    f"it has {', '.join(example)}: set column"
-                )
-            if isinstance(text := example[source.column], str):
-                yield text
+        yield from examples
     except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
         raise InputError(
             f"source {source.name}: cannot read {source.path}, subset {source.subset}, split "
@@ -208,8 +213,16 @@ def _huggingface(source: SourceConfig, config: Config) -> Iterator[str]:
         ) from error
 
 
+def _tasks(source: SourceConfig, config: Config) -> Iterator[str]:
+    raise InputError(
+        f"source {source.name}: kind tasks has conversations, not text; set data.format "
+        "conversations, and train with the command sft"
+    )
+
+
 READERS = {
     "tales": _tales,
+    "tasks": _tasks,
     "text": _text,
     "jsonl": _jsonl,
     "parquet": _parquet,
@@ -217,7 +230,7 @@ READERS = {
 }
 
 
-def _files(source: SourceConfig) -> list[str]:
+def files_of(source: SourceConfig) -> list[str]:
     """Return the files of a source. Raises `InputError` if there are none, or all are empty."""
     files = _matches(source)
     if not files:
@@ -228,7 +241,7 @@ def _files(source: SourceConfig) -> list[str]:
 
 
 @contextmanager
-def _open(source: SourceConfig, name: str) -> Iterator[BinaryIO]:
+def open_file(source: SourceConfig, name: str) -> Iterator[BinaryIO]:
     """Open a file of a source. Raises `InputError` where it cannot be opened or read."""
     try:
         with open(name, "rb") as file:
@@ -244,7 +257,7 @@ def _matches(source: SourceConfig) -> list[str]:
     return sorted(filter(os.path.isfile, glob.glob(source.path, recursive=True)))
 
 
-def _not_text(source: SourceConfig, name: str, what: str) -> InputError:
+def not_text(source: SourceConfig, name: str, what: str) -> InputError:
     return InputError(
         f"source {source.name}: {name} is not UTF-8 text ({what}); convert it or leave it out"
     )

@@ -225,6 +225,24 @@ def _agree(phrase: str, endings: Sequence[tuple[str, str]], only_last: bool = Fa
     return "".join(parts)
 
 
+def noun_phrase(actor: Actor, language: str, case: str | None = None) -> str:
+    """Return the noun of an actor as in a tale: "a" with article, adjective and name, "bare".
+
+    A Hindi case may end in "o", oblique. None: the name if there is one, else the noun.
+    """
+    return (_hindi_noun if language == "hi" else _english_noun)(actor, case)
+
+
+def adjective(actor: Actor, language: str) -> str:
+    """Return the adjective of an actor, in Hindi in its gender; empty if it has none."""
+    if actor.adjective is None:
+        return ""
+    english, hindi = actor.adjective
+    if language == "en":
+        return english
+    return hindi if actor.noun.masculine else _agree(hindi, _FEMININE)
+
+
 def _english_noun(actor: Actor, case: str | None) -> str:
     """Return a noun phrase; `case`: None definite, "a" with article, adjective and name, "bare", or
     a pronoun.

@@ -13,7 +13,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from mooshak.errors import InputError
 from mooshak.files import read_object
 from mooshak.tokenizer.base import Tokenizer
+from mooshak.tokenizer.hf_tokenizer import HFTokenizer
 from mooshak.tokenizer.sentencepiece import CHAT_MARKERS
+from mooshak.tokenizer.sentencepiece_hf import HFSentencePieceTokenizer
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
@@ -32,23 +34,36 @@ def encode_chat(tokenizer: Tokenizer, messages: Messages) -> list[int]:
     Raises `InputError` if the tokenizer has no chat template, a message is not a `role` and a
     `content`, or the template rejects the messages.
     """
-    _check(messages)
+    check_messages(messages)
     template = find_template(tokenizer)
-    if template == CHAT_TEMPLATE and _is_own(tokenizer):
-        return _encode_own(tokenizer, messages)
+    if has_own_template(tokenizer, template):
+        return encode_own(tokenizer, messages)
+    return encode_with_specials(tokenizer, render(tokenizer, template, messages, True))
+
+
+def render(
+    tokenizer: Tokenizer,
+    template: str,
+    messages: Messages,
+    add_generation_prompt: bool,
+    **variables: Any,
+) -> str:
+    """Return the text of a conversation. Raises `InputError` if the template rejects it."""
     specials = {f"{name}_token": text for name, text in tokenizer.special_texts.items()}
+    values = {"bos_token": "", "eos_token": "", **specials, **variables}
     try:
-        text = _compiled(template).render(
+        return _compiled(template).render(
             messages=[dict(message) for message in messages],
-            add_generation_prompt=True,
-            **{"bos_token": "", "eos_token": "", **specials},
+            add_generation_prompt=add_generation_prompt,
+            **values,
         )
-    except jinja2.TemplateError as error:
+    # A template computes: it may also divide by zero, or add a text to a number.
+    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
         raise InputError(f"the chat template of {tokenizer.path} fails: {error}") from error
-    return encode_with_specials(tokenizer, text)
 
 
-def _check(messages: Any) -> None:
+def check_messages(messages: Any) -> None:
+    """Raise `InputError` unless every message has the texts `role` and `content`."""
     if isinstance(messages, str) or not isinstance(messages, Sequence):
         raise InputError(f"messages must be a list, not {messages!r}")
     for message in messages:
@@ -57,7 +72,12 @@ def _check(messages: Any) -> None:
             raise InputError(f"message {message!r} must have the texts role and content")
 
 
-def _encode_own(tokenizer: Tokenizer, messages: Messages) -> list[int]:
+def has_own_template(tokenizer: Tokenizer, template: str) -> bool:
+    """Return whether the template is ours and the tokenizer has its markers: see `encode_own`."""
+    return template == CHAT_TEMPLATE and _is_own(tokenizer)
+
+
+def encode_own(tokenizer: Tokenizer, messages: Messages) -> list[int]:
     """Return the token ids of `CHAT_TEMPLATE`."""
     ids = [tokenizer.bos_id]
     for message in messages:
@@ -96,7 +116,10 @@ def find_template(tokenizer: Tokenizer) -> str:
 
 def encode_with_specials(tokenizer: Tokenizer, text: str) -> list[int]:
     """Return the token ids of a text that contains special tokens as text."""
-    specials = _special_tokens(tokenizer)
+    if isinstance(tokenizer, (HFTokenizer, HFSentencePieceTokenizer)):
+        # These find added tokens themselves, and know which parts of a text a space precedes.
+        return tokenizer.encode(text)
+    specials = special_tokens(tokenizer)
     longest_first = sorted(specials, key=len, reverse=True)
     parts = re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text)
     ids: list[int] = []
@@ -112,7 +135,7 @@ def _pieces(tokenizer: Tokenizer) -> list[str]:
 
 
 @lru_cache(maxsize=4)
-def _special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
+def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
     """Return the id of each special token by its piece."""
     pieces = enumerate(zip(_pieces(tokenizer), tokenizer.texts(), strict=True))
     specials = {piece: id for id, (piece, own) in pieces if piece and not own}

@@ -17,9 +17,8 @@ from mooshak.checkpoints.manager import CheckpointManager, complete_steps, newes
 from mooshak.checkpoints.resume import check_resume, rate_change, resume_from, trainer_state
 from mooshak.checkpoints.together import fail_together
 from mooshak.config.sections import Config
-from mooshak.data.manifest import shards_description
 from mooshak.data.packing import Batch
-from mooshak.data.shards import load_or_prepare_shards
+from mooshak.data.training_data import TrainingData, open_training_data
 from mooshak.errors import InputError
 from mooshak.evaluation.bits_per_byte import validation_metrics
 from mooshak.numerics.schedule import learning_rate
@@ -151,11 +150,12 @@ def train(
     """
     with own_run(Path(config.run.dir), trainer.processes):
         with fail_together(trainer.processes):
-            tokenizer, manifests = load_or_prepare_shards(config)
-        shards = {name: shards_description(manifest) for name, manifest in manifests.items()}
-        check_agreement(trainer.processes, config, shards)
-        first = start(config, trainer, tokenizer, resume, shards, allow_data_change)
-        step = _run(config, trainer, tokenizer, first, shards, profile)
+            data = open_training_data(config)
+        check_agreement(trainer.processes, config, data.description)
+        if data.summary and trainer.processes.is_main:
+            print(data.summary, file=sys.stderr)
+        first = start(config, trainer, data.tokenizer, resume, data.description, allow_data_change)
+        step = _run(config, trainer, data, first, profile)
     if trainer.processes.is_main:
         saved = Path(config.run.dir) / "checkpoints"
         if step < min(config.train.steps, config.train.stop_after_step or config.train.steps):
@@ -169,17 +169,10 @@ def train(
             )
 
 
-def _run(
-    config: Config,
-    trainer: Trainer,
-    tokenizer: Tokenizer,
-    first: int,
-    shards: Mapping[str, Any],
-    profile: bool,
-) -> int:
+def _run(config: Config, trainer: Trainer, data: TrainingData, first: int, profile: bool) -> int:
     """Take the steps after step `first`, and save; return the number of steps done."""
-    validation, batches = _open_data(config, trainer, first)
-    token_bytes_V = tokenizer.token_bytes()
+    validation, batches = _open_data(config, trainer, data, first)
+    token_bytes_V = data.tokenizer.token_bytes()
     step, last = first, min(config.train.steps, config.train.stop_after_step or config.train.steps)
     is_main, stopped = trainer.processes.is_main, False
     nonfinite = NonFiniteSteps(config, is_main)
@@ -220,7 +213,7 @@ def _run(
             if stopped or _is_due(step, last, config.checkpoint.every):
                 check_state(step, trainer.processes.gather(trainer.find_nonfinite()))
                 loss = metrics.get("validation_loss")
-                state = describe_state(config, trainer, tokenizer, step, loss, shards)
+                state = describe_state(config, trainer, data, step, loss)
                 manager.save(state, trainer.start_saving)
                 log.flush()
         manager.finish()
@@ -228,15 +221,12 @@ def _run(
 
 
 def _open_data(
-    config: Config, trainer: Trainer, first: int
+    config: Config, trainer: Trainer, data: TrainingData, first: int
 ) -> tuple[dict[str, Batch], Iterator[Batch]]:
     """Return the validation sequences by language, and this process's rows after step `first`."""
-    # Grain imports jax and starts threads: only after the framework has initialised its devices.
-    from mooshak.data.batches import batches_of_rows, validation_sequences
-
     with fail_together(trainer.processes):
-        validation = validation_sequences(config) if config.evaluate.every else {}
-        return validation, batches_of_rows(config, trainer.rows, first)
+        validation = data.validation() if config.evaluate.every else {}
+        return validation, data.batches(trainer.rows, first)
 
 
 def _is_due(step: int, last: int, every: int) -> bool:
@@ -253,21 +243,20 @@ def saved_text(config: Config) -> str:
 def describe_state(
     config: Config,
     trainer: Trainer,
-    tokenizer: Tokenizer,
+    data: TrainingData,
     step: int,
     validation_loss: float | None,
-    shards: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return the contents of `trainer_state.json`."""
     common = trainer_state(
         config,
         step,
         trainer.framework,
-        tokenizer.fingerprint,
+        data.tokenizer.fingerprint,
         validation_loss,
         trainer.world_size,
         trainer.layout,
-        shards,
+        data.description,
     )
     return common | trainer.trainer_state()
 

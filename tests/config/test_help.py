@@ -15,8 +15,11 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = [
-    *(f"mooshak_torch.{name}" for name in ("train", "generate", "serve", "evaluate", "plan")),
-    *(f"mooshak_jax.{name}" for name in ("train", "generate", "serve", "evaluate", "plan")),
+    *(
+        f"mooshak_torch.{name}"
+        for name in ("train", "sft", "generate", "serve", "evaluate", "plan")
+    ),
+    *(f"mooshak_jax.{name}" for name in ("train", "sft", "generate", "serve", "evaluate", "plan")),
     "mooshak.data",
     "mooshak.tokenizer",
     "mooshak.corpus.tales",
