@@ -7,7 +7,7 @@ canonical names.
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,15 +28,16 @@ from mooshak.checkpoints.checksums import (
 )
 from mooshak.checkpoints.formats import detect_format, ensure_readable_format
 from mooshak.checkpoints.init_from import init_checkpoint
+from mooshak.config.mesh_checks import check_tensor_axis
 from mooshak.config.model import Dtype, ModelConfig
-from mooshak.config.sections import Config, check_tensor_axis
+from mooshak.config.sections import Config
 from mooshak.errors import InputError
 from mooshak.files import atomic_directory
 from mooshak.tokenizer.base import Tokenizer
 from mooshak.tokenizer.files import files_of_checkpoint
 from mooshak_jax.distributed.mesh import Parallel, check_fsdp
 from mooshak_jax.param_names import CanonicalTensor, canonical_tensors
-from mooshak_jax.params import abstract_params, load_params
+from mooshak_jax.params import abstract_params, load_params, split_trained
 from mooshak_jax.zarr import ZarrReader, ZarrWriter
 
 # Orbax logs the errors that it raises, with a traceback.
@@ -71,16 +72,22 @@ def start_saving(state: dict[str, Any], path: Path) -> Callable[[], None]:
 
 
 def restore(
-    model: ModelConfig, dtype: Dtype, source: Checkpoint, parallel: Parallel | None = None
+    model: ModelConfig,
+    dtype: Dtype,
+    source: Checkpoint,
+    parallel: Parallel | None = None,
+    frozen: Set[str] = frozenset(),
 ) -> dict[str, Any]:
     """Load `params`, `exp_avg` and `exp_avg_sq` of an open training checkpoint.
 
-    Stacked layers and fused kernels are as in `model`, shardings as in `parallel`.
+    Stacked layers and fused kernels are as in `model`, shardings as in `parallel`. Parameters in
+    `frozen` have no moments.
     """
     abstract = abstract_params(model, dtype, parallel)
     state = {"params": load_params(abstract, source.read)}
+    trained, _ = split_trained(abstract, frozen)
     for moment in base.MOMENTS:
-        state[moment] = load_params(abstract, partial(_read_moment, source, moment))
+        state[moment] = load_params(trained, partial(_read_moment, source, moment))
     return state
 
 
@@ -139,7 +146,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
             key = canonical.name if group == "params" else f"{group}.{canonical.name}"
             entries[key] = (".".join([group, *names]), canonical)
             tensors[key] = (np.dtype(entry.dtype), canonical.shape)
-    tensors = base.check_tensors(path, model, tensors)
+    tensors = base.check_tensors(path, model, tensors, trainer_state=state)
     checksums = read_checksums(path)
 
     def read_rows(key: str, rows: slice = FULL_SLICE) -> np.ndarray:
@@ -170,8 +177,12 @@ def write_checkpoint(path: Path, source: Checkpoint) -> None:
             directory, source.model, source.trainer_state, source.tokenizer_files
         )
         abstract = abstract_params(source.model, "float32")
-        groups = ["params", *(base.MOMENTS if source.has_optimizer else ())]
-        tree = _stored(dict.fromkeys(groups, abstract))
+        frozen = {
+            name for name in source.tensors if f"{base.MOMENTS[0]}.{name}" not in source.tensors
+        }
+        moments, _ = split_trained(abstract, frozen)
+        groups = dict.fromkeys(base.MOMENTS, moments) if source.has_optimizer else {}
+        tree = _stored({"params": abstract, **groups})
         writer, entries = ZarrWriter(directory / "orbax", tree), {}
         for keys, like in jax.tree_util.tree_leaves_with_path(tree):
             group, *names = (key.key for key in keys)

@@ -19,9 +19,11 @@ from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
+from mooshak.config.lora import LoraConfig
 from mooshak.config.model import Dtype, ModelConfig
 from mooshak_jax.distributed.sharding import Axes, constrain
 from mooshak_jax.kv_cache import KVCache, check_index
+from mooshak_jax.lora import add_adapter, set_adapters
 from mooshak_jax.ops.activations import rms_norm, swiglu
 from mooshak_jax.ops.attention import attention, block_attention, document_attention
 from mooshak_jax.ops.matmul import einsum, linear
@@ -49,7 +51,12 @@ REMAT = {
 
 
 class Linear(nnx.Module):
-    """Linear layer y = x W (+ b), in the dtype of x. Kernel [in, *out], bias [*out]."""
+    """Linear layer y = x W (+ b), in the dtype of x. Kernel [in, *out], bias [*out].
+
+    mooshak_jax/lora.py adds adapters.
+    """
+
+    lora: LoraConfig | None = None
 
     def __init__(
         self,
@@ -66,7 +73,10 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         bias = None if self.bias is None else self.bias[...]
-        return checkpoint_name(linear(x, self.kernel[...], bias, self.axes), PRODUCT)
+        if self.lora is None:
+            return checkpoint_name(linear(x, self.kernel[...], bias, self.axes), PRODUCT)
+        y = add_adapter(linear(x, self.kernel[...], None, self.axes), x, self, self.lora)
+        return checkpoint_name(y if bias is None else y + bias.astype(y.dtype), PRODUCT)
 
 
 class Embedding(nnx.Module):
@@ -236,6 +246,14 @@ class LlamaBlock(nnx.Module):
 BLOCKS = {"mooshak": MooshakBlock, "llama": LlamaBlock}
 
 
+def make_block(model: ModelConfig, dtype: Dtype) -> Any:
+    """Return a layer with its adapters."""
+    block: Any = BLOCKS[model.architecture](model, PARAM_DTYPE[dtype])
+    if model.lora is not None:
+        set_adapters(block, model.lora, COMPUTE_DTYPE[dtype])
+    return block
+
+
 class Model(nnx.Module):
     """Decoder-only language model. mooshak_jax/param_names.py maps its paths to canonical names.
 
@@ -248,13 +266,12 @@ class Model(nnx.Module):
         parameters = PARAM_DTYPE[dtype]
         self.embeddings = Embedding(model.vocab_size, model.dim, parameters)
         self.rope = Rope(model, parameters)
-        block = BLOCKS[model.architecture]
         self.layers: Any
         if model.scan_layers:
-            stacked = nnx.vmap(lambda _: block(model, parameters))
+            stacked = nnx.vmap(lambda _: make_block(model, dtype))
             self.layers = stacked(jnp.arange(model.n_layers))
         else:
-            self.layers = nnx.List([block(model, parameters) for _ in range(model.n_layers)])
+            self.layers = nnx.List([make_block(model, dtype) for _ in range(model.n_layers)])
         # Mooshak's last layer ends in a norm; Llama needs a final one.
         llama, tied = model.architecture == "llama", model.tie_embeddings
         self.norm = RMSNorm(model.dim, model.norm_eps, parameters) if llama else None

@@ -18,7 +18,8 @@ from mooshak_jax.param_names import canonical_tensors
 def adamw(state: dict[str, Any], grads: Any, learning_rate: Array, config: OptimizerConfig) -> dict:
     """Return the state after one step of AdamW (arXiv:1711.05101).
 
-    A state has the trees `params`, `exp_avg` and `exp_avg_sq`, and `step`, the steps done.
+    A state has the trees `params`, `exp_avg` and `exp_avg_sq`, and `step`, the steps done. They
+    hold the trained parameters only, as do the gradients.
     """
     adam = optax.scale_by_adam(config.beta1, config.beta2, config.eps)
     old = optax.ScaleByAdamState(state["step"], state["exp_avg"], state["exp_avg_sq"])

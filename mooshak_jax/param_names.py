@@ -15,7 +15,13 @@ from mooshak.checkpoints import base
 from mooshak.checkpoints.base import FULL_SLICE
 from mooshak.errors import InputError
 
-KINDS = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+KINDS = {
+    "kernel": "weight",
+    "scale": "weight",
+    "embedding": "weight",
+    "bias": "bias",
+    "dora_magnitude": "dora_magnitude",
+}
 """Last name of a leaf of the Flax model -> last name of the canonical tensor.
 
 A kernel is [in, *out], the canonical weight [out, in]. `out` is one axis or several; a bias has the

@@ -3,7 +3,7 @@
 Mirror: mooshak_torch/params.py.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from jax.sharding import SingleDeviceSharding
 
 from mooshak.checkpoints.base import FULL_SLICE
 from mooshak.config.model import Dtype, ModelConfig
+from mooshak.errors import InputError
 from mooshak.numerics.init_weights import initial_weight
 from mooshak_jax.distributed.mesh import Parallel
 from mooshak_jax.model import PARAM_DTYPE, Model
@@ -52,6 +53,33 @@ def _split(model: ModelConfig, dtype: Dtype, remat: str = "none") -> tuple[nnx.G
 def merge(graphdef: nnx.GraphDef, params: Any) -> Model:
     """Return the model of a graph definition and a tree of parameters."""
     return nnx.merge(graphdef, nnx.State(params))
+
+
+def split_trained(params: Any, frozen: Set[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split a tree of dicts into its trained leaves and those whose canonical names are `frozen`.
+
+    Raises `InputError` for a leaf, of stacked layers, that is only partly frozen.
+    """
+    trained, rest = dict[str, Any](), dict[str, Any]()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        names = [tensor.name for tensor in canonical_tensors(path, leaf.shape)]
+        is_frozen = {name in frozen for name in names}
+        if len(is_frozen) > 1:
+            raise InputError(f"{names[0]} is frozen, and is stored with others that are not")
+        tree = rest if is_frozen.pop() else trained
+        *above, last = (key.key for key in path)
+        for key in above:
+            tree = tree.setdefault(key, {})
+        tree[last] = leaf
+    return trained, rest
+
+
+def join(trained: Any, frozen: Any) -> Any:
+    """Return the tree of which `split_trained` returned the parts."""
+    if not (isinstance(trained, dict) and isinstance(frozen, dict)):
+        return trained
+    shared = {key: join(trained[key], frozen[key]) for key in trained.keys() & frozen.keys()}
+    return frozen | trained | shared
 
 
 def load_params(abstract: Any, read: Callable[[str], Any]) -> Any:

@@ -6,7 +6,7 @@ Mirror: mooshak_torch/step.py.
 import contextlib
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,11 +28,14 @@ from mooshak_jax.distributed.mesh import Parallel, make_parallel
 from mooshak_jax.model import PARAM_DTYPE
 from mooshak_jax.objectives import make_objective
 from mooshak_jax.optimizer import adamw, clip_gradients
-from mooshak_jax.params import abstract_params, initialize
+from mooshak_jax.params import abstract_params, initialize, join, split_trained
 from mooshak_jax.profile import profiled
 
 State = dict[str, Any]
-"""The trees `params`, `exp_avg` and `exp_avg_sq`, and `step`, the optimizer steps done."""
+"""The trees `params`, `exp_avg` and `exp_avg_sq`, and `step`, the optimizer steps done.
+
+Moments are only those of trained parameters.
+"""
 
 
 class Trainer:
@@ -69,12 +72,13 @@ class Trainer:
             params = initialize(
                 config.model, config.train.dtype, config.run.seed, parallel=parallel
             )
-        self.state, self._earlier = initial_state(params), dict[str, Any]()
+        self.state, self._earlier = initial_state(params, config.frozen), dict[str, Any]()
         self._skipped = 0
 
     def restore(self, source: Checkpoint) -> None:
         assert source.trainer_state is not None
-        self.state = restore(self.config.model, self.config.train.dtype, source, self.processes)
+        model, dtype, frozen = self.config.model, self.config.train.dtype, self.config.frozen
+        self.state = restore(model, dtype, source, self.processes, frozen)
         self.state["step"] = np.int32(n_updates(source.trainer_state))
         self._earlier = loss_scale_of(source.trainer_state)
         self._skipped = skipped_steps(source.trainer_state)
@@ -112,19 +116,21 @@ class Trainer:
         """Do nothing: JAX disconnects from the other processes when this one exits."""
 
 
-def initial_state(params: Any) -> State:
+def initial_state(params: Any, frozen: Set[str] = frozenset()) -> State:
     """Return the state before the first step; moments have the shardings of the parameters."""
-    shardings = jax.tree.map(lambda p: p.sharding, params)
+    trained, _ = split_trained(params, frozen)
+    shardings = jax.tree.map(lambda p: p.sharding, trained)
     zeros = jax.jit(partial(jax.tree.map, jnp.zeros_like), out_shardings=shardings)
-    moments = {moment: zeros(params) for moment in MOMENTS}
+    moments = {moment: zeros(trained) for moment in MOMENTS}
     return {"params": params, **moments, "step": np.int32(0)}
 
 
 def abstract_state(config: Config, parallel: Parallel) -> State:
     """Return shapes, dtypes and shardings of the state, without arrays."""
     params = abstract_params(config.model, config.train.dtype, parallel)
+    trained, _ = split_trained(params, config.frozen)
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=parallel.replicated)
-    return {"params": params, **dict.fromkeys(MOMENTS, params), "step": step}
+    return {"params": params, **dict.fromkeys(MOMENTS, trained), "step": step}
 
 
 def make_train_step(
@@ -136,36 +142,42 @@ def make_train_step(
     clipping. The state's memory is donated: use the returned state. It does not change in a step
     that `train.on_nonfinite` leaves out.
     """
-    objective = make_objective(config.model, config)
+    objective, frozen = make_objective(config.model, config), config.frozen
     n_micro_batches = config.train.gradient_accumulation_steps
 
     def train_step(state: State, batch: Batch[Array], rate: Array) -> tuple[State, Array, Array]:
         denominator = objective.prepare(batch)
-        mean = jax.value_and_grad(lambda params, rows: objective(params, rows) / denominator)
+        params, rest = split_trained(state["params"], frozen)
+        mean = jax.value_and_grad(
+            lambda params, rows: objective(join(params, rest), rows) / denominator
+        )
 
         def add(total: Any, micro_batch: Batch[Array]) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, mean(state["params"], micro_batch)), None
+            return jax.tree.map(jnp.add, total, mean(params, micro_batch)), None
 
         with parallel.activate():
             if n_micro_batches == 1:
-                loss, grads = mean(state["params"], batch)
+                loss, grads = mean(params, batch)
             else:
                 # Row r goes to micro-batch r % n_micro_batches: no row moves between devices.
                 micro_batches = batch.map(
                     lambda x: x.reshape(-1, n_micro_batches, x.shape[1]).swapaxes(0, 1)
                 )
                 zero = jnp.zeros((), PARAM_DTYPE[config.train.dtype])
-                zeros = (zero, jax.tree.map(jnp.zeros_like, state["params"]))
+                zeros = (zero, jax.tree.map(jnp.zeros_like, params))
                 (loss, grads), _ = jax.lax.scan(add, zeros, micro_batches)
         grads, norm = clip_gradients(grads, config.optimizer.max_grad_norm)
 
         def update(state: State, grads: Any) -> State:
             return adamw(state, grads, rate, config.optimizer)
 
+        state = state | {"params": params}
         if config.train.on_nonfinite == "stop":
-            return update(state, grads), loss, norm
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        return jax.lax.cond(finite, update, lambda state, _: state, state, grads), loss, norm
+            state = update(state, grads)
+        else:
+            finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+            state = jax.lax.cond(finite, update, lambda state, _: state, state, grads)
+        return state | {"params": join(state["params"], rest)}, loss, norm
 
     replicated = parallel.replicated
     shardings = jax.tree.map(lambda array: array.sharding, abstract_state(config, parallel))

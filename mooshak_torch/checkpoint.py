@@ -133,7 +133,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         key: (numpy_dtype(entry.properties.dtype), tuple(entry.size))
         for key, (_, entry) in entries.items()
     }
-    tensors = base.check_tensors(path, model, tensors)
+    tensors = base.check_tensors(path, model, tensors, trainer_state=state)
     checksums = read_checksums(path)
 
     def read_rows(key: str, rows: slice = base.FULL_SLICE) -> np.ndarray:

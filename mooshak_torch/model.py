@@ -7,13 +7,17 @@ A float64 model computes in float64 throughout. In bfloat16 the parameters are f
 products bfloat16, and norms, RoPE, softmax and loss float32.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from mooshak.config.lora import LoraConfig
 from mooshak.config.model import Dtype, ModelConfig
 from mooshak_torch.kv_cache import KVCache
+from mooshak_torch.lora import add_adapter, set_adapters
 from mooshak_torch.ops.activations import recompute_in_backward, rms_norm, swiglu
 from mooshak_torch.ops.attention import (
     attention,
@@ -39,9 +43,13 @@ PARAM_DTYPE = {
 
 
 class Linear(nn.Module):
-    """Linear layer y = x W^T (+ b), in the dtype of x. Weight [out, in], bias [out]."""
+    """Linear layer y = x W^T (+ b), in the dtype of x. Weight [out, in], bias [out].
+
+    mooshak_torch/lora.py adds adapters.
+    """
 
     bias: nn.Parameter | None
+    lora: LoraConfig | None = None
 
     def __init__(self, n_in: int, n_out: int, dtype: torch.dtype, bias: bool = False):
         super().__init__()
@@ -50,6 +58,8 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = linear(x, self.weight.to(x.dtype))
+        if self.lora is not None:
+            y = add_adapter(y, x, self, self.lora)
         return y if self.bias is None else y + self.bias.to(x.dtype)
 
 
@@ -224,6 +234,14 @@ class LlamaBlock(nn.Module):
 BLOCKS = {"mooshak": MooshakBlock, "llama": LlamaBlock}
 
 
+def make_block(model: ModelConfig, dtype: Dtype) -> Any:
+    """Return a layer with its adapters."""
+    block: Any = BLOCKS[model.architecture](model, PARAM_DTYPE[dtype])
+    if model.lora is not None:
+        set_adapters(block, model.lora, COMPUTE_DTYPE[dtype])
+    return block
+
+
 class Model(nn.Module):
     """Decoder-only language model. Its parameters have the canonical names."""
 
@@ -233,8 +251,7 @@ class Model(nn.Module):
         parameters = PARAM_DTYPE[dtype]
         self.embeddings = Embedding(model.vocab_size, model.dim, parameters)
         self.rope = Rope(model, parameters)
-        block = BLOCKS[model.architecture]
-        self.layers = nn.ModuleList(block(model, parameters) for _ in range(model.n_layers))
+        self.layers = nn.ModuleList(make_block(model, dtype) for _ in range(model.n_layers))
         # Mooshak's last layer ends in a norm; Llama needs a final one.
         llama, tied = model.architecture == "llama", model.tie_embeddings
         self.norm = RMSNorm(model.dim, model.norm_eps, parameters) if llama else None

@@ -53,6 +53,9 @@ def make_objective(model: ModelConfig, config: Config) -> CausalLM:
     """
     with torch.device("meta"):
         objective = CausalLM(Model(model, config.train.dtype), config.train.loss_chunk)
+    frozen = config.frozen
+    for name, parameter in objective.model.named_parameters():
+        parameter.requires_grad_(name not in frozen)
     apply_ac(objective.model, config.train.remat)
     if config.train.compile:
         apply_compile(objective.model, config)

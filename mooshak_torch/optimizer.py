@@ -82,8 +82,11 @@ class Optimizer:
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Return AdamW (arXiv:1711.05101) for all parameters, in two groups: with decay, without."""
-    named = list(model.named_parameters())
+    """Return AdamW (arXiv:1711.05101) for the parameters that are not frozen.
+
+    In two groups: with decay, without.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [
         {
             "params": [p for name, p in named if has_weight_decay(name) == decayed],
@@ -187,15 +190,18 @@ def _count_replicas(tensor: Tensor) -> int:
 
 
 def moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
-    """Return `exp_avg` and `exp_avg_sq` by canonical name, not copied; zeros before a step."""
-    for parameter in model.parameters():
+    """Return `exp_avg` and `exp_avg_sq` by canonical name, not copied; zeros before a step.
+
+    Frozen parameters have none.
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for parameter in trained.values():
         state = optimizer.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
             state.update({moment: torch.zeros_like(parameter) for moment in MOMENTS})
     return {
-        moment: {n: optimizer.state[p][moment] for n, p in model.named_parameters()}
-        for moment in MOMENTS
+        moment: {n: optimizer.state[p][moment] for n, p in trained.items()} for moment in MOMENTS
     }
 
 

@@ -21,7 +21,8 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from mooshak import hardware
-from mooshak.config.sections import Config, check_mesh
+from mooshak.config.mesh_checks import check_mesh
+from mooshak.config.sections import Config
 from mooshak.data.packing import Batch
 from mooshak.errors import InputError
 from mooshak.hardware import Device

@@ -33,7 +33,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from mooshak.checkpoints import base, safetensors
+from mooshak.checkpoints import adapters, base, peft, safetensors
 from mooshak.checkpoints.base import FULL_SLICE, Checkpoint, size_of
 from mooshak.checkpoints.formats import FORMAT_MARKERS, detect_format
 from mooshak.command_line import command_parser
@@ -57,15 +57,20 @@ def convert(
     shard_size: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     force: bool = False,
+    base_model: Path | None = None,
+    merge_lora: bool = False,
 ) -> int:
     """Write the checkpoint `source` of any kind as `target` of the kind `to`. Returns its bytes.
 
     `dtype` casts the weights, not the moments. `shard_size` is the maximum size of a safetensors
     file in bytes. `progress` is called with the bytes of tensors read so far and the total. `force`
-    writes an export that differs from its checkpoint. Raises `InputError` when the source is
-    incomplete or the target exists.
+    writes an export that differs from its checkpoint. `base_model` is the model of a `source` that
+    is an adapter of PEFT's; `merge_lora` merges adapters into the weights. Raises `InputError` when
+    the source is incomplete or the target exists.
     """
-    checkpoint = open_any(source)
+    checkpoint = open_adapted(source, base_model)
+    if merge_lora:
+        checkpoint, dtype = merge_lora_of(checkpoint, dtype), None
     if weights_only:
         names = checkpoint.model.parameter_shapes()
         tensors = {name: checkpoint.tensors[name] for name in names}
@@ -83,14 +88,50 @@ def convert(
         from parity import export_hf
 
         write_checkpoint = partial(export_hf.write_checkpoint, shard_size=shard_size, force=force)
+    elif to == "peft":
+        write_checkpoint = partial(peft.write_adapter, base=str(base_model or ""))
     elif to == "gguf":
         from parity import export_gguf
 
         write_checkpoint = partial(export_gguf.write_checkpoint, force=force)
     else:
         write_checkpoint = partial(safetensors.write_checkpoint, shard_size=shard_size)
+    if to in ("hf", "gguf") and checkpoint.model.lora is not None:
+        raise InputError(f"{source} has adapters, which --to {to} cannot write; add --merge-lora")
     write_checkpoint(target, checkpoint)
     return checkpoint.n_bytes
+
+
+def open_adapted(path: Path, base_model: Path | None) -> Checkpoint:
+    """Open a checkpoint of any kind, or an adapter in PEFT's format with its `base_model`."""
+    if not (path / peft.CONFIG_FILE).is_file():
+        if base_model is not None:
+            raise InputError(f"{path} is not an adapter in PEFT's format: it needs no --base")
+        return open_any(path)
+    if base_model is None:
+        raise InputError(f"{path} is an adapter; name the directory of its model with --base")
+    return peft.open_adapter(path, open_any(base_model))
+
+
+def merge_lora_of(source: Checkpoint, dtype: str | None) -> Checkpoint:
+    """Return `adapters.merged`, and print what the adapters and the rounding change."""
+    sums = np.zeros(3)
+
+    def report(*squares: float) -> None:
+        sums[:] += squares
+
+    wanted = None if dtype is None else base.DTYPES[DTYPES[dtype]]
+    result = adapters.merged(source, wanted, report)
+    for key in result.tensors:  # Read once for the report, before anything is written.
+        for rows in base.row_chunks(result.tensors[key]):
+            result.read(key, rows)
+    weight, moved, lost = np.sqrt(sums)
+    print(
+        f"merged: the adapters change the weights by {moved / weight:.2e} of their norm; rounding "
+        f"to {result.tensors['layers.0.mlp.w1.weight'][0].name} changes that by "
+        f"{lost / max(moved, np.finfo(float).tiny):.1e} of it"
+    )
+    return result
 
 
 def _check_installed(to: str) -> None:
@@ -267,13 +308,17 @@ def main() -> None:
     add("source", type=Path, metavar="SOURCE", help="checkpoint of any format")
     text = "directory to write (gguf: file); it must not exist"
     add("target", type=Path, nargs="?", metavar="TARGET", help=text)
-    formats = [*sorted(FORMAT_MARKERS), "hf", "gguf"]
+    formats = [*sorted(FORMAT_MARKERS), "hf", "peft", "gguf"]
     add("--to", choices=formats, default="safetensors", help="format of TARGET")
     text = "dtype of the weights; moments keep theirs (default: that of SOURCE)"
     add("--dtype", choices=sorted(DTYPES), help=text)
     add("--weights-only", action="store_true", help="omit the optimizer and the trainer state")
     text = "split safetensors files that are larger, for instance 2GB"
     add("--shard-size", type=size_in_bytes, metavar="SIZE", help=text)
+    text = "merge adapters into the weights, in float64, rounded once to the dtype of TARGET"
+    add("--merge-lora", action="store_true", help=text)
+    text = "directory of the model of SOURCE, which is an adapter in PEFT's format"
+    add("--base", type=Path, metavar="MODEL", help=text)
     text = "hf, gguf: write an export whose check finds a difference, with a note in it"
     add("--force", action="store_true", help=text)
     text = "print what SOURCE contains; convert nothing"
@@ -301,6 +346,8 @@ def main() -> None:
             args.shard_size,
             progress,
             args.force,
+            args.base,
+            args.merge_lora,
         )
     seconds = time.perf_counter() - start
     print(

@@ -21,8 +21,9 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from mooshak.checkpoints import safetensors
+from mooshak.config.mesh_checks import check_mesh
 from mooshak.config.parse import dump_config, load_config
-from mooshak.config.sections import Config, check_mesh
+from mooshak.config.sections import Config
 from mooshak.data.packing import Batch
 from mooshak.errors import InputError
 from mooshak.files import write_atomically

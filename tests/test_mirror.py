@@ -20,6 +20,7 @@ PAIRS = (
     "ops/cross_entropy",
     "kv_cache",
     "rope",
+    "lora",
     "model",
     "params",
     "checkpoint",
@@ -112,10 +113,15 @@ ALLOWED: dict[str, dict[str, str]] = {
         "Model.head_VD": HEAD,
         "Model.head_DV": HEAD,
     },
+    "lora": {
+        "Matrix.__init__": "a Flax parameter has logical axes",
+    },
     "params": {
         "abstract_params": FUNCTIONAL,
         "make_graphdef": FUNCTIONAL,
         "merge": FUNCTIONAL,
+        "split_trained": FUNCTIONAL,
+        "join": FUNCTIONAL,
         "load_params": IN_PLACE,
         "initialize": IN_PLACE,
         "numpy_dtype": "JAX's arrays have NumPy dtypes",

@@ -18,6 +18,7 @@ from typing import Any, NoReturn, Protocol
 import ml_dtypes
 import numpy as np
 
+from mooshak.config.lora import frozen_parameters
 from mooshak.config.model import ModelConfig, model_from_json, model_to_json
 from mooshak.errors import InputError
 from mooshak.files import read_uncached
@@ -159,16 +160,24 @@ def check_tensors(
     model: ModelConfig,
     tensors: Tensors,
     label: Callable[[str], str] = lambda key: key,
+    trainer_state: Mapping[str, Any] | None = None,
 ) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
     """Return the tensors in the order of the model, moments last.
 
     `label` returns the name of a tensor in messages. Raises `InputError` unless they are exactly
-    those of the model, with all moments or none.
+    those of the model, with the moments of all parameters that `trainer_state` does not freeze, or
+    none.
     """
     shapes = model.parameter_shapes()
+    frozen = frozen_parameters(shapes, model.lora, **(trainer_state or {}).get("freeze", {}))
     expected = dict(shapes)
     if any(key.startswith(MOMENTS) for key in tensors):
-        expected |= {f"{moment}.{name}": shapes[name] for moment in MOMENTS for name in shapes}
+        expected |= {
+            f"{moment}.{name}": shapes[name]
+            for moment in MOMENTS
+            for name in shapes
+            if name not in frozen
+        }
     for key, shape in expected.items():
         if key not in tensors:
             raise InputError(

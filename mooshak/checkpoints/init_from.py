@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
+from mooshak.checkpoints.adapters import with_adapters
 from mooshak.checkpoints.base import FULL_SLICE, Checkpoint, row_chunks
 from mooshak.checkpoints.formats import model_of
 from mooshak.checkpoints.manager import newest_checkpoint
@@ -39,7 +40,7 @@ def resolve(draft: Draft) -> Config:
     }
     tokenizer: TokenizerConfig = draft.sections["tokenizer"]
     has_tokenizer = "tokenizer.path" in draft.given
-    keys = {field.name for field in fields(ModelConfig) if field.compare}
+    keys = {field.name for field in fields(ModelConfig) if field.compare} - {"lora"}
     run = Path(draft.sections["run"].dir)
     if recorded := _record(run, source):
         model: ModelConfig = replace(recorded.model, **given)
@@ -78,6 +79,9 @@ def init_checkpoint(config: Config, source: Checkpoint, tokenizer: Tokenizer) ->
 
     Raises `InputError` if they belong to another model, or their tokens are not the run's first.
     """
+    if source.model.lora is None and config.model.lora is not None:
+        dtype = np.float64 if config.train.dtype == "float64" else np.float32
+        source = with_adapters(source, config.model.lora, config.run.seed, np.dtype(dtype))
     rows, wanted = source.model.vocab_size, config.model.vocab_size
     more_rows = ("vocab_size",) if rows < wanted else ()
     check_model(source.path, source.model, config, (*WITHOUT_PARAMETERS, *more_rows))

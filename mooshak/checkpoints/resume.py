@@ -9,6 +9,7 @@ from mooshak.checkpoints import base
 from mooshak.checkpoints.formats import detect_format
 from mooshak.checkpoints.manager import complete_steps
 from mooshak.config import renamed
+from mooshak.config.lora import frozen_parameters
 from mooshak.config.model import ModelConfig, model_description
 from mooshak.config.sections import Config, OptimizerConfig, ScheduleConfig
 from mooshak.errors import InputError
@@ -56,12 +57,14 @@ def trainer_state(
     record how the state was written; it can be read with any others. `shards` has the description
     of each source's tokens.
     """
+    freeze = {"embeddings": config.train.freeze_embeddings, "layers": config.train.freeze_layers}
     return {
         "format_version": base.FORMAT_VERSION,
         "step": step,
         "seed": config.run.seed,
         "written_by": {"framework": framework, "processes": processes, "mesh": mesh},
         "dtype": config.train.dtype,
+        **({"freeze": freeze} if any(freeze.values()) else {}),
         "schedule": asdict(config.schedule),
         "optimizer": asdict(config.optimizer),
         "data": _data(config, tokenizer, shards),
@@ -124,6 +127,14 @@ def check_resume(
                 f"{path} was written with {difference}; the step is the position in the data only "
                 f"if they are equal{how}"
             )
+    frozen = frozen_parameters(
+        source.model.parameter_shapes(), source.model.lora, **state.get("freeze", {})
+    )
+    if changed := sorted(frozen ^ config.frozen):
+        raise InputError(
+            f"{path} was written by a run that {'froze' if changed[0] in frozen else 'trained'} "
+            f"{changed[0]}, and this one does not; start a new run with --init.from"
+        )
     if state["step"] > config.train.steps:
         raise InputError(
             f"{path} is at step {state['step']}, after train.steps {config.train.steps}"

@@ -42,7 +42,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         path, "optimizer", required=False
     )
     described = {key: (entry.dtype, entry.shape) for key, entry in stored.items()}
-    tensors = check_tensors(path, model, described)
+    tensors = check_tensors(path, model, described, trainer_state=state)
     checksums = {key: entry.checksum for key, entry in stored.items() if entry.checksum}
     read = verify_on_read(entry_reader(stored), tensors, checksums, lambda key: stored[key].file)
     files = files_of_checkpoint(path)
@@ -54,7 +54,9 @@ def write_checkpoint(path: Path, source: Checkpoint, shard_size: int | None = No
 
     Files of more than `shard_size` bytes are split between tensors.
     """
-    tensors = check_tensors(source.path, source.model, source.tensors)
+    tensors = check_tensors(
+        source.path, source.model, source.tensors, trainer_state=source.trainer_state
+    )
     with atomic_directory(path, source.n_bytes) as directory:
         write_description(directory, source.model, source.trainer_state, source.tokenizer_files)
         weights = {k: v for k, v in tensors.items() if not k.startswith(MOMENTS)}

@@ -3,10 +3,11 @@
 import functools
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, TypeAlias, get_args
 
 from mooshak.config.fields import check_fields, number
+from mooshak.config.lora import LoraConfig, adapter_shapes
 from mooshak.errors import InputError, did_you_mean, require
 
 Dtype: TypeAlias = Literal["float64", "float32", "bfloat16", "float16"]
@@ -57,6 +58,8 @@ class ModelConfig:
     sliding_window: int | None = number(None, at_least=1)
     """llama: number of positions that a query attends to, its own included, as in Mistral
     (null: all earlier positions)."""
+    lora: LoraConfig | None = None
+    """Adapters (null: none); from the section `lora`, and the key `lora` of a config.json."""
     # Layout of the parameters in JAX: the function and the checkpoints are the same.
     scan_layers: bool = field(default=False, compare=False)
     """JAX: stack the parameters of the layers and scan over them; one layer is compiled."""
@@ -70,6 +73,12 @@ class ModelConfig:
             f"{' and '.join(get_args(Architecture))}",
         )
         check_fields(self, "model")
+        if isinstance(self.lora, Mapping):
+            object.__setattr__(self, "lora", LoraConfig(**self.lora))
+        require(
+            self.lora is None or not self.fuse_kernels,
+            "an adapter is that of a single matrix; set model.fuse_kernels false",
+        )
         if self.head_dim is None:
             require(
                 self.dim % self.n_heads == 0,
@@ -102,7 +111,8 @@ class ModelConfig:
 
     def __hash__(self) -> int:  # The default of a dataclass fails on the dict.
         values = model_description(self) | {
-            "rope_scaling": frozenset((self.rope_scaling or {}).items())
+            "rope_scaling": frozenset((self.rope_scaling or {}).items()),
+            "lora": str(self.lora),
         }
         return hash(tuple(values.values()))
 
@@ -154,7 +164,7 @@ class ModelConfig:
             norm("norm", self.dim)
         if not self.tie_embeddings:
             linear("lm_head", self.vocab_size, self.dim)
-        return shapes
+        return shapes | (adapter_shapes(shapes, self.lora) if self.lora else {})
 
     def parameter_count(self) -> int:
         """Return the number of parameters."""
@@ -221,12 +231,13 @@ def _check_rope_scaling(scaling: Mapping[str, Any]) -> None:
 
 def model_description(model: ModelConfig) -> dict[str, Any]:
     """Return the fields that define the model's function: all but the layout options of JAX."""
-    return {f.name: getattr(model, f.name) for f in fields(model) if f.compare}
+    result = {f.name: getattr(model, f.name) for f in fields(model) if f.compare}
+    return result | {"lora": model.lora and asdict(model.lora)}
 
 
 def model_to_json(model: ModelConfig) -> str:
     """Return the text of `config.json`; rarely used keys are written only where they are set."""
-    rare = {"qkv_bias", "wo_bias", "mlp_bias", "qk_norm", "sliding_window"}
+    rare = {"qkv_bias", "wo_bias", "mlp_bias", "qk_norm", "sliding_window", "lora"}
     written = {
         key: value for key, value in model_description(model).items() if key not in rare or value
     }

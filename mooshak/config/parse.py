@@ -97,7 +97,9 @@ def config_parser(
         if section.type is InitConfig:
             result.add_argument_group(title).add_argument("--init.from", default="", help=INIT_FROM)
         else:
-            result.add_class_arguments(section.type, section.name)
+            # The adapters of a model have a section of their own.
+            skip = {"lora"} if section.type is ModelConfig else None
+            result.add_class_arguments(section.type, section.name, skip=skip)
             assert result.groups is not None
             result.groups[section.name].title = title
     return result
@@ -241,6 +243,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def dump_config(config: Config) -> str:
     """Return the configuration as YAML; `load_config` reads it back as the same configuration."""
     values = asdict(config) | {"init": {"from": config.init.from_}}
+    del values["model"]["lora"]  # The section `lora` is the same.
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 

@@ -6,15 +6,16 @@ texts. An unknown key is an error that names the most similar known one.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Set
 from dataclasses import dataclass, field, replace
 from os.path import abspath
 from typing import Literal
 
 from mooshak.config.fields import check_fields, expand_home, number, path
+from mooshak.config.lora import LoraConfig, check_frozen, frozen_parameters
 from mooshak.config.model import Dtype, ModelConfig
 from mooshak.config.sft import SFTConfig
-from mooshak.errors import InputError, require
+from mooshak.errors import require
 
 
 @dataclass(frozen=True)
@@ -199,6 +200,11 @@ class TrainConfig:
     """A step whose loss or gradients are not finite: end the run (stop), or leave its update out
     and go on (skip)."""
 
+    freeze_embeddings: bool = False
+    """Do not train the embedding: it has no gradient and no optimizer state."""
+    freeze_layers: int = number(0, at_least=0)
+    """Do not train the first layers, this many (0: none)."""
+
     def __post_init__(self) -> None:
         check_fields(self, "train")
 
@@ -305,6 +311,7 @@ class Config:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     init: InitConfig = field(default_factory=InitConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
@@ -318,6 +325,18 @@ class Config:
 
     def __post_init__(self) -> None:
         train, model = self.train, self.model
+        if self.lora.rank:
+            model = replace(model, lora=self.lora)
+            object.__setattr__(self, "model", model)
+        elif model.lora is not None:  # Of the checkpoint `init.from`.
+            object.__setattr__(self, "lora", model.lora)
+        check_frozen(
+            model.lora,
+            train.freeze_embeddings,
+            train.freeze_layers,
+            model.n_layers,
+            model.scan_layers,
+        )
         if train.sequence_length is None:
             train = replace(train, sequence_length=model.max_seq_len)
             object.__setattr__(self, "train", train)
@@ -332,6 +351,13 @@ class Config:
             f"train.batch_size {train.batch_size} is not divisible by "
             f"train.gradient_accumulation_steps {train.gradient_accumulation_steps}",
         )
+
+    @property
+    def frozen(self) -> Set[str]:
+        """Canonical names of the parameters that are not trained."""
+        train, model = self.train, self.model
+        shapes = model.parameter_shapes()
+        return frozen_parameters(shapes, model.lora, train.freeze_embeddings, train.freeze_layers)
 
     @property
     def T(self) -> int:
@@ -360,32 +386,3 @@ def with_absolute_paths(config: Config) -> Config:
 def for_sft(config: Config) -> Config:
     """Return the configuration of a supervised fine-tuning: its data are conversations."""
     return replace(config, data=replace(config.data, format="conversations"))
-
-
-def check_tensor_axis(model: ModelConfig, sizes: Mapping[str, int]) -> None:
-    """Raise `InputError` unless the axis tensor divides the model's heads, MLP and vocabulary."""
-    for key, width in (
-        ("n_kv_heads", model.G),
-        ("hidden_dim", model.hidden_dim),
-        ("vocab_size", model.vocab_size),
-    ):
-        if width % sizes["tensor"]:
-            raise InputError(f"model.{key} {width} is not divisible by tensor={sizes['tensor']}")
-
-
-def check_mesh(config: Config, sizes: dict[str, int]) -> None:
-    """Raise `InputError` unless the mesh divides the batch and the model's widths."""
-    train, model = config.train, config.model
-    n_shards = sizes["data"] * sizes["fsdp"]
-    if train.batch_size % (n_shards * train.gradient_accumulation_steps):
-        raise InputError(
-            f"train.batch_size {train.batch_size} is not divisible by mesh data={sizes['data']} x "
-            f"fsdp={sizes['fsdp']} x train.gradient_accumulation_steps "
-            f"{train.gradient_accumulation_steps}"
-        )
-    check_tensor_axis(model, sizes)
-    if config.parallel.sequence_parallel and config.T % sizes["tensor"]:
-        raise InputError(
-            f"parallel.sequence_parallel: {config.T} tokens are not divisible by "
-            f"tensor={sizes['tensor']}"
-        )

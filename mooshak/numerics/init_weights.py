@@ -35,10 +35,13 @@ def initial_std(model: ModelConfig, name: str) -> float:
     |   llama: wo, w2        | 1 / sqrt(in)   | 2 n_layers outputs are summed in the residual    |
     |                        | / sqrt(2 n_layers) | stream, which no norm rescales               |
     | lm_head                | 0.1 / sqrt(in) | logits near 0: the loss starts at log(vocabulary)|
+    | lora_a                 | 1 / sqrt(3 in) | as in PEFT                                       |
     """
     if name == "embeddings.weight":
         return 1 / math.sqrt(model.dim) if model.tie_embeddings else 1.0
     std = 1 / math.sqrt(model.parameter_shapes()[name][1])
+    if name.endswith(".lora_a.weight"):
+        return std / math.sqrt(3)
     if name == "lm_head.weight":
         return 0.1 * std
     if model.architecture == "llama" and name.endswith((".wo.weight", ".w2.weight")):
@@ -57,13 +60,18 @@ def initial_weight(
 ) -> np.ndarray:
     """Return a block of the initial value of parameter `name`, in canonical `[out, in]` layout.
 
-    A gain or bias is a column. `gain_std` is the standard deviation of gains around one and biases
-    around zero; parity models need it, since gains of one hide faults.
+    A gain or bias is a column. `gain_std` is the standard deviation of gains around one, and of
+    biases and `lora_b` around zero; parity models need it, since gains of one hide faults. The
+    `dora_magnitude` of a matrix is the norm of its rows.
     """
     shape = model.parameter_shapes()[name]
+    if name.endswith(".dora_magnitude"):
+        weight = name.replace("dora_magnitude", "weight")
+        return row_norms(initial_weight(model, seed, weight, rows, dtype=dtype)).astype(dtype)
     is_column = len(shape) == 1
     mean = 1.0 if name.endswith("norm.weight") else 0.0
-    scale = gain_std if is_column else initial_std(model, name)
+    is_zero = is_column or name.endswith(".lora_b.weight")
+    scale = gain_std if is_zero else initial_std(model, name)
     width = math.prod(shape[1:])
     top, bottom, _ = rows.indices(shape[0])
     left, right, _ = columns.indices(width)
@@ -77,6 +85,12 @@ def initial_weight(
             z = standard(f"{seed}:{name}", start + offset, count)
             run[offset : offset + count] = mean + scale * z
     return result[:, 0] if is_column else result
+
+
+def row_norms(weight_OI: np.ndarray) -> np.ndarray:
+    """Return the norm of each row [O] in float64: the initial `dora_magnitude`."""
+    result: np.ndarray = np.sqrt(np.square(weight_OI.astype(np.float64)).sum(1))
+    return result
 
 
 def standard(stream: str, start: int, count: int) -> np.ndarray:

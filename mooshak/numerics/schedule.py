@@ -34,4 +34,4 @@ def learning_rate(config: Config, step: int) -> float:
 
 def has_weight_decay(name: str) -> bool:
     """Return whether weight decay applies to a parameter: to matrices, not to gains or biases."""
-    return not name.endswith(("norm.weight", ".bias"))
+    return not name.endswith(("norm.weight", ".bias", ".dora_magnitude"))

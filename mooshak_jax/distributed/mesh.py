@@ -17,8 +17,9 @@ from jax import Array
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mooshak.config.mesh_checks import check_mesh
 from mooshak.config.model import ModelConfig
-from mooshak.config.sections import Config, ParallelConfig, check_mesh
+from mooshak.config.sections import Config, ParallelConfig
 from mooshak.data.packing import Batch
 from mooshak.errors import InputError
 from mooshak.mesh import AXES, mesh_sizes, mesh_text, parse_mesh

@@ -19,7 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from mooshak.config.sections import Config, check_mesh
+from mooshak.config.mesh_checks import check_mesh
+from mooshak.config.sections import Config
 from mooshak.data.packing import Batch
 from mooshak.errors import InputError, PeerError
 from mooshak.mesh import AXES, mesh_sizes, mesh_text, parse_mesh

@@ -14,6 +14,7 @@ from torch.distributed.tensor import (
     distribute_tensor,
 )
 
+from mooshak.config.lora import is_adapter
 from mooshak.config.sections import Config
 from mooshak_torch.model import MLP, Attention, Model, RMSNorm
 from mooshak_torch.ops.cross_entropy import FusedLinearCrossEntropy
@@ -25,6 +26,13 @@ TP_PLAN = {
     **{f"{name}.weight": Shard(1) for name in ROWS},
 }
 """End of a canonical name -> the placement over the axis `tensor`; others are replicated."""
+
+ADAPTER_PLAN = {
+    **{f"{name}.lora_b.weight": Shard(0) for name in COLUMNS},
+    **{f"{name}.dora_magnitude": Shard(0) for name in COLUMNS},
+    **{f"{name}.lora_a.weight": Shard(1) for name in ROWS},
+}
+"""The same for adapters: the rank is not sharded."""
 
 # FSDP2 warns that writes into views would be lost; no output is written to.
 warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
@@ -44,9 +52,8 @@ def apply_tp(objective: nn.Module, mesh: DeviceMesh, config: Config) -> None:
     for path, module in model.named_modules():
         name = path.rpartition(".")[2]
         for key, parameter in list(module.named_parameters(recurse=False)):
-            placement = TP_PLAN.get(f"{name}.{key}", replicated)
-            value = distribute_tensor(parameter, mesh, [placement])
-            module.register_parameter(key, nn.Parameter(value))
+            value = distribute_tensor(parameter, mesh, [_placement(f"{path}.{key}")])
+            module.register_parameter(key, nn.Parameter(value, parameter.requires_grad))
         if isinstance(module, Attention | MLP):
             _convert_input(module, mesh, hidden, replicated)
         if isinstance(module, Attention) and module.wo is None:
@@ -74,6 +81,12 @@ def apply_tp(objective: nn.Module, mesh: DeviceMesh, config: Config) -> None:
         return x.to_local(grad_placements=[Partial()]), *inputs[1:]
 
     loss.register_forward_pre_hook(gather)
+
+
+def _placement(name: str) -> Placement:
+    """Return the placement of a parameter by the end of its canonical name."""
+    plan = ADAPTER_PLAN if is_adapter(name) else TP_PLAN
+    return next((p for end, p in plan.items() if f".{name}".endswith(f".{end}")), Replicate())
 
 
 def _convert_input(module: nn.Module, mesh: DeviceMesh, local: Placement, used: Placement) -> None:

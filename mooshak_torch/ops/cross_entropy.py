@@ -88,7 +88,8 @@ class _CrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         total = w_VD.new_zeros(())
         if differentiate:
-            dx_BTD, dw_VD = torch.empty_like(x_BTD), torch.zeros_like(w_VD)
+            dx_BTD = torch.empty_like(x_BTD)
+            dw_VD = torch.zeros_like(w_VD) if ctx.needs_input_grad[1] else None
         narrow_VD = w_VD.to(x_BTD.dtype)
         for chunk in _chunks(x_BTD, w_VD, labels_BT, step, first):
             logits_NV = matmul(chunk.x_ND, narrow_VD.T).to(w_VD.dtype)
@@ -107,7 +108,8 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dx_BTD, dw_VD = ctx.saved_tensors
         # In place: PyTorch raises an error on a second backward pass through this node.
-        return dx_BTD.mul_(grads[0]), dw_VD.mul_(grads[0]), *[None] * 5
+        dw_VD = None if dw_VD is None else dw_VD.mul_(grads[0])
+        return dx_BTD.mul_(grads[0]), dw_VD, *[None] * 5
 
 
 class _TokenLogProbs(torch.autograd.Function):
@@ -137,7 +139,8 @@ class _TokenLogProbs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_BTD, w_VD, labels_BT, log_z_BT = ctx.saved_tensors
-        dx_BTD, dw_VD = torch.empty_like(x_BTD), torch.zeros_like(w_VD)
+        dx_BTD = torch.empty_like(x_BTD)
+        dw_VD = torch.zeros_like(w_VD) if ctx.needs_input_grad[1] else None
         narrow_VD = w_VD.to(x_BTD.dtype)
         for chunk in _chunks(x_BTD, w_VD, labels_BT, ctx.step, ctx.first):
             log_z_N1, grad_N1 = (a[:, chunk.positions].reshape(-1, 1) for a in (log_z_BT, grads[0]))
@@ -209,11 +212,16 @@ def _logit_gradients(logits_NV: Tensor, log_z_N1: Tensor, chunk: _Chunk) -> Tens
 
 
 def _add_gradients(
-    d_NV: Tensor, narrow_VD: Tensor, chunk: _Chunk, dx_BTD: Tensor, dw_VD: Tensor
+    d_NV: Tensor, narrow_VD: Tensor, chunk: _Chunk, dx_BTD: Tensor, dw_VD: Tensor | None
 ) -> None:
-    """Set the chunk's part of `dx_BTD` and add to `dw_VD`, from the gradients of the logits."""
+    """Set the chunk's part of `dx_BTD` and add to `dw_VD`, from the gradients of the logits.
+
+    `dw_VD` is None for a frozen head.
+    """
     d_NV = d_NV.to(narrow_VD.dtype)
     dx_BTD[:, chunk.positions] = matmul(d_NV, narrow_VD).unflatten(0, (len(dx_BTD), -1))
+    if dw_VD is None:
+        return
     for start in range(0, len(dw_VD), HEAD_ROWS):
         rows = slice(start, start + HEAD_ROWS)
         dw_VD[rows] += matmul(d_NV[:, rows].T, chunk.x_ND).to(dw_VD.dtype)
