@@ -15,6 +15,8 @@ from mooshak.generation.speculative import count_accepted
 from tests.drawn_checkpoints import drawn_checkpoint
 from tests.serving.conftest import MODELS
 
+pytestmark = pytest.mark.usefixtures("compiled_in_haste")
+
 PROMPTS = [[1, 5, 300, 7, 9], [1], list(range(3, 30))]
 
 
