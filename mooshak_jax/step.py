@@ -177,8 +177,7 @@ def make_train_step(
 
         def measure(params: Any, rows: Batch[Array]) -> tuple[Array, Any]:
             measured = objective.measure(join(params, rest), rows)
-            loss, metrics = jax.tree.map(lambda total: total / denominator, measured)
-            return loss, metrics
+            return jax.tree.map(lambda total: total / denominator, measured)
 
         mean = jax.value_and_grad(measure, has_aux=True)
 

@@ -143,7 +143,6 @@ ALLOWED: dict[str, dict[str, str]] = {
         "CausalLM.prepare": "torch sums over processes, JAX sees the global batch",
         "CausalLM.forward": FUNCTIONAL,
         "CausalLM.measure": "torch sums metrics in the module",
-        "CausalLM.metrics": "torch sums metrics in the module",
         "PreferenceLM.__init__": "JAX's is a dataclass",
         "PreferenceLM.dpo": FUNCTIONAL,
         "PreferenceLM.prepare": "torch sums over processes, JAX sees the global batch",
