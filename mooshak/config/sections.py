@@ -12,7 +12,7 @@ from os.path import abspath
 from typing import Literal
 
 from mooshak.config.dpo import DPOConfig
-from mooshak.config.fields import check_fields, expand_home, number, path
+from mooshak.config.fields import check_fields, number, path, usable_path
 from mooshak.config.lora import LoraConfig, check_frozen, frozen_parameters
 from mooshak.config.model import Dtype, ModelConfig
 from mooshak.config.sft import SFTConfig
@@ -82,8 +82,8 @@ class SourceConfig:
             "then letters, digits, '_', '-' and '.'",
         )
         check_fields(self, f"data.sources[{self.name}]")
-        if self.path.startswith("~"):
-            object.__setattr__(self, "path", expand_home(self.path))
+        key = f"data.sources[{self.name}].path"
+        object.__setattr__(self, "path", usable_path(key, self.path))
         built_in = self.kind in ("tales", "tasks")
         require(built_in or bool(self.path), f"source {self.name} needs a path")
 
