@@ -6,6 +6,7 @@ import functools
 import io
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable
 
@@ -49,6 +50,9 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
             os._exit(code)
         except InputError as error:
             sys.exit(_fail(str(error), error.exit_code))
+        except KeyboardInterrupt:
+            # Ctrl-C: what was being written is gone. By convention 128 and the signal's number.
+            sys.exit(_fail("interrupted", 128 + signal.SIGINT))
         except BrokenPipeError:
             # The reader has closed the output, as `head` does; Python would report it at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -24,8 +24,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -110,8 +110,8 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="run those that survived again")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "mutants.json")
     options = parser.parse_args()
-    chosen = sample(options.sample, options.seed)
     results = json.loads(options.out.read_text("utf-8")) if options.out.is_file() else {}
+    chosen = sample(options.sample, options.seed, results)
     todo = [m for m in chosen if needs_run(m, results, options.again)][: options.limit]
     if todo:
         with tempfile.TemporaryDirectory(prefix="mutants-") as directory:
@@ -156,28 +156,31 @@ def report(chosen: list[Mutant], results: dict[str, dict]) -> None:
     )
 
 
-def sample(count: int, seed: int) -> list[Mutant]:
-    """Return a seeded sample of the mutants of all modules, in the order of the modules."""
+def sample(count: int, seed: int, done: Iterable[str]) -> list[Mutant]:
+    """Return a seeded sample of the mutants of all modules, in the order of the modules.
+
+    Those that are `done` and still exist are in it: a run continues with its sample after a change.
+    """
     trees = {module: ast.parse((ROOT / f"{module}.py").read_text("utf-8")) for module in TESTS}
-    every = [(module, n) for module in TESTS for n in range(len(list(sites(trees[module]))))]
-    chosen = set(random.Random(seed).sample(every, min(count, len(every))))
-    numbers = {module: {n for of, n in chosen if of == module} for module in TESTS}
-    return [
-        mutant for module in TESTS for mutant in mutants(module, trees[module], numbers[module])
-    ]
+    every = [mutant.name for module in TESTS for mutant in mutants(module, trees[module])]
+    first = [name for name in done if name in set(every)]
+    others = [name for name in every if name not in set(first)]
+    random.Random(seed).shuffle(others)
+    chosen = {*first, *others[: max(0, count - len(first))]}
+    return [m for module in TESTS for m in mutants(module, trees[module], chosen) if m.code]
 
 
-def mutants(module: str, tree: ast.Module, numbers: set[int]) -> Iterator[Mutant]:
-    """Yield the mutants of a module with these numbers."""
+def mutants(module: str, tree: ast.Module, chosen: Collection[str] = ()) -> Iterator[Mutant]:
+    """Yield every mutant of a module; those that are `chosen`, by name, have their code."""
     seen: Counter[str] = Counter()
-    for number, (statement, parent, field, index, new) in enumerate(list(sites(tree))):
+    for statement, parent, field, index, new in list(sites(tree)):
         before, old = head(statement), getattr(parent, field)
         setattr(parent, field, new if index is None else [*old[:index], new, *old[index + 1 :]])
         change = f"{before} -> {head(new if isinstance(new, ast.stmt) else statement)}"
         seen[change] += 1
-        if number in numbers:
-            change += f" #{seen[change]}" if seen[change] > 1 else ""
-            yield Mutant(module, statement.lineno, change, ast.unparse(tree))
+        change += f" #{seen[change]}" if seen[change] > 1 else ""
+        mutant = Mutant(module, statement.lineno, change, "")
+        yield replace(mutant, code=ast.unparse(tree)) if mutant.name in chosen else mutant
         setattr(parent, field, old)
 
 

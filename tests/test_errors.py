@@ -1,4 +1,4 @@
-"""Errors of files end a command in one line, and a closed output without a traceback."""
+"""Errors of files and Ctrl-C end a command in one line, a closed output without a traceback."""
 
 import subprocess
 import sys
@@ -55,6 +55,16 @@ def test_file_error_is_one_line_with_the_path(
     (line,) = capsys.readouterr().err.splitlines()
     assert stopped.value.code == 2 and line.startswith("error: ")
     assert reason in line and ("/proc/none" if path[0] == "/" else str(tmp_path)) in line
+
+
+def test_interrupt_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    @command
+    def main() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 130 and capsys.readouterr().err == "error: interrupted\n"
 
 
 def test_error_without_a_file_stays_a_traceback() -> None:

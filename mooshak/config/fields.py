@@ -6,6 +6,7 @@ dir: str = path("runs/default")
 
 import math
 import os
+import re
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any, TypeVar, get_args
@@ -79,8 +80,11 @@ def check_fields(values: Any, name: str) -> None:
         value = getattr(values, one.name)
         if (allowed := one.metadata.get("range")) is not None:
             _check_number(f"{name}.{one.name}", value, allowed, one.type)
-        elif one.metadata.get("path") and value.startswith("~"):
-            object.__setattr__(values, one.name, expand_home(value))
+        elif one.metadata.get("path"):
+            key = f"{name}.{one.name.rstrip('_')}"
+            if not value and one.default:
+                raise InputError(f"{key} is empty; name a path, or remove the key for its default")
+            object.__setattr__(values, one.name, usable_path(key, value))
 
 
 def _check_number(key: str, value: Any, allowed: Range, kind: Any) -> None:
@@ -97,9 +101,16 @@ def _check_number(key: str, value: Any, allowed: Range, kind: Any) -> None:
         raise InputError(f"{key} must be {allowed}, not {value}")
 
 
-def expand_home(value: str) -> str:
-    """Return a path with `~` or `~USER` replaced. Raises `InputError` if there is no such home."""
+def usable_path(key: str, value: str) -> str:
+    """Return a path with `~` or `~USER` replaced.
+
+    Raises `InputError` if there is no such home, and for what no path of a file is.
+    """
+    if "\0" in value:
+        raise InputError(f"{key} {value!r} contains a NUL character; remove it")
+    if re.match(r"\$\{?\w", value):
+        raise InputError(f"{key} {value}: variables are not replaced here; write the full path")
     result = os.path.expanduser(value)
     if result.startswith("~"):
-        raise InputError(f"{value}: the home directory of ~ is unknown; give the full path")
+        raise InputError(f"{key} {value}: the home directory of ~ is unknown; give the full path")
     return result

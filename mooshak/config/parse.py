@@ -269,13 +269,24 @@ def _explain(message: str) -> str:
             return f"unknown {prefix}{key}{did_you_mean(key, _known_keys())}"
     if match := re.search(r"Not a valid subclass of SourceConfig. Got value: (.*)", message):
         return f"data.sources: {match[1]} is not an object with the keys of a source"
+    if match := re.match(r'Parser key "config": (.*?): \'(.*)\'', message):
+        reason = "does not exist" if "not exist" in match[1] else "is not a readable file"
+        return f"--config {match[2]} {reason}; name a YAML file, such as configs/demo.yaml"
+    if message.startswith("Unexpected config"):
+        return "--config names no file; name a YAML file, such as configs/demo.yaml"
     if match := re.match(r'Parser key "([\w.]+)":(.*)', message, re.DOTALL):
         kinds = [_KINDS.get(kind, kind) for kind in re.findall(r"Expected an? (<.*?>)", match[2])]
         choices = re.search(r"Expected a typing\.Literal\[(.*?)\]", match[2])
         wanted = f"one of {choices[1]}" if choices else " or ".join(dict.fromkeys(kinds))
         value = re.search(r"(?:Got|Given) value: ?(.*)", match[2], re.DOTALL)
         if wanted and value:
-            return f"{match[1]} must be {wanted}, not {value[1].strip() or 'an empty text'}"
+            # Of a source, its own key.
+            inner = re.search(r'Parser key "([\w.]+)"', match[2])
+            name = f"{match[1]}: {inner[1]}" if inner else match[1]
+            shown = value[1].strip() or "an empty text"
+            hint = " (true and false to YAML are also yes, no, on and off: put it in quotes)"
+            is_boolean = wanted == "a text" and shown in ("True", "False")
+            return f"{name} must be {wanted}, not {shown}{hint if is_boolean else ''}"
     return message
 
 

@@ -1,5 +1,6 @@
-"""Checks of a YAML file before it is parsed: duplicate keys, empty sections, null values."""
+"""Checks of a YAML file before it is parsed: duplicate keys, odd numbers, empty sections, nulls."""
 
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -14,8 +15,8 @@ def checked_text(path: Path) -> str | None:
     """Return the text to parse in place of a file whose empty sections are their defaults.
 
     None if the file can be parsed as it is, or is not YAML at all, which the parser reports. Raises
-    `InputError`, with the lines, for a key that stands twice, a section without keys, and a null
-    where a value is needed.
+    `InputError`, with the lines, for a key that stands twice, a section without keys, a null where
+    a value is needed, and a number in base 8 or 60.
     """
     try:
         root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
@@ -23,7 +24,7 @@ def checked_text(path: Path) -> str | None:
         return None
     if root is None or _is_null(root):
         return "{}"
-    _check_duplicates(path, root, "", set())
+    _check_values(path, root, "", set())
     if not isinstance(root, yaml.MappingNode):
         raise InputError(f"{path} does not consist of sections, such as `train: {{steps: 100}}`")
     sections, kept = get_type_hints(Config), []
@@ -36,7 +37,7 @@ def checked_text(path: Path) -> str | None:
         elif not _is_null(value):
             raise InputError(
                 f"{path}, line {_line(value)}: section {key.value} has no keys but the value "
-                f"{value.value or '[...]'}; write `{key.value}: {{key: value}}`"
+                f"{_shown(value)}; write `{key.value}: {{key: value}}`"
             )
     if len(kept) == len(root.value):
         return None
@@ -45,13 +46,15 @@ def checked_text(path: Path) -> str | None:
     return text
 
 
-def _check_duplicates(path: Path, node: yaml.Node, where: str, seen: set[int]) -> None:
+def _check_values(path: Path, node: yaml.Node, where: str, seen: set[int]) -> None:
     if id(node) in seen:  # An alias may name a node that contains it.
         return
     seen.add(id(node))
+    if isinstance(node, yaml.ScalarNode):
+        _check_number(path, node, where)
     if isinstance(node, yaml.SequenceNode):
         for i, item in enumerate(node.value):
-            _check_duplicates(path, item, f"{where}[{i}]", seen)
+            _check_values(path, item, f"{where}[{i}]", seen)
     if isinstance(node, yaml.MappingNode):
         lines: dict[Any, int] = {}
         for key, value in node.value:
@@ -63,7 +66,7 @@ def _check_duplicates(path: Path, node: yaml.Node, where: str, seen: set[int]) -
                 )
             if isinstance(key, yaml.ScalarNode):
                 lines[key.value] = _line(key)
-            _check_duplicates(path, value, name, seen)
+            _check_values(path, value, name, seen)
 
 
 def _check_nulls(path: Path, section: str, kind: type, node: yaml.MappingNode) -> None:
@@ -76,6 +79,21 @@ def _check_nulls(path: Path, section: str, kind: type, node: yaml.MappingNode) -
                 f"{path}, line {_line(key)}: {section}.{key.value} is null, and needs a value; "
                 "remove the key for its default"
             )
+
+
+def _shown(node: yaml.Node) -> str:
+    return str(node.value) if isinstance(node, yaml.ScalarNode) else "[...]"
+
+
+def _check_number(path: Path, node: yaml.Node, name: str) -> None:
+    """Refuse a number that YAML 1.1 reads in base 8 or 60: `010` is 8 there, `1:30` is 90."""
+    is_number = node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+    if is_number and (":" in node.value or re.fullmatch(r"[-+]?0[0-7_]+", node.value)):
+        base = 60 if ":" in node.value else 8
+        raise InputError(
+            f"{path}, line {_line(node)}: {name} {node.value} is a number in base {base} to YAML; "
+            "write it as a decimal number, or a text in quotes"
+        )
 
 
 def _is_null(node: yaml.Node) -> bool:

@@ -99,19 +99,21 @@ def _text(source: SourceConfig, config: Config) -> Iterator[str]:
         try:
             text = content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise not_text(source, name, f"byte {error.start}") from None
+            what = _binary_kind(content) or f"byte {error.start}"
+            raise not_text(source, name, what) from None
         if "\0" in text:
-            raise not_text(source, name, "a NUL byte")
+            raise not_text(source, name, _binary_kind(content) or "a NUL byte")
         yield text
 
 
 def _jsonl(source: SourceConfig, config: Config) -> Iterator[str]:
-    broken = 0
+    broken, texts = 0, 0
     for name in files_of(source):
         with open_file(source, name) as file:
             for number, line in enumerate(file, 1):
-                if b"\0" in line:
-                    raise not_text(source, name, f"a NUL byte in line {number}")
+                kind = _binary_kind(line) if number == 1 else ""
+                if kind or b"\0" in line:
+                    raise not_text(source, name, kind or f"a NUL byte in line {number}")
                 if not line.strip():
                     continue
                 try:
@@ -128,7 +130,13 @@ def _jsonl(source: SourceConfig, config: Config) -> Iterator[str]:
                         ) from None
                     last = where
                 else:
+                    texts += 1
                     yield text
+    if broken and not texts:
+        raise InputError(
+            f"source {source.name}: no line has a text; the last is {last}. A line is one object, "
+            f'such as {{"{source.column}": "..."}}'
+        )
     if broken:
         print(f"source {source.name}: {broken} invalid lines skipped, the last: {last}",
               file=sys.stderr)  # fmt: skip
@@ -153,17 +161,11 @@ def _parquet(source: SourceConfig, config: Config) -> Iterator[str]:
     for name in files_of(source):
         try:
             with pyarrow.parquet.ParquetFile(name) as file:
-                schema = file.schema_arrow
-                if source.column not in schema.names:
-                    raise InputError(
-                        f"source {source.name}: {name} has no column {source.column!r}; "
-                        f"it has {', '.join(schema.names)}: set column"
-                    )
-                kind = schema.field(source.column).type
-                if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+                kind = _column_type(source, name, file.schema_arrow)
+                if not _is_text(kind):
                     raise InputError(
                         f"source {source.name}: column {source.column!r} of {name} is {kind}, "
-                        "not text: set column"
+                        "not text: set column, or write it as strings"
                     )
                 # One row group after the other, a slice of it at a time.
                 for batch in file.iter_batches(batch_size=1024, columns=[source.column]):
@@ -173,6 +175,31 @@ def _parquet(source: SourceConfig, config: Config) -> Iterator[str]:
                 f"source {source.name}: {name} is not a complete Parquet file ({error}); "
                 "replace it, or set kind"
             ) from error
+
+
+def _column_type(source: SourceConfig, name: str, schema: Any) -> Any:
+    """Return the Arrow type of the column that holds the text."""
+    if (count := schema.names.count(source.column)) > 1:
+        raise InputError(
+            f"source {source.name}: {name} has {count} columns {source.column!r}; rename one"
+        )
+    if count == 0:
+        raise InputError(
+            f"source {source.name}: {name} has no column {source.column!r}; "
+            f"it has {', '.join(schema.names)}: set column"
+        )
+    return schema.field(source.column).type
+
+
+def _is_text(kind: Any) -> bool:
+    """Return whether an Arrow type is text; pandas' categories are dictionaries of texts."""
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    return any(
+        test(kind) for test in (types.is_string, types.is_large_string, types.is_string_view)
+    )
 
 
 def _huggingface(source: SourceConfig, config: Config) -> Iterator[str]:
@@ -233,6 +260,11 @@ READERS = {
 def files_of(source: SourceConfig) -> list[str]:
     """Return the files of a source. Raises `InputError` if there are none, or all are empty."""
     files = _matches(source)
+    if not files and os.path.lexists(source.path):
+        raise InputError(
+            f"source {source.name}: {source.path} is not a file; name the files, such as "
+            "DIRECTORY/*.txt"
+        )
     if not files:
         raise InputError(f"source {source.name}: no file matches {source.path}; set path")
     if not any(map(os.path.getsize, files)):
@@ -255,6 +287,25 @@ def _matches(source: SourceConfig) -> list[str]:
     if os.path.isfile(source.path):
         return [source.path]
     return sorted(filter(os.path.isfile, glob.glob(source.path, recursive=True)))
+
+
+BINARY_KINDS = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\xfd7zXZ": "xz",
+    b"BZh": "bzip2",
+    b"PK\x03\x04": "zip",
+    b"PAR1": "Parquet",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+    b"%PDF": "PDF",
+}
+"""How a file begins -> its kind."""
+
+
+def _binary_kind(content: bytes) -> str:
+    """Return the kind of a file that begins so, empty if it may be text."""
+    return next((kind for start, kind in BINARY_KINDS.items() if content.startswith(start)), "")
 
 
 def not_text(source: SourceConfig, name: str, what: str) -> InputError:

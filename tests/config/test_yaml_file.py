@@ -1,4 +1,4 @@
-"""YAML files: duplicate keys, empty sections, null values, moved records of runs."""
+"""YAML files: duplicate keys, odd numbers, empty sections, nulls, moved records of runs."""
 
 import shutil
 from dataclasses import replace
@@ -34,6 +34,15 @@ from mooshak.errors import InputError
             "data.sources: None is not an object with the keys of a source",
         ),
         ("train: {stop_after_step: ''}", "train.stop_after_step must be an integer or null, not"),
+        ("train: {steps: 010}", "line 1: train.steps 010 is a number in base 8 to YAML"),
+        ("train:\n  steps: 1:30", "line 2: train.steps 1:30 is a number in base 60"),
+        ("run: {seed: -017}", "line 1: run.seed -017 is a number in base 8"),
+        ("data: {sources: [{name: a, language: no}]}", "sources: language must be a text, not F"),
+        ("run: !!python/object/apply:os.system [date]", r"no keys but the value \[...\]"),
+        ("run: {dir: ''}", "run.dir is empty; name a path"),
+        ("data: {dir: $HOME/d}", r"data.dir \$HOME/d: variables are not replaced here"),
+        ('run: {dir: "a\\0b"}', "run.dir 'a.x00b' contains a NUL character"),
+        ("a: 1\n---\nb: 2", "is not YAML: .*a single document"),
         ("train: {dtype: bf16}", "train.dtype must be one of 'float64', .*, not bf16"),
     ],
 )
@@ -52,6 +61,23 @@ def test_empty_section_is_its_defaults(text: str, tmp_path: Path) -> None:
     config = load_config(tmp_path / "mine.yaml")
     assert config == replace(Config(), train=config.train, schedule=config.schedule)
     assert config.train.steps == (7 if "7" in text else 1000)
+
+
+def test_marks_and_line_ends_of_other_systems_are_read(tmp_path: Path) -> None:
+    text = "\ufefftrain:\r\n  steps: 7\r\noptimizer: {learning_rate: 1e-3}\r\n"
+    (tmp_path / "mine.yaml").write_text(text, "utf-8", newline="")
+    config = load_config(tmp_path / "mine.yaml")
+    assert (config.train.steps, config.optimizer.learning_rate) == (7, 0.001)
+
+
+def test_configuration_that_is_no_file_is_named(tmp_path: Path) -> None:
+    for path, message in (
+        (f"{tmp_path}/none.yaml", f"--config {tmp_path}/none.yaml does not exist; name a YAML"),
+        (str(tmp_path), f"--config {tmp_path} is not a readable file"),
+        ("", "--config names no file"),
+    ):
+        with pytest.raises(InputError, match=message):
+            load_draft(path)
 
 
 def test_options_win_wherever_they_stand(tmp_path: Path) -> None:
