@@ -10,11 +10,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from mooshak.config.dpo import DPOConfig
 from mooshak.config.model import ModelConfig
 from mooshak.config.sections import Config
 from mooshak.data.packing import IGNORE_INDEX, Batch
+from mooshak.numerics.preference import Pairs, pair_losses
 from mooshak_jax.model import Model
-from mooshak_jax.ops.cross_entropy import cross_entropy
+from mooshak_jax.ops.cross_entropy import cross_entropy, token_log_probs
 from mooshak_jax.params import make_graphdef, merge
 
 
@@ -41,8 +43,66 @@ class CausalLM:
         hidden_BTD = model.hidden_states(batch.tokens, **batch.context)
         return cross_entropy(hidden_BTD, model.head_DV, batch.labels, self.chunk)
 
+    def measure(self, params: Any, batch: Batch[Array]) -> tuple[Array, dict[str, Array]]:
+        """Return the sum of `__call__`, and metrics: name -> sum over the rows."""
+        return self(params, batch), {}
+
+
+@dataclass(frozen=True)
+class PreferenceLM(CausalLM):
+    """Preference pairs: a loss of `mooshak.numerics.preference` for each pair of a row.
+
+    Segments 1, 3, ... of a row are chosen, 2, 4, ... rejected: a pair is never split.
+    """
+
+    dpo: DPOConfig
+
+    def prepare(self, batch: Batch[Array]) -> Array:
+        """Return the denominator: the number of pairs in the global batch, at least 1."""
+        return jnp.maximum(1, jnp.sum(count_labels(batch)[:, ::2] > 0))
+
+    def __call__(self, params: Any, batch: Batch[Array], log_probs: bool = False) -> Array:
+        """Return the summed loss of the pairs; or `log_probs` [B, S], that of each segment."""
+        return self.log_probs(params, batch) if log_probs else self.measure(params, batch)[0]
+
+    def log_probs(self, params: Any, batch: Batch[Array]) -> Array:
+        """Return the log-probability [B, S] of the labels of each segment."""
+        model: Model = merge(self.graphdef, params)
+        hidden_BTD = model.hidden_states(batch.tokens, **batch.context)
+        token_BT = token_log_probs(hidden_BTD, model.head_DV, batch.labels, self.chunk)
+        return sum_segments(token_BT, batch)
+
+    def measure(self, params: Any, batch: Batch[Array]) -> tuple[Array, dict[str, Array]]:
+        found_BS = self.log_probs(params, batch)
+        n_BS = count_labels(batch).astype(found_BS.dtype)
+        # No answer has log-probability 0: of missing pairs, every loss and gradient is finite.
+        found_BS = jnp.where(n_BS > 0, found_BS, -1.0)
+        assert batch.reference is not None
+        reference_BS = batch.reference.astype(found_BS.dtype)
+        columns = (found_BS, reference_BS, jnp.maximum(n_BS, 1))
+        pairs = Pairs(*(column[:, i::2] for column in columns for i in (0, 1)))
+        losses_BP, metrics = pair_losses(pairs, self.dpo, jnp)
+        is_pair_BP = n_BS[:, ::2] > 0
+        sums = {name: jnp.sum(jnp.where(is_pair_BP, v, 0)) for name, v in metrics.items()}
+        return jnp.sum(jnp.where(is_pair_BP, losses_BP, 0)), sums
+
+
+def sum_segments(values_BT: Array, batch: Batch[Array]) -> Array:
+    """Return the sum [B, S] of the values of each segment of a row, for S of `batch.reference`."""
+    assert batch.segments is not None and batch.reference is not None
+    is_in_BTS = batch.segments[..., None] == jnp.arange(1, batch.reference.shape[1] + 1)
+    return jnp.sum(jnp.where(is_in_BTS, values_BT[..., None], 0), axis=1)
+
+
+def count_labels(batch: Batch[Array]) -> Array:
+    """Return the number of labels [B, S] of each segment."""
+    return sum_segments((batch.labels != IGNORE_INDEX).astype(jnp.int32), batch)
+
 
 def make_objective(model: ModelConfig, config: Config) -> CausalLM:
     """Return the objective with its activation checkpointing."""
     graphdef = make_graphdef(model, config.train.dtype, config.train.remat)
-    return CausalLM(graphdef, config.train.loss_chunk)
+    chunk = config.train.loss_chunk
+    if config.data.format == "preferences":
+        return PreferenceLM(graphdef, chunk, config.dpo)
+    return CausalLM(graphdef, chunk)

@@ -22,6 +22,7 @@ from mooshak.checkpoints.resume import loss_scale_of, n_updates, skipped_steps
 from mooshak.config.sections import Config
 from mooshak.data.packing import Batch, pad_rows
 from mooshak.errors import InputError
+from mooshak.numerics.preference import METRICS
 from mooshak.tokenizer.base import Tokenizer
 from mooshak_jax.checkpoint import load_init_weights, open_checkpoint, restore, start_saving
 from mooshak_jax.distributed.mesh import Parallel, make_parallel
@@ -34,7 +35,8 @@ from mooshak_jax.profile import profiled
 State = dict[str, Any]
 """The trees `params`, `exp_avg` and `exp_avg_sq`, and `step`, the optimizer steps done.
 
-Moments are only those of trained parameters.
+Moments are only those of trained parameters. A preference objective adds `metrics`, the means over
+the pairs of the latest step.
 """
 
 
@@ -59,6 +61,7 @@ class Trainer:
         self.explain_timeouts, self.peak_memory = contextlib.nullcontext, peak_memory
         self._train_step = make_train_step(config, parallel)
         self._evaluate = make_evaluate(config, parallel)
+        self._reference = make_evaluate(config, parallel, log_probs=True)
         self._finite = jax.jit(
             partial(jax.tree.map, lambda x: jnp.isfinite(x).all()),
             out_shardings=parallel.replicated,
@@ -74,6 +77,7 @@ class Trainer:
             )
         self.state, self._earlier = initial_state(params, config.frozen), dict[str, Any]()
         self._skipped = 0
+        self._add_metrics()
 
     def restore(self, source: Checkpoint) -> None:
         assert source.trainer_state is not None
@@ -82,6 +86,13 @@ class Trainer:
         self.state["step"] = np.int32(n_updates(source.trainer_state))
         self._earlier = loss_scale_of(source.trainer_state)
         self._skipped = skipped_steps(source.trainer_state)
+        self._add_metrics()
+
+    def _add_metrics(self) -> None:
+        """Add the metrics of the latest step, zeros before one, to the state."""
+        for name, like in abstract_metrics(self.config, self.processes).items():
+            zero = jax.device_put(np.zeros((), like.dtype), like.sharding)
+            self.state.setdefault("metrics", {})[name] = zero
 
     def step(
         self, batch: Batch, rate: float, stop: Callable[[], bool]
@@ -91,12 +102,18 @@ class Trainer:
         # The processes exchange their flags while the devices compute.
         stopping = self.processes.any_process(stop())
         metrics = {"loss": float(loss), "grad_norm": float(norm)}
+        means = self.state.get("metrics", {})  # A compiled function sorts the names.
+        metrics |= {name: float(means[name]) for name in METRICS if name in means}
         if self.config.train.on_nonfinite == "skip":
             self._skipped += not all(map(math.isfinite, metrics.values()))
         return metrics, stopping
 
     def evaluate(self, batch: Batch) -> float:
         return evaluate(self._evaluate, self.state["params"], batch, self.config, self.processes)
+
+    def reference_log_probs(self, batch: Batch) -> np.ndarray:
+        global_batch = self.processes.shard_global_batch(batch)
+        return np.asarray(self._reference(self.state["params"], global_batch), np.float64)
 
     def start_saving(self, path: Path) -> Callable[[], None]:
         return start_saving({key: self.state[key] for key in ("params", *MOMENTS)}, path)
@@ -130,7 +147,16 @@ def abstract_state(config: Config, parallel: Parallel) -> State:
     params = abstract_params(config.model, config.train.dtype, parallel)
     trained, _ = split_trained(params, config.frozen)
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=parallel.replicated)
-    return {"params": params, **dict.fromkeys(MOMENTS, trained), "step": step}
+    state = {"params": params, **dict.fromkeys(MOMENTS, trained), "step": step}
+    metrics = abstract_metrics(config, parallel)
+    return state | ({"metrics": metrics} if metrics else {})
+
+
+def abstract_metrics(config: Config, parallel: Parallel) -> dict[str, Any]:
+    """Return shapes and shardings of the metrics that the objective has next to the loss."""
+    names = METRICS if config.data.format == "preferences" else ()
+    dtype = PARAM_DTYPE[config.train.dtype]
+    return {name: jax.ShapeDtypeStruct((), dtype, sharding=parallel.replicated) for name in names}
 
 
 def make_train_step(
@@ -148,36 +174,41 @@ def make_train_step(
     def train_step(state: State, batch: Batch[Array], rate: Array) -> tuple[State, Array, Array]:
         denominator = objective.prepare(batch)
         params, rest = split_trained(state["params"], frozen)
-        mean = jax.value_and_grad(
-            lambda params, rows: objective(join(params, rest), rows) / denominator
-        )
+
+        def measure(params: Any, rows: Batch[Array]) -> tuple[Array, Any]:
+            measured = objective.measure(join(params, rest), rows)
+            return jax.tree.map(lambda total: total / denominator, measured)
+
+        mean = jax.value_and_grad(measure, has_aux=True)
 
         def add(total: Any, micro_batch: Batch[Array]) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, mean(params, micro_batch)), None
 
         with parallel.activate():
             if n_micro_batches == 1:
-                loss, grads = mean(params, batch)
+                (loss, metrics), grads = mean(params, batch)
             else:
                 # Row r goes to micro-batch r % n_micro_batches: no row moves between devices.
                 micro_batches = batch.map(
                     lambda x: x.reshape(-1, n_micro_batches, x.shape[1]).swapaxes(0, 1)
                 )
                 zero = jnp.zeros((), PARAM_DTYPE[config.train.dtype])
-                zeros = (zero, jax.tree.map(jnp.zeros_like, params))
-                (loss, grads), _ = jax.lax.scan(add, zeros, micro_batches)
+                zero_metrics = jax.tree.map(jnp.zeros_like, state.get("metrics", {}))
+                zeros = ((zero, zero_metrics), jax.tree.map(jnp.zeros_like, params))
+                ((loss, metrics), grads), _ = jax.lax.scan(add, zeros, micro_batches)
         grads, norm = clip_gradients(grads, config.optimizer.max_grad_norm)
 
         def update(state: State, grads: Any) -> State:
             return adamw(state, grads, rate, config.optimizer)
 
-        state = state | {"params": params}
+        state = {key: state[key] for key in (*MOMENTS, "step")} | {"params": params}
         if config.train.on_nonfinite == "stop":
             state = update(state, grads)
         else:
             finite = jnp.isfinite(loss) & jnp.isfinite(norm)
             state = jax.lax.cond(finite, update, lambda state, _: state, state, grads)
-        return state | {"params": join(state["params"], rest)}, loss, norm
+        state |= {"params": join(state["params"], rest)}
+        return state | ({"metrics": metrics} if metrics else {}), loss, norm
 
     replicated = parallel.replicated
     shardings = jax.tree.map(lambda array: array.sharding, abstract_state(config, parallel))
@@ -190,15 +221,21 @@ def make_train_step(
     )
 
 
-def make_evaluate(config: Config, parallel: Parallel) -> Callable[[Any, Batch[Array]], Array]:
-    """Return the compiled function (params, batch) -> summed cross entropy in nats."""
+def make_evaluate(
+    config: Config, parallel: Parallel, log_probs: bool = False
+) -> Callable[[Any, Batch[Array]], Array]:
+    """Return the compiled function (params, batch) -> summed cross entropy in nats.
+
+    With `log_probs`: -> log-probability [B, S] of the segments of preference pairs.
+    """
     forward_only = replace(config.train, remat="none")
     objective = make_objective(config.model, replace(config, train=forward_only))
 
     def measure(params: Any, batch: Batch[Array]) -> Array:
         with parallel.activate():
-            return objective(params, batch)
+            return objective(params, batch, **options)
 
+    options: dict[str, Any] = {"log_probs": True} if log_probs else {}
     abstract = abstract_params(config.model, config.train.dtype, parallel)
     shardings = jax.tree.map(lambda array: array.sharding, abstract)
     return jax.jit(

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -72,9 +73,11 @@ class Trainer:
         loss, norm = train_step(
             self.objective, self.optimizer, local_batch, rate, self.config, parallel, scale
         )
-        # One collective for the loss and the flag.
-        total, stopping = parallel.sum(torch.stack([loss, loss.new_tensor(float(stop()))])).tolist()
-        metrics = {"loss": total, "grad_norm": norm.item()}
+        more = unwrap(self.objective).metrics
+        # One collective for the loss, the flag and the metrics.
+        values = [loss, loss.new_tensor(float(stop())), *more.values()]
+        total, stopping, *rest = parallel.sum(torch.stack(values)).tolist()
+        metrics = {"loss": total, "grad_norm": norm.item(), **dict(zip(more, rest, strict=True))}
         if scale is not None:
             metrics["loss_scale"] = scale.scale
         elif self.config.train.on_nonfinite == "skip":
@@ -83,6 +86,9 @@ class Trainer:
 
     def evaluate(self, batch: Batch) -> float:
         return evaluate(self.objective, batch, self.config, self.processes)
+
+    def reference_log_probs(self, batch: Batch) -> np.ndarray:
+        return reference_log_probs(self.objective, batch, self.config, self.processes)
 
     def start_saving(self, path: Path) -> Callable[[], None]:
         return start_saving(self.optimizer.state(), path, self.processes.checkpoint_group)
@@ -162,9 +168,11 @@ def train_step(
     `train.on_nonfinite` or the loss scale leaves out.
     """
     optimizer.zero_grad()
+    inner = unwrap(objective)
+    inner.metrics = {}
     scale = 1.0 if loss_scale is None else loss_scale.scale
     micro_batches = batch.chunk(config.train.gradient_accumulation_steps)
-    denominator = unwrap(objective).prepare(batch, parallel)
+    denominator = inner.prepare(batch, parallel)
     loss = torch.zeros((), dtype=next(objective.parameters()).dtype, device=batch.labels.device)
     for i, micro_batch in enumerate(micro_batches):
         with optimizer.no_sync(i < len(micro_batches) - 1):
@@ -172,6 +180,7 @@ def train_step(
             # DDP, FSDP and DeepSpeed average gradients over the processes; here they are summed.
             optimizer.backward(share * (parallel.dp_size * scale))
         loss += share.detach()
+    inner.metrics = {name: total / denominator for name, total in inner.metrics.items()}
     norm = optimizer.clip(config.optimizer.max_grad_norm, scale)
     if loss_scale is not None:
         loss_scale.update(finite=bool(norm.isfinite()))
@@ -202,6 +211,23 @@ def evaluate(objective: nn.Module, batch: Batch, config: Config, parallel: Paral
         else:
             objective(parallel.shard_local_batch(batch.rows(slice(0, 1))))
     return parallel.sum(total).item()
+
+
+@torch.no_grad()
+def reference_log_probs(
+    objective: nn.Module, batch: Batch, config: Config, parallel: Parallel
+) -> np.ndarray:
+    """Return the log-probability of each segment, float64 [B, S], of a batch.
+
+    Every process has the batch in full, and computes as many rows as of a batch of training.
+    """
+    assert batch.reference is not None
+    rows = parallel.rows(len(batch.tokens))
+    local = parallel.shard_local_batch(batch.rows(slice(rows.start, rows.stop)))
+    found_BS = torch.zeros(batch.reference.shape, dtype=torch.float64, device=parallel.device)
+    found_BS[rows.start : rows.stop] = unwrap(objective)(local, log_probs=True).double()
+    result: np.ndarray = parallel.sum(found_BS).cpu().numpy()
+    return result
 
 
 def set_matmul_precision() -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from os.path import abspath
 from typing import Literal
 
+from mooshak.config.dpo import DPOConfig
 from mooshak.config.fields import check_fields, number, path, usable_path
 from mooshak.config.lora import LoraConfig, check_frozen, frozen_parameters
 from mooshak.config.model import Dtype, ModelConfig
@@ -91,9 +92,10 @@ class SourceConfig:
 class DataConfig:
     """Text sources, token shards and batches."""
 
-    format: Literal["text", "conversations"] = "text"
+    format: Literal["text", "conversations", "preferences"] = "text"
     """text: documents, for train; conversations: records with messages, a prompt and an answer, or
-    an instruction, for sft (docs/finetune.md)."""
+    an instruction, for sft (docs/finetune.md); preferences: pairs of answers, for dpo
+    (docs/align.md)."""
     dir: str = path("data/demo")
     """Directory of the token shards."""
     sources: list[SourceConfig] = field(
@@ -315,6 +317,7 @@ class Config:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
+    dpo: DPOConfig = field(default_factory=DPOConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -386,3 +389,8 @@ def with_absolute_paths(config: Config) -> Config:
 def for_sft(config: Config) -> Config:
     """Return the configuration of a supervised fine-tuning: its data are conversations."""
     return replace(config, data=replace(config.data, format="conversations"))
+
+
+def for_dpo(config: Config) -> Config:
+    """Return the configuration of a preference optimization: its data are pairs of answers."""
+    return replace(config, data=replace(config.data, format="preferences"))

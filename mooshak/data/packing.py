@@ -17,7 +17,7 @@ Array = TypeVar("Array")
 
 
 class Batch(NamedTuple, Generic[Array]):
-    """Rows of tokens and their labels, each array [B, T]; a pytree in JAX and in torch.
+    """Rows of tokens and their labels, arrays [B, T]; a pytree in JAX and in torch.
 
     Without document masks `segments` and `positions` are None and no label is ignored.
     """
@@ -30,6 +30,11 @@ class Batch(NamedTuple, Generic[Array]):
     """The document of each token, numbered from 1 in each row; 0 is padding."""
     positions: Array | None = None
     """Position of each token in its document, from 0."""
+    reference: Array | None = None
+    """Preference pairs: the log-probability [B, S] of each segment's labels under the reference.
+
+    Segments 1, 3, ... are chosen answers with their prompts, 2, 4, ... the rejected ones.
+    """
 
     def map(self, function: Callable[[Any], Any]) -> "Batch[Any]":
         """Return a batch with `function` applied to each array."""

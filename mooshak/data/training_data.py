@@ -9,6 +9,7 @@ from mooshak.config.sections import Config
 from mooshak.data.conversation_batches import ConversationData
 from mooshak.data.manifest import shards_description
 from mooshak.data.packing import Batch
+from mooshak.data.preference_batches import PreferenceData
 from mooshak.data.shards import load_or_prepare_shards
 from mooshak.tokenizer.base import Tokenizer
 
@@ -61,4 +62,6 @@ class TextData:
 
 def open_training_data(config: Config) -> TrainingData:
     """Return the data of a configuration, prepared; `data.format` says of which kind."""
+    if config.data.format == "preferences":
+        return PreferenceData(config)
     return ConversationData(config) if config.data.format == "conversations" else TextData(config)

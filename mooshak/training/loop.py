@@ -18,6 +18,7 @@ from mooshak.checkpoints.resume import check_resume, rate_change, resume_from, t
 from mooshak.checkpoints.together import fail_together
 from mooshak.config.sections import Config
 from mooshak.data.packing import Batch
+from mooshak.data.preference_batches import PreferenceData
 from mooshak.data.training_data import TrainingData, open_training_data
 from mooshak.errors import InputError
 from mooshak.evaluation.bits_per_byte import validation_metrics
@@ -95,6 +96,13 @@ class Trainer(Protocol):
         """Return the sum of the objective over a batch that every process has in full."""
         ...
 
+    def reference_log_probs(self, batch: Batch) -> Any:
+        """Return the log-probability [B, S] of each segment of a batch of preference pairs.
+
+        Every process has the batch in full.
+        """
+        ...
+
     def start_saving(self, path: Path) -> Callable[[], None]:
         """Start writing a snapshot to `path`; return a function that waits until it is written."""
         ...
@@ -155,6 +163,8 @@ def train(
         if data.summary and trainer.processes.is_main:
             print(data.summary, file=sys.stderr)
         first = start(config, trainer, data.tokenizer, resume, data.description, allow_data_change)
+        if isinstance(data, PreferenceData):
+            data.load_reference(trainer.processes.is_main, first, trainer.reference_log_probs)
         step = _run(config, trainer, data, first, profile)
     if trainer.processes.is_main:
         saved = Path(config.run.dir) / "checkpoints"

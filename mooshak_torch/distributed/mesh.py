@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -112,8 +113,13 @@ class Parallel:
             ) from error
 
     def shard_local_batch(self, batch: Batch) -> Batch[Tensor]:
-        """Copy a batch of NumPy arrays, this process's `rows`, to its device as int64."""
-        return batch.map(lambda array: torch.from_numpy(array).to(self.device).long())
+        """Copy a batch of NumPy arrays, this process's `rows`, to its device; ids as int64."""
+
+        def copy(array: np.ndarray) -> Tensor:
+            tensor = torch.from_numpy(array).to(self.device)
+            return tensor if tensor.is_floating_point() else tensor.long()
+
+        return batch.map(copy)
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum values over the shards of the batch, in place."""

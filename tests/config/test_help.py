@@ -17,9 +17,12 @@ ROOT = Path(__file__).parents[2]
 COMMANDS = [
     *(
         f"mooshak_torch.{name}"
-        for name in ("train", "sft", "generate", "serve", "evaluate", "plan")
+        for name in ("train", "sft", "dpo", "generate", "serve", "evaluate", "plan")
     ),
-    *(f"mooshak_jax.{name}" for name in ("train", "sft", "generate", "serve", "evaluate", "plan")),
+    *(
+        f"mooshak_jax.{name}"
+        for name in ("train", "sft", "dpo", "generate", "serve", "evaluate", "plan")
+    ),
     "mooshak.data",
     "mooshak.tokenizer",
     "mooshak.corpus.tales",

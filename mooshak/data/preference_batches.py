@@ -1,0 +1,166 @@
+"""Batches of preference pairs: chosen and rejected answers as two segments of one row.
+
+A pair is never split over rows, so that processes and micro-batches only divide rows. Reference
+log-probabilities are computed once, before the first step, and saved in the run directory.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mooshak.config.sections import Config
+from mooshak.data.conversation_batches import PackedRows
+from mooshak.data.conversations import Conversation, conversations
+from mooshak.data.packing import Batch
+from mooshak.data.samples import Sample, encode_sample, make_rows, truncate
+from mooshak.errors import InputError, require
+from mooshak.files import write_atomically
+from mooshak.tokenizer.train import load_or_train_tokenizer
+
+REFERENCE_FILE = "reference.json"
+"""File of a run directory with the log-probabilities of the reference, and the pairs' digest."""
+
+
+class PreferenceData:
+    """The pairs of a configuration; implements `mooshak.data.training_data.TrainingData`.
+
+    There is no validation: all pairs are trained. Raises `InputError` for records that are no
+    pairs, and where more than `dpo.max_skipped` of them lose an answer.
+    """
+
+    def __init__(self, config: Config) -> None:
+        path = Path(config.tokenizer.path)
+        require(path.exists(), f"tokenizer {path} is missing; align a checkpoint with --init.from")
+        self.config, self.tokenizer = config, load_or_train_tokenizer(config)
+        self.n_skipped = self.n_cut = 0
+        self._pairs: list[tuple[Sample, Sample]] = []
+        self.description = {
+            source.name: self._read(conversations(source, config)) for source in config.data.sources
+        }
+        if not self._pairs:
+            raise InputError("the sources have no preference pair to train on; check their paths")
+        sizes = [chosen.size + rejected.size for chosen, rejected in self._pairs]
+        self.plan = PackedRows(sizes, config.T, config.train.batch_size, config.run.seed)
+        self.n_segments = 2 * max(map(len, self.plan.packed))
+        self.reference = np.zeros((len(self._pairs), 2))
+        """Log-probability of the chosen and the rejected answer of each pair, nats."""
+
+    @property
+    def summary(self) -> str:
+        """The counts of the pairs, in one line."""
+        cut = f"{self.n_cut} cut at {self.config.T} tokens, " if self.n_cut else ""
+        skipped = f"{self.n_skipped} skipped, " if self.n_skipped else ""
+        return f"{len(self._pairs)} preference pairs, {cut}{skipped}an epoch is {self.plan.epoch}"
+
+    def batches(self, rows: Sequence[int], first: int) -> Iterator[Batch[np.ndarray]]:
+        """Return these rows of the global batches from step `first` on, arrays [rows, T]."""
+        step = first
+        while True:
+            _, chosen = self.plan.rows(step)
+            yield self._rows([chosen[row] for row in rows])
+            step += 1
+
+    def validation(self) -> dict[str, Batch[np.ndarray]]:
+        """Return nothing: the metrics of preferences are those of the training batches."""
+        return {}
+
+    def load_reference(
+        self, is_main: bool, first: int, log_probs: Callable[[Batch], np.ndarray]
+    ) -> None:
+        """Set `reference`: from the run directory, or, at step 0, computed and saved there.
+
+        `log_probs` returns the log-probability [B, S] of the segments of a batch under the initial
+        weights; a collective. Raises `InputError` where a resumed run has lost its file.
+        """
+        if not self.config.dpo.has_reference:
+            return
+        path = Path(self.config.run.dir) / REFERENCE_FILE
+        if first > 0:
+            self.reference = self._saved(path)
+            return
+        packed, B = self.plan.packed, self.config.train.batch_size
+        for start in range(0, len(packed), B):
+            rows = packed[start : start + B]
+            found_BS = log_probs(self._rows(rows + [[]] * (B - len(rows))))
+            for row, found_S in zip(rows, found_BS, strict=False):
+                self.reference[row] = found_S[: 2 * len(row)].reshape(-1, 2)
+        if is_main:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            values = {"pairs": self._digest, "log_probs": self.reference.tolist()}
+            write_atomically(path, json.dumps(values) + "\n")
+
+    def _saved(self, path: Path) -> np.ndarray:
+        if not path.is_file():
+            raise InputError(
+                f"{path} is missing: the reference of this run is lost; copy it from the run that "
+                "wrote the checkpoint, or start a new run with --init.from"
+            )
+        try:
+            saved = json.loads(path.read_text("utf-8"))
+            pairs, values = saved["pairs"], np.array(saved["log_probs"], np.float64)
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path} is not a file of reference log-probabilities") from error
+        if pairs != self._digest or values.shape != self.reference.shape:
+            raise InputError(f"{path} belongs to other preference pairs; start a new run")
+        return values
+
+    @property
+    def _digest(self) -> str:
+        return hashlib.sha256(json.dumps(self.description).encode()).hexdigest()
+
+    def _rows(self, rows: Sequence[Sequence[int]]) -> Batch[np.ndarray]:
+        """Return rows of pairs, of the same shape in all batches."""
+        samples = [[sample for i in row for sample in self._pairs[i]] for row in rows]
+        reference_BS = np.zeros((len(rows), self.n_segments))
+        for number, row in enumerate(rows):
+            reference_BS[number, : 2 * len(row)] = self.reference[list(row)].ravel()
+        return make_rows(samples, self.config.T)._replace(reference=reference_BS)
+
+    def _read(self, found: Iterator[Conversation]) -> dict[str, Any]:
+        """Tokenize the pairs of a source; return the description of its training tokens."""
+        first, settings = len(self._pairs), asdict(self.config.dpo)
+        for one in found:
+            if one.shape != "preference":
+                raise InputError(
+                    f"{one.where}: a record of shape {one.shape} is not a pair; dpo needs the "
+                    "fields prompt, chosen and rejected"
+                )
+            try:
+                self._pairs.append(self._encode(one))
+            except InputError as error:
+                self.n_skipped += 1
+                if self.n_skipped > self.config.dpo.max_skipped:
+                    raise InputError(
+                        f"{one.where}: {error} (pairs left out: {self.n_skipped}, dpo.max_skipped "
+                        f"is {self.config.dpo.max_skipped})"
+                    ) from error
+        mine = self._pairs[first:]
+        digest = hashlib.sha256(repr(settings).encode())
+        for sample in (sample for pair in mine for sample in pair):
+            digest.update(np.stack([sample.tokens, sample.labels]).tobytes())
+        return {
+            "documents": len(mine),
+            "tokens": sum(len(sample.tokens) for pair in mine for sample in pair),
+            "shard_tokens": None,
+            "sha256": digest.hexdigest(),
+        }
+
+    def _encode(self, one: Conversation) -> tuple[Sample, Sample]:
+        """Return the samples of a pair; if they exceed a row, each is cut to half of it."""
+        T = self.config.T
+        pair = [encode_sample(self.tokenizer, one.prompt, answer) for answer in one.answers]
+        if sum(sample.size for sample in pair) > T:
+            self.n_cut += 1
+            pair = [truncate(sample, T // 2) for sample in pair]
+        if not all(sample.n_labels for sample in pair):
+            raise InputError(
+                f"an answer has no label in half of train.sequence_length {T}, which a pair shares"
+            )
+        if np.array_equal(pair[0].tokens, pair[1].tokens):
+            raise InputError("chosen equals rejected in the tokens that fit; the pair is useless")
+        return pair[0], pair[1]
