@@ -28,7 +28,7 @@ from mooshak_torch.checkpoint import (
     restore,
     start_saving,
 )
-from mooshak_torch.distributed.deepspeed import ZeroOptimizer, make_engine
+from mooshak_torch.distributed.deepspeed import Values, ZeroOptimizer, make_engine
 from mooshak_torch.distributed.mesh import Parallel, make_parallel
 from mooshak_torch.distributed.parallelize import parallelize
 from mooshak_torch.objectives import make_objective, model_of, unwrap
@@ -115,7 +115,7 @@ def make_state(
     objective: nn.Module = make_objective(config.model, config)
     if parallel.strategy == "deepspeed":
         with ExitStack() as stack:
-            values = partial(initial_weight, config.model, config.run.seed)
+            values: Values = partial(initial_weight, config.model, config.run.seed)
             if source is not None:
                 values = source.read
             elif config.init.from_:
