@@ -99,10 +99,9 @@ def test_resume_has_the_same_bits_and_crosses_frameworks(config: Path, torch_run
     ("module", "launcher", "options"),
     [
         ("mooshak_torch", 2, ("--train.gradient_accumulation_steps", 2)),
-        ("mooshak_torch", 2, ("--mesh", "fsdp=2")),
         ("mooshak_jax", 0, ("--mesh", "data=2,fsdp=2,tensor=2")),
     ],
-    ids=["DDP", "FSDP2", "JAX mesh"],
+    ids=["DDP", "JAX mesh"],
 )
 def test_layouts_have_the_same_curve(
     module: str, launcher: int, options: tuple, config: Path, torch_run: Path, tmp_path: Path
@@ -116,11 +115,24 @@ def test_layouts_have_the_same_curve(
 def test_deepspeed_starts_from_a_checkpoint(config: Path, torch_run: Path, tmp_path: Path) -> None:
     """In float32, which DeepSpeed computes in."""
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
-    words = ("--config", config, "--train.dtype", "float32", "--train.steps", 4, "--run.dir")
+    words = ("--config", config, "--train.dtype", "float32", "--train.steps", 2, "--run.dir")
     zero = ("--parallel.strategy", "deepspeed", "--parallel.zero_stage", 3)
     run("mooshak_torch.sft", *words, tmp_path / "zero", *zero, launcher=torchrun)
     run("mooshak_torch.sft", *words, tmp_path / "single")
     assert_same(tmp_path / "zero", tmp_path / "single", 2e-5)
+
+
+@pytest.mark.parametrize("framework", ["torch", "jax"])
+def test_bad_conversation_is_one_line(framework: str, config: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"messages": [{"role": "boss", "content": "a"}]}')
+    sources = f"[{{name: a, kind: jsonl, path: {tmp_path}/a.jsonl}}]"
+    words = ("--config", str(config), "--run.dir", str(tmp_path / "run"), "--data.sources", sources)
+    command = [sys.executable, "-m", f"mooshak_{framework}.sft", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and done.stdout == ""
+    start = f"error: {tmp_path}/a.jsonl, line 1, message 1 of messages: the role 'boss' is unknown"
+    assert done.stderr.startswith(start) and done.stderr.count("\n") == 1
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_hugging_face_directory_is_a_start(
