@@ -1,6 +1,8 @@
 """Messages of wrong input side by side in golden_messages.txt, each by really causing it.
 
 `MOOSHAK_WRITE_MESSAGES=1 pytest tests/test_messages.py` writes the file; read its difference.
+
+Longer than 400 lines: it is a list of cases.
 """
 
 import json
