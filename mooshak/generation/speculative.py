@@ -148,9 +148,7 @@ class Speculation:
                 found = TokenLogProbs(*map(np.stack, columns))
             yield np.array([row.ids[t] for row in self.rows]), found
 
-    def count(
-        self, completions: Sequence[Completion], lengths: Sequence[int]
-    ) -> list[Completion]:
+    def count(self, completions: Sequence[Completion], lengths: Sequence[int]) -> list[Completion]:
         """Return the completions of the rows with the numbers of drafted and accepted tokens.
 
         `lengths` are the numbers of tokens up to the end, end tokens included.
