@@ -3,6 +3,7 @@
 from typing import Any, assert_type
 
 import numpy as np
+import pytest
 
 from mooshak.generation.completion import Completion
 from mooshak.generation.lm import LM, Prompt
