@@ -216,6 +216,8 @@ FAULTS = {
     "document_mask": ("documents see each other",),
     "packing": ("documents see each other",),
     "training": ("1e-6 added to the norm that clips", "learning rate of the next step"),
+    "sft": ("end token without label",),
+    "sft_packing": ("segments leaking",),
     "cache": ("KV cache one position late",),
     "roll_back": ("KV cache not truncated",),
     "decoding": ("KV cache one position late", "noise of the next sample"),

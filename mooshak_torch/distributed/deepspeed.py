@@ -156,7 +156,9 @@ def make_engine(
         module.to_empty(device=device, recurse=False)
         with torch.no_grad():
             for key, parameter in module.named_parameters(recurse=False):
-                parameter.copy_(torch.from_numpy(np.ascontiguousarray(values(f"{path}.{key}"))))
+                # torch reads no bfloat16 of NumPy, which checkpoints from elsewhere have.
+                value = np.ascontiguousarray(values(f"{path}.{key}"), np.float32)
+                parameter.copy_(torch.from_numpy(value))
         if stage == 3:
             deepspeed.zero.Init(module=module, config_dict_or_path=settings)
     model.rope = Rope(model.config, model.rope.cos.dtype).to(device)
@@ -179,11 +181,6 @@ def check(config: Config) -> None:
     if config.train.dtype not in ("float32", "bfloat16"):
         raise InputError(
             f"parallel.strategy deepspeed computes in float32 or bfloat16, not {config.train.dtype}"
-        )
-    if config.init.from_:
-        raise InputError(
-            "parallel.strategy deepspeed does not support init.from: train the first step with "
-            "another strategy, then resume"
         )
     if config.train.on_nonfinite == "skip":
         raise InputError(

@@ -24,6 +24,7 @@ import mooshak_torch.optimizer
 import mooshak_torch.rope
 from mooshak.checkpoints.base import FULL_SLICE, Checkpoint
 from parity.faults import model as m
+from parity.faults import sft
 from parity.faults import training as t
 from parity.faults.model import Patch, jm, tm
 
@@ -285,6 +286,36 @@ FAULTS = {
         "^row 0, document 2, token 0$",
         lambda: m.late_documents(tm),
         lambda: m.late_documents(jm),
+    ),
+    "mask of answers off by one": Fault(
+        "sft",
+        "^mask of the answers one token late",
+        lambda: sft.labels_torch(sft.late_mask),
+        lambda: sft.labels_jax(sft.late_mask),
+    ),
+    "end token without label": Fault(
+        "sft",
+        "^end tokens have no label",
+        lambda: sft.labels_torch(sft.without_ends),
+        lambda: sft.labels_jax(sft.without_ends),
+    ),
+    "prompts and padding counted": Fault(
+        "sft",
+        "^prompts and padding count",
+        lambda: sft.labels_torch(sft.all_labels),
+        lambda: sft.labels_jax(sft.all_labels),
+    ),
+    "denominator per micro-batch": Fault(
+        "sft",
+        "denominator of micro-batches",
+        sft.local_denominator_torch,
+        sft.local_denominator_jax,
+    ),
+    "segments leaking": Fault(
+        "sft",
+        "^conversations of a row see each other",
+        lambda: m.joined_documents(tm),
+        lambda: m.joined_documents(jm),
     ),
     "KV cache one position late": Fault("cache", "^KV cache", m.late_cache_torch, m.late_cache_jax),
     "KV cache not truncated": Fault(
