@@ -40,6 +40,7 @@ def test_tales_have_forty_plots_and_millions_of_variants():
         assert _variants(plot) > 10_000, plot.name
 
 
+@pytest.mark.slow
 def test_tale_depends_only_on_seed_and_index(many):
     assert tales.tale(0, 123).text("hi") == many[123].text("hi")
     assert tales.tale(1, 123).text("hi") != many[123].text("hi")

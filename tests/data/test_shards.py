@@ -319,6 +319,7 @@ def test_source_without_documents_is_named(
         prepare(with_data(config, sources=[source]), tiny_tokenizer, progress=False)
 
 
+@pytest.mark.slow
 def test_command_line(config: Config, tmp_path: Path, capsys):
     path = tmp_path / "config.yaml"
     path.write_text(dump_config(config))
