@@ -37,9 +37,11 @@ def test_llama_cpp_decodes_our_export(tiny_tokenizer: Tokenizer, tmp_path: Path)
     safetensors.write_checkpoint(tmp_path / "ours", source)
     export_gguf.write_checkpoint(tmp_path / "model.gguf", source)
     lm = load("torch", tmp_path / "ours")
-    llama = llama_cpp.Llama(
-        str(tmp_path / "model.gguf"), n_ctx=128, n_threads=1, n_threads_batch=1, verbose=False
-    )
+    # Its cache is in float16 unless asked.
+    float32 = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}
+    threads = {"n_threads": 1, "n_threads_batch": 1}
+    path = str(tmp_path / "model.gguf")
+    llama = llama_cpp.Llama(path, n_ctx=128, verbose=False, **float32, **threads)
     random = np.random.default_rng(0)
     n_different = 0
     for _ in range(N_PROMPTS):
