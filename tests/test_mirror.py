@@ -187,6 +187,9 @@ ALLOWED: dict[str, dict[str, str]] = {
         "LM.__init__": FUNCTIONAL,
         "load": "`compiled`: JAX always compiles",
     },
+    "serve": {
+        "serve": "all processes of a JAX mesh serve together",
+    },
     "planner": {
         "plan": MACHINES,
         "sweep": MACHINES,
@@ -200,6 +203,7 @@ ALLOWED: dict[str, dict[str, str]] = {
         "COLLECTIVES": "for explain_timeouts",
         "WAITING": "for explain_timeouts",
         "LAUNCHER": "torchrun's environment; JAX has options of its own",
+        "join": "JAX joins before anything uses a device; torch in make_parallel",
         "SHUTDOWN_SECONDS": "of JAX's coordinator; torch has parallel.timeout",
         "check_fsdp": "FSDP2 shards any width, JAX only what the axis divides",
         "Parallel.device": "a torch process has one device",

@@ -180,6 +180,13 @@ def check(config: Config) -> None:
         raise InputError(
             f"parallel.strategy deepspeed computes in float32 or bfloat16, not {config.train.dtype}"
         )
+    if config.frozen:
+        raise InputError(
+            "parallel.strategy deepspeed trains all parameters; use fsdp for adapters and frozen "
+            "parameters"
+        )
+    if config.data.format == "preferences":
+        raise InputError("parallel.strategy deepspeed has no preference objective; use fsdp")
     if config.init.from_:
         raise InputError(
             "parallel.strategy deepspeed does not support init.from: train the first step with "
