@@ -196,8 +196,7 @@ def make_train_step(
                     lambda x: x.reshape(-1, n_micro_batches, x.shape[1]).swapaxes(0, 1)
                 )
                 zero = jnp.zeros((), PARAM_DTYPE[config.train.dtype])
-                zero_metrics = jax.tree.map(jnp.zeros_like, state.get("metrics", {}))
-                zeros = ((zero, zero_metrics), jax.tree.map(jnp.zeros_like, params))
+                zeros = jax.tree.map(jnp.zeros_like, ((zero, state.get("metrics", {})), params))
                 ((loss, metrics), grads), _ = jax.lax.scan(add, zeros, micro_batches)
         grads, norm = clip_gradients(grads, config.optimizer.max_grad_norm)
 

@@ -64,7 +64,7 @@ def kto_losses(
     `rejected`, which are answers to other prompts, at least 0.
     """
     answer, _ = log_ratios(pairs, dpo)
-    sign = 1.0 * (weights > 0) - 1.0 * (weights < 0)
+    sign = xp.sign(weights)
     margins = dpo.beta * sign * (answer - baseline)
     losses = weights * sign * xp.exp(log_sigmoid(-margins, xp))
     kl = xp.zeros_like(answer) + baseline

@@ -12,6 +12,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import torch
 
 import mooshak_jax.decode
 import mooshak_jax.objectives
@@ -19,11 +20,13 @@ import mooshak_jax.ops.cross_entropy
 import mooshak_jax.optimizer
 import mooshak_jax.rope
 import mooshak_torch.decode
+import mooshak_torch.objectives
 import mooshak_torch.ops.cross_entropy
 import mooshak_torch.optimizer
 import mooshak_torch.rope
 from mooshak.checkpoints.base import FULL_SLICE, Checkpoint
 from parity.faults import model as m
+from parity.faults import preferences as p
 from parity.faults import training as t
 from parity.faults.model import Patch, jm, tm
 
@@ -312,6 +315,36 @@ FAULTS = {
         lambda: m.without_top_p(mooshak_jax.decode),
     ),
     "drafted tokens not verified": Fault("engines", "^token", m.unverified, m.unverified),
+    "chosen and rejected swapped": Fault(
+        "preferences",
+        "^chosen and rejected$",
+        lambda: p.answers_swapped(mooshak_torch.objectives),
+        lambda: p.answers_swapped(mooshak_jax.objectives),
+    ),
+    "reference is the model that is trained": Fault(
+        "preferences",
+        "^the reference",
+        lambda: p.reference_is_trained(mooshak_torch.objectives, torch.Tensor.detach),
+        lambda: p.reference_is_trained(mooshak_jax.objectives, jax.lax.stop_gradient),
+    ),
+    "prompt counts in the length of an answer": Fault(
+        "preferences",
+        "^log-probabilities of the answers$",
+        lambda: p.prompt_counts(mooshak_torch.objectives),
+        lambda: p.prompt_counts(mooshak_jax.objectives),
+    ),
+    "log-probabilities of answers one late": Fault(
+        "preferences",
+        "^log-probabilities of the answers$",
+        lambda: p.log_probs_one_late(mooshak_torch.objectives, torch.roll),
+        lambda: p.log_probs_one_late(mooshak_jax.objectives, jnp.roll),
+    ),
+    "scale of adapters doubled": Fault(
+        "preferences",
+        "^log-probabilities of the answers$",
+        lambda: p.scale_doubled(tm),
+        lambda: p.scale_doubled(jm),
+    ),
     "norm after the attention": Fault(
         "forward",
         "^layer 0, input of attention$|^layer 0 attention, wq|^layer 0, input of attention",
