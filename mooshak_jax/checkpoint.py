@@ -7,7 +7,8 @@ canonical names.
 import logging
 import os
 import re
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterator, Set
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -97,10 +98,18 @@ def _read_moment(source: Checkpoint, moment: str, name: str) -> np.ndarray:
 
 def load_init_weights(config: Config, tokenizer: Tokenizer, parallel: Parallel) -> Any:
     """Load the weights of `init.from` as parameters; rows of new tokens are initialized."""
+    with open_init_weights(config, tokenizer, parallel) as source:
+        return load_params(abstract_params(config.model, config.train.dtype, parallel), source.read)
+
+
+@contextmanager
+def open_init_weights(
+    config: Config, tokenizer: Tokenizer, parallel: Parallel | None = None
+) -> Iterator[Checkpoint]:
+    """Open the weights of `init.from`, with rows for new tokens, inside the block."""
     with ensure_readable_format(Path(config.init.from_), "jax", parallel) as source_path:
         found = base.check_range(open_checkpoint(source_path), config.train.dtype)
-        source = init_checkpoint(config, found, tokenizer)
-        return load_params(abstract_params(config.model, config.train.dtype, parallel), source.read)
+        yield init_checkpoint(config, found, tokenizer)
 
 
 def load_model(

@@ -6,7 +6,8 @@ Mirror: mooshak_jax/checkpoint.py. The state has the canonical names: `params.{n
 
 import pickle
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -92,10 +93,18 @@ def load_init_weights(
     model: Model, config: Config, tokenizer: Tokenizer, parallel: Processes | None = None
 ) -> None:
     """Load the weights of `init.from` into the model; rows of new tokens are initialized."""
+    with open_init_weights(config, tokenizer, parallel) as source:
+        load_params(dict(model.named_parameters()), source)
+
+
+@contextmanager
+def open_init_weights(
+    config: Config, tokenizer: Tokenizer, parallel: Processes | None = None
+) -> Iterator[Checkpoint]:
+    """Open the weights of `init.from`, with rows for new tokens, inside the block."""
     with ensure_readable_format(Path(config.init.from_), "torch", parallel) as source_path:
         found = base.check_range(open_checkpoint(source_path), config.train.dtype)
-        source = init_checkpoint(config, found, tokenizer)
-        load_params(dict(model.named_parameters()), source)
+        yield init_checkpoint(config, found, tokenizer)
 
 
 def load_model(path: str | Path, dtype: Dtype) -> Model:

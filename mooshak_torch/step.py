@@ -5,6 +5,7 @@ Mirror: mooshak_jax/step.py.
 
 import math
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -20,8 +21,14 @@ from mooshak.config.sections import Config
 from mooshak.data.packing import Batch
 from mooshak.numerics.init_weights import initial_weight
 from mooshak.tokenizer.base import Tokenizer
-from mooshak_torch.checkpoint import load_init_weights, open_checkpoint, restore, start_saving
-from mooshak_torch.distributed.deepspeed import ZeroOptimizer, make_engine
+from mooshak_torch.checkpoint import (
+    load_init_weights,
+    open_checkpoint,
+    open_init_weights,
+    restore,
+    start_saving,
+)
+from mooshak_torch.distributed.deepspeed import Values, ZeroOptimizer, make_engine
 from mooshak_torch.distributed.mesh import Parallel, make_parallel
 from mooshak_torch.distributed.parallelize import parallelize
 from mooshak_torch.objectives import make_objective, model_of, unwrap
@@ -107,8 +114,15 @@ def make_state(
     """
     objective: nn.Module = make_objective(config.model, config)
     if parallel.strategy == "deepspeed":
-        values = source.read if source else partial(initial_weight, config.model, config.run.seed)
-        objective, engine = make_engine(objective, config, parallel.device, values)
+        with ExitStack() as stack:
+            values: Values = partial(initial_weight, config.model, config.run.seed)
+            if source is not None:
+                values = source.read
+            elif config.init.from_:
+                assert tokenizer is not None
+                opened = open_init_weights(config, tokenizer, parallel)
+                values = stack.enter_context(opened).read
+            objective, engine = make_engine(objective, config, parallel.device, values)
         if source is not None and source.trainer_state is not None:
             engine.restore(source.read, source.trainer_state["step"])
         return objective, engine

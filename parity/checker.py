@@ -217,6 +217,8 @@ FAULTS = {
     "packing": ("documents see each other",),
     "preferences": ("chosen and rejected swapped",),
     "training": ("1e-6 added to the norm that clips", "learning rate of the next step"),
+    "sft": ("end token without label",),
+    "sft_packing": ("segments leaking",),
     "cache": ("KV cache one position late",),
     "roll_back": ("KV cache not truncated",),
     "decoding": ("KV cache one position late", "noise of the next sample"),

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jsonargparse
@@ -17,12 +18,14 @@ from mooshak.checkpoints.init_from import resolve
 from mooshak.config.model import ModelConfig
 from mooshak.config.parse import config_parser, parse_config
 from mooshak.config.sections import Config, ParallelConfig
+from mooshak.data.conversation_batches import ConversationData
 from mooshak.data.packing import IGNORE_INDEX, Batch
 from mooshak.data.shards import TokenShards, open_shards
 from mooshak.device import add_device_option, restrict_to
 from mooshak.errors import InputError
 from mooshak.mesh import parse_mesh
 from mooshak.tables import print_table
+from mooshak.tokenizer.base import Tokenizer
 
 Scores = dict[str, dict[str, float]]
 """Language -> bits_per_byte, unigram_bits_per_byte, ratio of these, loss, tokens, bytes."""
@@ -90,17 +93,14 @@ def compare(
     nats. `model` is the model of the checkpoint. Raises `InputError` if it is not that of the
     configuration, or the tokenizer is not that of the checkpoint.
     """
-    # Grain imports jax.
-    from mooshak.data.batches import validation_sequences
-
     resume.check_model(checkpoint, model, config)
-    tokenizer = open_shards(config)
+    tokenizer, held_out, counts = _held_out(config)
     resume.check_tokenizer(checkpoint, tokenizer)
     token_bytes_V = tokenizer.token_bytes()
     scores: Scores = {}
-    for language, batch in validation_sequences(config).items():
+    for language, batch in held_out.items():
         nats = evaluate(batch)
-        unigram = unigram_nats(token_counts(config, language), batch.labels)
+        unigram = unigram_nats(counts(language), batch.labels)
         n_tokens = len(valid_labels(batch.labels))
         scores[language] = {
             "bits_per_byte": bits_per_byte(nats, batch.labels, token_bytes_V),
@@ -111,6 +111,20 @@ def compare(
             "bytes": text_bytes(batch.labels, token_bytes_V),
         }
     return scores
+
+
+def _held_out(
+    config: Config,
+) -> tuple[Tokenizer, Mapping[str, Batch], Callable[[str], np.ndarray]]:
+    """Return tokenizer, held-out sequences by language, and the function that counts tokens."""
+    if config.data.format == "conversations":
+        data = ConversationData(config)
+        return data.tokenizer, data.validation(), data.token_counts
+    # Grain imports jax.
+    from mooshak.data.batches import validation_sequences
+
+    tokenizer = open_shards(config)
+    return tokenizer, validation_sequences(config), partial(token_counts, config)
 
 
 def report(scores: Scores, as_json: bool) -> None:

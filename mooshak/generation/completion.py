@@ -57,6 +57,8 @@ class Row:
     ):
         self.prompt, self.index, self.settings = prompt, index, settings
         self.done = False
+        self.n_pushed = 0
+        """Number of tokens up to the end, an end token included."""
         # Each decoding is of all tokens: without need, only `completion` decodes.
         self.decodes = streamed or bool(settings.stop)
         self.ids: list[int] = []
@@ -76,7 +78,10 @@ class Row:
 
         Row i of `log_probs` is that of the token.
         """
-        if self.done or token in self.ends:
+        if self.done:
+            return ""
+        self.n_pushed += 1
+        if token in self.ends:
             self.done = True
             return ""
         self.ids.append(token)

@@ -322,7 +322,9 @@ class LM(abc.ABC):
             if all(row.done for row in rows):
                 break
         completions = [row.completion() for row in rows]
-        return steps.count(completions) if isinstance(steps, Speculation) else completions
+        if isinstance(steps, Speculation):
+            return steps.count(completions, [row.n_pushed for row in rows])
+        return completions
 
     def _all_steps(
         self,

@@ -148,12 +148,13 @@ class Speculation:
                 found = TokenLogProbs(*map(np.stack, columns))
             yield np.array([row.ids[t] for row in self.rows]), found
 
-    def count(self, completions: Sequence[Completion]) -> list[Completion]:
-        """Return the completions of the rows with the numbers of drafted and accepted tokens."""
+    def count(self, completions: Sequence[Completion], lengths: Sequence[int]) -> list[Completion]:
+        """Return the completions of the rows with the numbers of drafted and accepted tokens.
+
+        `lengths` are the numbers of tokens up to the end, end tokens included.
+        """
         found = []
-        for row, completion in zip(self.rows, completions, strict=True):
-            # An end token is not in the completion.
-            n = len(completion.token_ids) + (completion.finish_reason == "stop")
+        for row, completion, n in zip(self.rows, completions, lengths, strict=True):
             n_drafted, n_accepted = sum(row.n_drafted[:n]), sum(row.accepted[:n])
             found.append(replace(completion, n_drafted=n_drafted, n_accepted=n_accepted))
         return found

@@ -156,7 +156,9 @@ def make_engine(
         module.to_empty(device=device, recurse=False)
         with torch.no_grad():
             for key, parameter in module.named_parameters(recurse=False):
-                parameter.copy_(torch.from_numpy(np.ascontiguousarray(values(f"{path}.{key}"))))
+                # torch reads no bfloat16 of NumPy, which checkpoints from elsewhere have.
+                value = np.ascontiguousarray(values(f"{path}.{key}"), np.float32)
+                parameter.copy_(torch.from_numpy(value))
         if stage == 3:
             deepspeed.zero.Init(module=module, config_dict_or_path=settings)
     model.rope = Rope(model.config, model.rope.cos.dtype).to(device)
@@ -187,11 +189,6 @@ def check(config: Config) -> None:
         )
     if config.data.format == "preferences":
         raise InputError("parallel.strategy deepspeed has no preference objective; use fsdp")
-    if config.init.from_:
-        raise InputError(
-            "parallel.strategy deepspeed does not support init.from: train the first step with "
-            "another strategy, then resume"
-        )
     if config.train.on_nonfinite == "skip":
         raise InputError(
             "parallel.strategy deepspeed leaves out no step; train.on_nonfinite is stop"

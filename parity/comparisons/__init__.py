@@ -7,6 +7,7 @@ from parity.comparisons.decoding import cache, decoding, engines, roll_back
 from parity.comparisons.documents import document_mask, packing
 from parity.comparisons.forward_backward import forward, gradients, log_probs, loss, padding
 from parity.comparisons.preferences import preferences
+from parity.comparisons.sft import sft, sft_packing
 from parity.comparisons.training import training
 
 COMPARISONS: dict[str, Callable[[ParityCase], Iterator[Line]]] = {
@@ -19,6 +20,8 @@ COMPARISONS: dict[str, Callable[[ParityCase], Iterator[Line]]] = {
     "packing": packing,
     "preferences": preferences,
     "training": training,
+    "sft": sft,
+    "sft_packing": sft_packing,
     "cache": cache,
     "roll_back": roll_back,
     "decoding": decoding,
@@ -28,5 +31,5 @@ COMPARISONS: dict[str, Callable[[ParityCase], Iterator[Line]]] = {
 WITH_NOISE_FLOOR = tuple(part for part in COMPARISONS if part not in ("decoding", "engines"))
 """Parts whose lines have a noise floor; tokens either differ or do not."""
 
-WITH_ITSELF = ("packing", "cache", "roll_back")
+WITH_ITSELF = ("packing", "sft_packing", "cache", "roll_back")
 """Parts that compare each framework with itself."""

@@ -26,25 +26,11 @@ import mooshak_torch.optimizer
 import mooshak_torch.rope
 from mooshak.checkpoints.base import FULL_SLICE, Checkpoint
 from parity.faults import model as m
-from parity.faults import preferences as p
+from parity.faults import sft
 from parity.faults import training as t
-from parity.faults.model import Patch, jm, tm
-
-
-@dataclass(frozen=True)
-class Fault:
-    """One mistake: in the code of each framework, or in how a checkpoint is read."""
-
-    part: str
-    """The part of the check that must find the fault."""
-    place: str
-    """Regular expression of the place that the check must report."""
-    torch: Callable[[], list[Patch]] | None = None
-    jax: Callable[[], list[Patch]] | None = None
-    read: Callable[[Checkpoint], Checkpoint] | None = None
-    """The checkpoint as the faulty framework reads it."""
-    architecture: str = "mooshak"
-    """An architecture that has the operation."""
+from parity.faults.fault import Fault
+from parity.faults.model import jm, tm
+from parity.faults.preferences import PREFERENCES
 
 
 @contextmanager
@@ -289,6 +275,36 @@ FAULTS = {
         lambda: m.late_documents(tm),
         lambda: m.late_documents(jm),
     ),
+    "mask of answers off by one": Fault(
+        "sft",
+        "^mask of the answers one token late",
+        lambda: sft.labels_torch(sft.late_mask),
+        lambda: sft.labels_jax(sft.late_mask),
+    ),
+    "end token without label": Fault(
+        "sft",
+        "^end tokens have no label",
+        lambda: sft.labels_torch(sft.without_ends),
+        lambda: sft.labels_jax(sft.without_ends),
+    ),
+    "prompts and padding counted": Fault(
+        "sft",
+        "^prompts and padding count",
+        lambda: sft.labels_torch(sft.all_labels),
+        lambda: sft.labels_jax(sft.all_labels),
+    ),
+    "denominator per micro-batch": Fault(
+        "sft",
+        "denominator of micro-batches",
+        sft.local_denominator_torch,
+        sft.local_denominator_jax,
+    ),
+    "segments leaking": Fault(
+        "sft",
+        "^conversations of a row see each other",
+        lambda: m.joined_documents(tm),
+        lambda: m.joined_documents(jm),
+    ),
     "KV cache one position late": Fault("cache", "^KV cache", m.late_cache_torch, m.late_cache_jax),
     "KV cache not truncated": Fault(
         "roll_back",
@@ -315,36 +331,6 @@ FAULTS = {
         lambda: m.without_top_p(mooshak_jax.decode),
     ),
     "drafted tokens not verified": Fault("engines", "^token", m.unverified, m.unverified),
-    "chosen and rejected swapped": Fault(
-        "preferences",
-        "^chosen and rejected$",
-        lambda: p.answers_swapped(mooshak_torch.objectives),
-        lambda: p.answers_swapped(mooshak_jax.objectives),
-    ),
-    "reference is the model that is trained": Fault(
-        "preferences",
-        "^the reference",
-        lambda: p.reference_is_trained(mooshak_torch.objectives, torch.Tensor.detach),
-        lambda: p.reference_is_trained(mooshak_jax.objectives, jax.lax.stop_gradient),
-    ),
-    "prompt counts in the length of an answer": Fault(
-        "preferences",
-        "^log-probabilities of the answers$",
-        lambda: p.prompt_counts(mooshak_torch.objectives),
-        lambda: p.prompt_counts(mooshak_jax.objectives),
-    ),
-    "log-probabilities of answers one late": Fault(
-        "preferences",
-        "^log-probabilities of the answers$",
-        lambda: p.log_probs_one_late(mooshak_torch.objectives, torch.roll),
-        lambda: p.log_probs_one_late(mooshak_jax.objectives, jnp.roll),
-    ),
-    "scale of adapters doubled": Fault(
-        "preferences",
-        "^log-probabilities of the answers$",
-        lambda: p.scale_doubled(tm),
-        lambda: p.scale_doubled(jm),
-    ),
     "norm after the attention": Fault(
         "forward",
         "^layer 0, input of attention$|^layer 0 attention, wq|^layer 0, input of attention",
@@ -392,5 +378,6 @@ FAULTS = {
         read=changed("norm.weight", np.ones_like),
         architecture="llama",
     ),
+    **PREFERENCES,
 }
 """Name -> fault."""

@@ -4,8 +4,15 @@ from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import torch
+
+import mooshak_jax.objectives
+import mooshak_torch.objectives
 from mooshak.numerics.preference import Pairs
-from parity.faults.model import Patch
+from parity.faults.fault import Fault
+from parity.faults.model import Patch, jm, tm
 
 
 def answers_swapped(objectives: ModuleType) -> list[Patch]:
@@ -60,3 +67,38 @@ def scale_doubled(model: ModuleType) -> list[Patch]:
         return original(y, x, layer, replace(lora, alpha=2 * lora.alpha))
 
     return [(model, "add_adapter", doubled)]
+
+
+PREFERENCES = {
+    "chosen and rejected swapped": Fault(
+        "preferences",
+        "^chosen and rejected$",
+        lambda: answers_swapped(mooshak_torch.objectives),
+        lambda: answers_swapped(mooshak_jax.objectives),
+    ),
+    "reference is the model that is trained": Fault(
+        "preferences",
+        "^the reference",
+        lambda: reference_is_trained(mooshak_torch.objectives, torch.Tensor.detach),
+        lambda: reference_is_trained(mooshak_jax.objectives, jax.lax.stop_gradient),
+    ),
+    "prompt counts in the length of an answer": Fault(
+        "preferences",
+        "^log-probabilities of the answers$",
+        lambda: prompt_counts(mooshak_torch.objectives),
+        lambda: prompt_counts(mooshak_jax.objectives),
+    ),
+    "log-probabilities of answers one late": Fault(
+        "preferences",
+        "^log-probabilities of the answers$",
+        lambda: log_probs_one_late(mooshak_torch.objectives, torch.roll),
+        lambda: log_probs_one_late(mooshak_jax.objectives, jnp.roll),
+    ),
+    "scale of adapters doubled": Fault(
+        "preferences",
+        "^log-probabilities of the answers$",
+        lambda: scale_doubled(tm),
+        lambda: scale_doubled(jm),
+    ),
+}
+"""Name -> fault."""

@@ -9,9 +9,13 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from mooshak.config.parse import dump_config
 from mooshak.config.sections import Config, SourceConfig
+from mooshak.data.__main__ import main
 from mooshak.data.conversations import Conversation, conversations
+from mooshak.data.samples import encode_sample, truncate
 from mooshak.errors import InputError
+from mooshak.tokenizer.base import Tokenizer
 
 USER, BOT = {"role": "user", "content": "क?"}, {"role": "assistant", "content": "ख"}
 OTHER = {"role": "assistant", "content": "ग"}
@@ -126,6 +130,25 @@ def test_wrong_pair_or_label_is_named(
 ) -> None:
     with pytest.raises(InputError, match=f"line 1: .*{message}"):
         read(tiny_config, tmp_path / "a.jsonl", record)
+
+
+def test_describe_counts_what_is_read_and_trained(
+    tiny_config: Config, tiny_tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    pairs = [{"prompt": "a", "completion": text} for text in ("lion", "the lion " * 30, " ")]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    source = SourceConfig("pairs", kind="jsonl", path=str(tmp_path / "a.jsonl"))
+    of_data = replace(tiny_config.data, sources=[source], format="conversations")
+    (tmp_path / "c.yaml").write_text(dump_config(replace(tiny_config, data=of_data)))
+    main(["describe", "--config", str(tmp_path / "c.yaml")])
+    printed, said = capsys.readouterr()
+    (row,) = [line for line in printed.splitlines() if "prompt_completion" in line]
+    samples = [encode_sample(tiny_tokenizer, "a", one["completion"]) for one in pairs[:2]]
+    short, cut = samples[0], truncate(samples[1], tiny_config.T)
+    counts = [3, 2, len(short.tokens) + len(cut.tokens), short.n_labels + cut.n_labels]
+    counts += [len(samples[1].tokens), 1, 1]
+    assert [cell.strip() for cell in row.split("│")[3:-1]] == list(map(str, counts))
+    assert said == f"{tmp_path}/a.jsonl, line 3: the answer is empty\n"
 
 
 def test_source_without_conversations_is_named(tiny_config: Config, tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ from mooshak.generation.lm import LM
 from tests.drawn_checkpoints import drawn_checkpoint
 from tests.serving.conftest import MODELS
 
+pytestmark = pytest.mark.usefixtures("compiled_in_haste")
+
 FRAMEWORKS = ("torch", "jax")
 PROMPT = [1, 5, 300, 7, 9]
 ALLOWED = (2, 11, 12, 13)

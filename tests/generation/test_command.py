@@ -15,6 +15,8 @@ from mooshak.config.generate import GenerateConfig
 from mooshak.generation.command import field_docstrings, generate_parser, setting_options
 from mooshak.generation.lm import LM
 
+pytestmark = pytest.mark.usefixtures("compiled_in_haste")
+
 HINDI = "एक चालाक चूहा"
 MESSAGES = [{"role": "user", "content": HINDI}]
 SETTINGS: dict[str, Any] = {"max_new_tokens": 8, "temperature": 0.9, "seed": 4}

@@ -16,6 +16,8 @@ from mooshak.generation.lm import LM
 from mooshak.generation.requests import given_settings
 from tests.generation.conftest import FRAMEWORKS
 
+pytestmark = pytest.mark.usefixtures("compiled_in_haste")
+
 SCHEMA = {
     "type": "object",
     "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 9}, "क": {"enum": ["अ", "b"]}},

@@ -18,6 +18,8 @@ from mooshak.generation.lm import LM
 from mooshak.generation.text import TextStream
 from mooshak.tokenizer.chat_template import encode_chat
 
+pytestmark = pytest.mark.usefixtures("compiled_in_haste")
+
 FRAMEWORKS = ("torch", "jax")
 HINDI, ENGLISH = "एक चालाक चूहा", "a clever mouse"
 SAMPLED = {"temperature": 1.5, "top_p": 0.9, "seed": 3}

@@ -13,6 +13,8 @@ from mooshak.generation.lm import LM
 from mooshak_torch.sampling import most_probable
 from tests.serving.conftest import load, make_scheduler
 
+pytestmark = pytest.mark.usefixtures("compiled_in_haste")
+
 PROMPT = [1, 5, 300, 7, 9]
 
 

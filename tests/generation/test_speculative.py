@@ -15,6 +15,8 @@ from mooshak.generation.speculative import count_accepted
 from tests.drawn_checkpoints import drawn_checkpoint
 from tests.serving.conftest import MODELS
 
+pytestmark = pytest.mark.usefixtures("compiled_in_haste")
+
 PROMPTS = [[1, 5, 300, 7, 9], [1], list(range(3, 30))]
 
 
@@ -112,8 +114,13 @@ def test_stream_and_stop_texts_with_a_draft(lm: LM, tiny_checkpoint: Path) -> No
         chunks = list(lm.stream("एक चूहा", max_new_tokens=20, draft=tiny_checkpoint, **settings))
         assert "".join(chunks) == plain.text
         stop = plain.text[5:8]
-        ended = lm.generate("एक चूहा", max_new_tokens=20, draft=lm, stop=stop, **settings)
-        assert ended.text == plain.text[: plain.text.index(stop)]
+        for k in (2, 3):
+            options = {"max_new_tokens": 20, "draft": lm, "draft_tokens": k, **settings}
+            ended = lm.generate("एक चूहा", stop=stop, **options)
+            assert ended.text == plain.text[: plain.text.index(stop)]
+            # One token is drawn after the prompt, and one after every k that are accepted.
+            accepted = [i for i in range(len(ended.token_ids)) if i % (k + 1)]
+            assert ended.n_accepted == len(accepted)
 
 
 def test_drafts_that_do_not_fit_are_refused(

@@ -12,6 +12,8 @@ import pytest
 from mooshak.errors import InputError
 from mooshak.generation.lm import LM
 
+pytestmark = pytest.mark.usefixtures("compiled_in_haste")
+
 HINDI, ENGLISH = "एक चालाक चूहा", "a clever mouse"
 
 

@@ -26,6 +26,8 @@ from mooshak_torch.ops.cross_entropy import cross_entropy
 from mooshak_torch.params import initialize
 from parity.backends import canonical
 
+pytestmark = pytest.mark.usefixtures("compiled_in_haste")
+
 T, VOCABULARY = 22, 48
 MOOSHAK = ModelConfig(
     vocab_size=VOCABULARY, dim=24, n_layers=2, n_heads=4, hidden_dim=20, max_seq_len=T

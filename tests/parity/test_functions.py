@@ -50,9 +50,10 @@ LLAMA3 = {
 # A model with full heads: tests/parity/test_faults.py.
 MODELS = {
     "grouped heads": GROUPED,
-    "llama, tied, llama3 frequencies": replace(LLAMA, tie_embeddings=True, rope_scaling=LLAMA3),
-    "llama, one head of keys, biases, normed queries, a window": replace(
+    "llama, tied, llama3 frequencies, one head of keys, biases, normed queries, a window": replace(
         LLAMA,
+        tie_embeddings=True,
+        rope_scaling=LLAMA3,
         n_kv_heads=1,
         qkv_bias=True,
         wo_bias=True,

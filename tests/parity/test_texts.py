@@ -13,6 +13,8 @@ import pytest
 from parity.faults import inject_fault
 from parity.texts import Result, Texts, compare, markdown, tale_prompts
 
+pytestmark = pytest.mark.usefixtures("compiled_in_haste")
+
 PROMPTS = [[1, 5, 300, 7], [1, 9], [1, *range(20, 31)]]
 
 

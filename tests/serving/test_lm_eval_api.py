@@ -9,7 +9,7 @@ import pytest
 from tests.serving.conftest import load
 from tests.serving.servers import NAME, Server, serve
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiled_in_haste")]
 PAIRS = [("एक चूहा", " जंगल में"), ("the lion", " became its friend"), ("", "a mouse")]
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from tests.serving.servers import NAME, Server, serve
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiled_in_haste")]
 
 HINDI = "एक चूहा"
 MESSAGES: Any = [{"role": "user", "content": HINDI}]

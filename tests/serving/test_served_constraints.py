@@ -16,6 +16,8 @@ from mooshak.serving.protocol import Parser
 from tests.serving.conftest import load, make_scheduler
 from tests.serving.servers import NAME, serve
 
+pytestmark = pytest.mark.usefixtures("compiled_in_haste")
+
 FRAMEWORKS = ("torch", "jax")
 SCHEMA = {
     "type": "object",

@@ -19,6 +19,8 @@ from mooshak_jax.distributed import mesh as jax_mesh
 from mooshak_torch import step as torch_step
 from mooshak_torch.distributed import mesh as torch_mesh
 
+pytestmark = pytest.mark.usefixtures("compiled_in_haste")
+
 STEPS = 3
 MODEL = ModelConfig(vocab_size=192, dim=32, n_layers=2, n_heads=4, hidden_dim=48, max_seq_len=24)
 CONFIG = Config(
