@@ -6,13 +6,12 @@ controls of `parity.check`; `tests/parity/test_faults.py` injects every one.
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
 
 import mooshak_jax.decode
 import mooshak_jax.objectives
