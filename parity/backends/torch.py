@@ -154,7 +154,10 @@ class TorchBackend:
         return torch.from_numpy(np.ascontiguousarray(tokens_BT)).to(self.device).long()
 
     def _batch(self, batch: Batch[np.ndarray]) -> Batch[torch.Tensor]:
-        return batch.map(self._tokens)
+        here = batch.map(self._tokens)
+        if batch.reference is None:
+            return here
+        return here._replace(reference=torch.from_numpy(batch.reference).to(self.device))
 
 
 def _gradients(model: torch.nn.Module) -> Arrays:

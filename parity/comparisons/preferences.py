@@ -82,4 +82,4 @@ def swapped(batch: Batch[np.ndarray]) -> Batch[np.ndarray]:
     """Return the batch with chosen and rejected exchanged."""
     assert batch.segments is not None and batch.reference is not None
     segments_BT = np.array([0, 2, 1], np.int32)[batch.segments]
-    return batch._replace(segments=segments_BT, reference=batch.reference[:, ::-1])
+    return batch._replace(segments=segments_BT, reference=batch.reference[:, [1, 0]])

@@ -10,6 +10,7 @@ import torch
 
 import mooshak_jax.objectives
 import mooshak_torch.objectives
+import mooshak_torch.ops.cross_entropy
 from mooshak.numerics.preference import Pairs
 from parity.faults.fault import Fault
 from parity.faults.model import Patch, jm, tm
@@ -49,14 +50,14 @@ def prompt_counts(objectives: ModuleType) -> list[Patch]:
     return [(objectives, "count_labels", count)]
 
 
-def log_probs_one_late(objectives: ModuleType, roll: Any) -> list[Patch]:
-    """Sum the log-probabilities of the positions before those of the answers."""
-    original = objectives.sum_segments
+def labels_one_late(module: ModuleType, roll: Any) -> list[Patch]:
+    """Take the log-probability of each position for that of the token before."""
+    original = module.token_log_probs
 
-    def late(values_BT: Any, batch: Any) -> Any:
-        return original(roll(values_BT, 1, 1), batch)
+    def late(x_BTD: Any, head: Any, labels_BT: Any, chunk: int) -> Any:
+        return original(x_BTD, head, roll(labels_BT, 1, 1), chunk)
 
-    return [(objectives, "sum_segments", late)]
+    return [(module, "token_log_probs", late)]
 
 
 def scale_doubled(model: ModuleType) -> list[Patch]:
@@ -91,8 +92,8 @@ PREFERENCES = {
     "log-probabilities of answers one late": Fault(
         "preferences",
         "^log-probabilities of the answers$",
-        lambda: log_probs_one_late(mooshak_torch.objectives, torch.roll),
-        lambda: log_probs_one_late(mooshak_jax.objectives, jnp.roll),
+        lambda: labels_one_late(mooshak_torch.ops.cross_entropy, torch.roll),
+        lambda: labels_one_late(mooshak_jax.objectives, jnp.roll),
     ),
     "scale of adapters doubled": Fault(
         "preferences",
