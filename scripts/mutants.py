@@ -40,8 +40,8 @@ PRELOADED = (
     "transformers",
 )
 
-CHECKPOINTS = ("parity/test_convert", "checkpoints/test_manager", "checkpoints/test_hf_files")
-SHARDS = ("data/test_shards", "data/test_offsets", "data/test_changed_text")
+CHECKPOINTS = ("checkpoints/test_base", "checkpoints/test_manager", "parity/test_convert")
+SHARDS = tuple(f"data/test_{name}" for name in ("shards", "offsets", "changed_text", "packing"))
 TESTS = {
     "mooshak/numerics/init_weights": ("numerics/test_numerics",),
     "mooshak/numerics/philox": ("numerics/test_numerics",),
@@ -49,7 +49,11 @@ TESTS = {
     "mooshak/numerics/sampling_noise": ("numerics/test_numerics",),
     "mooshak/numerics/schedule": ("numerics/test_numerics",),
     "mooshak/corpus/filters": ("corpus/test_readers",),
-    "mooshak/corpus/readers": ("corpus/test_readers", "data/test_changed_text"),
+    "mooshak/corpus/readers": (
+        "corpus/test_readers",
+        "corpus/test_odd_files",
+        "data/test_changed_text",
+    ),
     "mooshak/corpus/tales": ("corpus/test_tales",),
     "mooshak/data/batches": ("data/test_batches", "data/test_packing"),
     "mooshak/data/packing": ("data/test_packing", "data/test_batches"),
@@ -106,18 +110,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--sample", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit", type=int, help="run at most N mutants now")
+    parser.add_argument("--limit", type=int, default=sys.maxsize, help="run at most N mutants now")
     parser.add_argument("--again", action="store_true", help="run those that survived again")
+    parser.add_argument("--only", default="", help="run those of modules with this in their name")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "mutants.json")
     options = parser.parse_args()
-    results = json.loads(options.out.read_text("utf-8")) if options.out.is_file() else {}
+    results = read_results(options.out)
     chosen = sample(options.sample, options.seed, results)
-    todo = [m for m in chosen if needs_run(m, results, options.again)][: options.limit]
+    todo = [m for m in chosen if needs_run(m, results, options.again) and options.only in m.module]
+    del todo[options.limit :]
     if todo:
         with tempfile.TemporaryDirectory(prefix="mutants-") as directory:
             runner = Runner(Path(directory))
             for mutant in todo:
                 result = runner.run(mutant)
+                results = read_results(options.out)  # Another process may run other modules.
                 results[mutant.name] = asdict(mutant) | result | {"code": digest(mutant.code)}
                 options.out.parent.mkdir(parents=True, exist_ok=True)
                 options.out.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
@@ -125,6 +132,11 @@ def main() -> None:
                     f"{result['outcome']:8} {result['seconds']:5.1f} s  {mutant.name}", flush=True
                 )
     report(chosen, results)
+
+
+def read_results(path: Path) -> dict[str, dict]:
+    """Return the results of earlier runs by the name of the mutant."""
+    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
 
 
 def needs_run(mutant: Mutant, results: dict[str, dict], again: bool) -> bool:

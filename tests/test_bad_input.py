@@ -158,6 +158,7 @@ def test_indivisible_batch_or_devices(
     assert "8 is not divisible by mesh data=3" in refused("mooshak_torch.train", *here)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 @pytest.mark.parametrize(
     ("options", "message"),
@@ -251,6 +252,7 @@ def test_checkpoint_with_tensors_of_another_model(
     assert "tensor layers.2" in refused(f"mooshak_{framework}.train", *further)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_evaluation_that_does_not_fit(
     framework: str, refused: Refused, run_of: Callable[[str], tuple[Path, Path]], tmp_path: Path

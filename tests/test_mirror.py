@@ -190,7 +190,7 @@ ALLOWED: dict[str, dict[str, str]] = {
         "load": "`compiled`: JAX always compiles",
     },
     "serve": {
-        "serve": "all processes of a JAX mesh serve together",
+        "serve": "JAX serves a mesh over several processes",
     },
     "planner": {
         "plan": MACHINES,
@@ -222,6 +222,7 @@ ALLOWED: dict[str, dict[str, str]] = {
         "Parallel.activate": "shardings apply inside compiled functions",
         "make_parallel": "a plan's mesh has devices of an absent machine",
         "make_mesh": "the Python API computes on a mesh in JAX only",
+        "join": "`serve` has processes in JAX only",
     },
 }
 """File -> name of a class, function, `Class.method` or `Class.attribute` -> reason."""

@@ -262,7 +262,7 @@ def model_from_json(text: str | bytes, where: str) -> ModelConfig:
         raise InputError(f"{where}: key {missing[0]!r} is missing; is this a Mooshak checkpoint?")
     try:
         return ModelConfig(**values)
-    except TypeError as error:
+    except (TypeError, InputError) as error:
         raise InputError(f"{where}: {error}") from error
 
 

@@ -153,6 +153,7 @@ def parse_config(
         message = _explain(str(error))
         not_yaml = isinstance(error, (UnicodeDecodeError, yaml.YAMLError))
         if not_yaml or message.startswith("Problems parsing config"):
+            message = re.sub(r"Problems parsing config:\s*|in \"<unicode string>\", ", "", message)
             message = f"{file} is not YAML: {message}"
         raise InputError(message) from error
     sections = {name: values[name] for name in SECTIONS if name not in ("model", "init")}
@@ -267,7 +268,8 @@ def _explain(message: str) -> str:
             if key in renamed.RENAMED:
                 return f"{prefix}{key} was renamed; use {renamed.RENAMED[key]}"
             return f"unknown {prefix}{key}{did_you_mean(key, _known_keys())}"
-    if match := re.search(r"Not a valid subclass of SourceConfig. Got value: (.*)", message):
+    no_source = r"(?:of SourceConfig. Got value|Expected a dot import path string): (.*)"
+    if match := re.search(no_source, message):
         return f"data.sources: {match[1]} is not an object with the keys of a source"
     if match := re.match(r'Parser key "config": (.*?): \'(.*)\'', message):
         reason = "does not exist" if "not exist" in match[1] else "is not a readable file"

@@ -85,7 +85,7 @@ class SourceConfig:
         key = f"data.sources[{self.name}].path"
         object.__setattr__(self, "path", usable_path(key, self.path))
         built_in = self.kind in ("tales", "tasks")
-        require(built_in or bool(self.path), f"source {self.name} needs a path")
+        require(built_in or bool(self.path), f"{key} is empty; kind {self.kind} needs one")
 
 
 @dataclass(frozen=True)

@@ -299,10 +299,8 @@ class LM(abc.ABC):
     ) -> list[Completion]:
         """Generate one completion per row, until all of them have ended."""
         ends = self.ends(settings) | (more_ends or set())
-        rows = [
-            Row(self.tokenizer, ids, sample, settings, ends, streamed=False)
-            for ids, sample in zip(prompts, samples, strict=True)
-        ]
+        pairs = zip(prompts, samples, strict=True)
+        rows = [Row(self.tokenizer, ids, i, settings, ends, streamed=False) for ids, i in pairs]
         adjusters = self.adjusters(prompts, settings, ends)
         self.check_lengths(prompts, settings)
         if settings.prompt_logprobs:
@@ -321,10 +319,9 @@ class LM(abc.ABC):
                 row.push(int(token), found, i)
             if all(row.done for row in rows):
                 break
-        completions = [row.completion() for row in rows]
         if isinstance(steps, Speculation):
-            return steps.count(completions, [row.n_pushed for row in rows])
-        return completions
+            return steps.count(rows)
+        return [row.completion() for row in rows]
 
     def _all_steps(
         self,

@@ -16,7 +16,7 @@ from mooshak.config.model import ModelConfig
 from mooshak.errors import InputError
 from mooshak.generation.adjustments import Adjustments, RowAdjustments, stack_adjustments
 from mooshak.generation.cached_model import CachedModel
-from mooshak.generation.completion import Completion
+from mooshak.generation.completion import Completion, Row
 from mooshak.generation.log_probs import TokenLogProbs
 from mooshak.generation.text import pad_prompts
 from mooshak.numerics.sampling_noise import noise
@@ -148,15 +148,13 @@ class Speculation:
                 found = TokenLogProbs(*map(np.stack, columns))
             yield np.array([row.ids[t] for row in self.rows]), found
 
-    def count(self, completions: Sequence[Completion], lengths: Sequence[int]) -> list[Completion]:
-        """Return the completions of the rows with the numbers of drafted and accepted tokens.
-
-        `lengths` are the numbers of tokens up to the end, end tokens included.
-        """
+    def count(self, rows: Sequence[Row]) -> list[Completion]:
+        """Return the completions of the rows with the numbers of drafted and accepted tokens."""
         found = []
-        for row, completion, n in zip(self.rows, completions, lengths, strict=True):
-            n_drafted, n_accepted = sum(row.n_drafted[:n]), sum(row.accepted[:n])
-            found.append(replace(completion, n_drafted=n_drafted, n_accepted=n_accepted))
+        for ours, row in zip(self.rows, rows, strict=True):
+            n_drafted = sum(ours.n_drafted[: row.n_pushed])
+            n_accepted = sum(ours.accepted[: row.n_pushed])
+            found.append(replace(row.completion(), n_drafted=n_drafted, n_accepted=n_accepted))
         return found
 
     def _call(self) -> None:

@@ -47,6 +47,7 @@ def loaded(path: Path) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(path).eval()
 
 
+@pytest.mark.slow
 def test_single_file_wins_over_an_older_index(tmp_path: Path) -> None:
     old, both = make(tmp_path / "old", "llama"), tmp_path / "both"
     old.save_pretrained(both, max_shard_size="20KB")
@@ -100,6 +101,7 @@ def test_variant_next_to_a_pickle_is_not_read(tmp_path: Path) -> None:
     assert_same_function(tmp_path / "ours", model)
 
 
+@pytest.mark.slow
 def test_tied_weights_may_stand_under_the_head_only(tmp_path: Path) -> None:
     model = make(tmp_path / "hf", "llama", tie_word_embeddings=True)
     tensors = load_file(tmp_path / "hf" / "model.safetensors")
@@ -191,6 +193,7 @@ def test_float64_beyond_float32_is_refused(tmp_path: Path) -> None:
         convert(tmp_path / "hf", tmp_path / "target", "torch", dtype="float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", ["torch", "jax"])
 @pytest.mark.parametrize("place", ["config.json", "generation_config.json"])
 def test_generation_ends_at_each_named_token(place: str, framework: str, tmp_path: Path) -> None:
@@ -236,6 +239,7 @@ def test_conversion_works_next_to_nothing_writable(
     assert not path.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", ["torch", "jax"])
 def test_tokens_without_a_row_are_refused_where_they_occur(framework: str, tmp_path: Path) -> None:
     """A `<pad>` after the rows of the embedding, as in Code Llama."""

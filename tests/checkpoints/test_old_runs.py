@@ -63,6 +63,7 @@ def test_old_run_is_evaluated(
     assert (scores["loss"], scores["bits_per_byte"]) == pytest.approx(VALIDATION[2], rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("run", "framework"), READERS)
 def test_old_run_generates(run: str, framework: str) -> None:
     path = f"{run}/checkpoints/2"

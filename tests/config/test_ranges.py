@@ -56,6 +56,7 @@ def test_help_has_every_range() -> None:
             assert f"({allowed}" in described[:500], key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -90,6 +91,7 @@ def load_draft_of(options: list[str]) -> Config:
     return parse_config(config_parser(""), options)[0].config()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", ["0", ".inf", "null", "0.0"])
 def test_no_clipping(value: str, tmp_path: Path) -> None:
     config = load_draft_of(["--optimizer.max_grad_norm", value])

@@ -1,5 +1,6 @@
 """Tales: deterministic, parallel in both languages, inflected, and many."""
 
+import hashlib
 import math
 import re
 import subprocess
@@ -39,12 +40,21 @@ def test_tales_have_forty_plots_and_millions_of_variants():
         assert _variants(plot) > 10_000, plot.name
 
 
+@pytest.mark.slow
 def test_tale_depends_only_on_seed_and_index(many):
     assert tales.tale(0, 123).text("hi") == many[123].text("hi")
     assert tales.tale(1, 123).text("hi") != many[123].text("hi")
     pairs = list(tales.documents(0, 3))
     assert pairs == [(lang, many[i].text(lang)) for i in range(3) for lang in ("hi", "en")]
     assert [text for _, text in tales.documents(0, 3, ("en",))] == [t for _, t in pairs[1::2]]
+
+
+def test_tales_are_these(many):
+    # Another digest is other data: shards are prepared again. New plots and words change it.
+    digest = hashlib.sha256()
+    for one in many:
+        digest.update((one.text("hi") + one.text("en")).encode())
+    assert digest.hexdigest() == "0c86c83e477e4842966b70bbdfd485c0c1a46116c8fde0bf599ca8ab576c249b"
 
 
 def test_tale_is_the_same_in_another_process():

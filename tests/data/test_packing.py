@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import torch
 
 from mooshak.config.sections import Config
 from mooshak.corpus.filters import in_validation
@@ -37,6 +38,10 @@ def assert_equal(batch: Batch, expected: Batch) -> None:
             assert found is None, name
         else:
             assert found.dtype == np.int32 and np.array_equal(found, wanted), name
+
+
+def test_ignored_label_is_that_of_pytorch() -> None:
+    assert torch.nn.CrossEntropyLoss().ignore_index == IGNORE_INDEX
 
 
 def test_make_batch_without_segments_shifts_by_one() -> None:
@@ -183,7 +188,10 @@ def test_document_mask_changes_no_token(
                 if start >= 0
             ]
             assert any(
-                all(np.array_equal(a[0], b[row]) for a, b in zip(e, batch, strict=True))
+                all(
+                    a is b is None or np.array_equal(a[0], b[row])
+                    for a, b in zip(e, batch, strict=True)
+                )
                 for e in expected
             )
     some = next(batches_of_rows(divided, [6, 1], 4))

@@ -1,5 +1,6 @@
 """Token shards: complete or absent, resumed to equal bytes, remade for other settings."""
 
+import hashlib
 import json
 import pickle
 import re
@@ -16,7 +17,7 @@ from mooshak.corpus.filters import in_validation
 from mooshak.corpus.readers import documents
 from mooshak.data import manifest, shards
 from mooshak.data.__main__ import main
-from mooshak.data.manifest import read_manifest, totals
+from mooshak.data.manifest import read_manifest, shards_description, totals
 from mooshak.data.shards import TokenShards, load_or_prepare_shards, prepare
 from mooshak.errors import InputError
 from mooshak.tokenizer.base import Tokenizer
@@ -70,10 +71,28 @@ def test_files_are_plain_arrays(config: Config, tiny_tokenizer: Tokenizer):
 
 
 def test_large_vocabulary_needs_32_bits(config: Config, tiny_tokenizer: Tokenizer, monkeypatch):
-    monkeypatch.setattr(tiny_tokenizer, "vocab_size", 65_536)
-    manifests = prepare(config, tiny_tokenizer, progress=False)
-    assert {shard["dtype"] for shard in manifests["hi"]["shards"]} == {"uint32"}
+    for size, dtype in ((65_535, "uint16"), (65_536, "uint32")):
+        monkeypatch.setattr(tiny_tokenizer, "vocab_size", size)
+        monkeypatch.setattr(tiny_tokenizer, "fingerprint", dtype)
+        manifests = prepare(config, tiny_tokenizer, progress=False)
+        assert {shard["dtype"] for shard in manifests["hi"]["shards"]} == {dtype}
     assert TokenShards(Path(config.data.dir) / "hi", "train").window(0, 1).tolist() == [1]
+
+
+def test_description_is_of_the_training_shards() -> None:
+    entries = [
+        {"split": split, "documents": n, "tokens": 10 * n, "bytes": 40 * n, "sha256": f"{n}"}
+        for n, split in ((1, "train"), (2, "train"), (4, "validation"))
+    ]
+    made = {"shards": entries, "shard_tokens": 20}
+    checksum = hashlib.sha256(b"12").hexdigest()
+    assert shards_description(made) == {
+        "documents": 3,
+        "tokens": 30,
+        "shard_tokens": 20,
+        "sha256": checksum,
+    }
+    assert totals(made, "train", "validation") == {"tokens": 70, "documents": 7, "bytes": 280}
 
 
 def test_windows_cross_shards(config: Config, tiny_tokenizer: Tokenizer):
@@ -300,6 +319,7 @@ def test_source_without_documents_is_named(
         prepare(with_data(config, sources=[source]), tiny_tokenizer, progress=False)
 
 
+@pytest.mark.slow
 def test_command_line(config: Config, tmp_path: Path, capsys):
     path = tmp_path / "config.yaml"
     path.write_text(dump_config(config))

@@ -3,16 +3,21 @@
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mooshak.config.sections import Config
+from mooshak.config.parse import dump_config
+from mooshak.config.sections import Config, ParallelConfig
 from mooshak.data.packing import IGNORE_INDEX, Batch
 from mooshak.data.shards import TokenShards, prepare
+from mooshak.errors import InputError
 from mooshak.evaluation.bits_per_byte import (
+    _layout_fits,
     bits_per_byte,
+    options,
     report,
     text_bytes,
     token_counts,
@@ -78,3 +83,42 @@ def test_report_is_a_table_or_an_object(capsys: pytest.CaptureFixture[str]) -> N
     report(scores, as_json=False)
     row = next(line for line in capsys.readouterr().out.splitlines() if "hi" in line)
     assert row.replace("│", " ").split() == ["hi", "1,234", "2.5000", "0.7500", "1.5000", "2.00"]
+
+
+@pytest.mark.parametrize(
+    ("module", "mesh", "strategy", "world", "fits"),
+    [
+        ("mooshak_torch.evaluate", "", "auto", "", True),
+        ("mooshak_torch.evaluate", "data=1", "single", "1", True),
+        ("mooshak_torch.evaluate", "fsdp=2", "auto", "", False),
+        ("mooshak_torch.evaluate", "data=-1", "ddp", "1", False),
+        ("mooshak_torch.evaluate", "fsdp=2", "auto", "2", True),
+        ("mooshak_jax.evaluate", "fsdp=2", "auto", "", True),
+    ],
+)
+def test_layout_of_a_run_is_used_where_it_fits(
+    module: str, mesh: str, strategy: str, world: str, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", world)
+    config = Config(parallel=ParallelConfig(mesh=mesh, strategy=strategy))  # type: ignore[arg-type]
+    assert _layout_fits(config, module) is fits
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_configuration_is_that_of_the_run(
+    given: bool, tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    checkpoint = tmp_path / "run" / "checkpoints" / "8"
+    (checkpoint / "dcp").mkdir(parents=True)
+    config = replace(tiny_config, parallel=ParallelConfig(mesh="fsdp=2"))
+    (tmp_path / "run" / "config.yaml").write_text(dump_config(config), "utf-8")
+    words = ["--mesh", "data=2"] if given else []
+    monkeypatch.setattr("sys.argv", ["evaluate", *words, str(checkpoint), "--device", "cpu"])
+    found, arguments = options("mooshak_torch.evaluate", "Evaluate.")
+    assert found.parallel == ParallelConfig(mesh="data=2" if given else "")
+    assert arguments.source == checkpoint and found.model == config.model
+    words = ["evaluate", str(checkpoint), "--data.validation_fraction", "0"]
+    monkeypatch.setattr("sys.argv", words)
+    with pytest.raises(InputError, match="no text is held out"):
+        options("mooshak_torch.evaluate", "Evaluate.")

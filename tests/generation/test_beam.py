@@ -41,6 +41,7 @@ def total(lm: LM, prompt: list[int], ids: list[int]) -> float:
     return float(lm.score([*prompt, *ids])[len(prompt) - 1 :].sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length_penalty", [-1.0, 0.0, 1.0, 2.5])
 def test_beams_equal_exhaustive_search(length_penalty: float, pair: list[LM]) -> None:
     """Four tokens, three steps, of which one token ends a text: 40 texts in all."""
@@ -98,6 +99,7 @@ def from_transformers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: str(settings["num_beams"]))
 def test_beams_equal_those_of_transformers(
     settings: dict[str, Any], from_transformers: Path
@@ -133,6 +135,7 @@ def groups(found: Any) -> list[list[Completion]]:
     return [group if isinstance(group, list) else [group] for group in found]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: str(settings["num_beams"]))
 def test_beams_are_the_same_in_both_and_in_a_batch(
     settings: dict[str, Any], pair: list[LM]
@@ -148,6 +151,7 @@ def test_beams_are_the_same_in_both_and_in_a_batch(
         assert [one.token_ids for one in alone] == [one.token_ids for one in group]
 
 
+@pytest.mark.slow
 def test_a_single_beam_is_greedy_and_more_score_better(pair: list[LM]) -> None:
     for lm in pair:
         greedy = lm.generate(PROMPT, max_new_tokens=8)
@@ -156,6 +160,7 @@ def test_a_single_beam_is_greedy_and_more_score_better(pair: list[LM]) -> None:
         assert beams.score * 8 > total(lm, PROMPT, greedy.token_ids) - 1e-9
 
 
+@pytest.mark.slow
 def test_a_stop_text_ends_a_beam(lm: LM) -> None:
     free = lm.generate("एक चूहा", max_new_tokens=8, num_beams=3)
     stop = free.text[2:4]
@@ -169,6 +174,7 @@ def test_a_stop_text_ends_a_beam(lm: LM) -> None:
     assert scores == sorted(scores, reverse=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -69,6 +69,7 @@ def test_options_become_settings_and_absent_ones_stay_absent() -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", ["torch", "jax"])
 def test_command_prints_what_the_api_returns(
     framework: str,
@@ -122,6 +123,7 @@ def test_setting_out_of_range_is_one_line(
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("from_stdin", [True, False], ids=["stdin", "file"])
 def test_prompts_are_the_lines_of_a_file(
     from_stdin: bool, run: Run, lm: LM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -134,6 +136,7 @@ def test_prompts_are_the_lines_of_a_file(
     assert capsys.readouterr().out == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to_stdout", [True, False], ids=["stdout", "file"])
 def test_json_lines_have_their_own_settings(
     to_stdout: bool, run: Run, lm: LM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -173,6 +176,7 @@ def test_json_lines_have_their_own_settings(
         }
 
 
+@pytest.mark.slow
 def test_interactive_chat_has_a_history(
     run: Run, lm: LM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -291,6 +295,7 @@ def test_error_during_generation_names_the_lines(
     assert json.loads((tmp_path / "out").read_text())["prompt"] == "a"
 
 
+@pytest.mark.slow
 def test_json_lines_have_the_fields_that_settings_ask_for(
     lm: LM, run: Run, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -58,6 +58,7 @@ def test_fifty_json_texts_follow_the_schema(
     assert len({one.text for one in found}) > 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", CONSTRAINTS, ids=lambda one: next(iter(one)))
 def test_constrained_texts_are_equal_in_both(settings: dict[str, Any], lms: dict[str, LM]) -> None:
     prompts = ["एक", "a mouse ", "", [1, 5, 300]]
@@ -77,6 +78,7 @@ def test_constrained_texts_are_equal_in_both(settings: dict[str, Any], lms: dict
             assert is_json(one.text)
 
 
+@pytest.mark.slow
 def test_a_met_constraint_ends_the_text_without_an_end_token(lm: LM) -> None:
     done = lm.generate("एक", choice="mouse", max_new_tokens=20, ignore_eos=True, min_new_tokens=19)
     assert (done.text, done.finish_reason) == ("mouse", "stop")
@@ -87,6 +89,7 @@ def test_a_met_constraint_ends_the_text_without_an_end_token(lm: LM) -> None:
     assert short.token_ids == done.token_ids[:-1] and short.finish_reason == "length"
 
 
+@pytest.mark.slow
 def test_constrained_streams_and_chats(lm: LM) -> None:
     values = {"regex": r"[अ-ह]\u094dष{1,2}ा? a", "temperature": 1.0, "seed": 4}
     for prompt in ("एक", "a "):
@@ -146,6 +149,7 @@ def test_constraints_of_the_command(tiny_checkpoint: Path, tmp_path: Path) -> No
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", CONSTRAINTS, ids=lambda one: next(iter(one)))
 def test_constraints_with_beams_and_drafts(settings: dict[str, Any], lms: dict[str, LM]) -> None:
     """A beam ends where its constraint is met; a draft changes no constrained text."""

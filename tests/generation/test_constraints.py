@@ -83,6 +83,7 @@ def test_text_matches_the_pattern(
     assert regex.fullmatch(pattern, text, partial=end == "length"), (text, end)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(
     texts=st.lists(st.text(min_size=1, max_size=6), min_size=1, max_size=3),

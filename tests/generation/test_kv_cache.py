@@ -111,6 +111,7 @@ frameworks = pytest.mark.parametrize("framework", ["torch", "jax"])
 models = pytest.mark.parametrize("model", MODELS)
 
 
+@pytest.mark.slow
 @frameworks
 @models
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
@@ -153,6 +154,7 @@ def test_cache_truncates_each_row_to_its_length(framework: str, model: str) -> N
         assert_close(logits_BTV[row], decoder.full(ids_T[None])[0, length:])
 
 
+@pytest.mark.slow
 @frameworks
 @models
 def test_cache_selects_rows(framework: str, model: str) -> None:
@@ -172,6 +174,7 @@ def test_cache_selects_rows(framework: str, model: str) -> None:
         assert_close(logits_BTV[row], decoder.full(ids_T[None])[0, length:])
 
 
+@pytest.mark.slow
 @frameworks
 @models
 def test_prefill_in_chunks_is_that_at_once(framework: str, model: str) -> None:
@@ -182,6 +185,7 @@ def test_prefill_in_chunks_is_that_at_once(framework: str, model: str) -> None:
         assert_close(logits_BTV, truth_BTV[:, chunk])
 
 
+@pytest.mark.slow
 @frameworks
 @models
 @pytest.mark.parametrize("truncated", [True, False])
@@ -242,6 +246,7 @@ def test_torch_cache_changes_in_place() -> None:
     assert layer.select([1]) is layer and layer.k_BSGK.shape[0] == 1
 
 
+@pytest.mark.slow
 def test_jax_decoding_compiles_no_step_per_length() -> None:
     decoder = Decoder("jax", "mooshak", "float64", 5)
     before = decoder.step._cache_size()

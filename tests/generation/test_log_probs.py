@@ -31,6 +31,7 @@ def log_softmax(x_TV: np.ndarray) -> np.ndarray:
     return found
 
 
+@pytest.mark.slow
 def test_prompt_and_top_log_probs_are_the_model_s(lm: LM) -> None:
     settings: dict[str, Any] = {"prompt_logprobs": True, "logprobs": True, "top_logprobs": 3}
     done = lm.generate(PROMPT, max_new_tokens=6, temperature=1.2, ignore_eos=True, **settings)
@@ -54,6 +55,7 @@ def test_prompt_and_top_log_probs_are_the_model_s(lm: LM) -> None:
     assert (alone.prompt_logprobs, alone.prompt_top_logprobs) == ([None], [None])
 
 
+@pytest.mark.slow
 def test_engine_returns_the_log_probs_of_generate(tiny_checkpoint: Path) -> None:
     for framework in ("torch", "jax"):
         lm = load(framework, tiny_checkpoint)

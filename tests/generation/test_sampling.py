@@ -93,6 +93,7 @@ WARPERS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 @pytest.mark.parametrize("scale", [0.2, 1.0, 4.0], ids=["flat", "normal", "peaked"])
 @pytest.mark.parametrize(
@@ -125,6 +126,7 @@ def test_filters_are_those_of_transformers(
     np.testing.assert_allclose(found_BV[finite], scores_BV.numpy()[finite], rtol=1e-15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_rows_of_a_batch_have_their_own_settings(framework: str) -> None:
     rows = [
@@ -141,6 +143,7 @@ def test_rows_of_a_batch_have_their_own_settings(framework: str) -> None:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 @pytest.mark.parametrize("settings", [{"top_k": 3}, {"top_p": 0.5}, {"top_k": 5, "top_p": 0.9}])
 def test_few_candidates_decide_as_a_full_sort(
@@ -193,6 +196,7 @@ def test_greedy_and_sampled_rows_share_a_batch(framework: str) -> None:
     assert found.tolist() == [3, 0, 5]
 
 
+@pytest.mark.slow
 def test_both_frameworks_draw_the_same_tokens() -> None:
     random = np.random.default_rng(4)
     logits_BV = random.normal(size=(64, V)) * random.uniform(0.1, 5, (64, 1))

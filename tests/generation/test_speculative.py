@@ -64,6 +64,7 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", SETTINGS, ids=range(len(SETTINGS)))
 def test_text_with_a_draft_is_the_text_without(
     settings: dict[str, Any], pair: tuple[LM, Path]
@@ -75,6 +76,7 @@ def test_text_with_a_draft_is_the_text_without(
     assert 0 < accepted < drafted  # Rejected tokens are rolled back, accepted ones are used.
 
 
+@pytest.mark.slow
 def test_a_model_that_drafts_for_itself_is_always_accepted(pair: tuple[LM, Path]) -> None:
     lm, _ = pair
     settings = {"max_new_tokens": 16, "temperature": 1.0, "draft_tokens": 3}
@@ -84,6 +86,7 @@ def test_a_model_that_drafts_for_itself_is_always_accepted(pair: tuple[LM, Path]
     compare(found, lm.generate(PROMPTS[0], **settings))
 
 
+@pytest.mark.slow
 def test_a_draft_fills_the_model_s_positions(pair: tuple[LM, Path]) -> None:
     lm, draft = pair
     settings = {"max_new_tokens": 90, "temperature": 1.0, "draft_tokens": 8, "ignore_eos": True}
@@ -93,6 +96,7 @@ def test_a_draft_fills_the_model_s_positions(pair: tuple[LM, Path]) -> None:
         lm.generate([*prompt, 9], draft=draft, **settings)
 
 
+@pytest.mark.slow
 def test_draft_stops_where_no_token_may_follow(pair: tuple[LM, Path]) -> None:
     """The settings permit three tokens, each once: the fourth is an error, also while drafting."""
     lm, draft = pair
@@ -105,6 +109,7 @@ def test_draft_stops_where_no_token_may_follow(pair: tuple[LM, Path]) -> None:
     compare(lm.generate([1], draft=draft, **ended), lm.generate([1], **ended))
 
 
+@pytest.mark.slow
 def test_stream_and_stop_texts_with_a_draft(lm: LM, tiny_checkpoint: Path) -> None:
     for settings in ({"temperature": 1.0, "seed": 4}, {}):
         plain = lm.generate("एक चूहा", max_new_tokens=20, **settings)

@@ -33,6 +33,7 @@ STRATEGIES: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", STRATEGIES, ids=lambda settings: next(iter(settings)))
 def test_strategies_generate_the_same_in_both(settings: dict[str, Any], lms: dict[str, LM]) -> None:
     prompts = [HINDI, ENGLISH, [1, 5, 300]]
@@ -49,12 +50,14 @@ def test_strategies_generate_the_same_in_both(settings: dict[str, Any], lms: dic
         assert set(tokens) == {9} and len(tokens) == 72
 
 
+@pytest.mark.slow
 def test_ngrams_are_not_repeated_in_the_output(lm: LM) -> None:
     done = lm.generate([1, 5, 6, 5], max_new_tokens=30, no_repeat_ngram_size=2, ignore_eos=True)
     ids = done.prompt_token_ids + done.token_ids
     assert len({*pairwise(ids)}) == len(ids) - 1
 
 
+@pytest.mark.slow
 def test_stop_token_ends_the_text_also_with_ignore_eos(lm: LM) -> None:
     full = lm.generate([1, 5], max_new_tokens=8, ignore_eos=True).token_ids
     end = full[3]
@@ -70,6 +73,7 @@ def test_end_token_does_not_come_before_the_minimum(lm: LM) -> None:
     assert len(done.token_ids) == 4 and done.finish_reason == "stop"
 
 
+@pytest.mark.slow
 def test_end_of_a_turn_does_not_come_before_the_minimum(lm: LM) -> None:
     assert lm.tokenizer is not None
     bias = {lm.tokenizer.id_of("<|end|>"): 100.0}
@@ -79,6 +83,7 @@ def test_end_of_a_turn_does_not_come_before_the_minimum(lm: LM) -> None:
     assert len(done.token_ids) == 4 and done.finish_reason == "stop"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_settings_that_leave_no_token_are_refused(temperature: float, lm: LM) -> None:
     """Token 0 would come out of logits that are all minus infinity."""
@@ -112,6 +117,7 @@ def test_end_tokens_hold_with_another_tokenizer(
     assert alone.generate([1, 5], max_new_tokens=8).token_ids == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", ["torch", "jax"])
 def test_defaults_come_from_generation_config(
     framework: str, tiny_checkpoint: Path, tmp_path: Path

@@ -52,6 +52,7 @@ def check(tokenizer: Tokenizer, prompt: list[int], ids: list[int], stop: tuple[s
     return joined
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=300)
 @given(prompt=texts, text=texts)
 def test_chunks_join_to_the_text(tiny_tokenizer: Tokenizer, prompt: str, text: str) -> None:
@@ -136,6 +137,7 @@ def space_tokenizer(
     return open_tokenizer(path)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=300)
 @given(data=st.data(), text=texts, split=st.integers(0, 4))
 def test_spaces_are_those_of_the_text(

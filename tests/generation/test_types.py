@@ -3,6 +3,7 @@
 from typing import Any, assert_type
 
 import numpy as np
+import pytest
 
 from mooshak.generation.completion import Completion
 from mooshak.generation.lm import LM, Prompt
@@ -11,6 +12,7 @@ Many = Completion | list[Completion]
 Any_ = Completion | list[Completion] | list[list[Completion]]
 
 
+@pytest.mark.slow
 def test_types_of_completions(lm: LM) -> None:
     """`mypy` checks this file, too."""
     n: int = 2
@@ -34,6 +36,7 @@ def test_types_of_completions(lm: LM) -> None:
     assert isinstance(lm.generate("a", **values), Completion)
 
 
+@pytest.mark.slow
 def test_types_of_scores_and_chats(lm: LM) -> None:
     assert isinstance(assert_type(lm.score("a b"), np.ndarray), np.ndarray)
     assert isinstance(assert_type(lm.score([1, 5]), np.ndarray), np.ndarray)

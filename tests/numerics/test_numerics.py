@@ -9,9 +9,10 @@ import pytest
 import torch
 import transformers
 
+from mooshak.config.lora import LoraConfig
 from mooshak.config.model import ModelConfig
 from mooshak.config.sections import Config, OptimizerConfig, ScheduleConfig, TrainConfig
-from mooshak.numerics.init_weights import initial_std, initial_weight, standard
+from mooshak.numerics.init_weights import initial_std, initial_weight, row_norms, standard
 from mooshak.numerics.philox import random_words
 from mooshak.numerics.rope import rescaled, rope_tables
 from mooshak.numerics.sampling_noise import noise
@@ -96,11 +97,18 @@ def test_standard_deviations_are_those_of_the_table() -> None:
     for model in (MODEL, LLAMA):
         for name, std in STDS[model.architecture].items():
             assert math.isclose(initial_std(model, f"{name}.weight"), std, rel_tol=1e-15), name
+    adapted = replace(MODEL, lora=LoraConfig(rank=4))
+    name = next(name for name in adapted.parameter_shapes() if name.endswith("w2.lora_a.weight"))
+    assert math.isclose(initial_std(adapted, name), (3 * 40) ** -0.5)
     z = standard("4:lm_head.weight", 0, 128 * 24).reshape(128, 24)
     weights = initial_weight(MODEL, 4, "lm_head.weight", dtype=np.float64)
     assert np.allclose(weights, 0.1 * 24**-0.5 * z, rtol=1e-15)
     gains = initial_weight(MODEL, 4, "layers.0.mlp_norm.weight", dtype=np.float64, gain_std=0.3)
     assert np.allclose(gains, 1 + 0.3 * standard("4:layers.0.mlp_norm.weight", 0, 24), rtol=1e-15)
+
+
+def test_row_norms_are_those_of_the_outputs() -> None:
+    assert row_norms(np.array([[3, 4], [0, 2], [1, 0]], np.float32)).tolist() == [5, 2, 1]
 
 
 def test_long_rows_are_one_stream() -> None:

@@ -82,6 +82,7 @@ JAX_PAIRS: dict[str, tuple[Callable, Callable, list[float]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", JAX_PAIRS)
 def test_jax_values_and_gradients_equal_plain_code(name: str) -> None:
     ours, plain, special = JAX_PAIRS[name]
@@ -97,6 +98,7 @@ def test_jax_values_and_gradients_equal_plain_code(name: str) -> None:
             np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", JAX_PAIRS)
 def test_jax_low_precision_is_rounded_once(name: str) -> None:
     ours, plain, _ = JAX_PAIRS[name]
@@ -130,6 +132,7 @@ def test_recomputation_changes_no_gradient(architecture: str) -> None:
         assert torch.equal(full[name], gradient), name
 
 
+@pytest.mark.slow
 def test_recomputed_activations_are_not_saved() -> None:
     """Neither with a backward pass to come, nor, for an operation's own result, without one."""
     x, w = torch.randn(4, 8, requires_grad=True), torch.randn(8, 8, requires_grad=True)

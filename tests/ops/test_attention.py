@@ -33,6 +33,7 @@ def causal(T: int, window: int) -> Array:
     return ((back_TT >= 0) & (back_TT < window))[None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("heads", "groups", "queries", "T", "window"),
     [

@@ -119,6 +119,7 @@ def test_unknown_device_is_refused_by_both_frameworks() -> None:
     assert machine.find_devices("cpu") == ("cpu", "cpu")
 
 
+@pytest.mark.slow
 def test_wheels_of_missing_packages_are_installed(tmp_path: Path) -> None:
     folder = tmp_path / "wheels"
     folder.mkdir()

@@ -142,6 +142,7 @@ def copies(tmp_path: Path) -> list[Stage]:
     ]
 
 
+@pytest.mark.slow
 def test_stage_is_rerun_only_when_its_inputs_change(copies: list[Stage], tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert carry_out(copies, out, "one configuration") == 2

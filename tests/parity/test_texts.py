@@ -23,6 +23,7 @@ def texts(tiny_checkpoint: Path) -> Texts:
     return Texts(tiny_checkpoint, tiny_checkpoint, PROMPTS, 6)
 
 
+@pytest.mark.slow
 def test_every_way_gives_the_same_texts(texts: Texts) -> None:
     strategies = {"sampled": {"temperature": 1.0, "repetition_penalty": 1.3}}
     found = list(compare(texts, strategies | {"beams": {"num_beams": 3}}))
@@ -41,6 +42,7 @@ def test_every_way_gives_the_same_texts(texts: Texts) -> None:
     assert markdown(found).count("| sampled | 0 | 0 | 0 |") == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "different"),
     [
@@ -104,6 +106,7 @@ def test_prompts_begin_tales_of_both_languages(tiny_checkpoint: Path) -> None:
     assert all(0 <= id < lm.config.vocab_size for one in tale_prompts(lm, 9, 5) for id in one)
 
 
+@pytest.mark.slow
 def test_command_writes_its_tables(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

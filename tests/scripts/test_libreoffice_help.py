@@ -163,6 +163,7 @@ def test_repeats_are_kept_when_asked(packages: tuple[Path, Path], tmp_path: Path
     assert documents["shared/01/b.html"] == f"उदाहरण\n{QUOTED}\nनया"
 
 
+@pytest.mark.slow
 def test_bad_input_is_one_line(packages: tuple[Path, Path], tmp_path: Path) -> None:
     hindi, english = packages
     deb, out = packed(hindi), tmp_path / "out"

@@ -187,6 +187,7 @@ def fresh(scheduler: Scheduler) -> Scheduler:
     return Scheduler(scheduler.lm, type(scheduler.engine)(scheduler.lm, 4, chunk=16))
 
 
+@pytest.mark.slow
 def test_texts_may_be_as_long_as_the_model(scheduler: Scheduler) -> None:
     draw = random.Random(1)
     prompt = [draw.randrange(3, 500) for _ in range(90)]
@@ -202,6 +203,7 @@ def test_texts_may_be_as_long_as_the_model(scheduler: Scheduler) -> None:
         generate(scheduler, [1, 512], max_new_tokens=7)
 
 
+@pytest.mark.slow
 def test_cache_in_bfloat16(checkpoints: dict[str, Path]) -> None:
     found = {}
     for framework in ("torch", "jax"):

@@ -33,6 +33,7 @@ CONSTRAINTS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_constrained_neighbours_change_no_bit(framework: str, checkpoints: dict[str, Path]) -> None:
     lm = load(framework, checkpoints["llama"])

@@ -95,6 +95,7 @@ def test_a_stream_joins_to_the_answer(service: Service) -> None:
         assert reasons == [None] * (len(mine) - 1) + [choice["finish_reason"]]
 
 
+@pytest.mark.slow
 def test_a_chat_streams_a_role_and_its_answer(service: Service) -> None:
     body = {"messages": [{"role": "user", "content": HINDI}], **SAMPLED, "logprobs": True}
     whole = post(service, "/v1/chat/completions", body).json()

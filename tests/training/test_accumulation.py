@@ -110,6 +110,7 @@ def test_jax_mesh_divides_by_the_labels_of_all_rows(truth: Curve) -> None:
     assert distance(jax_curve(accumulated(2, parallel=mesh)), truth) < 1e-12
 
 
+@pytest.mark.slow
 def test_batch_without_counted_labels_has_loss_0() -> None:
     """Such as one in which every token is a document of its own: no division by zero."""
     tokens_BS = np.random.default_rng(0).integers(0, 192, (8, 25), dtype=np.int32)

@@ -74,6 +74,7 @@ def test_incomplete_environment_is_named(
     assert message in run("torch")
 
 
+@pytest.mark.slow
 def test_user_without_a_home_trains(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

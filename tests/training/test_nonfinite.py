@@ -44,6 +44,7 @@ def rates(bad_step: int) -> Callable[[Config, int], float]:
     return lambda config, step: math.inf if step == bad_step - 1 else 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 @pytest.mark.parametrize("mode", ["stop", "skip"])
 def test_weights_that_are_not_finite_are_not_saved(
@@ -56,6 +57,7 @@ def test_weights_that_are_not_finite_are_not_saved(
     assert complete_steps(Path(config.run.dir) / "checkpoints") == [2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_run_stops_at_a_loss_that_is_not_finite(
     framework: str, config: Config, monkeypatch: pytest.MonkeyPatch
@@ -86,6 +88,7 @@ def with_token(batch: Batch[np.ndarray], token: int, other: int) -> Batch[np.nda
     return batch._replace(tokens=tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_skipped_step_changes_nothing(
     framework: str, config: Config, tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
@@ -143,6 +146,7 @@ def test_overflow_of_the_loss_scale_is_none_of_this(tiny_config: Config) -> None
     assert "validation_loss is inf" in steps.check(2, {"loss": 1.0, "validation_loss": math.inf})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_no_clipping_leaves_the_gradients(framework: str, config: Config) -> None:
     """0 trains as a limit that no gradient reaches; null and .inf are read as 0 is."""
