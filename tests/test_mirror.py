@@ -205,7 +205,6 @@ ALLOWED: dict[str, dict[str, str]] = {
         "COLLECTIVES": "for explain_timeouts",
         "WAITING": "for explain_timeouts",
         "LAUNCHER": "torchrun's environment; JAX has options of its own",
-        "join": "JAX joins before anything uses a device; torch in make_parallel",
         "SHUTDOWN_SECONDS": "of JAX's coordinator; torch has parallel.timeout",
         "check_fsdp": "FSDP2 shards any width, JAX only what the axis divides",
         "Parallel.device": "a torch process has one device",
