@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ENGLISH, HINDI
 from safetensors.numpy import load_file
 
 from parity.convert import convert
+from tests.conftest import ENGLISH, HINDI
 from tests.distributed.ranks import assert_same, metrics
 
 pytestmark = pytest.mark.slow
