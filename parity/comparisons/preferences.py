@@ -35,11 +35,14 @@ def preferences(q: ParityCase) -> Iterator[Line]:
     ours, theirs = measure(batch)
     apart, where = difference(theirs.loss, ours.loss), ""
     if not apart <= FLOAT64:
-        where = "log-probabilities of the answers"
-        if {theirs.loss, ours.loss} & {loss.loss for loss in measure(swapped(batch))}:
-            where = "chosen and rejected"
-        elif any(abs(one.loss / len(batch.tokens) - math.log(2)) < 1e-9 for one in (ours, theirs)):
+        where, others = "log-probabilities of the answers", measure(swapped(batch))[::-1]
+        if any(abs(one.loss / len(batch.tokens) - math.log(2)) < 1e-9 for one in (ours, theirs)):
             where = "the reference: it is the model that is trained"
+        elif any(
+            difference(one.loss, other.loss) < 1e-9
+            for one, other in zip((ours, theirs), others, strict=True)
+        ):
+            where = "chosen and rejected"
     yield Line("loss of DPO on adapters", "float64", apart, FLOAT64, where=where)
     # torch computes no gradients of frozen parameters.
     common = {name: grad for name, grad in theirs.gradients.items() if name in ours.gradients}
