@@ -6,6 +6,7 @@ Mirror: mooshak_torch/objectives.py. Shapes: B batch, T time, D model width.
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -14,7 +15,7 @@ from mooshak.config.dpo import DPOConfig
 from mooshak.config.model import ModelConfig
 from mooshak.config.sections import Config
 from mooshak.data.packing import IGNORE_INDEX, Batch
-from mooshak.numerics.preference import Pairs, pair_losses
+from mooshak.numerics.preference import Pairs, kto_losses, log_ratios, pair_losses
 from mooshak_jax.model import Model
 from mooshak_jax.ops.cross_entropy import cross_entropy, token_log_probs
 from mooshak_jax.params import make_graphdef, merge
@@ -36,6 +37,10 @@ class CausalLM:
         if batch.segments is None:
             return batch.labels.size
         return jnp.maximum(1, jnp.sum(batch.labels != IGNORE_INDEX))
+
+    def complete(self, params: Any, batch: Batch[Array]) -> Batch[Array]:
+        """Return the batch with what the objective needs of the whole global batch: nothing."""
+        return batch
 
     def __call__(self, params: Any, batch: Batch[Array]) -> Array:
         """Return the summed cross entropy of some rows of the global batch, in nats."""
@@ -61,6 +66,17 @@ class PreferenceLM(CausalLM):
         """Return the denominator: the number of pairs in the global batch, at least 1."""
         return jnp.maximum(1, jnp.sum(count_labels(batch)[:, ::2] > 0))
 
+    def complete(self, params: Any, batch: Batch[Array]) -> Batch[Array]:
+        """Return the batch, of KTO with its `baseline`, from a forward pass over all rows."""
+        if batch.weights is None:
+            return batch
+        pairs, is_pair_BP = self._pairs(self.log_probs(params, batch), batch)
+        _, others_BP = log_ratios(pairs, self.dpo)
+        total = jnp.sum(jnp.where(is_pair_BP, others_BP, 0))
+        baseline = jnp.maximum(total / self.prepare(batch), 0)
+        column_B1 = jnp.broadcast_to(jax.lax.stop_gradient(baseline), (len(batch.tokens), 1))
+        return batch._replace(baseline=column_B1)
+
     def __call__(self, params: Any, batch: Batch[Array], log_probs: bool = False) -> Array:
         """Return the summed loss of the pairs; or `log_probs` [B, S], that of each segment."""
         return self.log_probs(params, batch) if log_probs else self.measure(params, batch)[0]
@@ -74,17 +90,24 @@ class PreferenceLM(CausalLM):
 
     def measure(self, params: Any, batch: Batch[Array]) -> tuple[Array, dict[str, Array]]:
         found_BS = self.log_probs(params, batch)
+        pairs, is_pair_BP = self._pairs(found_BS, batch)
+        if batch.weights is None:
+            losses_BP, metrics = pair_losses(pairs, self.dpo, jnp)
+        else:
+            weights_BP = batch.weights.astype(found_BS.dtype)
+            losses_BP, metrics = kto_losses(pairs, weights_BP, batch.baseline, self.dpo, jnp)
+        sums = {name: jnp.sum(jnp.where(is_pair_BP, v, 0)) for name, v in metrics.items()}
+        return jnp.sum(jnp.where(is_pair_BP, losses_BP, 0)), sums
+
+    def _pairs(self, found_BS: Array, batch: Batch[Array]) -> tuple[Pairs, Array]:
+        """Return the pairs of segments, and which of them exist [B, P]."""
         n_BS = count_labels(batch).astype(found_BS.dtype)
         # No answer has log-probability 0: of missing pairs, every loss and gradient is finite.
         found_BS = jnp.where(n_BS > 0, found_BS, -1.0)
         assert batch.reference is not None
-        reference_BS = batch.reference.astype(found_BS.dtype)
-        columns = (found_BS, reference_BS, jnp.maximum(n_BS, 1))
+        columns = (found_BS, batch.reference.astype(found_BS.dtype), jnp.maximum(n_BS, 1))
         pairs = Pairs(*(column[:, i::2] for column in columns for i in (0, 1)))
-        losses_BP, metrics = pair_losses(pairs, self.dpo, jnp)
-        is_pair_BP = n_BS[:, ::2] > 0
-        sums = {name: jnp.sum(jnp.where(is_pair_BP, v, 0)) for name, v in metrics.items()}
-        return jnp.sum(jnp.where(is_pair_BP, losses_BP, 0)), sums
+        return pairs, n_BS[:, ::2] > 0
 
 
 def sum_segments(values_BT: Array, batch: Batch[Array]) -> Array:

@@ -22,7 +22,7 @@ from mooshak.checkpoints.resume import loss_scale_of, n_updates, skipped_steps
 from mooshak.config.sections import Config
 from mooshak.data.packing import Batch, pad_rows
 from mooshak.errors import InputError
-from mooshak.numerics.preference import METRICS
+from mooshak.numerics.preference import metric_names
 from mooshak.tokenizer.base import Tokenizer
 from mooshak_jax.checkpoint import load_init_weights, open_checkpoint, restore, start_saving
 from mooshak_jax.distributed.mesh import Parallel, make_parallel
@@ -103,7 +103,9 @@ class Trainer:
         stopping = self.processes.any_process(stop())
         metrics = {"loss": float(loss), "grad_norm": float(norm)}
         means = self.state.get("metrics", {})  # A compiled function sorts the names.
-        metrics |= {name: float(means[name]) for name in METRICS if name in means}
+        metrics |= {
+            name: float(means[name]) for name in metric_names(self.config.dpo) if name in means
+        }
         if self.config.train.on_nonfinite == "skip":
             self._skipped += not all(map(math.isfinite, metrics.values()))
         return metrics, stopping
@@ -154,7 +156,7 @@ def abstract_state(config: Config, parallel: Parallel) -> State:
 
 def abstract_metrics(config: Config, parallel: Parallel) -> dict[str, Any]:
     """Return shapes and shardings of the metrics that the objective has next to the loss."""
-    names = METRICS if config.data.format == "preferences" else ()
+    names = metric_names(config.dpo) if config.data.format == "preferences" else ()
     dtype = PARAM_DTYPE[config.train.dtype]
     return {name: jax.ShapeDtypeStruct((), dtype, sharding=parallel.replicated) for name in names}
 
@@ -185,6 +187,7 @@ def make_train_step(
             return jax.tree.map(jnp.add, total, mean(params, micro_batch)), None
 
         with parallel.activate():
+            batch = objective.complete(state["params"], batch)
             if n_micro_batches == 1:
                 (loss, metrics), grads = mean(params, batch)
             else:
@@ -193,8 +196,7 @@ def make_train_step(
                     lambda x: x.reshape(-1, n_micro_batches, x.shape[1]).swapaxes(0, 1)
                 )
                 zero = jnp.zeros((), PARAM_DTYPE[config.train.dtype])
-                zero_metrics = jax.tree.map(jnp.zeros_like, state.get("metrics", {}))
-                zeros = ((zero, zero_metrics), jax.tree.map(jnp.zeros_like, params))
+                zeros = jax.tree.map(jnp.zeros_like, ((zero, state.get("metrics", {})), params))
                 ((loss, metrics), grads), _ = jax.lax.scan(add, zeros, micro_batches)
         grads, norm = clip_gradients(grads, config.optimizer.max_grad_norm)
 

@@ -12,7 +12,7 @@ from mooshak.config.dpo import DPOConfig
 from mooshak.config.model import ModelConfig
 from mooshak.config.sections import Config
 from mooshak.data.packing import IGNORE_INDEX, Batch
-from mooshak.numerics.preference import Pairs, pair_losses
+from mooshak.numerics.preference import Pairs, kto_losses, log_ratios, pair_losses
 from mooshak_torch.distributed.activation_checkpoint import apply_ac
 from mooshak_torch.distributed.compile import apply_compile
 from mooshak_torch.distributed.mesh import Parallel
@@ -45,6 +45,10 @@ class CausalLM(nn.Module):
         count = (batch.labels != IGNORE_INDEX).sum(dtype=torch.float64)  # Exact below 2^53.
         return max(1, int(parallel.sum(count).item()))
 
+    def complete(self, batch: Batch[Tensor], parallel: Parallel) -> Batch[Tensor]:
+        """Return the batch with what the objective needs of the whole global batch: nothing."""
+        return batch
+
     def forward(self, batch: Batch[Tensor]) -> Tensor:
         """Return the summed cross entropy of some rows of the global batch, in nats."""
         hidden_BTD = self.model.hidden_states(batch.tokens, **batch.context)
@@ -67,6 +71,17 @@ class PreferenceLM(CausalLM):
         n_pairs = (count_labels(batch)[:, ::2] > 0).sum(dtype=torch.float64)
         return max(1, int(parallel.sum(n_pairs).item()))
 
+    @torch.no_grad()
+    def complete(self, batch: Batch[Tensor], parallel: Parallel) -> Batch[Tensor]:
+        """Return the batch, of KTO with its `baseline`, from a forward pass over all rows."""
+        if batch.weights is None:
+            return batch
+        pairs, is_pair_BP = self._pairs(self(batch, log_probs=True), batch)
+        _, others_BP = log_ratios(pairs, self.dpo)
+        total = parallel.sum(others_BP.where(is_pair_BP, 0).sum())
+        baseline = (total / self.prepare(batch, parallel)).clamp(min=0)
+        return batch._replace(baseline=baseline.expand(len(batch.tokens), 1))
+
     def forward(self, batch: Batch[Tensor], log_probs: bool = False) -> Tensor:
         """Return the summed loss of the pairs; or `log_probs` [B, S], that of each segment."""
         hidden_BTD = self.model.hidden_states(batch.tokens, **batch.context)
@@ -74,19 +89,26 @@ class PreferenceLM(CausalLM):
         found_BS = sum_segments(token_BT, batch)
         if log_probs:
             return found_BS
-        n_BS = count_labels(batch).to(found_BS.dtype)
-        # No answer has log-probability 0: of missing pairs, every loss and gradient is finite.
-        found_BS = found_BS.where(n_BS > 0, -1.0)
-        reference_BS = batch.reference
-        assert reference_BS is not None
-        columns = (found_BS, reference_BS.to(found_BS.dtype), n_BS.clamp(min=1))
-        pairs = Pairs(*(column[:, i::2] for column in columns for i in (0, 1)))
-        losses_BP, metrics = pair_losses(pairs, self.dpo, torch)
-        is_pair_BP = n_BS[:, ::2] > 0
+        pairs, is_pair_BP = self._pairs(found_BS, batch)
+        if batch.weights is None:
+            losses_BP, metrics = pair_losses(pairs, self.dpo, torch)
+        else:
+            weights_BP = batch.weights.to(found_BS.dtype)
+            losses_BP, metrics = kto_losses(pairs, weights_BP, batch.baseline, self.dpo, torch)
         for name, value_BP in metrics.items():
             total = value_BP.detach().where(is_pair_BP, 0).sum()
             self.metrics[name] = self.metrics.get(name, 0) + total
         return losses_BP.where(is_pair_BP, 0).sum()
+
+    def _pairs(self, found_BS: Tensor, batch: Batch[Tensor]) -> tuple[Pairs, Tensor]:
+        """Return the pairs of segments, and which of them exist [B, P]."""
+        n_BS = count_labels(batch).to(found_BS.dtype)
+        # No answer has log-probability 0: of missing pairs, every loss and gradient is finite.
+        found_BS = found_BS.where(n_BS > 0, -1.0)
+        assert batch.reference is not None
+        columns = (found_BS, batch.reference.to(found_BS.dtype), n_BS.clamp(min=1))
+        pairs = Pairs(*(column[:, i::2] for column in columns for i in (0, 1)))
+        return pairs, n_BS[:, ::2] > 0
 
 
 def sum_segments(values_BT: Tensor, batch: Batch[Tensor]) -> Tensor:

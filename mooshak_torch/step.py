@@ -171,8 +171,9 @@ def train_step(
     inner = unwrap(objective)
     inner.metrics = {}
     scale = 1.0 if loss_scale is None else loss_scale.scale
-    micro_batches = batch.chunk(config.train.gradient_accumulation_steps)
     denominator = inner.prepare(batch, parallel)
+    batch = inner.complete(batch, parallel)
+    micro_batches = batch.chunk(config.train.gradient_accumulation_steps)
     loss = torch.zeros((), dtype=next(objective.parameters()).dtype, device=batch.labels.device)
     for i, micro_batch in enumerate(micro_batches):
         with optimizer.no_sync(i < len(micro_batches) - 1):

@@ -215,6 +215,7 @@ FAULTS = {
     "gradients": ("RMSNorm epsilon 1e-6",),
     "document_mask": ("documents see each other",),
     "packing": ("documents see each other",),
+    "preferences": ("chosen and rejected swapped",),
     "training": ("1e-6 added to the norm that clips", "learning rate of the next step"),
     "sft": ("end token without label",),
     "sft_packing": ("segments leaking",),

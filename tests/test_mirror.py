@@ -142,6 +142,8 @@ ALLOWED: dict[str, dict[str, str]] = {
         "CausalLM.chunk": FUNCTIONAL,
         "CausalLM.prepare": "torch sums over processes, JAX sees the global batch",
         "CausalLM.forward": FUNCTIONAL,
+        "CausalLM.complete": FUNCTIONAL,
+        "PreferenceLM.complete": FUNCTIONAL,
         "CausalLM.measure": "torch sums metrics in the module",
         "PreferenceLM.__init__": "JAX's is a dataclass",
         "PreferenceLM.dpo": FUNCTIONAL,

@@ -11,16 +11,20 @@ from mooshak.errors import require
 class DPOConfig:
     """Preference optimization on pairs of a chosen and a rejected answer (docs/align.md)."""
 
-    loss: Literal["sigmoid", "robust", "ipo", "apo_zero", "simpo", "orpo"] = "sigmoid"
+    loss: Literal["sigmoid", "robust", "ipo", "apo_zero", "kto", "simpo", "orpo"] = "sigmoid"
     """sigmoid (DPO, arXiv:2305.18290; with label_smoothing: cDPO), robust (arXiv:2403.00409), ipo
-    (arXiv:2310.12036), apo_zero (arXiv:2408.06266); without a reference: simpo (arXiv:2405.14734)
-    and orpo (arXiv:2403.07691)."""
+    (arXiv:2310.12036), apo_zero (arXiv:2408.06266), kto (arXiv:2402.01306; single answers with a
+    label, or pairs); without a reference: simpo (arXiv:2405.14734) and orpo (arXiv:2403.07691)."""
     beta: float = number(0.1, above=0)
     """Scale of the rewards; ipo: the regularization; orpo: weight of the odds ratio."""
     label_smoothing: float = number(0.0, at_least=0, below=0.5)
     """sigmoid, robust, simpo: the probability that a pair's order is wrong."""
     gamma: float = number(0.5, at_least=0)
     """simpo: margin between the rewards of chosen and rejected."""
+    desirable_weight: float = number(1.0, above=0)
+    """kto: weight of the loss of desirable answers."""
+    undesirable_weight: float = number(1.0, above=0)
+    """kto: weight of the loss of undesirable answers."""
     length_normalized: bool | None = None
     """Divide a log-probability by the number of tokens of its answer (null: as in the paper, in
     simpo and orpo, and as TRL does, in ipo)."""

@@ -33,8 +33,13 @@ class Batch(NamedTuple, Generic[Array]):
     reference: Array | None = None
     """Preference pairs: the log-probability [B, S] of each segment's labels under the reference.
 
-    Segments 1, 3, ... are chosen answers with their prompts, 2, 4, ... the rejected ones.
+    Segments 1, 3, ... are chosen answers with their prompts, 2, 4, ... the rejected ones; of KTO,
+    the answers, and answers to other prompts.
     """
+    weights: Array | None = None
+    """KTO: the weight [B, S / 2] of each answer, negative for undesirable ones; 0: no answer."""
+    baseline: Array | None = None
+    """KTO: the reference point [B, 1], the same in all rows; set by the objective."""
 
     def map(self, function: Callable[[Any], Any]) -> "Batch[Any]":
         """Return a batch with `function` applied to each array."""

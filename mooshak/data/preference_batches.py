@@ -7,7 +7,7 @@ log-probabilities are computed once, before the first step, and saved in the run
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ class PreferenceData:
         self.config, self.tokenizer = config, load_or_train_tokenizer(config)
         self.n_skipped = self.n_cut = 0
         self._pairs: list[tuple[Sample, Sample]] = []
+        self._weights: list[float] = []
+        """KTO: of each pair of an answer and an answer to another prompt."""
         self.description = {
             source.name: self._read(conversations(source, config)) for source in config.data.sources
         }
@@ -119,19 +121,27 @@ class PreferenceData:
         reference_BS = np.zeros((len(rows), self.n_segments))
         for number, row in enumerate(rows):
             reference_BS[number, : 2 * len(row)] = self.reference[list(row)].ravel()
-        return make_rows(samples, self.config.T)._replace(reference=reference_BS)
+        batch = make_rows(samples, self.config.T)._replace(reference=reference_BS)
+        if not self._weights:
+            return batch
+        weights_BP = np.zeros((len(rows), self.n_segments // 2))
+        for number, row in enumerate(rows):
+            weights_BP[number, : len(row)] = [self._weights[i] for i in row]
+        return batch._replace(weights=weights_BP)
 
     def _read(self, found: Iterator[Conversation]) -> dict[str, Any]:
         """Tokenize the pairs of a source; return the description of its training tokens."""
         first, settings = len(self._pairs), asdict(self.config.dpo)
-        for one in found:
-            if one.shape != "preference":
+        is_kto = self.config.dpo.loss == "kto"
+        for one in _answers_with_others(list(found)) if is_kto else found:
+            if not is_kto and one.shape != "preference":
                 raise InputError(
                     f"{one.where}: a record of shape {one.shape} is not a pair; dpo needs the "
-                    "fields prompt, chosen and rejected"
+                    "fields prompt, chosen and rejected (dpo.loss kto: prompt, completion, label)"
                 )
             try:
                 self._pairs.append(self._encode(one))
+                self._weights += [self._weight(one)] if is_kto else []
             except InputError as error:
                 self.n_skipped += 1
                 if self.n_skipped > self.config.dpo.max_skipped:
@@ -161,6 +171,35 @@ class PreferenceData:
             raise InputError(
                 f"an answer has no label in half of train.sequence_length {T}, which a pair shares"
             )
-        if np.array_equal(pair[0].tokens, pair[1].tokens):
+        is_pair = self.config.dpo.loss != "kto"
+        if is_pair and np.array_equal(pair[0].tokens, pair[1].tokens):
             raise InputError("chosen equals rejected in the tokens that fit; the pair is useless")
         return pair[0], pair[1]
+
+    def _weight(self, one: Conversation) -> float:
+        dpo = self.config.dpo
+        return dpo.desirable_weight if one.label else -dpo.undesirable_weight
+
+
+def _answers_with_others(found: list[Conversation]) -> Iterator[Conversation]:
+    """Yield each answer of a source, with its label, next to the answer to another prompt.
+
+    The other is that of the next record: KTO estimates its baseline with it. The chosen answer of a
+    pair is desirable, the rejected one is not. Raises `InputError` for records without a label.
+    """
+    answers: list[Conversation] = []
+    for one in found:
+        if one.shape not in ("unpaired", "preference"):
+            raise InputError(
+                f"{one.where}: a record of shape {one.shape} has no label; dpo.loss kto needs the "
+                "fields prompt, completion and label, or prompt, chosen and rejected"
+            )
+        labels = (one.label,) if one.shape == "unpaired" else (True, False)
+        answers += [
+            replace(one, answers=(answer,), label=label)
+            for answer, label in zip(one.answers, labels, strict=True)
+        ]
+    for i, one in enumerate(answers):
+        # Of a pair, the next record is two answers away.
+        other = answers[(i + len(one.answers) + (one.shape == "preference")) % len(answers)]
+        yield replace(one, answers=(*one.answers, *other.answers))

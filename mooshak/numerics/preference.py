@@ -1,4 +1,4 @@
-"""Losses of preference pairs: one text of formulas for torch, JAX and NumPy.
+"""Losses of preferences: one text of formulas for torch, JAX and NumPy.
 
 `xp` is the module of the arrays: `torch`, `jax.numpy` or `numpy`; the formulas use only functions
 that all three have, and no in-place operation. Log-probabilities are in nats.
@@ -11,6 +11,14 @@ from mooshak.config.dpo import DPOConfig
 
 METRICS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
 """Means over the pairs of a step that are logged, under TRL's names."""
+
+KTO_METRICS = ("kl", "rewards/accuracies")
+"""The same of `kto`: the baseline, and the share of answers on the right side of it."""
+
+
+def metric_names(dpo: DPOConfig) -> tuple[str, ...]:
+    """Return the names of the metrics of a loss."""
+    return KTO_METRICS if dpo.loss == "kto" else METRICS
 
 
 class Pairs(NamedTuple):
@@ -29,16 +37,38 @@ class Pairs(NamedTuple):
 
 def pair_losses(pairs: Pairs, dpo: DPOConfig, xp: Any) -> tuple[Any, dict[str, Any]]:
     """Return the loss of each pair, and the metrics of each pair by name (`METRICS`)."""
-    chosen, rejected, reference_chosen, reference_rejected, n_chosen, n_rejected = pairs
-    if not dpo.has_reference:
-        reference_chosen = reference_rejected = xp.zeros_like(chosen)
-    chosen, rejected = chosen - reference_chosen, rejected - reference_rejected
-    if dpo.is_normalized:
-        chosen, rejected = chosen / n_chosen, rejected / n_rejected
+    chosen, rejected = log_ratios(pairs, dpo)
     losses = LOSSES[dpo.loss](chosen, rejected, dpo, xp)
     rewards = dpo.beta * chosen, dpo.beta * rejected
     margins = rewards[0] - rewards[1]
     return losses, dict(zip(METRICS, (*rewards, margins, 1.0 * (margins > 0)), strict=True))
+
+
+def log_ratios(pairs: Pairs, dpo: DPOConfig) -> tuple[Any, Any]:
+    """Return log(p / p_ref) of the answers, or log p without a reference, by length if it says."""
+    chosen, rejected = pairs.chosen, pairs.rejected
+    if dpo.has_reference:
+        chosen, rejected = chosen - pairs.reference_chosen, rejected - pairs.reference_rejected
+    if dpo.is_normalized:
+        chosen, rejected = chosen / pairs.n_chosen, rejected / pairs.n_rejected
+    return chosen, rejected
+
+
+def kto_losses(
+    pairs: Pairs, weights: Any, baseline: Any, dpo: DPOConfig, xp: Any
+) -> tuple[Any, dict[str, Any]]:
+    """Return the KTO loss (arXiv:2402.01306, equation 8) of each `chosen` answer, and the metrics.
+
+    `weights` are positive for desirable answers and negative for undesirable ones. `baseline` is
+    the reference point z, without a gradient: the mean over the global batch of the log-ratios of
+    `rejected`, which are answers to other prompts, at least 0.
+    """
+    answer, _ = log_ratios(pairs, dpo)
+    sign = xp.sign(weights)
+    margins = dpo.beta * sign * (answer - baseline)
+    losses = weights * sign * xp.exp(log_sigmoid(-margins, xp))
+    kl = xp.zeros_like(answer) + baseline
+    return losses, dict(zip(KTO_METRICS, (kl, 1.0 * (margins > 0)), strict=True))
 
 
 def log_sigmoid(x: Any, xp: Any) -> Any:

@@ -182,6 +182,13 @@ def check(config: Config) -> None:
         raise InputError(
             f"parallel.strategy deepspeed computes in float32 or bfloat16, not {config.train.dtype}"
         )
+    if config.frozen:
+        raise InputError(
+            "parallel.strategy deepspeed trains all parameters; use fsdp for adapters and frozen "
+            "parameters"
+        )
+    if config.data.format == "preferences":
+        raise InputError("parallel.strategy deepspeed has no preference objective; use fsdp")
     if config.train.on_nonfinite == "skip":
         raise InputError(
             "parallel.strategy deepspeed leaves out no step; train.on_nonfinite is stop"

@@ -36,7 +36,8 @@ class ForwardBackward(NamedTuple):
     logits: np.ndarray
     """[B, T, V]."""
     loss: float
-    """Cross entropy in nats, summed over the labels that are not ignored."""
+    """Cross entropy in nats, summed over the labels that are not ignored; of preference pairs, the
+    summed loss of the pairs."""
     gradients: Arrays
     """Of the loss."""
 
@@ -54,6 +55,9 @@ class Backend(Protocol):
 
     name: str
     source: Checkpoint
+
+    def with_source(self, source: Checkpoint) -> "Backend":
+        """Return the same framework on the same device with other weights."""
 
     def operations(self, dtype: Dtype, tokens_BT: np.ndarray) -> Arrays:
         """Return inputs and outputs of every operation in forward order, then `logits`.
@@ -101,6 +105,9 @@ class FixedDtype:
 
     def _config(self, config: Config) -> Config:
         return replace(config, train=replace(config.train, dtype=self._dtype))
+
+    def with_source(self, source: Checkpoint) -> "FixedDtype":
+        return FixedDtype(self._backend.with_source(source), self._dtype)
 
     def operations(self, dtype: Dtype, tokens_BT: np.ndarray) -> Arrays:
         return self._backend.operations(self._dtype, tokens_BT)

@@ -47,8 +47,11 @@ class JaxBackend:
     name = "JAX"
 
     def __init__(self, source: Checkpoint, device: str = "cpu"):
-        self.source = source
+        self.source, self.device = source, device
         self.devices = mooshak_jax.device.find_devices(device)
+
+    def with_source(self, source: Checkpoint) -> "JaxBackend":
+        return JaxBackend(source, self.device)
 
     def params(self, dtype: Dtype) -> Any:
         """Return the parameters on one device; what is computed with them runs there."""
@@ -95,8 +98,10 @@ class JaxBackend:
         return ForwardBackward(np.asarray(logits_BTV), float(loss), canonical(grads))
 
     def _objective(self, config: Config) -> mooshak_jax.objectives.CausalLM:
-        graphdef = self.graphdef(config.train.dtype)
-        return mooshak_jax.objectives.CausalLM(graphdef, config.train.loss_chunk)
+        graphdef, chunk = self.graphdef(config.train.dtype), config.train.loss_chunk
+        if config.data.format == "preferences":
+            return mooshak_jax.objectives.PreferenceLM(graphdef, chunk, config.dpo)
+        return mooshak_jax.objectives.CausalLM(graphdef, chunk)
 
     def log_probs(
         self, dtype: Dtype, batch: Batch[np.ndarray], weights_BT: np.ndarray

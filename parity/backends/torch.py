@@ -49,6 +49,9 @@ class TorchBackend:
         self.is_main = True
         """True on the first of several processes."""
 
+    def with_source(self, source: Checkpoint) -> "TorchBackend":
+        return TorchBackend(source, str(self.device))
+
     def model(self, dtype: Dtype) -> mooshak_torch.model.Model:
         """Return the model on the device."""
         model = mooshak_torch.model.Model(self.source.model, dtype)
@@ -86,8 +89,10 @@ class TorchBackend:
         return ForwardBackward(_to_numpy(logits_BTV), loss.item(), gradients)
 
     def _objective(self, config: Config) -> mooshak_torch.objectives.CausalLM:
-        model = self.model(config.train.dtype)
-        return mooshak_torch.objectives.CausalLM(model, config.train.loss_chunk)
+        model, chunk = self.model(config.train.dtype), config.train.loss_chunk
+        if config.data.format == "preferences":
+            return mooshak_torch.objectives.PreferenceLM(model, chunk, config.dpo)
+        return mooshak_torch.objectives.CausalLM(model, chunk)
 
     def log_probs(
         self, dtype: Dtype, batch: Batch[np.ndarray], weights_BT: np.ndarray
@@ -149,7 +154,10 @@ class TorchBackend:
         return torch.from_numpy(np.ascontiguousarray(tokens_BT)).to(self.device).long()
 
     def _batch(self, batch: Batch[np.ndarray]) -> Batch[torch.Tensor]:
-        return batch.map(self._tokens)
+        here = batch.map(self._tokens)
+        if batch.reference is None:
+            return here
+        return here._replace(reference=torch.from_numpy(batch.reference).to(self.device))
 
 
 def _gradients(model: torch.nn.Module) -> Arrays:

@@ -6,7 +6,7 @@ controls of `parity.check`; `tests/parity/test_faults.py` injects every one.
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from unittest import mock
 
 import jax
@@ -19,6 +19,7 @@ import mooshak_jax.ops.cross_entropy
 import mooshak_jax.optimizer
 import mooshak_jax.rope
 import mooshak_torch.decode
+import mooshak_torch.objectives
 import mooshak_torch.ops.cross_entropy
 import mooshak_torch.optimizer
 import mooshak_torch.rope
@@ -26,23 +27,9 @@ from mooshak.checkpoints.base import FULL_SLICE, Checkpoint
 from parity.faults import model as m
 from parity.faults import sft
 from parity.faults import training as t
-from parity.faults.model import Patch, jm, tm
-
-
-@dataclass(frozen=True)
-class Fault:
-    """One mistake: in the code of each framework, or in how a checkpoint is read."""
-
-    part: str
-    """The part of the check that must find the fault."""
-    place: str
-    """Regular expression of the place that the check must report."""
-    torch: Callable[[], list[Patch]] | None = None
-    jax: Callable[[], list[Patch]] | None = None
-    read: Callable[[Checkpoint], Checkpoint] | None = None
-    """The checkpoint as the faulty framework reads it."""
-    architecture: str = "mooshak"
-    """An architecture that has the operation."""
+from parity.faults.fault import Fault
+from parity.faults.model import jm, tm
+from parity.faults.preferences import PREFERENCES
 
 
 @contextmanager
@@ -390,5 +377,6 @@ FAULTS = {
         read=changed("norm.weight", np.ones_like),
         architecture="llama",
     ),
+    **PREFERENCES,
 }
 """Name -> fault."""

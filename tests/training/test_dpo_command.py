@@ -69,6 +69,24 @@ def test_run_resumes_in_the_other_framework(
             assert abs(ours[name] - theirs[name]) <= 1e-11 * max(abs(theirs[name]), 1e-2), name
 
 
+def test_kto_reads_answers_with_labels(config: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    records = [
+        {"prompt": one["prompt"], "completion": one[key], "label": key == "chosen"}
+        for i, one in enumerate(PAIRS)
+        for key in (("chosen", "rejected") if i % 2 else ("chosen",))
+    ]
+    write(tmp_path / "answers.jsonl", records)
+    text = config.read_text().replace(f"{config.parent}/pairs.jsonl", f"{tmp_path}/answers.jsonl")
+    (tmp_path / "kto.yaml").write_text(text)
+    options = ("--init.from", tiny_checkpoint, "--dpo.loss", "kto")
+    for framework in ("torch", "jax"):
+        dpo(framework, tmp_path / "kto.yaml", tmp_path / framework, *options)
+    ours, theirs = lines(tmp_path / "torch"), lines(tmp_path / "jax")
+    assert ours[0]["loss"] == pytest.approx(0.5, abs=1e-12) and ours[0]["kl"] < 1e-12
+    for a, b in zip(ours, theirs, strict=True):
+        assert abs(a["loss"] / b["loss"] - 1) < 1e-12
+
+
 def test_adapters_are_trained_against_their_base(
     config: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:

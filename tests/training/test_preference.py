@@ -213,6 +213,54 @@ def jax_curve(settings: Config, batch: Batch, steps: int = 3) -> Curve:
     return curve
 
 
+KTO = DPOConfig("kto", beta=0.8, desirable_weight=1.5, undesirable_weight=0.5)
+WEIGHTS = [1.5, -0.5, 1.5, 1.5, -0.5, -0.5, 1.5, -0.5]
+
+
+def kto_rows(groups: list[list[int]], reference: Model) -> Batch:
+    """Answers, each with the answer to another prompt, as rows."""
+    batch = rows(groups, reference)
+    assert batch.reference is not None
+    weights_BP = np.zeros((len(groups), batch.reference.shape[1] // 2))
+    for number, row in enumerate(groups):
+        weights_BP[number, : len(row)] = [WEIGHTS[i] for i in row]
+    return batch._replace(weights=weights_BP)
+
+
+@pytest.fixture(scope="module")
+def near() -> Model:
+    """A reference under which the baseline of KTO is positive."""
+    return initialize(Model(MODEL, "float64"), 2)
+
+
+def test_kto_is_that_of_enumeration_under_every_split(near: Model) -> None:
+    model = initialize(Model(MODEL, "float64"), 0)
+    ratios = np.array(
+        [
+            [answer_log_prob(m, prompt, one) for one in answers for m in (model, near)]
+            for prompt, *answers in PAIRS
+        ]
+    )
+    answer, other = ratios[:, 0] - ratios[:, 1], ratios[:, 2] - ratios[:, 3]
+    z = max(0.0, other.mean())
+    assert z > 0.01
+    h = KTO.beta * np.sign(WEIGHTS) * (answer - z)
+    loss = float(np.mean(np.abs(WEIGHTS) * (1 - 1 / (1 + np.exp(-h)))))
+    truth = torch_curve(config(KTO), kto_rows(PADDED, near))
+    np.testing.assert_allclose([truth[0][0], truth[0][2]], [loss, z], rtol=1e-12)
+    assert truth[0][3] == np.mean(h > 0)
+    for parts, layout in ((8, PADDED), (2, PACKED)):
+        np.testing.assert_allclose(
+            torch_curve(config(KTO, parts), kto_rows(layout, near)), truth, rtol=1e-11
+        )
+
+
+@pytest.mark.slow
+def test_jax_takes_the_same_steps_of_kto(near: Model) -> None:
+    truth = torch_curve(config(KTO), kto_rows(PADDED, near))
+    np.testing.assert_allclose(jax_curve(config(KTO, 2), kto_rows(PACKED, near)), truth, rtol=1e-11)
+
+
 @pytest.mark.parametrize("parts", [2, 8])
 @pytest.mark.parametrize("name", ["sigmoid", "orpo"])
 def test_splits_and_packing_change_no_step(name: str, parts: int, reference: Model) -> None:
