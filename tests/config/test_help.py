@@ -39,6 +39,7 @@ COMMANDS = [
     "benchmarks.pack_weights",
     "scripts/api_docs.py",
     "scripts/libreoffice_help.py",
+    "scripts/page_picture.py",
     "scripts/plot_run.py",
     "scripts/smollm2.py",
 ]
