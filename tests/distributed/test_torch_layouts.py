@@ -127,7 +127,8 @@ def test_layout_trains_as_one_process(
 def test_ranks_divide_by_the_labels_of_all_rows(config: Path, tmp_path: Path, ranks: Ranks) -> None:
     """Rows with unequal numbers of ignored labels, on processes and in accumulation parts."""
     path = tmp_path / "batches.npy"
-    np.save(path, [packed_batch(seed, 8, 32, 512) for seed in range(3)])
+    batches = [packed_batch(seed, 8, 32, 512)[:4] for seed in range(3)]  # Those of text.
+    np.save(path, batches)
     (truth,) = ranks.run(1, "stepped", [config], path)
     assert truth[-1][0] != truth[0][0]
     for processes, name in ((2, "ddp"), (2, "fsdp"), (4, "hsdp"), (4, "tensor")):
