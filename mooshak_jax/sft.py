@@ -4,13 +4,9 @@ python -m mooshak_jax.sft --config configs/sft-demo.yaml --init.from CHECKPOINT
 python -m mooshak_jax.sft --config configs/sft-demo.yaml --init.from HF_DIR --mesh data=2,fsdp=2
 """
 
-from mooshak.checkpoints.init_from import resolve
-from mooshak.config.parse import config_parser, parse_config
 from mooshak.config.sections import Config, for_sft
 from mooshak.errors import command
-from mooshak.training import loop
-from mooshak.training.malloc import use_single_arena
-from mooshak_jax.train import train
+from mooshak_jax.train import run_command, train
 
 
 def sft(
@@ -22,19 +18,7 @@ def sft(
 
 @command
 def main() -> None:
-    use_single_arena()
-    parser = config_parser("mooshak_jax.sft", __doc__)
-    loop.add_options(parser)
-    draft, arguments = parse_config(parser)
-    config = resolve(draft)
-    # Imported after parsing: --help and wrong arguments do not need the framework.
-    from mooshak_jax.profile import prepare_profiler
-    from mooshak_jax.step import cache_compilations
-
-    cache_compilations()
-    if arguments.profile:
-        prepare_profiler()
-    sft(config, arguments.resume, arguments.profile, arguments.allow_data_change)
+    run_command("mooshak_jax.sft", __doc__, sft)
 
 
 if __name__ == "__main__":

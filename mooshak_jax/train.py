@@ -4,6 +4,8 @@ python -m mooshak_jax.train --config configs/demo.yaml
 python -m mooshak_jax.train --config configs/demo.yaml --mesh data=2,fsdp=2,tensor=2
 """
 
+from collections.abc import Callable
+
 from mooshak.checkpoints.init_from import resolve
 from mooshak.config.parse import config_parser, parse_config
 from mooshak.config.sections import Config
@@ -23,8 +25,13 @@ def train(
 
 @command
 def main() -> None:
+    run_command("mooshak_jax.train", __doc__, train)
+
+
+def run_command(module: str, doc: str | None, run: Callable[..., None]) -> None:
+    """Parse the arguments of a command that trains, and call `run` with those of `train`."""
     use_single_arena()
-    parser = config_parser("mooshak_jax.train", __doc__)
+    parser = config_parser(module, doc)
     loop.add_options(parser)
     draft, arguments = parse_config(parser)
     config = resolve(draft)
@@ -35,7 +42,7 @@ def main() -> None:
     cache_compilations()
     if arguments.profile:
         prepare_profiler()
-    train(config, arguments.resume, arguments.profile, arguments.allow_data_change)
+    run(config, arguments.resume, arguments.profile, arguments.allow_data_change)
 
 
 if __name__ == "__main__":

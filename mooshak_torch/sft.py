@@ -4,15 +4,9 @@ python -m mooshak_torch.sft --config configs/sft-demo.yaml --init.from CHECKPOIN
 torchrun --nproc-per-node 2 -m mooshak_torch.sft --config configs/sft-demo.yaml --init.from HF_DIR
 """
 
-import os
-
-from mooshak.checkpoints.init_from import resolve
-from mooshak.config.parse import config_parser, parse_config
 from mooshak.config.sections import Config, for_sft
 from mooshak.errors import command
-from mooshak.training import loop
-from mooshak.training.malloc import use_single_arena
-from mooshak_torch.train import train
+from mooshak_torch.train import run_command, train
 
 
 def sft(
@@ -24,13 +18,7 @@ def sft(
 
 @command
 def main() -> None:
-    use_single_arena()
-    # Grain imports JAX, which must not claim the GPU.
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    parser = config_parser("mooshak_torch.sft", __doc__)
-    loop.add_options(parser)
-    draft, arguments = parse_config(parser)
-    sft(resolve(draft), arguments.resume, arguments.profile, arguments.allow_data_change)
+    run_command("mooshak_torch.sft", __doc__, sft)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ torchrun --nproc-per-node 2 -m mooshak_torch.train --config configs/demo.yaml
 """
 
 import os
+from collections.abc import Callable
 
 from mooshak.checkpoints.init_from import resolve
 from mooshak.config.parse import config_parser, parse_config
@@ -25,13 +26,18 @@ def train(
 
 @command
 def main() -> None:
+    run_command("mooshak_torch.train", __doc__, train)
+
+
+def run_command(module: str, doc: str | None, run: Callable[..., None]) -> None:
+    """Parse the arguments of a command that trains, and call `run` with those of `train`."""
     use_single_arena()
     # Grain imports JAX, which must not claim the GPU.
     os.environ["JAX_PLATFORMS"] = "cpu"
-    parser = config_parser("mooshak_torch.train", __doc__)
+    parser = config_parser(module, doc)
     loop.add_options(parser)
     draft, arguments = parse_config(parser)
-    train(resolve(draft), arguments.resume, arguments.profile, arguments.allow_data_change)
+    run(resolve(draft), arguments.resume, arguments.profile, arguments.allow_data_change)
 
 
 if __name__ == "__main__":

@@ -84,9 +84,10 @@ def test_commands_are_all_modules_with_a_parser() -> None:
                 parts = path.relative_to(ROOT).with_suffix("").parts
                 found.add(".".join(part for part in parts if part != "__main__"))
     # Started by parity.layouts on every rank, not by a user.
-    # The parser of both evaluate commands is made in mooshak/evaluation.
-    evaluate = {"mooshak_torch.evaluate", "mooshak_jax.evaluate"}
-    assert found - {"parity.rank_worker"} == {*programs} - evaluate
+    # The parser of both evaluate commands is made in mooshak/evaluation, that of sft and dpo in
+    # train.
+    shared = {f"mooshak_{f}.{c}" for f in ("torch", "jax") for c in ("evaluate", "sft", "dpo")}
+    assert shared < {*programs} and found - {"parity.rank_worker"} == {*programs} - shared
 
 
 @pytest.mark.parametrize("program", COMMANDS)
