@@ -300,7 +300,7 @@ BINARY_KINDS = {
     b"\xfe\xff": "UTF-16",
     b"%PDF": "PDF",
 }
-"""How a file begins -> its kind."""
+"""First bytes of a file -> its kind."""
 
 
 def _binary_kind(content: bytes) -> str:

@@ -47,7 +47,7 @@ class Conversation:
     answers: tuple[Text, ...]
     """One; or of a preference, the chosen and the rejected one."""
     label: bool | None = None
-    """Whether an unpaired answer is desirable."""
+    """True if an unpaired answer is desirable; None for other shapes."""
     language: str = ""
 
     def text(self) -> str:

@@ -15,7 +15,7 @@ from mooshak.tokenizer.base import Tokenizer
 
 
 class TrainingData(Protocol):
-    """What a training loop needs of its data."""
+    """Data of a run, for the training loop."""
 
     tokenizer: Tokenizer
     description: dict[str, Any]
