@@ -46,11 +46,12 @@ def test_what_is_no_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "what"),
     [
-        (gzip.compress(b'{"text": "a"}\n'), "gzip"),
+        (gzip.compress(b'{"text": "a"}\n', mtime=0), "gzip"),
         (b"PK\x03\x04\x14\0", "zip"),
         (b"PAR1\x15\0", "Parquet"),
         ("text".encode("utf-16"), "UTF-16"),
     ],
+    ids=["gzip", "zip", "Parquet", "UTF-16"],
 )
 def test_kind_of_a_binary_file_is_named(content: bytes, what: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(content)
