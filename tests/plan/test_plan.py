@@ -367,6 +367,7 @@ def alive() -> list[torch.Tensor]:
     return [thing for thing in gc.get_objects() if type(thing) is torch.Tensor]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 def test_activations_are_what_autograd_saves(dtype: Dtype, remat: str) -> None:
