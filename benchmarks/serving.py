@@ -1,5 +1,6 @@
 """What several workers decode: requests of unequal lengths, a checkpoint with a tokenizer."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,35 @@ def serve(lm: LM, engine: Engine, size: Size) -> Repeat:
 
     def work() -> None:
         scheduler.generate(prompts, settings)
+
+    work()
+    return lambda: timed(work)
+
+
+def load_pair(size: Size, load: Callable[[Path], LM], make: Callable[[Size], LM]) -> tuple[LM, LM]:
+    """Return the demo's model and its draft; where a size names none, a random model as both."""
+    if "checkpoint" not in size:
+        return (lm := make(size)), lm
+    for path in (size["checkpoint"], size["draft"]):
+        if not Path(path).exists():
+            raise ModuleNotFoundError(f"{path} (docs/generation.md, Speculative decoding)")
+    return load(Path(size["checkpoint"])), load(Path(size["draft"]))
+
+
+def decode_tales(lm: LM, draft: LM | None, size: Size) -> Repeat:
+    """Time greedy decoding of beginnings of tales, one after the other, with a draft or without."""
+    texts = [tale(2, i).text(("hi", "en")[i % 2]) for i in range(size["texts"])]
+    ids = [list(t.encode()) if lm.tokenizer is None else lm.tokenizer.encode(t) for t in texts]
+
+    def work() -> None:
+        for one in ids:
+            lm.generate(
+                one[: size["prompt"]],
+                max_new_tokens=size["new_tokens"],
+                ignore_eos=True,
+                draft=draft,
+                draft_tokens=size["draft_tokens"],
+            )
 
     work()
     return lambda: timed(work)

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cases import Size, config
-from benchmarks.serving import engine_options, make_requests, serve
+from benchmarks.serving import decode_tales, engine_options, load_pair, make_requests, serve
 from benchmarks.worker import Repeat, by_turns, timed
 from mooshak.data.packing import Batch
 from mooshak.training.malloc import WARMUP_STEPS, retain_freed_memory, use_single_arena
+from mooshak_torch import load
 from mooshak_torch.checkpoint import start_saving
 from mooshak_torch.decode import generate as our_generate
 from mooshak_torch.distributed.mesh import make_parallel
@@ -94,13 +95,27 @@ def generate_compiled(size: Size) -> Repeat:
 
 def engine(size: Size) -> Repeat:
     """Time our engine on requests of unequal lengths."""
-    lm = LM(initialize(Model(config(size).model).to(DEVICE), 0), None)
+    lm = _random_lm(size)
     return serve(lm, Engine(lm, **engine_options(size)), size)
 
 
 def engine_on_batch(size: Size) -> Repeat:
     """Time our engine on the batch of `generate`."""
     return engine(size | {name: (size[name], size[name]) for name in ("prompt", "new_tokens")})
+
+
+def plain(size: Size) -> Repeat:
+    """Time greedy decoding of tales by the demo's model."""
+    return decode_tales(load_pair(size, load, _random_lm)[0], None, size)
+
+
+def speculative(size: Size) -> Repeat:
+    """Time greedy decoding of tales by the demo's model with a draft."""
+    return decode_tales(*load_pair(size, load, _random_lm), size)
+
+
+def _random_lm(size: Size) -> LM:
+    return LM(initialize(Model(config(size).model).to(DEVICE), 0), None)
 
 
 def prefill(size: Size) -> Repeat:

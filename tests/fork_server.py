@@ -62,7 +62,8 @@ class ForkedPopen(_Popen):
         self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._connection.connect(os.environ[ADDRESS])
         message = {"words": words[1:], "environment": environment, "session": start_new_session}
-        request = json.dumps(message).encode()
+        # The server started in the directory that was the working directory then.
+        request = json.dumps(message | {"directory": os.getcwd()}).encode()
         files = [own if fd == -1 else fd for own, fd in enumerate((p2cread, c2pwrite, errwrite))]
         socket.send_fds(self._connection, [request], files)
         self.pid = int(self._connection.recv(64))
@@ -148,6 +149,7 @@ def main() -> None:
     if request is None:
         return
     words, environment = request["words"], request["environment"]
+    os.chdir(request["directory"])
     os.environ.clear()
     os.environ.update(environment)
     for key, read in APPLIED.items():

@@ -24,6 +24,7 @@ from benchmarks.cases import (
     config,
     step_flops,
 )
+from benchmarks.servers import VLLM_PYTHON
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,6 +58,8 @@ def test_every_worker_runs(case: Case, entry: str, monkeypatch: pytest.MonkeyPat
     for word, peer in PEERS.items():
         if word in entry:
             pytest.importorskip(peer)
+    if "vllm" in entry and not VLLM_PYTHON.is_file():
+        pytest.skip("make vllm")
     repeat = getattr(importlib.import_module(f"benchmarks.{module}"), function)(case.tiny)
     assert case.name == "start" or repeat() > 0  # A start sets up by starting once.
 

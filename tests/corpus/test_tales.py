@@ -57,6 +57,16 @@ def test_tales_are_these(many):
     assert digest.hexdigest() == "0c86c83e477e4842966b70bbdfd485c0c1a46116c8fde0bf599ca8ab576c249b"
 
 
+@pytest.mark.parametrize(
+    ("noun", "hindi"), [("crow", "छोटा"), ("fox", "छोटी")], ids=["masculine", "feminine"]
+)
+def test_adjective_agrees_with_its_noun(noun: str, hindi: str):
+    found = next(n for n in tales._words().nouns if n.english == noun)
+    actor = tales.Actor(found, ("small", "छोटा"), None)
+    assert (tales.adjective(actor, "hi"), tales.adjective(actor, "en")) == (hindi, "small")
+    assert tales.adjective(tales.Actor(found, None, None), "hi") == ""
+
+
 def test_tale_is_the_same_in_another_process():
     """Pinned: corpora and graded questions made from the tales must not move by themselves."""
     script = "import mooshak.corpus.tales as t; d = t._Draw(3, 5); print(d.bits % 10**12)"
