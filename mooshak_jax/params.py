@@ -84,7 +84,7 @@ def join(trained: Any, frozen: Any) -> Any:
 
 def without_adapters(params: Any) -> Any:
     """Return the tree of dicts without adapters: the parameters of the base."""
-    names = ("lora_a", "lora_b", "dora_magnitude")
+    names = ("lora_a", "lora_b", "dora_magnitude", "token_rows")
     if not isinstance(params, dict):
         return params
     return {key: without_adapters(one) for key, one in params.items() if key not in names}
