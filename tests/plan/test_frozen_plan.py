@@ -1,4 +1,4 @@
-"""Plans of adapters, conversations and pairs: what is frozen has no gradient and no moments."""
+"""Plans of adapters, conversations and pairs: FLOPs, memory and traffic of what is trained."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -8,7 +8,9 @@ import pytest
 
 import mooshak_jax.planner as jax_planner
 from mooshak.config.lora import LoraConfig
+from mooshak.config.model import ModelConfig
 from mooshak.config.sections import Config, DataConfig, ParallelConfig, TrainConfig
+from mooshak.plan import executed_flops
 from mooshak_torch import planner as torch_planner
 from tests.plan.test_plan import BIG
 
@@ -21,6 +23,12 @@ def _as_a_command_starts() -> Iterator[None]:
     with jax.enable_x64(False):
         yield
     jax.config.update("jax_enable_compilation_cache", cached)
+
+
+def test_recomputed_flops_are_those_of_the_window() -> None:
+    model = ModelConfig("llama", 64, 24, 2, 2, hidden_dim=32, max_seq_len=64, sliding_window=16)
+    none, dots = (Config(model, train=TrainConfig(remat=remat)) for remat in ("none", "dots"))
+    assert executed_flops(dots) - executed_flops(none) == 8 * 64 * 4 * 2 * 24 * 16
 
 
 def test_frozen_parameters_have_no_gradient_and_no_moments() -> None:
