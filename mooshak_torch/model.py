@@ -10,14 +10,14 @@ products bfloat16, and norms, RoPE, softmax and loss float32.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mooshak.config.lora import LoraConfig
 from mooshak.config.model import Dtype, ModelConfig
+from mooshak.numerics.neftune import embedding_noise
 from mooshak_torch.kv_cache import KVCache
-from mooshak_torch.lora import add_adapter, set_adapters
+from mooshak_torch.lora import add_adapter, look_up, set_adapters, set_token_rows, table_of
 from mooshak_torch.ops.activations import recompute_in_backward, rms_norm, swiglu
 from mooshak_torch.ops.attention import (
     attention,
@@ -50,6 +50,7 @@ class Linear(nn.Module):
 
     bias: nn.Parameter | None
     lora: LoraConfig | None = None
+    token_ids: list[int] | None = None  # Rows of the output head that are trained: lora.py.
 
     def __init__(self, n_in: int, n_out: int, dtype: torch.dtype, bias: bool = False):
         super().__init__()
@@ -57,7 +58,7 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(n_out, dtype=dtype)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = linear(x, self.weight.to(x.dtype))
+        y = linear(x, table_of(self).to(x.dtype))
         if self.lora is not None:
             y = add_adapter(y, x, self, self.lora)
         return y if self.bias is None else y + self.bias.to(x.dtype)
@@ -66,12 +67,14 @@ class Linear(nn.Module):
 class Embedding(nn.Module):
     """Embedding table: the row of each token id. Weight [V, D]."""
 
+    token_ids: list[int] | None = None  # Rows that are trained: lora.py.
+
     def __init__(self, n_tokens: int, dim: int, dtype: torch.dtype):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_tokens, dim, dtype=dtype))
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
-        return F.embedding(tokens_BT, self.weight)
+        return look_up(tokens_BT, self)
 
 
 class RMSNorm(nn.Module):
@@ -256,11 +259,13 @@ class Model(nn.Module):
         llama, tied = model.architecture == "llama", model.tie_embeddings
         self.norm = RMSNorm(model.dim, model.norm_eps, parameters) if llama else None
         self.lm_head = None if tied else Linear(model.dim, model.vocab_size, parameters)
+        for table in filter(None, (self.embeddings, self.lm_head)):
+            set_token_rows(table, model.lora)
 
     @property
     def head_VD(self) -> Tensor:
         """Weight of the output head; the embedding table if both are tied."""
-        return self.embeddings.weight if self.lm_head is None else self.lm_head.weight
+        return table_of(self.embeddings if self.lm_head is None else self.lm_head)
 
     def hidden_states(
         self,
@@ -268,17 +273,24 @@ class Model(nn.Module):
         positions_BT: Tensor | None = None,
         caches: list[KVCache] | None = None,
         segments_BT: Tensor | None = None,
+        noise: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Return the final hidden states, [B, T, D].
 
         Positions default to 0 .. T - 1. `segments_BT` separates the documents of packed rows in
         training (see `Positions`); `positions_BT` are then positions within the document. With
-        caches segments are ignored. New keys and values are written into `caches` in place.
+        caches segments are ignored. `noise` are keys and scales [B, T] of the noise on the
+        embeddings (NEFTune). New keys and values are written into `caches` in place.
         """
         if positions_BT is None:
             positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
             positions_BT = positions_T.expand(tokens_BT.shape)
-        x_BTD = self.embeddings(tokens_BT).to(COMPUTE_DTYPE[self.dtype])
+        x_BTD = self.embeddings(tokens_BT)
+        if noise is not None:
+            keys_BT, scales_BT = noise[0].int(), noise[1].to(x_BTD.dtype)
+            index_D = torch.arange(x_BTD.shape[-1], dtype=torch.int32, device=x_BTD.device)
+            x_BTD = x_BTD + embedding_noise(keys_BT, index_D, scales_BT)
+        x_BTD = x_BTD.to(COMPUTE_DTYPE[self.dtype])
         positions = self.rope.lookup(positions_BT)._replace(segments_BT=segments_BT)
         visible_BTS, window = None, self.config.sliding_window
         if caches is not None and caches[0].is_read:

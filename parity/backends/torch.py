@@ -154,10 +154,11 @@ class TorchBackend:
         return torch.from_numpy(np.ascontiguousarray(tokens_BT)).to(self.device).long()
 
     def _batch(self, batch: Batch[np.ndarray]) -> Batch[torch.Tensor]:
-        here = batch.map(self._tokens)
-        if batch.reference is None:
-            return here
-        return here._replace(reference=torch.from_numpy(batch.reference).to(self.device))
+        def copy(array: np.ndarray) -> torch.Tensor:
+            is_float = np.issubdtype(array.dtype, np.floating)
+            return torch.from_numpy(array).to(self.device) if is_float else self._tokens(array)
+
+        return batch.map(copy)
 
 
 def _gradients(model: torch.nn.Module) -> Arrays:

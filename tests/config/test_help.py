@@ -16,23 +16,22 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 COMMANDS = [
     *(
-        f"mooshak_torch.{name}"
-        for name in ("train", "sft", "dpo", "generate", "serve", "evaluate", "plan")
-    ),
-    *(
-        f"mooshak_jax.{name}"
-        for name in ("train", "sft", "dpo", "generate", "serve", "evaluate", "plan")
+        f"mooshak_{framework}.{name}"
+        for framework in ("torch", "jax")
+        for name in "train sft dpo generate serve evaluate exact_match plan".split()
     ),
     "mooshak.data",
     "mooshak.tokenizer",
     "mooshak.corpus.tales",
     "parity.accelerator",
+    "parity.align_report",
     "parity.check",
     "parity.convert",
     "parity.logits",
     "parity.texts",
     "parity.curve",
     "parity.demo",
+    "parity.demo_align",
     "parity.report",
     "benchmarks",
     "benchmarks.conversion",

@@ -14,12 +14,13 @@ import torch
 
 import mooshak_jax.plan as jax_plan
 import mooshak_jax.planner as jax_planner
+from mooshak.config.lora import LoraConfig
 from mooshak.config.model import Dtype, ModelConfig
 from mooshak.config.parse import dump_config
 from mooshak.config.sections import Config, ParallelConfig, TrainConfig
 from mooshak.data.packing import Batch
 from mooshak.hardware import DEVICES, peak_flops
-from mooshak.plan import Plan, executed_flops
+from mooshak.plan import Plan
 from mooshak_jax.hlo import collectives
 from mooshak_torch import plan as torch_plan
 from mooshak_torch import planner as torch_planner
@@ -48,12 +49,6 @@ def test_peaks_by_the_names_of_the_drivers(kind: str, name: str) -> None:
 @pytest.mark.parametrize("kind", ["cpu", "NVIDIA A10G", "NVIDIA L40", "TPU v7"])
 def test_no_peak_is_guessed(kind: str) -> None:
     assert peak_flops(kind) is None
-
-
-def test_recomputed_flops_are_those_of_the_window() -> None:
-    model = ModelConfig("llama", 64, 24, 2, 2, hidden_dim=32, max_seq_len=64, sliding_window=16)
-    none, dots = (Config(model, train=TrainConfig(remat=remat)) for remat in ("none", "dots"))
-    assert executed_flops(dots) - executed_flops(none) == 8 * 64 * 4 * 2 * 24 * 16
 
 
 def test_json_of_a_plan_keeps_its_keys() -> None:
@@ -370,7 +365,8 @@ def alive() -> list[torch.Tensor]:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
-def test_activations_are_what_autograd_saves(dtype: Dtype, remat: str) -> None:
+@pytest.mark.parametrize("rank", [0, 4])
+def test_activations_are_what_autograd_saves(rank: int, dtype: Dtype, remat: str) -> None:
     """Storages that live after the forward pass of real tensors, all but the parameters'.
 
     Those that autograd saves go through hooks; selective remat keeps its own in Python.
@@ -379,7 +375,7 @@ def test_activations_are_what_autograd_saves(dtype: Dtype, remat: str) -> None:
         vocab_size=320, dim=64, n_layers=3, n_heads=4, n_kv_heads=2, hidden_dim=176, max_seq_len=96
     )
     train = TrainConfig(batch_size=2, dtype=dtype, remat=remat, loss_chunk=50)
-    config = Config(model=model, train=train)
+    config = Config(model=model, train=train, lora=LoraConfig(rank=rank))
     objective = make_objective(config.model, config).to_empty(device="cpu")
     initialize(objective.model, seed=0)
     tokens_BS = torch.randint(model.vocab_size, (2, 97))
