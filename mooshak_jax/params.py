@@ -5,15 +5,17 @@ Mirror: mooshak_torch/params.py.
 
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
-from mooshak.checkpoints.base import FULL_SLICE
+from mooshak.checkpoints.base import FULL_SLICE, Checkpoint
 from mooshak.config.model import Dtype, ModelConfig
 from mooshak.errors import InputError
 from mooshak.numerics.init_weights import initial_weight
@@ -141,3 +143,24 @@ def initialize(
         abstract_params(model, dtype, parallel),
         lambda name: _Initial(model, seed, name, numpy_dtype, gain_std),
     )
+
+
+def gather_weights(params: Any, model: ModelConfig) -> Checkpoint:
+    """Return the weights under their canonical names, copied to the host of every process.
+
+    Arrays of a single process are not copied before they are read.
+    """
+    leaves = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if jax.process_count() > 1:
+            leaf = multihost_utils.process_allgather(leaf, tiled=True)
+        for tensor in canonical_tensors(path, leaf.shape):
+            leaves[tensor.name] = tensor, leaf
+    tensors = {name: (np.dtype(leaf.dtype), t.shape) for name, (t, leaf) in leaves.items()}
+
+    def read(key: str, rows: slice = FULL_SLICE) -> np.ndarray:
+        tensor, leaf = leaves[key]
+        block, here = tensor.block(rows)
+        return np.ascontiguousarray(tensor.rows(np.asarray(leaf[block]))[here])
+
+    return Checkpoint(Path("(memory)"), "jax", model, None, tensors, read)

@@ -33,7 +33,7 @@ from mooshak_torch.distributed.mesh import Parallel, make_parallel
 from mooshak_torch.distributed.parallelize import parallelize
 from mooshak_torch.objectives import make_objective, model_of, unwrap
 from mooshak_torch.optimizer import LossScale, Optimizer
-from mooshak_torch.params import initialize
+from mooshak_torch.params import gather_weights, initialize
 from mooshak_torch.profile import profiled
 
 
@@ -89,6 +89,12 @@ class Trainer:
 
     def reference_log_probs(self, batch: Batch) -> np.ndarray:
         return reference_log_probs(self.objective, batch, self.config, self.processes)
+
+    def token_log_probs(self, batch: Batch) -> np.ndarray:
+        return token_log_probs(self.objective, batch, self.processes)
+
+    def gather_weights(self) -> Checkpoint:
+        return gather_weights(model_of(self.objective), self.processes.is_main)
 
     def start_saving(self, path: Path) -> Callable[[], None]:
         return start_saving(self.optimizer.state(), path, self.processes.checkpoint_group)
@@ -228,6 +234,20 @@ def reference_log_probs(
     found_BS = torch.zeros(batch.reference.shape, dtype=torch.float64, device=parallel.device)
     found_BS[rows.start : rows.stop] = unwrap(objective)(local, log_probs=True).double()
     result: np.ndarray = parallel.sum(found_BS).cpu().numpy()
+    return result
+
+
+@torch.no_grad()
+def token_log_probs(objective: nn.Module, batch: Batch, parallel: Parallel) -> np.ndarray:
+    """Return the log-probability of each label, float64 [B, T], of sampled answers.
+
+    Every process has the batch in full, and computes its rows.
+    """
+    rows = parallel.rows(len(batch.tokens))
+    local = parallel.shard_local_batch(batch.rows(slice(rows.start, rows.stop)))
+    found_BT = torch.zeros(batch.labels.shape, dtype=torch.float64, device=parallel.device)
+    found_BT[rows.start : rows.stop] = unwrap(objective)(local, log_probs=True).double()
+    result: np.ndarray = parallel.sum(found_BT).cpu().numpy()
     return result
 
 

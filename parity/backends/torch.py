@@ -92,6 +92,8 @@ class TorchBackend:
         model, chunk = self.model(config.train.dtype), config.train.loss_chunk
         if config.data.format == "preferences":
             return mooshak_torch.objectives.PreferenceLM(model, chunk, config.dpo)
+        if config.data.format == "prompts":
+            return mooshak_torch.objectives.PolicyLM(model, chunk, config.grpo)
         return mooshak_torch.objectives.CausalLM(model, chunk)
 
     def log_probs(
@@ -154,10 +156,11 @@ class TorchBackend:
         return torch.from_numpy(np.ascontiguousarray(tokens_BT)).to(self.device).long()
 
     def _batch(self, batch: Batch[np.ndarray]) -> Batch[torch.Tensor]:
-        here = batch.map(self._tokens)
-        if batch.reference is None:
-            return here
-        return here._replace(reference=torch.from_numpy(batch.reference).to(self.device))
+        def copy(array: np.ndarray) -> torch.Tensor:
+            is_real = np.issubdtype(array.dtype, np.floating)
+            return torch.from_numpy(array).to(self.device) if is_real else self._tokens(array)
+
+        return batch.map(copy)
 
 
 def _gradients(model: torch.nn.Module) -> Arrays:
