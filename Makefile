@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: help setup smollm2 demo picture accelerator-report test test-fast mutants benchmark vllm lint format clean
+.PHONY: help setup smollm2 demo demo-align picture accelerator-report test test-fast mutants benchmark vllm lint format clean
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 22
 
@@ -19,6 +19,9 @@ smollm2: setup ## install a trained Llama for tests and docs/huggingface.md, 93 
 
 demo: setup ## train in PyTorch, continue in JAX, compare: runs/demo/report.html
 	$(BIN)/python -m parity.demo --config configs/demo.yaml
+
+demo-align: setup ## fine-tune in both frameworks, then align: runs/demo-align/report.html
+	$(BIN)/python -m parity.demo_align
 
 picture: ## render docs/report.png from the report of the demo; needs chromium, a Devanagari font
 	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --log-level=3 --window-size=1200,1330 \

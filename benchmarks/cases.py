@@ -20,7 +20,7 @@ Size = dict[str, Any]
 TORCH, JAX = "ours, torch", "ours, JAX"
 HF, COMPILED, LITGPT, OPTAX = "HF eager", "HF compiled", "litgpt", "flax/optax loop"
 OURS_COMPILED, OURS_REMAT = "ours, torch compiled", "ours, torch remat dots"
-ROOFLINE = "roofline"
+ROOFLINE, TRL = "roofline", "TRL"
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,13 @@ def spread(bounds: Sequence[int], n: int) -> list[int]:
     """Return `n` lengths, spread evenly between two bounds."""
     low, high = bounds
     return [round(low + (high - low) * i / max(n - 1, 1)) for i in range(n)]
+
+
+def tuned_tokens(size: Size) -> float:
+    """Return the tokens of all conversations, with BOS and EOS; of pairs, the prompt twice."""
+    n, answers = size["conversations"], 2 if size["format"] == "preferences" else 1
+    prompts, completions = (sum(spread(size[key], n)) for key in ("prompt", "completion"))
+    return float(answers * (prompts + completions + 2 * n))
 
 
 def _requested_tokens(size: Size) -> float:
@@ -174,6 +181,30 @@ PADDED, LLAMA_CPP = "HF padded", "llama.cpp"
 HF_SERVER, VLLM = "transformers serve", "vLLM"
 REQUESTS = {"batch_size": 16, "chunk": 128}
 
+# 25 M parameters.
+TUNED = STEP | {"conversations": 64, "conversations_per_step": 8}
+
+
+def _tuning(name: str, title: str, peer: str, size: Size) -> Case:
+    """Return a case of fine-tuning; `size` has what the trainers need more than a model."""
+    tiny = {"vocab_size": 320, "sequence_length": 64, "conversations": 6}
+    short = {"conversations_per_step": 2, "prompt": (5, 20), "completion": (3, 9)}
+    return Case(
+        name,
+        title,
+        {TORCH: "tuning:torch_trainer", JAX: "tuning:jax_trainer", peer: "tuning:trl_trainer"},
+        TUNED | size,
+        TINY | size | tiny | short,
+        work=tuned_tokens,
+        targets=(
+            Target(TORCH, peer, 1.3),
+            Target(JAX, peer, 1.3),
+            Target(TORCH, peer, 0.8, "memory"),
+        ),
+        repetitions=3,
+    )
+
+
 CASES = (
     Case(
         "train",
@@ -204,6 +235,24 @@ CASES = (
             Target(JAX, TORCH, 0.9),
             Target(JAX, OPTAX, 0.7, "memory"),
         ),
+    ),
+    _tuning(
+        "sft",
+        "Supervised fine-tuning on conversations of 90 to 420 tokens: tokens that are not padding",
+        TRL,
+        {"format": "conversations", "prompt": (60, 240), "completion": (30, 180)},
+    ),
+    _tuning(
+        "sft-lora",
+        "The same with adapters of rank 16 on all matrices of the layers",
+        "PEFT and TRL",
+        {"format": "conversations", "prompt": (60, 240), "completion": (30, 180), "lora_rank": 16},
+    ),
+    _tuning(
+        "dpo",
+        "DPO on pairs of 60 to 250 tokens each, the reference computed before",
+        TRL,
+        {"format": "preferences", "prompt": (40, 160), "completion": (20, 90)},
     ),
     Case(
         "loss",
@@ -318,7 +367,7 @@ CASES = (
             JAX: "jax_models:plain",
             DRAFT_JAX: "jax_models:speculative",
         },
-        {"checkpoint": "runs/demo/torch/checkpoints/600", "texts": 20, "prompt": 16}
+        {"checkpoint": "runs/demo/back-in-torch", "texts": 20, "prompt": 16}
         | {"draft": "runs/demo/draft/checkpoints/1200", "new_tokens": 64, "draft_tokens": 4},
         TINY | {"vocab_size": 256, "texts": 2, "prompt": 4, "new_tokens": 4, "draft_tokens": 2},
         work=lambda size: size["texts"] * size["new_tokens"],

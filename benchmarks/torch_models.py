@@ -135,17 +135,17 @@ def save_blocking(size: Size) -> Repeat:
 
 def hf_train(size: Size) -> Repeat:
     """Time the usual training step of transformers' Llama."""
-    return _plain_train(size, _hf(size))
+    return _plain_train(size, hf_llama(size))
 
 
 def hf_train_compiled(size: Size) -> Repeat:
     """Time the usual training step of transformers' Llama, compiled."""
-    return _plain_train(size, torch.compile(_hf(size)))
+    return _plain_train(size, torch.compile(hf_llama(size)))
 
 
 def hf_gradients(size: Size) -> Repeat:
     """Time loss and gradients of transformers' Llama, all logits at once."""
-    model, batch_BS = _hf(size), _batch(size)
+    model, batch_BS = hf_llama(size), _batch(size)
 
     def work() -> None:
         model.zero_grad(set_to_none=True)
@@ -156,7 +156,7 @@ def hf_gradients(size: Size) -> Repeat:
 
 def hf_block(size: Size) -> Repeat:
     """Time forward and backward of transformers' Llama layer."""
-    model = _hf(size).model
+    model = hf_llama(size).model
     positions_BT = torch.arange(size["sequence_length"], device=DEVICE)[None]
 
     def forward(layer: nn.Module, x_BTD: Tensor) -> Tensor:
@@ -170,7 +170,7 @@ def hf_block(size: Size) -> Repeat:
 @torch.no_grad()
 def hf_generate(size: Size, compiled: bool = False) -> Repeat:
     """Time transformers' greedy decoding with its static cache."""
-    model = _hf(size).eval()
+    model = hf_llama(size).eval()
     if compiled:
         model.forward = torch.compile(model.forward)  # As in its documentation.
     prompts_BT = _batch(size)[:, : size["prompt"]]
@@ -189,7 +189,7 @@ def hf_generate(size: Size, compiled: bool = False) -> Repeat:
 @torch.no_grad()
 def hf_padded(size: Size) -> Repeat:
     """Time transformers' decoding of unequal requests: padded, up to the longest continuation."""
-    model, requests = _hf(size).eval(), make_requests(size)
+    model, requests = hf_llama(size).eval(), make_requests(size)
     length = max(len(prompt) for prompt, _ in requests)
     rows = [[0] * (length - len(prompt)) + prompt for prompt, _ in requests]
     mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt, _ in requests]
@@ -212,7 +212,7 @@ def hf_generate_compiled(size: Size) -> Repeat:
 
 def hf_prefill(size: Size) -> Repeat:
     """Time transformers' prefill: logits of the last position only."""
-    model, prompts_BT = _hf(size).eval(), _batch(size)[:, : size["prompt"]]
+    model, prompts_BT = hf_llama(size).eval(), _batch(size)[:, : size["prompt"]]
 
     @torch.no_grad()
     def work() -> None:
@@ -260,7 +260,7 @@ def _our_step(size: Size) -> Callable[[Batch], Any]:
     return lambda batch: train_step(objective, optimizer, batch, 1e-4, config(size), parallel)
 
 
-def _hf(size: Size) -> Any:
+def hf_llama(size: Size) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     set_matmul_precision()

@@ -6,6 +6,7 @@ model and the output are shared.
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -98,6 +99,27 @@ class Plan:
         }
 
 
+def step_flops(config: Config) -> int:
+    """Return the FLOPs of the model for a step, over all devices.
+
+    A frozen matrix has no gradient, which saves 2 FLOPs per weight and token.
+    """
+    model, frozen = config.model, config.frozen
+    products = _product_matrices(config)
+    saved = 2 * sum(shape[0] * shape[1] for name, shape in products.items() if name in frozen)
+    return config.T * config.train.batch_size * (model.flops_per_token(config.T) - saved)
+
+
+def _product_matrices(config: Config) -> dict[str, tuple[int, ...]]:
+    """Return the matrices that are multiplied with activations: name -> shape."""
+    model = config.model
+    return {
+        name: shape
+        for name, shape in model.parameter_shapes().items()
+        if len(shape) == 2 and (name != "embeddings.weight" or model.tie_embeddings)
+    }
+
+
 def executed_flops(config: Config) -> int:
     """Return the FLOPs of a step over all devices, with those that `train.remat` recomputes.
 
@@ -113,30 +135,43 @@ def executed_flops(config: Config) -> int:
         if name.startswith("layers.") and len(shape) == 2
     )
     recomputed = {"none": 0, "dots": attention, "full": attention + matrices}[train.remat]
-    return tokens * (model.flops_per_token(config.T) + recomputed)
+    return step_flops(config) + tokens * recomputed
 
 
 def memory_traffic(config: Config, rows: int, n_shards: int, tensor: int) -> int:
     """Return a lower bound of the bytes that a device reads and writes in its memory in a step.
 
     Every matrix product reads its operands and writes its result: in the forward pass, for the
-    gradients of both operands, and in the recomputation of remat full. AdamW reads and writes
-    parameters, gradients and both moments. Everything else is assumed to be fused into these.
+    gradients of both operands, and in the recomputation of remat full; a frozen matrix has no
+    gradient. AdamW reads and writes parameters, gradients and both moments. Everything else is
+    assumed to be fused into these.
 
     The device has `rows` sequences, in `train.gradient_accumulation_steps` micro-batches, and one
     of `n_shards` shards of the parameters; its products use 1 / `tensor` of each matrix.
     """
-    train, model = config.train, config.model
+    train, frozen = config.train, config.frozen
     width, tokens = BYTES[train.dtype], rows * config.T
     total = 0
-    for name, shape in model.parameter_shapes().items():
-        if len(shape) == 2 and name != "embeddings.weight":
-            products = 4 if train.remat == "full" and name.startswith("layers.") else 3
-            weights = shape[0] * shape[1] // tensor * train.gradient_accumulation_steps
-            edges = tokens * (shape[0] + shape[1])
-            total += products * width * (weights + edges // tensor)
+    for name, shape in _product_matrices(config).items():
+        products = 4 if train.remat == "full" and name.startswith("layers.") else 3
+        products -= name in frozen
+        weights = shape[0] * shape[1] // tensor * train.gradient_accumulation_steps
+        edges = tokens * (shape[0] + shape[1])
+        total += products * width * (weights + edges // tensor)
     wide = 8 if train.dtype == "float64" else 4
-    return total + 8 * wide * model.parameter_count() // n_shards
+    return total + 8 * wide * trained_count(config) // n_shards
+
+
+def trained_count(config: Config) -> int:
+    """Return the number of parameters that are trained."""
+    frozen, shapes = config.frozen, config.model.parameter_shapes()
+    return sum(math.prod(shape) for name, shape in shapes.items() if name not in frozen)
+
+
+def text_arrays(config: Config) -> int:
+    """Return the number of arrays [B, T] of a batch: tokens and labels, of documents two more."""
+    is_packed = config.data.document_mask or config.data.format != "text"
+    return 4 if is_packed else 2
 
 
 def step_times(
@@ -173,8 +208,10 @@ def print_plan(plan: Plan, config: Config) -> None:
     verdict = "fits" if plan.fits else "does not fit"
     print(f"{plan.machine}, {plan.layout}: {verdict}, {_gb(plan.total)} of {_gb(plan.capacity)}")
     train = config.train
+    n_parameters, n_trained = config.model.parameter_count(), trained_count(config)
+    trained = "" if n_trained == n_parameters else f" ({n_trained:,} trained)"
     print(
-        f"{config.model.parameter_count():,} parameters, {train.batch_size} sequences of {config.T}"
+        f"{n_parameters:,} parameters{trained}, {train.batch_size} sequences of {config.T}"
         f" tokens, {train.dtype}, remat {train.remat}, gradient accumulation "
         f"{train.gradient_accumulation_steps}"
     )

@@ -1,9 +1,9 @@
 """Bits per byte of held-out text under a checkpoint. Mirror: mooshak_torch/evaluator.py."""
 
-from functools import partial
 from pathlib import Path
 
 from mooshak.config.sections import Config
+from mooshak.data.packing import Batch
 from mooshak.evaluation.bits_per_byte import Scores, compare
 from mooshak_jax.checkpoint import load_model
 from mooshak_jax.distributed.mesh import make_parallel
@@ -18,6 +18,10 @@ def evaluate_checkpoint(config: Config, checkpoint: Path) -> Scores | None:
     parallel = make_parallel(config)
     set_matmul_precision(config)
     model, params = load_model(checkpoint, config.train.dtype, parallel, config.model)
-    score = partial(evaluate, make_evaluate(config, parallel), params)
-    scores = compare(partial(score, config=config, parallel=parallel), model, config, checkpoint)
+    measure = make_evaluate(config, parallel)
+
+    def score(batch: Batch) -> float:
+        return evaluate(measure, params, batch, config, parallel)["loss"]
+
+    scores = compare(score, model, config, checkpoint)
     return scores if parallel.is_main else None

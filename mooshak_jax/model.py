@@ -21,6 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mooshak.config.lora import LoraConfig
 from mooshak.config.model import Dtype, ModelConfig
+from mooshak.numerics.neftune import embedding_noise
 from mooshak_jax.distributed.sharding import Axes, constrain
 from mooshak_jax.kv_cache import KVCache, check_index
 from mooshak_jax.lora import add_adapter, set_adapters
@@ -291,12 +292,14 @@ class Model(nnx.Module):
         positions_BT: Array | None = None,
         caches: list[KVCache] | None = None,
         segments_BT: Array | None = None,
+        noise: tuple[Array, Array] | None = None,
     ) -> Array:
         """Return the final hidden states, [B, T, D].
 
         Positions default to 0 .. T - 1. `segments_BT` separates the documents of packed rows in
         training (see `Positions`); `positions_BT` are then positions within the document. With
-        caches segments are ignored. Caches with the new keys and values replace those in the list
+        caches segments are ignored. `noise` are keys and scales [B, T] of the noise on the
+        embeddings (NEFTune). Caches with the new keys and values replace those in the list
         `caches`. Raises `IndexError` for ids or positions that the model does not have.
         """
         if positions_BT is None:
@@ -305,7 +308,12 @@ class Model(nnx.Module):
                 raise IndexError(f"{tokens_BT.shape[1]} tokens, of {self.config.max_seq_len}")
         check_index(tokens_BT, self.config.vocab_size, "token")
         check_index(positions_BT, self.config.max_seq_len, "position")
-        x_BTD = self.embeddings(tokens_BT).astype(COMPUTE_DTYPE[self.dtype])
+        x_BTD = self.embeddings(tokens_BT)
+        if noise is not None:
+            keys_BT, scales_BT = noise[0], noise[1].astype(x_BTD.dtype)
+            index_D = jnp.arange(x_BTD.shape[-1], dtype=jnp.int32)
+            x_BTD = x_BTD + embedding_noise(keys_BT, index_D, scales_BT)
+        x_BTD = x_BTD.astype(COMPUTE_DTYPE[self.dtype])
         x_BTD = constrain(x_BTD, "batch", "sequence", None)
         positions = self.rope.lookup(positions_BT)._replace(segments_BT=segments_BT)
         if caches is not None and caches[0].is_read:

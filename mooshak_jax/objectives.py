@@ -3,7 +3,8 @@
 Mirror: mooshak_torch/objectives.py. Shapes: B batch, T time, D model width.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.sharding import NamedSharding
 
 from mooshak.config.dpo import DPOConfig
 from mooshak.config.grpo import GRPOConfig
@@ -19,9 +21,10 @@ from mooshak.config.sections import Config
 from mooshak.data.packing import IGNORE_INDEX, Batch
 from mooshak.numerics.grpo import Tokens, token_losses
 from mooshak.numerics.preference import Pairs, kto_losses, log_ratios, pair_losses
+from mooshak_jax.distributed.mesh import Parallel
 from mooshak_jax.model import Model
 from mooshak_jax.ops.cross_entropy import cross_entropy, token_log_probs
-from mooshak_jax.params import make_graphdef, merge
+from mooshak_jax.params import abstract_params, make_graphdef, merge
 
 
 @dataclass(frozen=True)
@@ -80,9 +83,9 @@ class PreferenceLM(CausalLM):
         column_B1 = jnp.broadcast_to(jax.lax.stop_gradient(baseline), (len(batch.tokens), 1))
         return batch._replace(baseline=column_B1)
 
-    def __call__(self, params: Any, batch: Batch[Array], log_probs: bool = False) -> Array:
-        """Return the summed loss of the pairs; or `log_probs` [B, S], that of each segment."""
-        return self.log_probs(params, batch) if log_probs else self.measure(params, batch)[0]
+    def __call__(self, params: Any, batch: Batch[Array]) -> Array:
+        """Return the summed loss of the pairs of some rows of the global batch."""
+        return self.measure(params, batch)[0]
 
     def log_probs(self, params: Any, batch: Batch[Array]) -> Array:
         """Return the log-probability [B, S] of the labels of each segment."""
@@ -123,9 +126,9 @@ class PolicyLM(CausalLM):
 
     grpo: GRPOConfig
 
-    def __call__(self, params: Any, batch: Batch[Array], log_probs: bool = False) -> Array:
-        """Return the summed loss of the tokens; or `log_probs` [B, T], that of each label."""
-        return self.log_probs(params, batch) if log_probs else self.measure(params, batch)[0]
+    def __call__(self, params: Any, batch: Batch[Array]) -> Array:
+        """Return the summed loss of the tokens of some rows of the global batch."""
+        return self.measure(params, batch)[0]
 
     def log_probs(self, params: Any, batch: Batch[Array]) -> Array:
         """Return the log-probability [B, T] of each label at the sampling temperature."""
@@ -191,3 +194,30 @@ def make_objective(model: ModelConfig, config: Config) -> CausalLM:
     if config.data.format == "prompts":
         return PolicyLM(graphdef, chunk, config.grpo)
     return CausalLM(graphdef, chunk)
+
+
+def compile_forward(
+    measure: Callable[[CausalLM, Any, Batch[Array]], Any],
+    config: Config,
+    parallel: Parallel,
+    sharding: NamedSharding,
+) -> Callable[[Any, Batch[Array]], Any]:
+    """Return the compiled function (params, batch) -> `measure(objective, params, batch)`.
+
+    `sharding` is that of the results.
+    """
+    forward_only = replace(config.train, remat="none")
+    objective = make_objective(config.model, replace(config, train=forward_only))
+
+    def compute(params: Any, batch: Batch[Array]) -> Any:
+        with parallel.activate():
+            return measure(objective, params, batch)
+
+    abstract = abstract_params(config.model, config.train.dtype, parallel)
+    shardings = jax.tree.map(lambda array: array.sharding, abstract)
+    return jax.jit(
+        compute,
+        in_shardings=(shardings, parallel.batch_sharding),
+        out_shardings=sharding,
+        compiler_options=parallel.compiler_options,
+    )

@@ -84,6 +84,14 @@ def join(trained: Any, frozen: Any) -> Any:
     return frozen | trained | shared
 
 
+def without_adapters(params: Any) -> Any:
+    """Return the tree of dicts without adapters: the parameters of the base."""
+    names = ("lora_a", "lora_b", "dora_magnitude")
+    if not isinstance(params, dict):
+        return params
+    return {key: without_adapters(one) for key, one in params.items() if key not in names}
+
+
 def load_params(abstract: Any, read: Callable[[str], Any]) -> Any:
     """Return arrays with the shapes and shardings of the tree `abstract`.
 

@@ -20,11 +20,12 @@ from mooshak.data.packing import Batch
 from mooshak.errors import InputError
 from mooshak.hardware import DEVICES, Device
 from mooshak.mesh import mesh_text
-from mooshak.plan import Plan, memory_traffic, ranked, step_times
+from mooshak.plan import Plan, memory_traffic, ranked, step_flops, step_times, text_arrays
 from mooshak_jax.distributed.mesh import Parallel, make_parallel
 from mooshak_jax.hlo import Collective, collectives
 from mooshak_jax.model import PARAM_DTYPE
 from mooshak_jax.objectives import make_objective
+from mooshak_jax.params import join, split_trained
 from mooshak_jax.step import abstract_state, make_train_step, set_matmul_precision
 
 
@@ -45,13 +46,12 @@ def plan(config: Config, topology: str) -> Plan:
     memory = {"parameters": shard_bytes(state["params"])}
     memory["optimizer"] = sum(shard_bytes(state[moment]) for moment in MOMENTS)
     state_bytes = sum(memory.values())
-    flops = config.model.flops_per_token(config.T) * config.T * config.train.batch_size
     common: dict[str, Any] = {
         "machine": f"{len(devices)} x TPU {topology.partition(':')[0]} ({topology})",
         "layout": mesh_text(parallel.sizes),
         "device": device,
         "n_devices": len(devices),
-        "flops": flops,
+        "flops": step_flops(config),
     }
     try:
         compiled = lowered(config, parallel).compile()
@@ -142,7 +142,11 @@ def lowered(config: Config, parallel: Parallel) -> Any:
 def abstract_batch(config: Config, n_rows: int, sharding: Any = None) -> Batch:
     """Return shapes, dtypes and sharding of a batch of `n_rows` rows."""
     array_BT = jax.ShapeDtypeStruct((n_rows, config.T), jnp.int32, sharding=sharding)
-    return Batch(*[array_BT] * (4 if config.data.document_mask else 2))
+    batch = Batch(*[array_BT] * text_arrays(config))
+    if config.data.format == "preferences":
+        pair_BS = jax.ShapeDtypeStruct((n_rows, 2), jnp.float32, sharding=sharding)
+        batch = batch._replace(reference=pair_BS)
+    return batch
 
 
 def shard_bytes(tree: Any) -> int:
@@ -162,13 +166,15 @@ def activation_bytes(config: Config, parallel: Parallel) -> int:
     train = config.train
     rows = train.batch_size // train.gradient_accumulation_steps
     params = abstract_state(config, parallel)["params"]
+    trained, frozen = split_trained(params, config.frozen)
     objective = make_objective(config.model, config)
 
-    def residuals(params: Any, batch: Any) -> Any:
+    def residuals(trained: Any, frozen: Any, batch: Any) -> Any:
         with parallel.activate():
-            return jax.vjp(lambda p: objective(p, batch), params)[1]
+            return jax.vjp(lambda p: objective(join(p, frozen), batch), trained)[1]
 
-    saved = jax.tree.leaves(jax.eval_shape(residuals, params, abstract_batch(config, rows)))
+    batch = abstract_batch(config, rows)
+    saved = jax.tree.leaves(jax.eval_shape(residuals, trained, frozen, batch))
     weights = {leaf.shape for leaf in jax.tree.leaves(params)}
     total = sum(math.prod(a.shape) * a.dtype.itemsize for a in saved if a.shape not in weights)
     return total // parallel.mesh.size

@@ -7,7 +7,6 @@ import contextlib
 import math
 import os
 from collections.abc import Callable, Set
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,10 +26,11 @@ from mooshak.tokenizer.base import Tokenizer
 from mooshak_jax.checkpoint import load_init_weights, open_checkpoint, restore, start_saving
 from mooshak_jax.distributed.mesh import Parallel, make_parallel
 from mooshak_jax.model import PARAM_DTYPE
-from mooshak_jax.objectives import make_objective
+from mooshak_jax.objectives import CausalLM, compile_forward, make_objective
 from mooshak_jax.optimizer import adamw, clip_gradients
 from mooshak_jax.params import abstract_params, gather_weights, initialize, join, split_trained
 from mooshak_jax.profile import profiled
+from mooshak_jax.reference import Reference, add_reference, make_log_probs, make_reference
 
 State = dict[str, Any]
 """The trees `params`, `exp_avg` and `exp_avg_sq`, and `step`, the optimizer steps done.
@@ -61,7 +61,8 @@ class Trainer:
         self.explain_timeouts, self.peak_memory = contextlib.nullcontext, peak_memory
         self._train_step = make_train_step(config, parallel)
         self._evaluate = make_evaluate(config, parallel)
-        self._reference = make_evaluate(config, parallel, log_probs=True)
+        self._log_probs = make_log_probs(config, parallel, parallel.replicated)
+        self.reference: Reference | None = None
         self._finite = jax.jit(
             partial(jax.tree.map, lambda x: jnp.isfinite(x).all()),
             out_shardings=parallel.replicated,
@@ -88,6 +89,9 @@ class Trainer:
         self._skipped = skipped_steps(source.trainer_state)
         self._add_metrics()
 
+    def load_reference(self, tokenizer: Tokenizer) -> None:
+        self.reference = make_reference(self.config, self.processes, tokenizer)
+
     def _add_metrics(self) -> None:
         """Add the metrics of the latest step, zeros before one, to the state."""
         for name, like in abstract_metrics(self.config, self.processes).items():
@@ -98,6 +102,7 @@ class Trainer:
         self, batch: Batch, rate: float, stop: Callable[[], bool]
     ) -> tuple[dict[str, float], bool]:
         global_batch = self.processes.shard_local_batch(batch)
+        global_batch = add_reference(self.reference, self.state["params"], global_batch)
         self.state, loss, norm = self._train_step(self.state, global_batch, rate)
         # The processes exchange their flags while the devices compute.
         stopping = self.processes.any_process(stop())
@@ -108,16 +113,20 @@ class Trainer:
             self._skipped += not all(map(math.isfinite, metrics.values()))
         return metrics, stopping
 
-    def evaluate(self, batch: Batch) -> float:
-        return evaluate(self._evaluate, self.state["params"], batch, self.config, self.processes)
+    def evaluate(self, batch: Batch) -> dict[str, float]:
+        params, config = self.state["params"], self.config
+        return evaluate(self._evaluate, params, batch, config, self.processes, self.reference)
 
     def reference_log_probs(self, batch: Batch) -> np.ndarray:
         global_batch = self.processes.shard_global_batch(batch)
-        return np.asarray(self._reference(self.state["params"], global_batch), np.float64)
+        params, log_probs = self.state["params"], self._log_probs
+        if self.reference is not None:
+            params, log_probs = self.reference.params_of(params), self.reference.replicated
+        return np.asarray(log_probs(params, global_batch), np.float64)
 
     def token_log_probs(self, batch: Batch) -> np.ndarray:
         global_batch = self.processes.shard_global_batch(batch)
-        return np.asarray(self._reference(self.state["params"], global_batch), np.float64)
+        return np.asarray(self._log_probs(self.state["params"], global_batch), np.float64)
 
     def gather_weights(self) -> Checkpoint:
         return gather_weights(self.state["params"], self.config.model)
@@ -229,47 +238,40 @@ def make_train_step(
 
 
 def make_evaluate(
-    config: Config, parallel: Parallel, log_probs: bool = False
-) -> Callable[[Any, Batch[Array]], Array]:
-    """Return the compiled function (params, batch) -> summed cross entropy in nats.
+    config: Config, parallel: Parallel
+) -> Callable[[Any, Batch[Array]], dict[str, Array]]:
+    """Return the compiled function (params, batch) -> sums over its rows: `loss`, and the metrics.
 
-    With `log_probs`: -> log-probability [B, S] of the segments of preference pairs.
+    `loss` is the summed cross entropy in nats, or the summed loss of preference pairs. KTO's
+    baseline is that of the rows of a call.
     """
-    forward_only = replace(config.train, remat="none")
-    objective = make_objective(config.model, replace(config, train=forward_only))
 
-    def measure(params: Any, batch: Batch[Array]) -> Array:
-        with parallel.activate():
-            return objective(params, batch, **options)
+    def measure(objective: CausalLM, params: Any, batch: Batch[Array]) -> dict[str, Array]:
+        loss, metrics = objective.measure(params, objective.complete(params, batch))
+        return {"loss": loss, **metrics}
 
-    options: dict[str, Any] = {"log_probs": True} if log_probs else {}
-    abstract = abstract_params(config.model, config.train.dtype, parallel)
-    shardings = jax.tree.map(lambda array: array.sharding, abstract)
-    return jax.jit(
-        measure,
-        in_shardings=(shardings, parallel.batch_sharding),
-        out_shardings=parallel.replicated,
-        compiler_options=parallel.compiler_options,
-    )
+    return compile_forward(measure, config, parallel, parallel.replicated)
 
 
 def evaluate(
-    measure: Callable[[Any, Batch[Array]], Array],
+    measure: Callable[[Any, Batch[Array]], dict[str, Array]],
     params: Any,
     batch: Batch,
     config: Config,
     parallel: Parallel,
-) -> float:
-    """Return the summed cross entropy in nats of a batch [N, T] that every process has in full.
+    reference: Reference | None = None,
+) -> dict[str, float]:
+    """Return sums over a batch [N, T] that every process has in full: `loss`, and the metrics.
 
     `measure` is the result of `make_evaluate`.
     """
     n_rows = -(-config.evaluate.batch_size // parallel.dp_size) * parallel.dp_size
-    total = 0.0
+    sums: dict[str, float] = {}
     for start in range(0, len(batch.tokens), n_rows):
         rows = pad_rows(batch.rows(slice(start, start + n_rows)), n_rows)
-        total += float(measure(params, parallel.shard_global_batch(rows)))
-    return total
+        found = measure(params, add_reference(reference, params, parallel.shard_global_batch(rows)))
+        sums = {name: sums.get(name, 0.0) + float(value) for name, value in found.items()}
+    return sums
 
 
 def set_matmul_precision(config: Config) -> None:

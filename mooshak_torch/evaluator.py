@@ -1,10 +1,10 @@
 """Bits per byte of held-out text under a checkpoint. Mirror: mooshak_jax/evaluator.py."""
 
-from functools import partial
 from pathlib import Path
 
 from mooshak.checkpoints.formats import ensure_readable_format
 from mooshak.config.sections import Config
+from mooshak.data.packing import Batch
 from mooshak.evaluation.bits_per_byte import Scores, compare
 from mooshak_torch.checkpoint import open_checkpoint
 from mooshak_torch.distributed.mesh import make_parallel
@@ -25,7 +25,10 @@ def evaluate_checkpoint(config: Config, checkpoint: Path) -> Scores | None:
         source = open_checkpoint(path)
         objective = parallelize(make_objective(source.model, config), parallel, config)
         load_params(dict(model_of(objective).named_parameters()), source)
-    score = partial(evaluate, objective, config=config, parallel=parallel)
+
+    def score(batch: Batch) -> float:
+        return evaluate(objective, batch, config, parallel)["loss"]
+
     scores = compare(score, source.model, config, checkpoint)
     parallel.close()
     return scores if parallel.is_main else None

@@ -5,6 +5,8 @@ the canonical names `lora_a.weight`, `lora_b.weight` and `dora_magnitude`.
 Shapes: B batch, T time, I contracted width, O output width, R rank.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -42,6 +44,20 @@ def set_adapters(block: Any, lora: LoraConfig, compute: torch.dtype) -> None:
         for key, value in list(layer.named_parameters(recurse=False)):
             if key != "dora_magnitude":
                 setattr(layer, key, nn.Parameter(value.detach().to(compute), requires_grad=False))
+
+
+@contextmanager
+def disable_adapters(model: nn.Module) -> Iterator[None]:
+    """Turn off the adapters of a model inside the block: it is its base."""
+    layers: list[Any] = [one for one in model.modules() if getattr(one, "lora", None) is not None]
+    adapters = [layer.lora for layer in layers]
+    for layer in layers:
+        layer.lora = None
+    try:
+        yield
+    finally:
+        for layer, lora in zip(layers, adapters, strict=True):
+            layer.lora = lora
 
 
 def add_adapter(y_BTO: Tensor, x_BTI: Tensor, layer: Any, lora: LoraConfig) -> Tensor:

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from mooshak.config.lora import LoraConfig
 from mooshak.config.model import Dtype, ModelConfig
+from mooshak.numerics.neftune import embedding_noise
 from mooshak_torch.kv_cache import KVCache
 from mooshak_torch.lora import add_adapter, set_adapters
 from mooshak_torch.ops.activations import recompute_in_backward, rms_norm, swiglu
@@ -268,17 +269,24 @@ class Model(nn.Module):
         positions_BT: Tensor | None = None,
         caches: list[KVCache] | None = None,
         segments_BT: Tensor | None = None,
+        noise: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Return the final hidden states, [B, T, D].
 
         Positions default to 0 .. T - 1. `segments_BT` separates the documents of packed rows in
         training (see `Positions`); `positions_BT` are then positions within the document. With
-        caches segments are ignored. New keys and values are written into `caches` in place.
+        caches segments are ignored. `noise` are keys and scales [B, T] of the noise on the
+        embeddings (NEFTune). New keys and values are written into `caches` in place.
         """
         if positions_BT is None:
             positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
             positions_BT = positions_T.expand(tokens_BT.shape)
-        x_BTD = self.embeddings(tokens_BT).to(COMPUTE_DTYPE[self.dtype])
+        x_BTD = self.embeddings(tokens_BT)
+        if noise is not None:
+            keys_BT, scales_BT = noise[0].int(), noise[1].to(x_BTD.dtype)
+            index_D = torch.arange(x_BTD.shape[-1], dtype=torch.int32, device=x_BTD.device)
+            x_BTD = x_BTD + embedding_noise(keys_BT, index_D, scales_BT)
+        x_BTD = x_BTD.to(COMPUTE_DTYPE[self.dtype])
         positions = self.rope.lookup(positions_BT)._replace(segments_BT=segments_BT)
         visible_BTS, window = None, self.config.sliding_window
         if caches is not None and caches[0].is_read:

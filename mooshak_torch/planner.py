@@ -28,7 +28,15 @@ from mooshak.errors import InputError
 from mooshak.hardware import Device
 from mooshak.mesh import AXES, mesh_sizes, mesh_text
 from mooshak.numerics.schedule import has_weight_decay
-from mooshak.plan import STRATEGIES, Plan, memory_traffic, ranked, step_times
+from mooshak.plan import (
+    STRATEGIES,
+    Plan,
+    memory_traffic,
+    ranked,
+    step_flops,
+    step_times,
+    text_arrays,
+)
 from mooshak_torch.distributed.fsdp import apply_fsdp
 from mooshak_torch.distributed.tensor_parallel import apply_tp
 from mooshak_torch.model import COMPUTE_DTYPE, PARAM_DTYPE
@@ -68,7 +76,7 @@ def plan(config: Config, gpu: str, gpus: int, strategy: str) -> Plan:
         memory=memory,
         capacity=int(device.memory * USABLE),
         bytes_sent={kind: round(size) for kind, size in bytes_sent.items()},
-        flops=config.model.flops_per_token(config.T) * config.T * config.train.batch_size,
+        flops=step_flops(config),
         times=step_times(config, device, gpus, hbm_bytes, seconds),
     )
 
@@ -122,8 +130,12 @@ class Unit:
     name: str
     n_params: int
     """Parameters of the gathered unit on a rank: one `tensor`-th of what that axis shards."""
+    n_trained: int
+    """Those of them that have a gradient."""
     n_local: int
-    """Parameters that the first rank stores; no rank stores more."""
+    """Trained parameters that the first rank stores; no rank stores more."""
+    local_bytes: int
+    """Bytes of all parameters that the first rank stores."""
     itemsize: int
     """Bytes of a gathered parameter."""
     regathered: bool
@@ -138,12 +150,15 @@ def parameter_units(config: Config, sizes: dict[str, int], strategy: str) -> lis
     objective = make_objective(config.model, config)
     wide = PARAM_DTYPE[config.train.dtype].itemsize
     if strategy not in ("fsdp", "hsdp"):
-        counts = [p.numel() for p in objective.parameters()]
+        parameters = list(objective.parameters())
+        counts = [p.numel() for p in parameters]
         n_params = sum(counts)
         if strategy != "zero3":
-            return [Unit("model", n_params, n_params, wide, regathered=False)]
+            n_trained = sum(p.numel() for p in parameters if p.requires_grad)
+            stored = sum(p.numel() * p.itemsize for p in parameters)
+            return [Unit("model", n_params, n_trained, n_trained, stored, wide, regathered=False)]
         n_local = -(-n_params // sizes["data"]) + sum(n for n in counts if n <= PERSISTENT)
-        return [Unit("model", n_params, n_local, wide, regathered=True)]
+        return [Unit("model", n_params, n_params, n_local, wide * n_local, wide, regathered=True)]
     with fake_process_group(math.prod(sizes.values())):
         mesh = init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=AXES)
         if sizes["tensor"] > 1:
@@ -160,11 +175,14 @@ def _unit(name: str, module: nn.Module) -> list[Unit]:
         return []
     parameters = [item.sharded_param for item in group.fsdp_params]
     dtype = group.mp_policy.param_dtype or parameters[0].dtype
+    sizes = [math.prod(item._orig_size) for item in group.fsdp_params]
     return [
         Unit(
             name,
-            sum(math.prod(item._orig_size) for item in group.fsdp_params),
-            sum(_local(p) for p in parameters),
+            sum(sizes),
+            sum(n for n, p in zip(sizes, parameters, strict=True) if p.requires_grad),
+            sum(_local(p) for p in parameters if p.requires_grad),
+            sum(_local(p) * p.itemsize for p in parameters),
             dtype.itemsize,
             group._reshard_after_forward,
         )
@@ -195,6 +213,7 @@ def memory_parts(
     """
     wide = PARAM_DTYPE[config.train.dtype].itemsize
     n_local, n_params = sum(unit.n_local for unit in units), sum(unit.n_params for unit in units)
+    n_trained = sum(unit.n_trained for unit in units)
     sharded = strategy in ("fsdp", "hsdp", "zero3")
     zero_shard = -(-n_params // sizes["data"])
     gradients = n_local
@@ -212,7 +231,7 @@ def memory_parts(
     # nothing, an overestimate.
     n_shards = sizes["tensor"] if config.parallel.sequence_parallel else 1
     result = {
-        "parameters": wide * n_local,
+        "parameters": sum(unit.local_bytes for unit in units),
         "gradients": wide * gradients,
         "optimizer": 2 * wide * moments,
         "activations": saved // n_shards,
@@ -222,10 +241,10 @@ def memory_parts(
         result["gathered"] = gathered_bytes(config, units)
         if config.train.gradient_accumulation_steps > 1:
             # Gradients that are not reduced yet are not sharded.
-            result["gathered"] += wide * n_params
+            result["gathered"] += wide * n_trained
     elif strategy == "ddp":
         # DDP reduces gradients in its own buckets.
-        result["buckets"] = wide * n_params
+        result["buckets"] = wide * n_trained
     if strategy.startswith("zero"):
         # DeepSpeed updates a copy of its shard.
         result["optimizer"] += wide * zero_shard
@@ -266,10 +285,12 @@ def gathered_bytes(config: Config, units: list[Unit]) -> int:
     others = [unit for unit in units if unit not in layers]
     resident = sum(unit.n_params * unit.itemsize for unit in units if not unit.regathered)
     sizes = sorted((u.n_params * u.itemsize for u in layers if u.regathered), reverse=True)
-    reduced = wide * max((unit.n_params for unit in layers), default=0)
+    reduced = wide * max((unit.n_trained for unit in layers), default=0)
     prefetched = sizes[: 1 + config.parallel.prefetch]
     in_layers = sum(prefetched) + max(sizes, default=0) + reduced
-    in_others = max((2 * u.itemsize + wide) * u.n_params for u in others if u.regathered)
+    in_others = max(
+        2 * u.itemsize * u.n_params + wide * u.n_trained for u in others if u.regathered
+    )
     return resident + max(in_layers, in_others)
 
 
@@ -288,16 +309,18 @@ def activation_bytes(config: Config, rows: int, sharded: bool) -> tuple[int, int
             for name, like in module.named_parameters(recurse=False):
                 narrow = sharded and like in layers and like.ndim == 2
                 dtype = COMPUTE_DTYPE[config.train.dtype] if narrow else like.dtype
-                made.setdefault(like, nn.Parameter(torch.empty(like.shape, dtype=dtype)))
+                value = torch.empty(like.shape, dtype=dtype)
+                made.setdefault(like, nn.Parameter(value, like.requires_grad))
                 setattr(module, name, made[like])
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
         for parameter in made.values():
             # `memory_parts` counts gradients; here each is freed at once.
-            parameter.register_post_accumulate_grad_hook(_drop_gradient)
-        zeros_BT = torch.zeros((rows, config.T), dtype=torch.long)
-        documents = (zeros_BT, zeros_BT) if config.data.document_mask else ()
-        batch = Batch(zeros_BT, zeros_BT, *documents)
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(_drop_gradient)
+        batch = Batch(*[torch.zeros((rows, config.T), dtype=torch.long)] * text_arrays(config))
+        if config.data.format == "preferences":
+            batch = batch._replace(reference=torch.zeros(rows, 2))
         tracker = MemTracker()
         tracker.track_external(objective)
         with tracker, warnings.catch_warnings():
@@ -341,7 +364,7 @@ def collective_traffic(
     wide = PARAM_DTYPE[config.train.dtype].itemsize
     data, fsdp, tensor = (sizes[axis] for axis in AXES)
     n_micro_batches = config.train.gradient_accumulation_steps
-    full = wide * sum(unit.n_params for unit in units)
+    full = wide * sum(unit.n_trained for unit in units)
     gathers = sum(u.n_params * u.itemsize * (2 if u.regathered else 1) for u in units)
     gathers *= n_micro_batches
     world = data * fsdp * tensor

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mooshak.checkpoints.base import Checkpoint
 from mooshak.checkpoints.resume import loss_scale_of, n_updates, skipped_steps
 from mooshak.config.sections import Config
-from mooshak.data.packing import Batch
+from mooshak.data.packing import Batch, pad_rows
 from mooshak.numerics.init_weights import initial_weight
 from mooshak.tokenizer.base import Tokenizer
 from mooshak_torch.checkpoint import (
@@ -31,10 +31,12 @@ from mooshak_torch.checkpoint import (
 from mooshak_torch.distributed.deepspeed import Values, ZeroOptimizer, make_engine
 from mooshak_torch.distributed.mesh import Parallel, make_parallel
 from mooshak_torch.distributed.parallelize import parallelize
+from mooshak_torch.lora import disable_adapters
 from mooshak_torch.objectives import make_objective, model_of, unwrap
 from mooshak_torch.optimizer import LossScale, Optimizer
 from mooshak_torch.params import gather_weights, initialize
 from mooshak_torch.profile import profiled
+from mooshak_torch.reference import add_reference, compute_log_probs, make_reference
 
 
 class Trainer:
@@ -64,12 +66,16 @@ class Trainer:
         self.loss_scale = make_loss_scale(self.config, self.optimizer, source)
         state = None if source is None else source.trainer_state
         self._earlier, self._skipped = loss_scale_of(state), skipped_steps(state)
+        self.reference: nn.Module | None = None
+
+    def load_reference(self, tokenizer: Tokenizer) -> None:
+        self.reference = make_reference(self.objective, self.config, self.processes, tokenizer)
 
     def step(
         self, batch: Batch, rate: float, stop: Callable[[], bool]
     ) -> tuple[dict[str, float], bool]:
         parallel, scale = self.processes, self.loss_scale
-        local_batch = parallel.shard_local_batch(batch)
+        local_batch = add_reference(self.reference, parallel.shard_local_batch(batch), self.config)
         loss, norm = train_step(
             self.objective, self.optimizer, local_batch, rate, self.config, parallel, scale
         )
@@ -84,14 +90,17 @@ class Trainer:
             self._skipped += not all(map(math.isfinite, metrics.values()))
         return metrics, stopping > 0
 
-    def evaluate(self, batch: Batch) -> float:
-        return evaluate(self.objective, batch, self.config, self.processes)
+    def evaluate(self, batch: Batch) -> dict[str, float]:
+        return evaluate(self.objective, batch, self.config, self.processes, self.reference)
 
     def reference_log_probs(self, batch: Batch) -> np.ndarray:
-        return reference_log_probs(self.objective, batch, self.config, self.processes)
+        if self.reference is None:
+            return compute_log_probs(self.objective, batch, self.config, self.processes)
+        with disable_adapters(model_of(self.reference)):
+            return compute_log_probs(self.reference, batch, self.config, self.processes)
 
     def token_log_probs(self, batch: Batch) -> np.ndarray:
-        return token_log_probs(self.objective, batch, self.processes)
+        return compute_log_probs(self.objective, batch, self.config, self.processes)
 
     def gather_weights(self) -> Checkpoint:
         return gather_weights(model_of(self.objective), self.processes.is_main)
@@ -205,50 +214,32 @@ def _is_finite(loss: Tensor, norm: Tensor, parallel: Parallel) -> bool:
 
 
 @torch.no_grad()
-def evaluate(objective: nn.Module, batch: Batch, config: Config, parallel: Parallel) -> float:
-    """Return the summed cross entropy in nats of a batch [N, T] that every process has in full."""
+def evaluate(
+    objective: nn.Module,
+    batch: Batch,
+    config: Config,
+    parallel: Parallel,
+    reference: nn.Module | None = None,
+) -> dict[str, float]:
+    """Return sums over a batch [N, T] that every process has in full: `loss`, and the metrics.
+
+    `loss` is the summed cross entropy in nats, or the summed loss of preference pairs. KTO's
+    baseline is that of the rows of a forward pass.
+    """
     total = torch.zeros((), dtype=torch.float64, device=parallel.device)
     local_batch = batch.rows(slice(parallel.dp_rank, None, parallel.dp_size))
     n_rows = math.ceil(config.evaluate.batch_size / parallel.dp_size)
+    inner = unwrap(objective)
+    inner.metrics = {}
     # Each process calls the model equally often, since all gather its parameters together.
     for start in range(0, math.ceil(len(batch.tokens) / parallel.dp_size), n_rows):
         rows = local_batch.rows(slice(start, start + n_rows))
-        if len(rows.tokens):
-            total += objective(parallel.shard_local_batch(rows))
-        else:
-            objective(parallel.shard_local_batch(batch.rows(slice(0, 1))))
-    return parallel.sum(total).item()
-
-
-@torch.no_grad()
-def reference_log_probs(
-    objective: nn.Module, batch: Batch, config: Config, parallel: Parallel
-) -> np.ndarray:
-    """Return the log-probability of each segment, float64 [B, S], of a batch.
-
-    Every process has the batch in full, and computes as many rows as of a batch of training.
-    """
-    assert batch.reference is not None
-    rows = parallel.rows(len(batch.tokens))
-    local = parallel.shard_local_batch(batch.rows(slice(rows.start, rows.stop)))
-    found_BS = torch.zeros(batch.reference.shape, dtype=torch.float64, device=parallel.device)
-    found_BS[rows.start : rows.stop] = unwrap(objective)(local, log_probs=True).double()
-    result: np.ndarray = parallel.sum(found_BS).cpu().numpy()
-    return result
-
-
-@torch.no_grad()
-def token_log_probs(objective: nn.Module, batch: Batch, parallel: Parallel) -> np.ndarray:
-    """Return the log-probability of each label, float64 [B, T], of sampled answers.
-
-    Every process has the batch in full, and computes its rows.
-    """
-    rows = parallel.rows(len(batch.tokens))
-    local = parallel.shard_local_batch(batch.rows(slice(rows.start, rows.stop)))
-    found_BT = torch.zeros(batch.labels.shape, dtype=torch.float64, device=parallel.device)
-    found_BT[rows.start : rows.stop] = unwrap(objective)(local, log_probs=True).double()
-    result: np.ndarray = parallel.sum(found_BT).cpu().numpy()
-    return result
+        rows = rows if len(rows.tokens) else pad_rows(batch.rows(slice(0, 0)), 1)
+        local = add_reference(reference, parallel.shard_local_batch(rows), config)
+        total += objective(inner.complete(local, parallel))
+    names = ["loss", *inner.metrics]
+    sums = parallel.sum(torch.stack([total, *(one.double() for one in inner.metrics.values())]))
+    return dict(zip(names, sums.tolist(), strict=True))
 
 
 def set_matmul_precision() -> None:

@@ -2,12 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
 from mooshak.checkpoints.base import FULL_SLICE, Checkpoint, cast
+from mooshak.checkpoints.formats import model_of
 from mooshak.config.lora import LoraConfig, is_adapter
-from mooshak.errors import InputError
+from mooshak.config.sections import Config
+from mooshak.errors import InputError, require
 from mooshak.numerics.init_weights import initial_weight, row_norms
 
 
@@ -30,6 +33,27 @@ def with_adapters(source: Checkpoint, lora: LoraConfig, seed: int, dtype: np.dty
 
     return replace(
         source, model=model, tensors=tensors, read=read, trainer_state=None, checksums={}
+    )
+
+
+def check_live_reference(config: Config, first: int) -> None:
+    """Raise `InputError` where the model without its adapters is not the initial model.
+
+    A live reference turns the adapters off. `first` is the step to start from.
+    """
+    lora = config.model.lora
+    if lora is None:
+        return
+    is_policy = config.data.format == "prompts"
+    advice = "set " + ("grpo.beta 0" if is_policy else "dpo.precompute_reference true")
+    require(
+        not lora.modules_to_save,
+        f"lora.modules_to_save changes the base model, which is the live reference; {advice}",
+    )
+    require(
+        first > 0 or not config.init.from_ or model_of(Path(config.init.from_)).lora is None,
+        f"init.from {config.init.from_} has adapters, so it is not its base, which would be the "
+        f"live reference; {advice}, or merge them with parity.convert --merge-lora",
     )
 
 

@@ -28,6 +28,10 @@ class DPOConfig:
     length_normalized: bool | None = None
     """Divide a log-probability by the number of tokens of its answer (null: as in the paper, in
     simpo and orpo, and as TRL does, in ipo)."""
+    precompute_reference: bool = True
+    """Compute the reference's log-probabilities once and save them in the run directory; false: a
+    frozen copy of the initial model computes those of each batch. With adapters it takes no memory:
+    it is the base model, with the adapters off."""
     max_skipped: int = number(0, at_least=0)
     """Pairs that may be left out because an answer has no label left, or both are equal once cut.
     More are an error."""

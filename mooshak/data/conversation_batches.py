@@ -19,6 +19,7 @@ from mooshak.data.conversations import Conversation, conversations
 from mooshak.data.packing import IGNORE_INDEX, Batch
 from mooshak.data.samples import Sample, best_fit, encode_samples, make_rows, truncate
 from mooshak.errors import InputError, require
+from mooshak.numerics.neftune import noise_keys, noise_scales
 from mooshak.numerics.philox import random_words
 from mooshak.tokenizer.train import load_or_train_tokenizer
 
@@ -100,7 +101,15 @@ class ConversationData:
 
     def _batch(self, step: int, rows: Sequence[int]) -> Batch[np.ndarray]:
         T, chosen = self.plan.rows(step)
-        return make_rows([[self._train[i] for i in chosen[row]] for row in rows], T)
+        batch = make_rows([[self._train[i] for i in chosen[row]] for row in rows], T)
+        config, alpha = self.config, self.config.sft.neftune_alpha
+        if not alpha:
+            return batch
+        assert batch.segments is not None
+        return batch._replace(
+            noise_keys=noise_keys(config.run.seed, step, rows, T),
+            noise_scales=noise_scales(batch.segments, alpha, config.model.dim),
+        )
 
     def _read(self, name: str, found: Iterator[Conversation]) -> dict[str, Any]:
         """Tokenize the conversations of a source; return the description of its training tokens."""
@@ -115,7 +124,9 @@ class ConversationData:
                 else:
                     self._train.append(sample)
                     self._languages.append(one.language)
-        mine, digest = self._train[first:], hashlib.sha256(repr(asdict(config.sft)).encode())
+        # The noise is none of the data.
+        settings = {key: v for key, v in asdict(config.sft).items() if key != "neftune_alpha"}
+        mine, digest = self._train[first:], hashlib.sha256(repr(settings).encode())
         for sample in mine:
             digest.update(np.stack([sample.tokens, sample.labels]).tobytes())
         return {
@@ -170,6 +181,11 @@ def _check(config: Config) -> None:
         len(weights) == 1,
         "data.sources weight: an epoch has each conversation once, whatever its source; repeat or "
         "limit (documents) a source instead",
+    )
+    require(
+        not (config.sft.neftune_alpha and config.parallel.sequence_parallel),
+        "sft.neftune_alpha needs the embeddings of full sequences; set parallel.sequence_parallel "
+        "false",
     )
     require(
         config.sft.packing == "best_fit" or not config.parallel.sequence_parallel,

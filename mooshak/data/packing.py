@@ -45,6 +45,10 @@ class Batch(NamedTuple, Generic[Array]):
     """Sampled answers: the advantage [B, S] of each segment, 0 where there is none."""
     old_log_probs: Array | None = None
     """Sampled answers: the log-probability [B, T] of each label under the model that sampled it."""
+    noise_keys: Array | None = None
+    """NEFTune: the key of the noise on each token's embedding."""
+    noise_scales: Array | None = None
+    """NEFTune: the largest noise on each token's embedding."""
 
     def map(self, function: Callable[[Any], Any]) -> "Batch[Any]":
         """Return a batch with `function` applied to each array."""
@@ -68,9 +72,10 @@ class Batch(NamedTuple, Generic[Array]):
 
     @property
     def context(self) -> dict[str, Any]:
-        """Keyword arguments of `Model.hidden_states`: positions and segments, if set."""
-        given = {"positions_BT": self.positions, "segments_BT": self.segments}
-        return {name: array for name, array in given.items() if array is not None}
+        """Keyword arguments of `Model.hidden_states`: positions, segments and noise, if set."""
+        noise = None if self.noise_keys is None else (self.noise_keys, self.noise_scales)
+        given = {"positions_BT": self.positions, "segments_BT": self.segments, "noise": noise}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 def make_batch(tokens_BS: np.ndarray, segments_BS: np.ndarray | None = None) -> Batch[np.ndarray]:

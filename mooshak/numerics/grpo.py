@@ -81,12 +81,12 @@ def token_losses(
     is_of_tokens = grpo.importance_sampling_level == "token"
     ratios = token_ratios if is_of_tokens else xp.exp(sequence_mean(log_ratios))
     low, high = grpo.clip_bounds
-    A = tokens.advantages
+    A, one, zero = tokens.advantages, xp.ones_like(ratios), xp.zeros_like(ratios)
     losses = -xp.minimum(ratios * A, xp.clip(ratios, low, high) * A)
     metrics = {
         "entropy": -tokens.log_probs,
-        "clip_ratio/low_mean": 1.0 * ((ratios < low) & (A < 0)),
-        "clip_ratio/high_mean": 1.0 * ((ratios > high) & (A > 0)),
+        "clip_ratio/low_mean": xp.where((ratios < low) & (A < 0), one, zero),
+        "clip_ratio/high_mean": xp.where((ratios > high) & (A > 0), one, zero),
     }
     if grpo.beta:
         metrics[KL] = token_ratios * kl_estimates(tokens, xp)

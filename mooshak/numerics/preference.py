@@ -9,10 +9,13 @@ from typing import Any, NamedTuple
 
 from mooshak.config.dpo import DPOConfig
 
-METRICS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
+ACCURACY = "rewards/accuracies"
+"""Share of the pairs whose chosen answer has the larger reward."""
+
+METRICS = ("rewards/chosen", "rewards/rejected", "rewards/margins", ACCURACY)
 """Means over the pairs of a step that are logged, under TRL's names."""
 
-KTO_METRICS = ("kl", "rewards/accuracies")
+KTO_METRICS = ("kl", ACCURACY)
 """The same of `kto`: the baseline, and the share of answers on the right side of it."""
 
 

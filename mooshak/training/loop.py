@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
+from mooshak.checkpoints.adapters import check_live_reference
 from mooshak.checkpoints.base import Checkpoint
 from mooshak.checkpoints.formats import Processes, ensure_readable_format
 from mooshak.checkpoints.manager import CheckpointManager, complete_steps, newest_checkpoint
@@ -23,6 +26,7 @@ from mooshak.data.prompt_batches import PromptData
 from mooshak.data.training_data import TrainingData, open_training_data
 from mooshak.errors import InputError
 from mooshak.evaluation.bits_per_byte import validation_metrics
+from mooshak.evaluation.preferences import preference_metrics
 from mooshak.numerics.schedule import learning_rate
 from mooshak.tokenizer.base import Tokenizer
 from mooshak.training.agreement import check_agreement
@@ -94,14 +98,22 @@ class Trainer(Protocol):
         """
         ...
 
-    def evaluate(self, batch: Batch) -> float:
-        """Return the sum of the objective over a batch that every process has in full."""
+    def evaluate(self, batch: Batch) -> dict[str, float]:
+        """Return sums over a batch that every process has in full: `loss` and the metrics."""
+        ...
+
+    def load_reference(self, tokenizer: Tokenizer) -> None:
+        """Load the initial weights as a frozen model: the reference of pairs or samples.
+
+        `step` and `evaluate` then compute its log-probabilities; adapters are turned off instead.
+        """
         ...
 
     def reference_log_probs(self, batch: Batch) -> Any:
         """Return the log-probability [B, S] of each segment of a batch of preference pairs.
 
-        Every process has the batch in full.
+        That of the reference if it is loaded, else of the model. Every process has the batch in
+        full.
         """
         ...
 
@@ -176,10 +188,12 @@ def train(
         if data.summary and trainer.processes.is_main:
             print(data.summary, file=sys.stderr)
         first = start(config, trainer, data.tokenizer, resume, data.description, allow_data_change)
-        if isinstance(data, PreferenceData):
-            data.load_reference(trainer.processes.is_main, first, trainer.reference_log_probs)
+        if isinstance(data, PreferenceData) and config.dpo.has_reference:
+            _set_reference(config, trainer, data, first)
         if isinstance(data, PromptData):
             data.sampler = Rollouts(config, trainer, data, first)
+            if config.grpo.beta:
+                _load_reference(config, trainer, data.tokenizer, first)
         step = _run(config, trainer, data, first, profile)
     if trainer.processes.is_main:
         saved = Path(config.run.dir) / "checkpoints"
@@ -192,6 +206,34 @@ def train(
                 f"step {step} of {config.train.steps} done: no step was left, and no checkpoint is "
                 "saved"
             )
+
+
+def _set_reference(config: Config, trainer: Trainer, data: PreferenceData, first: int) -> None:
+    """Give the pairs their reference: log-probabilities computed once, or a model in memory."""
+    is_main = trainer.processes.is_main
+    if config.dpo.precompute_reference:
+        data.load_reference(is_main, first, trainer.reference_log_probs)
+        return
+    _load_reference(config, trainer, data.tokenizer, first)
+    data.check_reference(is_main, first, trainer.reference_log_probs)
+
+
+def _load_reference(config: Config, trainer: Trainer, tokenizer: Tokenizer, first: int) -> None:
+    """Load the initial weights as the live reference."""
+    with fail_together(trainer.processes):
+        check_live_reference(config, first)
+    trainer.load_reference(tokenizer)
+
+
+def _validate(
+    config: Config, trainer: Trainer, validation: Mapping[str, Batch], token_bytes_V: np.ndarray
+) -> dict[str, float]:
+    """Return the metrics of the validation rows."""
+    if config.data.format == "preferences":
+        return preference_metrics(trainer.evaluate, validation)
+    return validation_metrics(
+        lambda batch: trainer.evaluate(batch)["loss"], validation, token_bytes_V
+    )
 
 
 def _run(config: Config, trainer: Trainer, data: TrainingData, first: int, profile: bool) -> int:
@@ -228,7 +270,7 @@ def _run(config: Config, trainer: Trainer, data: TrainingData, first: int, profi
             metrics |= trainer.peak_memory()
             seconds = time.perf_counter() - began
             if validation and _is_due(step, last, config.evaluate.every):
-                metrics |= validation_metrics(trainer.evaluate, validation, token_bytes_V)
+                metrics |= _validate(config, trainer, validation, token_bytes_V)
             if isinstance(data, PromptData) and config.evaluate.every:
                 is_due = _is_due(step, last, config.evaluate.every)
                 metrics |= data.sampler.validate() if is_due else {}

@@ -30,7 +30,8 @@ def parallelize(objective: nn.Module, parallel: Parallel, config: Config) -> nn.
     objective.to_empty(device="cpu" if offload else parallel.device)
     # The RoPE tables are buffers, which have no values on the meta device.
     model.rope = Rope(model.config, model.rope.cos.dtype).to(parallel.device)
-    if sharded or parallel.dp_size == 1:
+    is_trained = any(parameter.requires_grad for parameter in objective.parameters())
+    if sharded or parallel.dp_size == 1 or not is_trained:
         return objective
     devices = [parallel.device] if parallel.device.type == "cuda" else None
     # No synchronization: each process initializes or loads the same values; buffers are constant.

@@ -157,8 +157,8 @@ class TorchBackend:
 
     def _batch(self, batch: Batch[np.ndarray]) -> Batch[torch.Tensor]:
         def copy(array: np.ndarray) -> torch.Tensor:
-            is_real = np.issubdtype(array.dtype, np.floating)
-            return torch.from_numpy(array).to(self.device) if is_real else self._tokens(array)
+            is_float = np.issubdtype(array.dtype, np.floating)
+            return torch.from_numpy(array).to(self.device) if is_float else self._tokens(array)
 
         return batch.map(copy)
 

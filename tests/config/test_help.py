@@ -16,23 +16,22 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 COMMANDS = [
     *(
-        f"mooshak_torch.{name}"
-        for name in ("train", "sft", "dpo", "generate", "serve", "evaluate", "plan")
-    ),
-    *(
-        f"mooshak_jax.{name}"
-        for name in ("train", "sft", "dpo", "generate", "serve", "evaluate", "plan")
+        f"mooshak_{framework}.{name}"
+        for framework in ("torch", "jax")
+        for name in "train sft dpo grpo generate serve evaluate exact_match plan".split()
     ),
     "mooshak.data",
     "mooshak.tokenizer",
     "mooshak.corpus.tales",
     "parity.accelerator",
+    "parity.align_report",
     "parity.check",
     "parity.convert",
     "parity.logits",
     "parity.texts",
     "parity.curve",
     "parity.demo",
+    "parity.demo_align",
     "parity.report",
     "benchmarks",
     "benchmarks.conversion",
@@ -84,9 +83,10 @@ def test_commands_are_all_modules_with_a_parser() -> None:
                 parts = path.relative_to(ROOT).with_suffix("").parts
                 found.add(".".join(part for part in parts if part != "__main__"))
     # Started by parity.layouts on every rank, not by a user.
-    # The parser of both evaluate commands is made in mooshak/evaluation, that of sft and dpo in
-    # train.
-    shared = {f"mooshak_{f}.{c}" for f in ("torch", "jax") for c in ("evaluate", "sft", "dpo")}
+    # The parser of both evaluate commands is made in mooshak/evaluation, that of sft, dpo and
+    # grpo in train.
+    names = ("evaluate", "sft", "dpo", "grpo")
+    shared = {f"mooshak_{framework}.{name}" for framework in ("torch", "jax") for name in names}
     assert shared < {*programs} and found - {"parity.rank_worker"} == {*programs} - shared
 
 

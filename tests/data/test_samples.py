@@ -136,6 +136,22 @@ def test_batches_depend_on_step_and_seed_only(
     assert other.description != found.description
 
 
+def test_noise_of_a_row_does_not_depend_on_the_others(
+    tiny_config: Config, tiny_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    pairs = [(f"the lion {i}", "चूहा " * (1 + i % 9)) for i in range(90)]
+    found = data(tiny_config, tmp_path / "a.jsonl", *pairs, neftune_alpha=5.0)
+    whole, rows = found.global_batch(3), next(found.batches([5, 2], 3))
+    assert whole.noise_keys is not None and whole.noise_scales is not None
+    for one, two in zip(rows, whole.rows([5, 2]), strict=True):
+        assert np.array_equal(one, two)
+    assert ((whole.noise_scales > 0) == (whole.segments > 0)).all()
+    assert not np.array_equal(whole.noise_keys, found.global_batch(4).noise_keys)
+    assert found.validation()["hi"].noise_keys is None
+    plain = data(tiny_config, tmp_path / "a.jsonl", *pairs)
+    assert plain.global_batch(3).noise_keys is None and plain.description == found.description
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from parity.demo import PROMPTS, Stage, carry_out
+from parity.demo import PROMPTS
 from parity.report import Curve, read_samples
+from parity.stages import Stage, carry_out
 
 STEPS = 12
 

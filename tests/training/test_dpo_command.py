@@ -1,12 +1,16 @@
-"""The dpo commands: resumed in the other framework, with a reference that is computed once."""
+"""The dpo commands: resumed in the other framework, validated, references computed once or live."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from mooshak.checkpoints import safetensors
+from tests.drawn_checkpoints import drawn_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -23,12 +27,15 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     here = tmp_path_factory.mktemp("pairs")
     write(here / "pairs.jsonl", PAIRS)
     (here / "dpo.yaml").write_text(f"""
-data: {{sources: [{{name: sums, kind: jsonl, path: "{here}/pairs.jsonl"}}]}}
+data:
+  validation_fraction: 0.2
+  sources: [{{name: sums, kind: jsonl, path: "{here}/pairs.jsonl"}}]
 dpo: {{beta: 0.5}}
 optimizer: {{learning_rate: 1.0e-3}}
 schedule: {{warmup_steps: 1}}
 train: {{steps: {STEPS}, batch_size: 4, sequence_length: 64, dtype: float64}}
 checkpoint: {{every: 2}}
+evaluate: {{every: 2, batch_size: 2}}
 run: {{progress: false, tensorboard: false}}
 """)
     return here / "dpo.yaml"
@@ -51,12 +58,33 @@ def lines(directory: Path) -> list[dict]:
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.fixture(scope="module")
+def whole(config: Path, tiny_checkpoint: Path) -> list[dict]:
+    """The metrics of a run in torch with a reference that is computed once."""
+    run = config.parent / "whole"
+    assert "30 preference pairs, 6 more held out" in dpo(
+        "torch", config, run, "--init.from", tiny_checkpoint
+    )
+    return lines(run)
+
+
+def assert_equal(ours: list[dict], theirs: list[dict]) -> None:
+    """Both runs have the same curves, those of validation included."""
+    compared = 0
+    for a, b in zip(ours, theirs, strict=True):
+        names = b.keys() - ("learning_rate", "memory_bytes", "tokens_per_second", "time")
+        if b["step"] == 1:
+            names -= {"rewards/accuracies"}  # Of margins that are zero but for rounding.
+        for name in names:
+            assert abs(a[name] - b[name]) <= 1e-11 * max(abs(b[name]), 1e-2), (b["step"], name)
+            compared += name.startswith("validation_")
+    assert compared == 12
+
+
 def test_run_resumes_in_the_other_framework(
-    config: Path, tiny_checkpoint: Path, tmp_path: Path
+    config: Path, tiny_checkpoint: Path, tmp_path: Path, whole: list[dict]
 ) -> None:
     start = ("--init.from", tiny_checkpoint)
-    assert "36 preference pairs" in dpo("torch", config, tmp_path / "whole", *start)
-    whole = lines(tmp_path / "whole")
     assert abs(whole[0]["loss"] - np.log(2)) < 1e-12 < abs(whole[1]["loss"] - np.log(2))
     assert whole[-1]["rewards/margins"] != 0 <= whole[-1]["rewards/accuracies"] <= 1
     parts = tmp_path / "parts"
@@ -64,9 +92,30 @@ def test_run_resumes_in_the_other_framework(
     reference = (parts / "reference.json").read_bytes()
     dpo("torch", config, parts, *start)
     assert (parts / "reference.json").read_bytes() == reference
-    for ours, theirs in zip(lines(parts), whole, strict=True):
-        for name in ("loss", "grad_norm", "rewards/chosen", "rewards/margins"):
-            assert abs(ours[name] - theirs[name]) <= 1e-11 * max(abs(theirs[name]), 1e-2), name
+    assert_equal(lines(parts), whole)
+    last = lines(parts)[-1]
+    assert last["validation_loss"] != last["loss"]
+    assert last["validation_rewards/accuracies"] == last["validation_rewards/accuracies_en"]
+
+
+def test_live_reference_equals_the_precomputed_one(
+    config: Path, tiny_checkpoint: Path, tmp_path: Path, whole: list[dict]
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_checkpoint, base)
+    run, parts = tmp_path / "run", "--train.gradient_accumulation_steps"
+    options = ("--init.from", base, "--dpo.precompute_reference", "false", parts, 2)
+    dpo("torch", config, run, *options, "--train.stop_after_step", 2)
+    dpo("jax", config, run, *options, "--mesh", "fsdp=2")
+    assert_equal(lines(run), whole)
+    # The reference of a resumed run is read again: another checkpoint is noticed.
+    source = safetensors.open_checkpoint(tiny_checkpoint)
+    shutil.rmtree(base)
+    other = drawn_checkpoint(source.model, 2, tokenizer_files=source.tokenizer_files)
+    safetensors.write_checkpoint(base, other)
+    more = ("--train.steps", STEPS + 2, "--schedule.total_steps", STEPS)
+    last = dpo("torch", config, run, *options, *more, code=2)
+    assert "is not the reference that this run began with" in last
 
 
 def test_kto_reads_answers_with_labels(config: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -85,18 +134,36 @@ def test_kto_reads_answers_with_labels(config: Path, tiny_checkpoint: Path, tmp_
     assert ours[0]["loss"] == pytest.approx(0.5, abs=1e-12) and ours[0]["kl"] < 1e-12
     for a, b in zip(ours, theirs, strict=True):
         assert abs(a["loss"] / b["loss"] - 1) < 1e-12
+    for name in ("validation_loss", "validation_kl", "validation_rewards/accuracies"):
+        assert ours[1][name] == pytest.approx(theirs[1][name], rel=1e-11)
 
 
 def test_adapters_are_trained_against_their_base(
     config: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     options = ("--init.from", tiny_checkpoint, "--lora.rank", 2, "--lora.dora", "true")
-    for framework in ("torch", "jax"):
-        dpo(framework, config, tmp_path / framework, *options)
-    ours, theirs = lines(tmp_path / "torch"), lines(tmp_path / "jax")
-    assert abs(ours[0]["loss"] - np.log(2)) < 1e-12
-    for a, b in zip(ours, theirs, strict=True):
-        assert abs(a["loss"] / b["loss"] - 1) < 1e-12
+    live = ("--dpo.precompute_reference", "false")
+    dpo("torch", config, tmp_path / "torch", *options)
+    dpo("jax", config, tmp_path / "jax", *options, *live)
+    dpo("torch", config, tmp_path / "live", *options, *live, "--train.stop_after_step", 2)
+    ours = lines(tmp_path / "torch")
+    assert abs(ours[0]["loss"] - np.log(2)) < 1e-12 < abs(ours[1]["loss"] - np.log(2))
+    assert_equal(lines(tmp_path / "jax"), ours)
+    assert [one["loss"] for one in lines(tmp_path / "live")] == [one["loss"] for one in ours[:2]]
+    wrong = dpo(
+        "torch",
+        config,
+        tmp_path / "more",
+        *options,
+        *live,
+        "--lora.modules_to_save",
+        "[norms]",
+        code=2,
+    )
+    assert "lora.modules_to_save changes the base model" in wrong
+    path = tmp_path / "torch" / "checkpoints" / str(STEPS)
+    wrong = dpo("torch", config, tmp_path / "more", "--init.from", path, *live, code=2)
+    assert "has adapters, so it is not its base" in wrong
 
 
 def test_wrong_pairs_and_lost_references_are_named(

@@ -12,7 +12,9 @@ from mooshak.config.model import ModelConfig
 from mooshak.config.sections import Config, OptimizerConfig, ParallelConfig, TrainConfig
 from mooshak.data.packing import IGNORE_INDEX, Batch
 from mooshak.data.samples import Sample, best_fit, make_rows
+from mooshak.numerics.neftune import noise_keys, noise_scales
 from parity.backends import Backend, JaxBackend, TorchBackend
+from parity.backends.base import Step
 from parity.checker import random_checkpoint
 from parity.distance import Arrays, worst_tensor
 
@@ -137,24 +139,46 @@ def test_end_token_and_its_gradient_count(backends: tuple) -> None:
     assert np.linalg.norm(one["lm_head.weight"][END] - other["lm_head.weight"][END]) > 0.1 * row
 
 
+def curves(parts: Sequence[int], batches: Sequence[Batch]) -> Iterator[list[Step]]:
+    """Yield the steps in torch and in JAX, with these numbers of micro-batches."""
+    source = random_checkpoint(MODEL)
+    for backend in (TorchBackend(source), JaxBackend(source)):
+        for n in parts:
+            train = replace(CONFIG.train, gradient_accumulation_steps=n)
+            yield list(backend.steps(replace(CONFIG, train=train), batches))
+
+
 def test_steps_are_the_same_under_every_split() -> None:
     """Rows with unequal numbers of labels, one of padding only: the denominator is global."""
-    config, source = CONFIG, random_checkpoint(MODEL)
-    torch_backend, jax_backend = TorchBackend(source), JaxBackend(source)
     batches = []
     for seed in range(3):
         chosen = [[sample] for sample in samples(seed + 1, 7)]
         batches.append(make_rows([*chosen, []], T))
-    truth = None
-    for backend in (torch_backend, jax_backend):
-        for parts in (1, 2, 4):
-            train = replace(config.train, gradient_accumulation_steps=parts)
-            steps = list(backend.steps(replace(config, train=train), batches))
-            truth = truth or steps
-            for found, wanted in zip(steps, truth, strict=True):
-                assert found.loss == pytest.approx(wanted.loss, rel=1e-12, abs=0)
-                assert found.norm == pytest.approx(wanted.norm, rel=1e-12, abs=0)
-                assert worst_tensor(found.params, wanted.params)[1] <= 1e-12
+    assert_equal(curves((1, 2, 4), batches))
     # A mean of the means of micro-batches is far away.
     counts = [(batch.labels != IGNORE_INDEX).sum() for batch in batches[0].chunk(2)]
     assert counts[1] > 1.2 * counts[0]
+
+
+def assert_equal(found: Iterator[list[Step]]) -> list[Step]:
+    """All curves are the first one, which is returned."""
+    truth = next(found)
+    for steps in found:
+        for step, wanted in zip(steps, truth, strict=True):
+            assert step.loss == pytest.approx(wanted.loss, rel=1e-12, abs=0)
+            assert step.norm == pytest.approx(wanted.norm, rel=1e-12, abs=0)
+            assert worst_tensor(step.params, wanted.params)[1] <= 1e-12
+    return truth
+
+
+def test_neftune_is_the_same_in_both_and_under_every_split() -> None:
+    plain = make_rows([[sample] for sample in samples(1, 8)], T)
+    assert plain.segments is not None
+    scales = noise_scales(plain.segments, 5.0, MODEL.dim)
+    noisy = [
+        plain._replace(noise_keys=noise_keys(0, step, range(8), T), noise_scales=scales)
+        for step in range(2)
+    ]
+    with_noise = assert_equal(curves((1, 4), noisy))
+    (without,) = TorchBackend(random_checkpoint(MODEL)).steps(CONFIG, [plain])
+    assert abs(with_noise[0].loss / without.loss - 1) > 1e-3

@@ -1,0 +1,132 @@
+"""Fine-tune and align a small model on questions about the tales: SFT, DPO, GRPO, on two cores.
+
+SFT begins in PyTorch and continues in JAX. Each stage is a command that can be run by hand; a
+stage that is complete is not run again. `parity.align_report` writes the page.
+
+python -m parity.demo_align
+python -m parity.demo_align --out runs/seed-1 --seed 1
+python -m parity.demo_align --base runs/demo/jax/checkpoints/1200
+"""
+
+import argparse
+import signal
+import sys
+import time
+from pathlib import Path
+
+from mooshak.checkpoints.formats import detect_format
+from mooshak.command_line import command_parser
+from mooshak.config.parse import load_config
+from mooshak.errors import command, require
+from mooshak.files import locked
+from parity.stages import Stage, carry_out
+
+PAIRS = "right_answer,asked_language"
+"""Tasks of the preference pairs, of DPO and held out."""
+
+
+def stages(options: argparse.Namespace) -> list[Stage]:
+    """Return the stages in order."""
+    out, configs = options.out, options.configs
+    sft, dpo = (load_config(configs / f"demo-align-{name}.yaml") for name in ("sft", "dpo"))
+    half = sft.train.steps // 2
+    seed = ("--run.seed", str(options.seed), "--run.progress", "false")
+
+    def train(module: str, name: str, run: str, *words: object) -> tuple[str, ...]:
+        here = ("--config", str(configs / f"{name}.yaml"), "--run.dir", str(out / run), *seed)
+        return (module, *here, *map(str, words))
+
+    def answer(name: str, title: str, checkpoint: Path) -> Stage:
+        rows, scores = out / f"answers-{name}.jsonl", out / f"answers-{name}.json"
+        words = ("mooshak_torch.exact_match", str(checkpoint), "--count", str(options.count))
+        more = ("--preferences", PAIRS, "--out", str(rows), "--json")
+        return Stage(f"answers-{name}", title, words + more, (scores, rows), prints=scores)
+
+    found, base = [], options.base
+    if base is None:
+        base = out / "base/checkpoints" / str(options.base_steps)
+        words = train("mooshak_torch.train", "demo", "base", "--train.steps", options.base_steps)
+        title = "train the base model on the tales, in PyTorch"
+        found.append(Stage("base", title, words, (out / "base", base)))
+    start = ("--init.from", base)
+    middle = out / "sft-torch/checkpoints" / str(half)
+    tuned = out / "sft-jax/checkpoints" / str(sft.train.steps)
+    aligned = out / "dpo/checkpoints" / str(dpo.train.steps)
+    name = "demo-align-sft"
+    return [
+        *found,
+        answer("base", "answers of the base model", base),
+        Stage(
+            "sft-torch",
+            "SFT, the first half in PyTorch",
+            train("mooshak_torch.sft", name, "sft-torch", *start, "--train.stop_after_step", half),
+            (out / "sft-torch", middle),
+        ),
+        Stage(
+            "sft-jax",
+            "SFT, the second half in JAX",
+            train("mooshak_jax.sft", name, "sft-jax", *start, "--resume", middle),
+            (out / "sft-jax", tuned),
+        ),
+        answer("sft", "answers after SFT", tuned),
+        Stage(
+            "dpo",
+            "DPO in PyTorch",
+            train("mooshak_torch.dpo", "demo-align-dpo", "dpo", "--init.from", tuned),
+            (out / "dpo", aligned),
+        ),
+        answer("dpo", "answers after DPO", aligned),
+        # Stages of GRPO, from `tuned`, come here.
+        Stage(
+            "report",
+            "write the report",
+            ("parity.align_report", str(out)),
+            (out / "report.html", out / "report.json"),
+        ),
+    ]
+
+
+def _options() -> argparse.Namespace:
+    usage = "[--out DIR] [--seed N] [--base CHECKPOINT]"
+    parser = command_parser("parity.demo_align", __doc__, usage)
+    add = parser.add_argument
+    text = "directory of the runs and the report"
+    add("--out", type=Path, default=Path("runs/demo-align"), metavar="DIR", help=text)
+    add("--seed", type=int, default=0, metavar="N", help="seed of the data order of all stages")
+    text = "base model, such as a checkpoint of the demo (default: one is trained)"
+    add("--base", type=Path, metavar="CHECKPOINT", help=text)
+    text = "steps of the base model, if it is trained"
+    add("--base_steps", "--base-steps", type=int, default=1200, metavar="N", help=text)
+    text = "held-out questions, and pairs, of each language"
+    add("--count", type=int, default=300, metavar="N", help=text)
+    text = "directory of demo.yaml and demo-align-*.yaml"
+    add("--configs", type=Path, default=Path("configs"), metavar="DIR", help=text)
+    return parser.parse_args()
+
+
+def _inputs(options: argparse.Namespace) -> str:
+    """Return what identifies the inputs of the demo: its configurations."""
+    names = ("demo", "demo-align-sft", "demo-align-dpo")
+    return "".join((options.configs / f"{name}.yaml").read_text("utf-8") for name in names)
+
+
+@command
+def main() -> None:
+    options = _options()
+    require(options.base_steps > 0, f"--base_steps {options.base_steps} must be at least 1")
+    require(options.count > 0, f"--count {options.count} must be at least 1")
+    if options.base is not None:
+        detect_format(options.base)  # Raises an error for what is no checkpoint.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    start = time.perf_counter()
+    try:
+        with locked(options.out / ".lock"):
+            ran = carry_out(stages(options), options.out, _inputs(options))
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command resumes here")
+    seconds = time.perf_counter() - start
+    print(f"{options.out / 'report.html'}: {ran} stages run, {seconds:.0f} seconds")
+
+
+if __name__ == "__main__":
+    main()
