@@ -55,7 +55,8 @@ def compute_log_probs(
 ) -> np.ndarray:
     """Return the log-probability of each segment of pairs, float64 [B, S].
 
-    Of sampled answers it is that of each label, [B, T]. Every process has the batch in full, and computes as many rows as of a batch of training.
+    Of sampled answers it is that of each label, [B, T]. Every process has the batch in full, and
+    computes as many rows as of a batch of training.
     """
     values = batch.labels if batch.reference is None else batch.reference
     rows = parallel.rows(len(batch.tokens))

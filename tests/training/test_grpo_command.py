@@ -39,9 +39,16 @@ run: {{progress: false, tensorboard: false}}
     return here / "grpo.yaml"
 
 
-def grpo(framework: str, config: Path, directory: Path, *options: object, code: int = 0) -> str:
+def grpo(
+    framework: str,
+    config: Path,
+    directory: Path,
+    *options: object,
+    code: int = 0,
+    launcher: tuple[str, ...] = ("-m",),
+) -> str:
     """Run the command; returns what it writes to standard error."""
-    command = [sys.executable, "-m", f"mooshak_{framework}.grpo", "--config", str(config)]
+    command = [sys.executable, *launcher, f"mooshak_{framework}.grpo", "--config", str(config)]
     command += ["--run.dir", str(directory), *map(str, options)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == code, done.stderr[-3000:]
@@ -125,6 +132,32 @@ def test_frameworks_sample_the_same_and_take_turns(
     for step in (0, 2):
         ours, theirs = samples(turns, step), samples(whole, step)
         assert [one["completion_ids"] for one in ours] == [one["completion_ids"] for one in theirs]
+
+
+def test_sharded_weights_are_gathered(
+    config: Path, tiny_checkpoint: Path, whole: Path, tmp_path: Path
+) -> None:
+    """On two processes, of which the first samples, with two micro-batches, and a reference."""
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
+    more = ("--train.gradient_accumulation_steps", 2, "--mesh", "fsdp=2")
+    options = ("--init.from", tiny_checkpoint, *more)
+    grpo("torch", config, tmp_path / "two", *options, launcher=torchrun)
+    assert_equal(tmp_path / "two", whole, 1e-11)
+
+
+def test_reference_is_the_initial_model(
+    config: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """With adapters: the model without them."""
+    adapters = ("--lora.rank", 2, "--grpo.beta", 0.5, "--grpo.rollout_framework", "torch")
+    for framework in ("torch", "jax"):
+        options = ("--init.from", tiny_checkpoint, *adapters)
+        grpo(framework, config, tmp_path / framework, *options)
+    ours, theirs = lines(tmp_path / "torch"), lines(tmp_path / "jax")
+    assert ours[0]["kl"] < 1e-12 and ours[-1]["kl"] > 1e-6
+    for a, b in zip(ours, theirs, strict=True):
+        for name in ("loss", "kl", "reward"):
+            assert abs(a[name] - b[name]) <= 1e-11 * max(abs(b[name]), 1e-2), name
 
 
 def test_wrong_rewards_and_prompts_are_named(
