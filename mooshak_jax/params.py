@@ -154,21 +154,17 @@ def initialize(
 
 
 def gather_weights(params: Any, model: ModelConfig) -> Checkpoint:
-    """Return the weights under their canonical names, copied to the host of every process.
-
-    Arrays of a single process are not copied before they are read.
-    """
+    """Return the weights under their canonical names, copied to the host of every process."""
     leaves = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if jax.process_count() > 1:
-            leaf = multihost_utils.process_allgather(leaf, tiled=True)
+        several = jax.process_count() > 1
+        full = multihost_utils.process_allgather(leaf, tiled=True) if several else leaf
         for tensor in canonical_tensors(path, leaf.shape):
-            leaves[tensor.name] = tensor, leaf
-    tensors = {name: (np.dtype(leaf.dtype), t.shape) for name, (t, leaf) in leaves.items()}
+            leaves[tensor.name] = tensor, np.asarray(full)
+    tensors = {name: (leaf.dtype, tensor.shape) for name, (tensor, leaf) in leaves.items()}
 
     def read(key: str, rows: slice = FULL_SLICE) -> np.ndarray:
         tensor, leaf = leaves[key]
-        block, here = tensor.block(rows)
-        return np.ascontiguousarray(tensor.rows(np.asarray(leaf[block]))[here])
+        return tensor.canonical(leaf)[rows]
 
     return Checkpoint(Path("(memory)"), "jax", model, None, tensors, read)

@@ -2,13 +2,13 @@
 
 import importlib
 import math
-import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
 from mooshak.data.prompt_batches import Prompt
 from mooshak.errors import InputError
+from mooshak.evaluation.exact_match import is_match
 from mooshak.generation.completion import Completion
 
 Reward = Callable[..., Sequence[float]]
@@ -16,12 +16,9 @@ Reward = Callable[..., Sequence[float]]
 
 
 def exact_match(completions: Sequence[Any], answer: Sequence[str], **_: Any) -> list[float]:
-    """Return 1 for each completion that is its record's `answer`, else 0.
-
-    Texts are compared in Unicode NFC, without white space at the ends.
-    """
+    """Return 1 for each completion that is its record's `answer`, else 0 (`is_match`)."""
     pairs = zip(map(text_of, completions), answer, strict=True)
-    return [float(_normalized(text) == _normalized(str(right))) for text, right in pairs]
+    return [float(is_match(text, str(right))) for text, right in pairs]
 
 
 def text_of(completion: Any) -> str:
@@ -29,10 +26,6 @@ def text_of(completion: Any) -> str:
     if isinstance(completion, str):
         return completion
     return "".join(message["content"] for message in completion)
-
-
-def _normalized(text: str) -> str:
-    return unicodedata.normalize("NFC", text).strip()
 
 
 def load_reward(name: str) -> Reward:

@@ -37,6 +37,7 @@ COMMANDS = [
     "benchmarks.conversion",
     "benchmarks.pack_weights",
     "scripts/api_docs.py",
+    "scripts/compare_rollouts.py",
     "scripts/libreoffice_help.py",
     "scripts/page_picture.py",
     "scripts/plot_run.py",
