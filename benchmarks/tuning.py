@@ -27,7 +27,7 @@ from mooshak.data.preference_batches import PreferenceData
 from mooshak.training import loop
 from mooshak.training.malloc import retain_freed_memory, use_single_arena
 
-LORA_ALPHA = 32.0
+LORA_ALPHA = 32
 SPECIALS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 
 
@@ -77,9 +77,10 @@ def trl_trainer(size: Size) -> Repeat:
     if is_dpo:
         # As ours: no second model computes in the steps.
         settings |= {"precompute_ref_log_probs": True, "beta": 0.1}
-    trainer: Any = (DPOTrainer if is_dpo else SFTTrainer)(
+    kinds: Any = (DPOTrainer, DPOConfig) if is_dpo else (SFTTrainer, SFTConfig)
+    trainer = kinds[0](
         model=hf_llama(size),
-        args=(DPOConfig if is_dpo else SFTConfig)(**settings),
+        args=kinds[1](**settings),
         train_dataset=Dataset.from_list(records(size)),
         processing_class=tokenizer,
         peft_config=size.get("lora_rank")

@@ -304,14 +304,19 @@ def activation_bytes(config: Config, rows: int, sharded: bool) -> tuple[int, int
     objective = make_objective(config.model, config)
     layers = set(objective.model.layers.parameters())
     with FakeTensorMode():
-        made: dict[Tensor, nn.Parameter] = {}
+        made: dict[Tensor, Tensor] = {}
         for module in objective.modules():
-            for name, like in module.named_parameters(recurse=False):
+            for name, like in list(module.named_parameters(recurse=False)):
                 narrow = sharded and like in layers and like.ndim == 2
                 dtype = COMPUTE_DTYPE[config.train.dtype] if narrow else like.dtype
-                value = torch.empty(like.shape, dtype=dtype)
-                made.setdefault(like, nn.Parameter(value, like.requires_grad))
-                setattr(module, name, made[like])
+                if like not in made:
+                    value = torch.empty(like.shape, dtype=dtype)
+                    made[like] = nn.Parameter(value) if like.requires_grad else value
+                if like.requires_grad:
+                    setattr(module, name, made[like])
+                else:  # The tracker wants a gradient of each parameter.
+                    delattr(module, name)
+                    module.register_buffer(name, made[like])
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
         for parameter in made.values():

@@ -65,6 +65,7 @@ LATE_IMPORTS = {
     "benchmarks.jax_models": "Grain imports jax",
     "benchmarks.torch_models": "Grain imports jax",
     "parity.export_hf": "its check imports torch, which --help does not need",
+    "benchmarks.tuning": "a worker loads one framework, or TRL",
 }
 """Module that imports one of ours inside a function -> the reason.
 

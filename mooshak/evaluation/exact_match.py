@@ -219,7 +219,7 @@ def report(scores: dict[str, dict[str, float]], as_json: bool) -> None:
     if as_json:
         print(json.dumps(scores))
         return
-    columns = {
+    columns: dict[str, Callable[[float], str]] = {
         "questions": str,
         "exact_match": "{:.1%}".format,
         "unfinished": str,

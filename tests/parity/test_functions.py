@@ -144,12 +144,13 @@ def test_evaluation_agrees_with_a_partial_last_batch() -> None:
     config = replace(config, evaluate=replace(config.evaluate, batch_size=3))
     objective = CausalLM(TorchBackend(source).model("float64"), config.train.loss_chunk)
     batch = make_batch(sequences)
-    truth = evaluate(objective, batch, config, make_parallel(config))
+    truth = evaluate(objective, batch, config, make_parallel(config))["loss"]
     config = replace(config, parallel=replace(config.parallel, mesh="data=2"))
     mesh = jax_mesh.make_parallel(config)
     measure = jax_step.make_evaluate(config, mesh)
     params = jax_params.load_params(jax_params.abstract_params(MODEL, "float64", mesh), source.read)
-    assert np.isclose(jax_step.evaluate(measure, params, batch, config, mesh), truth, rtol=1e-13)
+    found = jax_step.evaluate(measure, params, batch, config, mesh)["loss"]
+    assert np.isclose(found, truth, rtol=1e-13)
 
 
 def test_greedy_decoding_of_a_list_equals_one_by_one() -> None:

@@ -1,7 +1,9 @@
 """SmolLM2-135M-Instruct, written by scripts/smollm2.py, in both frameworks."""
 
+import json
 import os
 import runpy
+import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +21,7 @@ import transformers
 import mooshak_torch.generate
 from mooshak.config.generate import GenerateConfig
 from mooshak.tokenizer.load import open_tokenizer
+from mooshak.training.metrics import read_metrics
 from mooshak_torch.ops.matmul import linear
 from parity import tolerances
 from parity.backends import JaxBackend, TorchBackend
@@ -125,3 +128,56 @@ def test_trained_model_has_the_same_bits_with_neighbours(
     assert scheduler.generate(prompts[::-1], settings[::-1]) == alone[::-1]
     (greedy,) = alone[0]
     assert greedy.text == lm.generate(TEXTS[0], max_new_tokens=6).text or dtype == "bfloat16"
+
+
+CONVERSATIONS = [
+    {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+    for question, answer in (
+        ("What is the capital of India?", "The capital of India is New Delhi."),
+        ("Name a river.", "The Ganges."),
+        ("भारत की राजधानी?", "नई दिल्ली"),
+        ("What is 2 + 3?", "It is 5."),
+    )
+]
+PAIRS = [
+    {"prompt": f"What is {i} + 1? ", "chosen": f"{i + 1}.", "rejected": f"{i + 2}."}
+    for i in range(4)
+]
+
+
+@pytest.mark.parametrize("command", ["sft", "dpo"])
+def test_trained_model_is_tuned_alike(command: str, smollm2: Path, tmp_path: Path) -> None:
+    """Five steps on two rows of 64 tokens, in float32: of all parameters, of adapters for dpo."""
+    rows = CONVERSATIONS if command == "sft" else PAIRS
+    lines = map(json.dumps, rows)
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    (tmp_path / "tune.yaml").write_text(f"""
+init: {{from: {smollm2}}}
+lora: {{rank: {0 if command == "sft" else 8}}}
+data:
+  validation_fraction: 0
+  sources: [{{name: a, kind: jsonl, path: "{tmp_path}/data.jsonl"}}]
+dpo: {{precompute_reference: false}}
+optimizer: {{learning_rate: {"1.0e-5" if command == "sft" else "1.0e-3"}, weight_decay: 0}}
+schedule: {{kind: constant, warmup_steps: 0}}
+train: {{steps: 5, batch_size: 2, sequence_length: 64}}
+checkpoint: {{every: 0}}
+evaluate: {{every: 0}}
+run: {{progress: false, tensorboard: false}}
+""")
+    found = []
+    for framework in ("torch", "jax"):
+        run = tmp_path / framework
+        words = [f"mooshak_{framework}.{command}", "--config", tmp_path / "tune.yaml"]
+        layout = ["--model.scan_layers", "true"] if framework == "jax" else []
+        words += ["--run.dir", run, *layout]
+        done = subprocess.run(
+            [sys.executable, "-m", *map(str, words)], capture_output=True, text=True, timeout=400
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        found.append(read_metrics(run / "metrics.jsonl"))
+    ours, theirs = ([line["loss"] for line in one] for one in found)
+    assert len(ours) == 5 and ours[-1] < 0.98 * ours[0]
+    np.testing.assert_allclose(theirs, ours, rtol=tolerances.CURVE_FLOAT32)
+    norms = ([line["grad_norm"] for line in one] for one in found)
+    np.testing.assert_allclose(*norms, rtol=1e-3)

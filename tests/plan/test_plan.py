@@ -14,9 +14,10 @@ import torch
 
 import mooshak_jax.plan as jax_plan
 import mooshak_jax.planner as jax_planner
+from mooshak.config.lora import LoraConfig
 from mooshak.config.model import Dtype, ModelConfig
 from mooshak.config.parse import dump_config
-from mooshak.config.sections import Config, ParallelConfig, TrainConfig
+from mooshak.config.sections import Config, DataConfig, ParallelConfig, TrainConfig
 from mooshak.data.packing import Batch
 from mooshak.hardware import DEVICES, peak_flops
 from mooshak.plan import Plan, executed_flops
@@ -362,6 +363,48 @@ def test_wrong_plan_ends_in_one_line(
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
 
 
+def test_frozen_parameters_have_no_gradient_and_no_moments() -> None:
+    train = TrainConfig(batch_size=8, dtype="bfloat16")
+    model = replace(BIG, scan_layers=False)
+    base = Config(model=model, train=train)
+    adapted = replace(base, lora=LoraConfig(rank=8), model=replace(model, lora=LoraConfig(rank=8)))
+    trained = 4 * 8 * (3 * (256 + 256) + 3 * (256 + 1024))
+    # Frozen matrices of the layers are bfloat16; embedding, head and gains float32.
+    layers = 2 * 4 * (3 * 256 * 256 + 3 * 256 * 1024)
+    others = 4 * (2 * 2048 * 256 + 4 * 2 * 256)
+    plan = torch_planner.plan(adapted, "4090-24g", 1, "single")
+    assert plan.memory["parameters"] == layers + others + 4 * trained
+    assert plan.memory["gradients"] == 4 * trained
+    assert plan.memory["optimizer"] == 8 * trained
+    full = torch_planner.plan(base, "4090-24g", 1, "single")
+    # No product for the gradient of a frozen matrix, three for each adapter's.
+    n = 8 * 256
+    frozen = layers // 2 + 2048 * 256
+    assert full.flops - plan.flops == n * (2 * frozen - 6 * trained)
+    sharded = torch_planner.plan(adapted, "4090-24g", 4, "fsdp")
+    for part in ("parameters", "gradients", "optimizer"):
+        assert sharded.memory[part] == pytest.approx(plan.memory[part] / 4, rel=0.01)
+    assert sharded.bytes_sent is not None
+    assert sharded.bytes_sent["reduce-scatter"] == pytest.approx(3 / 4 * 4 * trained, rel=0.01)
+    preferences = replace(adapted, data=replace(adapted.data, format="preferences"))
+    pairs = torch_planner.plan(preferences, "4090-24g", 1, "single")
+    assert pairs.memory["activations"] > plan.memory["activations"]
+
+
+@pytest.mark.slow
+def test_plan_of_adapters_compiles_for_absent_tpus() -> None:
+    train = TrainConfig(batch_size=8, dtype="bfloat16", remat="full")
+    data = DataConfig(format="preferences")
+    mesh = ParallelConfig(mesh="fsdp=4")
+    config = Config(model=BIG, train=train, lora=LoraConfig(rank=8), data=data, parallel=mesh)
+    plan = jax_planner.plan(config, "v5e:2x2")
+    trained = 4 * 8 * (3 * (256 + 256) + 3 * (256 + 1024))
+    assert plan.fits and 2 * trained <= plan.memory["optimizer"] <= 8 * trained
+    full = jax_planner.plan(replace(config, lora=LoraConfig(), model=BIG), "v5e:2x2")
+    assert plan.total < 0.6 * full.total
+    assert sum((plan.bytes_sent or {}).values()) < 0.7 * sum((full.bytes_sent or {}).values())
+
+
 def alive() -> list[torch.Tensor]:
     """Tensors that Python knows of."""
     return [thing for thing in gc.get_objects() if type(thing) is torch.Tensor]
@@ -369,7 +412,8 @@ def alive() -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
-def test_activations_are_what_autograd_saves(dtype: Dtype, remat: str) -> None:
+@pytest.mark.parametrize("rank", [0, 4])
+def test_activations_are_what_autograd_saves(rank: int, dtype: Dtype, remat: str) -> None:
     """Storages that live after the forward pass of real tensors, all but the parameters'.
 
     Those that autograd saves go through hooks; selective remat keeps its own in Python.
@@ -378,7 +422,7 @@ def test_activations_are_what_autograd_saves(dtype: Dtype, remat: str) -> None:
         vocab_size=320, dim=64, n_layers=3, n_heads=4, n_kv_heads=2, hidden_dim=176, max_seq_len=96
     )
     train = TrainConfig(batch_size=2, dtype=dtype, remat=remat, loss_chunk=50)
-    config = Config(model=model, train=train)
+    config = Config(model=model, train=train, lora=LoraConfig(rank=rank))
     objective = make_objective(config.model, config).to_empty(device="cpu")
     initialize(objective.model, seed=0)
     tokens_BS = torch.randint(model.vocab_size, (2, 97))

@@ -21,6 +21,7 @@ from mooshak.numerics.preference import METRICS
 from mooshak_jax import objectives as jax_objectives
 from mooshak_jax import params as jax_params
 from mooshak_jax import step as jax_step
+from mooshak_torch import reference as torch_reference
 from mooshak_torch import step as torch_step
 from mooshak_torch.distributed import mesh as torch_mesh
 from mooshak_torch.model import Model
@@ -299,3 +300,31 @@ def test_first_loss_of_dpo_is_ln_2() -> None:
 def test_wrong_settings_are_named(settings: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         DPOConfig(**settings)
+
+
+def live_curve(is_trained: bool) -> Curve:
+    """The steps of `torch_curve` with a live reference; `is_trained` plants a fault."""
+    settings = config(DPOConfig(beta=0.7, precompute_reference=False))
+    parallel, curve = torch_mesh.make_parallel(settings), []
+    objective, optimizer = torch_step.make_state(settings, parallel, None, None)
+    frozen = torch_reference.make_reference(objective, settings, parallel, None)  # type: ignore[arg-type]
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+    without = rows(PACKED, initialize(Model(MODEL, "float64"), 5))
+    local = parallel.shard_local_batch(without)
+    for _ in range(3):
+        reference = objective if is_trained else frozen
+        batch = torch_reference.add_reference(reference, local, settings)
+        loss, norm = torch_step.train_step(objective, optimizer, batch, 1e-2, settings, parallel)
+        curve.append((loss.item(), norm.item(), *map(float, objective.metrics.values())))
+    return curve
+
+
+def test_live_reference_is_the_initial_model_and_frozen() -> None:
+    itself = initialize(Model(MODEL, "float64"), 0)
+    truth = torch_curve(config(LOSSES["sigmoid"]), rows(PACKED, itself))
+    found = live_curve(is_trained=False)
+    # But for the accuracies of the first step, whose margins are rounding.
+    np.testing.assert_allclose([row[:5] for row in found], [row[:5] for row in truth], atol=1e-12)
+    assert found[2][0] < math.log(2) - 1e-4
+    wrong = live_curve(is_trained=True)
+    assert all(abs(row[0] - math.log(2)) < 1e-12 for row in wrong)
