@@ -152,11 +152,8 @@ class PromptData:
         digest, first = hashlib.sha256(repr(sizes).encode()), len(self.prompts)
         for where, record in found:
             prompt = self._parse(where, record, language)
-            n_tokens, T = len(prompt.ids), self.config.T
-            if n_tokens + grpo.max_completion_length > T:
-                self._skip(where, f"the prompt has {n_tokens} tokens, and with "
-                    f"grpo.max_completion_length {grpo.max_completion_length} more than "
-                    f"train.sequence_length {T}")  # fmt: skip
+            if reason := self._too_long(prompt):
+                self._skip(where, reason)
             elif in_validation(contents(prompt.text), self.config.data.validation_fraction):
                 same = self.held_out.setdefault(prompt.language, [])
                 same += [prompt] if not limit or len(same) < limit else []
@@ -190,6 +187,16 @@ class PromptData:
         fields = {key: value for key, value in record.items() if key != "prompt"}
         return Prompt(where, text, ids, fields, str(record.get("language") or language))
 
+    def _too_long(self, prompt: Prompt) -> str:
+        """Return why a prompt does not fit, or an empty text."""
+        T, longest = self.config.T, self.config.grpo.max_completion_length
+        if len(prompt.ids) + longest <= T:
+            return ""
+        return (
+            f"the prompt has {len(prompt.ids)} tokens, and with grpo.max_completion_length "
+            f"{longest} more than train.sequence_length {T}"
+        )
+
     def _skip(self, where: str, reason: str) -> None:
         self.n_skipped += 1
         allowed = self.config.grpo.max_skipped
@@ -222,6 +229,11 @@ def _check(config: Config) -> None:
     """Raise `InputError` for settings that do not fit together."""
     path, grpo = Path(config.tokenizer.path), config.grpo
     require(path.exists(), f"tokenizer {path} is missing; train a checkpoint with --init.from")
+    require(
+        len({source.weight for source in config.data.sources}) == 1,
+        "data.sources weight: an epoch has each prompt once, whatever its source; repeat or limit "
+        "(documents) a source instead",
+    )
     n_samples = config.train.batch_size * grpo.steps_per_generation
     require(
         n_samples % grpo.num_generations == 0,
