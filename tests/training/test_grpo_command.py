@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.distributed.test_jax_processes import finish, start
+
 pytestmark = pytest.mark.slow
 
 PROMPTS = [
@@ -144,6 +146,14 @@ def test_sharded_weights_are_gathered(
     more = ("--train.gradient_accumulation_steps", 2, "--mesh", "fsdp=2")
     options = ("--init.from", tiny_checkpoint, *more)
     grpo("torch", config, tmp_path / "two", *options, launcher=torchrun)
+    assert_equal(tmp_path / "two", whole, 1e-11)
+
+
+def test_two_jax_processes_sample_as_one(
+    config: Path, tiny_checkpoint: Path, whole: Path, tmp_path: Path
+) -> None:
+    words = ("--config", config, "--init.from", tiny_checkpoint, "--run.dir", tmp_path / "two")
+    finish(start("mooshak_jax.grpo", *words, "--mesh", "data=2,fsdp=2"))
     assert_equal(tmp_path / "two", whole, 1e-11)
 
 
