@@ -181,4 +181,4 @@ def test_neftune_is_the_same_in_both_and_under_every_split() -> None:
     ]
     with_noise = assert_equal(curves((1, 4), noisy))
     (without,) = TorchBackend(random_checkpoint(MODEL)).steps(CONFIG, [plain])
-    assert abs(with_noise[0].loss / without.loss - 1) > 1e-3
+    assert abs(with_noise[0].loss / without.loss - 1) > 1e-4
