@@ -44,6 +44,40 @@ def set_adapters(block: Any, lora: LoraConfig, compute: jnp.dtype) -> None:
             value.set_value(value[...].astype(compute))
 
 
+def set_token_rows(module: Any, lora: LoraConfig | None) -> None:
+    """Add the trained rows of some tokens to a table: the embedding, or the output head."""
+    if lora is not None and lora.trainable_token_indices:
+        is_head = hasattr(module, "kernel")
+        like = module.kernel[...].T if is_head else module.embedding[...]
+        module.token_ids = tuple(lora.trainable_token_indices)
+        shape = len(module.token_ids), like.shape[1]
+        module.token_rows = nnx.Param(jnp.zeros(shape, like.dtype), axes=(None, "embed"))
+
+
+def table_of(module: Any) -> Array:
+    """Return the table [V, D] of an embedding, or the kernel [D, V] of an output head.
+
+    With its trained rows.
+    """
+    is_head = hasattr(module, "kernel")
+    weight: Array = module.kernel[...] if is_head else module.embedding[...]
+    if not module.token_ids:
+        return weight
+    ids, rows_ND = jnp.array(module.token_ids), module.token_rows[...]
+    return weight.at[:, ids].set(rows_ND.T) if is_head else weight.at[ids].set(rows_ND)
+
+
+def look_up(tokens_BT: Array, module: Any) -> Array:
+    """Return the rows [B, T, D] of tokens in an embedding, those of trained tokens included."""
+    x_BTD: Array = module.embedding[...][tokens_BT]
+    if not module.token_ids:
+        return x_BTD
+    # Not from `table_of`: no copy of the table is needed for some of its rows.
+    is_trained_BTN = tokens_BT[..., None] == jnp.array(module.token_ids)
+    own_BTD = module.token_rows[...][is_trained_BTN.argmax(-1)]
+    return jnp.where(is_trained_BTN.any(-1, keepdims=True), own_BTD, x_BTD)
+
+
 def add_adapter(y_BTO: Array, x_BTI: Array, layer: Any, lora: LoraConfig) -> Array:
     """Return the output of an adapted linear layer, [B, T, O], from y = x w without adapter.
 

@@ -24,7 +24,7 @@ from mooshak.config.model import Dtype, ModelConfig
 from mooshak.numerics.neftune import embedding_noise
 from mooshak_jax.distributed.sharding import Axes, constrain
 from mooshak_jax.kv_cache import KVCache, check_index
-from mooshak_jax.lora import add_adapter, set_adapters
+from mooshak_jax.lora import add_adapter, look_up, set_adapters, set_token_rows, table_of
 from mooshak_jax.ops.activations import rms_norm, swiglu
 from mooshak_jax.ops.attention import attention, block_attention, document_attention
 from mooshak_jax.ops.matmul import einsum, linear
@@ -58,6 +58,7 @@ class Linear(nnx.Module):
     """
 
     lora: LoraConfig | None = None
+    token_ids: tuple[int, ...] | None = None  # Rows of the output head that are trained: lora.py.
 
     def __init__(
         self,
@@ -75,7 +76,7 @@ class Linear(nnx.Module):
     def __call__(self, x: Array) -> Array:
         bias = None if self.bias is None else self.bias[...]
         if self.lora is None:
-            return checkpoint_name(linear(x, self.kernel[...], bias, self.axes), PRODUCT)
+            return checkpoint_name(linear(x, table_of(self), bias, self.axes), PRODUCT)
         y = add_adapter(linear(x, self.kernel[...], None, self.axes), x, self, self.lora)
         return checkpoint_name(y if bias is None else y + bias.astype(y.dtype), PRODUCT)
 
@@ -83,13 +84,15 @@ class Linear(nnx.Module):
 class Embedding(nnx.Module):
     """Embedding table: the row of each token id. Embedding [V, D]."""
 
+    token_ids: tuple[int, ...] | None = None  # Rows that are trained: lora.py.
+
     def __init__(self, n_tokens: int, dim: int, dtype: jnp.dtype):
         self.embedding = nnx.Param(jnp.zeros((n_tokens, dim), dtype), axes=("vocab", "embed"))
 
     def __call__(self, tokens_BT: Array) -> Array:
         # Each device looks up its shard of the columns: only the resulting rows are exchanged.
         tokens_BT = constrain(tokens_BT, "replica", None)
-        return constrain(self.embedding[...][tokens_BT], "replica", None, "embed")
+        return constrain(look_up(tokens_BT, self), "replica", None, "embed")
 
 
 class RMSNorm(nnx.Module):
@@ -278,13 +281,13 @@ class Model(nnx.Module):
         self.norm = RMSNorm(model.dim, model.norm_eps, parameters) if llama else None
         axes = ("embed", "vocab")
         self.lm_head = None if tied else Linear(model.dim, model.vocab_size, parameters, axes)
+        for table in filter(None, (self.embeddings, self.lm_head)):
+            set_token_rows(table, model.lora)
 
     @property
     def head_DV(self) -> Array:
         """Kernel of the output head; the transposed embedding table if both are tied."""
-        if self.lm_head is None:
-            return self.embeddings.embedding[...].T
-        return self.lm_head.kernel[...]
+        return table_of(self.embeddings).T if self.lm_head is None else table_of(self.lm_head)
 
     def hidden_states(
         self,
@@ -369,7 +372,7 @@ class Model(nnx.Module):
         """Apply the output head to final hidden states; return [B, T, V] in at least float32."""
         if self.lm_head is None:
             # Not `head_DV`: XLA for CPUs has no bfloat16 product of one row and a transpose.
-            head_VD = self.embeddings.embedding[...].astype(x_BTD.dtype)
+            head_VD = table_of(self.embeddings).astype(x_BTD.dtype)
             logits_BTV = einsum("BTD,VD->BTV", x_BTD, head_VD)
         else:
             logits_BTV = self.lm_head(x_BTD)

@@ -21,6 +21,7 @@ KINDS = {
     "embedding": "weight",
     "bias": "bias",
     "dora_magnitude": "dora_magnitude",
+    "token_rows": "token_rows",
 }
 """Last name of a leaf of the Flax model -> last name of the canonical tensor.
 
@@ -43,6 +44,9 @@ FUSED: dict[str, dict[str, tuple[slice, ...]]] = {
 Every other module has its canonical name. Layers are numbered, or stacked along a first axis
 (scan_layers).
 """
+
+TABLES = ("embedding", "token_rows")
+"""Leaves of two axes that have the canonical layout."""
 
 KeyPath = tuple[Any, ...]
 Region = tuple[range, ...]
@@ -67,7 +71,7 @@ class CanonicalTensor:
         sizes = tuple(map(len, self.region[self.stacked :]))
         if self.kind == "kernel":
             return math.prod(sizes[1:]), sizes[0]
-        return sizes if self.kind == "embedding" else (math.prod(sizes),)
+        return sizes if self.kind in TABLES else (math.prod(sizes),)
 
     def canonical(self, leaf: Any) -> Any:
         """Return the tensor in the canonical layout, from the full leaf."""
@@ -83,7 +87,7 @@ class CanonicalTensor:
         """Return the smallest block of the leaf with these rows, and their slice of its rows."""
         axis = self.stacked + (self.kind == "kernel")
         sizes = [len(indices) for indices in self.region[axis:]]
-        sizes = sizes[:1] if self.kind == "embedding" else sizes
+        sizes = sizes[:1] if self.kind in TABLES else sizes
         # Of several axes of `out`, the first with more than one element is sliced.
         long = next((i for i, size in enumerate(sizes) if size > 1), 0)
         step = math.prod(sizes[long + 1 :])
@@ -107,7 +111,7 @@ class CanonicalTensor:
             return
         target = shard[_slices(overlap, place)]
         block = _slices(overlap, self.region)[self.stacked :]
-        if self.kind == "embedding":
+        if self.kind in TABLES:
             target[...] = tensor[block].reshape(target.shape)
             return
         columns = block[: self.kind == "kernel"]

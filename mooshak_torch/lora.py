@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mooshak.config.lora import TARGETS, LoraConfig, is_target
@@ -49,15 +50,49 @@ def set_adapters(block: Any, lora: LoraConfig, compute: torch.dtype) -> None:
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
     """Turn off the adapters of a model inside the block: it is its base."""
-    layers: list[Any] = [one for one in model.modules() if getattr(one, "lora", None) is not None]
-    adapters = [layer.lora for layer in layers]
-    for layer in layers:
-        layer.lora = None
+    found = [
+        (module, key, value)
+        for module in model.modules()
+        for key in ("lora", "token_ids")
+        if (value := getattr(module, key, None))
+    ]
+    for module, key, _ in found:
+        setattr(module, key, None)
     try:
         yield
     finally:
-        for layer, lora in zip(layers, adapters, strict=True):
-            layer.lora = lora
+        for module, key, value in found:
+            setattr(module, key, value)
+
+
+def set_token_rows(module: Any, lora: LoraConfig | None) -> None:
+    """Add the trained rows of some tokens to a table: the embedding, or the output head."""
+    if lora is not None and lora.trainable_token_indices:
+        weight = module.weight
+        module.token_ids = lora.trainable_token_indices
+        shape = len(module.token_ids), weight.shape[1]
+        module.token_rows = nn.Parameter(torch.empty(shape, dtype=weight.dtype))
+
+
+def table_of(module: Any) -> Tensor:
+    """Return the table [V, D] of an embedding or an output head, with its trained rows."""
+    weight_VD: Tensor = module.weight
+    if not module.token_ids:
+        return weight_VD
+    ids = torch.tensor(module.token_ids, device=weight_VD.device)
+    return weight_VD.index_copy(0, ids, module.token_rows)
+
+
+def look_up(tokens_BT: Tensor, module: Any) -> Tensor:
+    """Return the rows [B, T, D] of tokens in an embedding, those of trained tokens included."""
+    x_BTD = F.embedding(tokens_BT, module.weight)
+    if not module.token_ids:
+        return x_BTD
+    # Not from `table_of`: no copy of the table is needed for some of its rows.
+    ids = torch.tensor(module.token_ids, device=tokens_BT.device)
+    is_trained_BTN = tokens_BT.unsqueeze(-1) == ids
+    own_BTD = F.embedding(is_trained_BTN.int().argmax(-1), module.token_rows)
+    return torch.where(is_trained_BTN.any(-1, keepdim=True), own_BTD, x_BTD)
 
 
 def add_adapter(y_BTO: Tensor, x_BTI: Tensor, layer: Any, lora: LoraConfig) -> Tensor:

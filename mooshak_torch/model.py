@@ -10,7 +10,6 @@ products bfloat16, and norms, RoPE, softmax and loss float32.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -18,7 +17,7 @@ from mooshak.config.lora import LoraConfig
 from mooshak.config.model import Dtype, ModelConfig
 from mooshak.numerics.neftune import embedding_noise
 from mooshak_torch.kv_cache import KVCache
-from mooshak_torch.lora import add_adapter, set_adapters
+from mooshak_torch.lora import add_adapter, look_up, set_adapters, set_token_rows, table_of
 from mooshak_torch.ops.activations import recompute_in_backward, rms_norm, swiglu
 from mooshak_torch.ops.attention import (
     attention,
@@ -51,6 +50,7 @@ class Linear(nn.Module):
 
     bias: nn.Parameter | None
     lora: LoraConfig | None = None
+    token_ids: list[int] | None = None  # Rows of the output head that are trained: lora.py.
 
     def __init__(self, n_in: int, n_out: int, dtype: torch.dtype, bias: bool = False):
         super().__init__()
@@ -58,7 +58,7 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(n_out, dtype=dtype)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = linear(x, self.weight.to(x.dtype))
+        y = linear(x, table_of(self).to(x.dtype))
         if self.lora is not None:
             y = add_adapter(y, x, self, self.lora)
         return y if self.bias is None else y + self.bias.to(x.dtype)
@@ -67,12 +67,14 @@ class Linear(nn.Module):
 class Embedding(nn.Module):
     """Embedding table: the row of each token id. Weight [V, D]."""
 
+    token_ids: list[int] | None = None  # Rows that are trained: lora.py.
+
     def __init__(self, n_tokens: int, dim: int, dtype: torch.dtype):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_tokens, dim, dtype=dtype))
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
-        return F.embedding(tokens_BT, self.weight)
+        return look_up(tokens_BT, self)
 
 
 class RMSNorm(nn.Module):
@@ -257,11 +259,13 @@ class Model(nn.Module):
         llama, tied = model.architecture == "llama", model.tie_embeddings
         self.norm = RMSNorm(model.dim, model.norm_eps, parameters) if llama else None
         self.lm_head = None if tied else Linear(model.dim, model.vocab_size, parameters)
+        for table in filter(None, (self.embeddings, self.lm_head)):
+            set_token_rows(table, model.lora)
 
     @property
     def head_VD(self) -> Tensor:
         """Weight of the output head; the embedding table if both are tied."""
-        return self.embeddings.weight if self.lm_head is None else self.lm_head.weight
+        return table_of(self.embeddings if self.lm_head is None else self.lm_head)
 
     def hidden_states(
         self,

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from transformers.utils import logging
 
 from mooshak.checkpoints.base import FULL_SLICE, Checkpoint
-from mooshak.checkpoints.init_from import VOCABULARY
+from mooshak.config.lora import TABLES
 from mooshak.tokenizer.base import Tokenizer
 from mooshak.tokenizer.hf_tokenizer import HFTokenizer
 from mooshak_torch.model import Model
@@ -86,7 +86,7 @@ def first_part(source: Checkpoint) -> Checkpoint:
     model = replace(model, n_layers=1, vocab_size=min(N_ROWS, model.vocab_size))
 
     def read(key: str, rows: slice = FULL_SLICE) -> np.ndarray:
-        if key in VOCABULARY:
+        if key in TABLES:
             return source.read(key, slice(0, model.vocab_size))[rows]
         return source.read(key, rows)
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from mooshak.checkpoints.base import FULL_SLICE, Checkpoint, cast
 from mooshak.checkpoints.formats import model_of
-from mooshak.config.lora import LoraConfig, is_adapter
+from mooshak.config.lora import TOKEN_ROWS, LoraConfig, is_adapter
 from mooshak.config.sections import Config
 from mooshak.errors import InputError, require
 from mooshak.numerics.init_weights import initial_weight, row_norms
@@ -17,7 +17,8 @@ from mooshak.numerics.init_weights import initial_weight, row_norms
 def with_adapters(source: Checkpoint, lora: LoraConfig, seed: int, dtype: np.dtype) -> Checkpoint:
     """Return the checkpoint with initial adapters in `dtype`: its function does not change.
 
-    `lora_a` is drawn, `lora_b` is zero, and `dora_magnitude` has the norms of the rows.
+    `lora_a` is drawn, `lora_b` is zero, `dora_magnitude` has the norms of the rows, and
+    `token_rows` are those of their table.
     """
     model = replace(source.model, lora=lora)
     adapters = {name: s for name, s in model.parameter_shapes().items() if is_adapter(name)}
@@ -29,6 +30,10 @@ def with_adapters(source: Checkpoint, lora: LoraConfig, seed: int, dtype: np.dty
         if key.endswith(".dora_magnitude"):
             weight = key.replace("dora_magnitude", "weight")
             return row_norms(source.read(weight, rows)).astype(dtype)
+        if key.endswith(f".{TOKEN_ROWS}"):
+            table = key.replace(TOKEN_ROWS, "weight")
+            found = [source.read(table, slice(i, i + 1)) for i in lora.trainable_token_indices]
+            return np.concatenate(found)[rows].astype(dtype)
         return initial_weight(model, seed, key, rows, dtype=dtype)
 
     return replace(
@@ -72,9 +77,10 @@ def merged(
 ) -> Checkpoint:
     """Return the weights of a checkpoint with its adapters merged: w + s b a, with DoRA rescaled.
 
-    Computed in float64 and rounded once, to `dtype` or, by default, to the dtype of each weight.
-    `report` gets, of each merged block, the sums of the squares of the weight, of its change, and
-    of the error of the rounding. Raises `InputError` for a checkpoint without adapters.
+    Rows of trained tokens replace those of their table. Computed in float64 and rounded once, to
+    `dtype` or, by default, to the dtype of each weight. `report` gets, of each merged block, the
+    sums of the squares of the weight, of its change, and of the error of the rounding. Raises
+    `InputError` for a checkpoint without adapters.
     """
     lora = source.model.lora
     if lora is None:
@@ -88,6 +94,8 @@ def merged(
     def read(key: str, rows: slice = FULL_SLICE) -> np.ndarray:
         weight, wanted = source.read(key, rows), tensors[key][0]
         module = key.removesuffix(".weight")
+        if f"{module}.{TOKEN_ROWS}" in source.tensors:
+            weight = _with_token_rows(source, module, weight, rows, lora)
         if f"{module}.lora_a.weight" not in source.tensors:
             return cast(weight, wanted, source.label(key))
         exact = _merged_rows(source, module, weight, rows, lora)
@@ -97,6 +105,18 @@ def merged(
         return result
 
     return replace(base, tensors=tensors, read=read, checksums={})
+
+
+def _with_token_rows(
+    source: Checkpoint, module: str, weight: np.ndarray, rows: slice, lora: LoraConfig
+) -> np.ndarray:
+    """Return rows of a table, in which those of the trained tokens are replaced."""
+    result, trained = weight.copy(), source.read(f"{module}.{TOKEN_ROWS}")
+    start, stop, _ = rows.indices(source.tensors[f"{module}.weight"][1][0])
+    for token, row in zip(lora.trainable_token_indices, trained, strict=True):
+        if start <= token < stop:
+            result[token - start] = row
+    return result
 
 
 def _merged_rows(

@@ -11,6 +11,7 @@ from mooshak.checkpoints.base import FULL_SLICE, Checkpoint, row_chunks
 from mooshak.checkpoints.formats import model_of
 from mooshak.checkpoints.manager import newest_checkpoint
 from mooshak.checkpoints.resume import check_model
+from mooshak.config.lora import TABLES, LoraConfig
 from mooshak.config.model import ModelConfig, model_description
 from mooshak.config.parse import Draft, load_config
 from mooshak.config.sections import Config, TokenizerConfig
@@ -70,18 +71,19 @@ def _record(run: Path, source: str) -> Config | None:
 WITHOUT_PARAMETERS = ("max_seq_len", "rope_theta", "rope_scaling", "sliding_window", "norm_eps")
 """Keys of the model that do not change the shapes of its weights."""
 
-VOCABULARY = ("embeddings.weight", "lm_head.weight")
-"""Parameters with a row per token."""
-
 
 def init_checkpoint(config: Config, source: Checkpoint, tokenizer: Tokenizer) -> Checkpoint:
     """Return the weights of `init.from`, with new rows for the added tokens of the run.
 
     Raises `InputError` if they belong to another model, or their tokens are not the run's first.
     """
-    if source.model.lora is None and config.model.lora is not None:
-        dtype = np.float64 if config.train.dtype == "float64" else np.float32
-        source = with_adapters(source, config.model.lora, config.run.seed, np.dtype(dtype))
+    lora = config.model.lora
+    if source.model.lora is None and lora is not None:
+        # After the new rows, of which some may be trained.
+        without = replace(config, lora=LoraConfig(), model=replace(config.model, lora=None))
+        dtype = np.dtype(np.float64 if config.train.dtype == "float64" else np.float32)
+        source = init_checkpoint(without, source, tokenizer)
+        return with_adapters(source, lora, config.run.seed, dtype)
     rows, wanted = source.model.vocab_size, config.model.vocab_size
     more_rows = ("vocab_size",) if rows < wanted else ()
     check_model(source.path, source.model, config, (*WITHOUT_PARAMETERS, *more_rows))
@@ -125,13 +127,13 @@ def with_new_rows(
         ids = inside.encode(new.texts()[before:])
     n_rows = source.model.vocab_size
     tensors = {
-        key: (dtype, (vocab_size, *shape[1:]) if key in VOCABULARY else shape)
+        key: (dtype, (vocab_size, *shape[1:]) if key in TABLES else shape)
         for key, (dtype, shape) in source.tensors.items()
         if key in source.model.parameter_shapes()
     }
 
     def read(key: str, rows: slice = FULL_SLICE) -> np.ndarray:
-        if key not in VOCABULARY:
+        if key not in TABLES:
             return source.read(key, rows)
         dtype, shape = tensors[key]
         result = np.empty(shape, dtype)

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from mooshak.checkpoints.adapters import with_adapters
 from mooshak.checkpoints.base import FULL_SLICE, Checkpoint, check_tensors, size_of
 from mooshak.checkpoints.hf import hf_name
 from mooshak.checkpoints.safetensors import entry_reader, read_entries, write_tensors
-from mooshak.config.lora import LoraConfig, frozen_parameters, is_adapter
+from mooshak.config.lora import TOKEN_ROWS, LoraConfig, frozen_parameters, is_adapter
 from mooshak.config.model import ModelConfig
 from mooshak.errors import InputError
 from mooshak.files import atomic_directory, read_object
@@ -24,6 +25,7 @@ KINDS = {
     "lora_a.weight": "lora_A.weight",
     "lora_b.weight": "lora_B.weight",
     "dora_magnitude": "lora_magnitude_vector",
+    TOKEN_ROWS: "token_adapter.trainable_tokens_delta",
 }
 """End of our name of an adapter's tensor -> the end of PEFT's."""
 
@@ -38,7 +40,7 @@ def peft_name(name: str) -> str:
 
 
 def trained_names(model: ModelConfig) -> dict[str, str]:
-    """Return PEFT's name -> our name, of the adapters and of `modules_to_save`."""
+    """Return PEFT's name -> our name, of the adapters, of trained rows and of `modules_to_save`."""
     shapes = model.parameter_shapes()
     frozen = frozen_parameters(shapes, model.lora)
     return {peft_name(name): name for name in shapes if name not in frozen}
@@ -63,11 +65,12 @@ def write_adapter(path: Path, source: Checkpoint, base: str = "") -> None:
             {
                 hf_name(ours.split(".lora_")[0] + ".weight" if is_lora else ours).split(".")[-2]
                 for ours in names.values()
-                if is_adapter(ours) == is_lora and not ours.endswith("dora_magnitude")
+                if is_adapter(ours) == is_lora and not ours.endswith(("dora_magnitude", TOKEN_ROWS))
             }
         )
         for is_lora in (True, False)
     }
+    tables = [name.split(".")[-3] for name in names if name.endswith(KINDS[TOKEN_ROWS])]
     config = {
         "base_model_name_or_path": base,
         "bias": "none",
@@ -79,6 +82,7 @@ def write_adapter(path: Path, source: Checkpoint, base: str = "") -> None:
         "r": lora.rank,
         "target_modules": modules[True],
         "task_type": "CAUSAL_LM",
+        "trainable_token_indices": dict.fromkeys(tables, lora.trainable_token_indices) or None,
         "use_dora": lora.dora,
         "use_rslora": lora.rslora,
     }
@@ -105,8 +109,13 @@ def open_adapter(path: Path, base: Checkpoint) -> Checkpoint:
     tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith("exp_avg")}
     read_stored = entry_reader(stored)
 
+    # PEFT may train the rows of one table only.
+    whole = with_adapters(base, lora, 0, np.dtype(np.float32))
+    rest = {key: whole.tensors[key] for key in model.parameter_shapes() if key.endswith(TOKEN_ROWS)}
+    tensors = rest | tensors
+
     def read(key: str, rows: slice = FULL_SLICE) -> np.ndarray:
-        return read_stored(keys[key], rows) if key in keys else base.read(key, rows)
+        return read_stored(keys[key], rows) if key in keys else whole.read(key, rows)
 
     tensors = check_tensors(path, model, tensors)
     return replace(base, path=path, model=model, tensors=tensors, read=read, trainer_state=None)
@@ -122,7 +131,8 @@ def _lora(path: Path, config: dict[str, Any], stored: set[str], model: ModelConf
             raise InputError(f"{where}: {key} is not supported: adapters are alike in all layers")
     if config.get("bias", "none") != "none" or config.get("fan_in_fan_out"):
         raise InputError(f"{where}: bias and fan_in_fan_out are not supported")
-    full = replace(model, lora=LoraConfig(rank=1))
+    tokens = _trained_tokens(where, config.get("trainable_token_indices"))
+    full = replace(model, lora=LoraConfig(rank=1, trainable_token_indices=tokens))
     ours = {peft_name(name): name for name in full.parameter_shapes()}
     names = [ours[key] for key in stored if key in ours]
     targets = {name.split(".")[-3] for name in names if name.endswith(".lora_a.weight")}
@@ -137,8 +147,20 @@ def _lora(path: Path, config: dict[str, Any], stored: set[str], model: ModelConf
             alpha=config["lora_alpha"],
             targets=sorted(targets),
             modules_to_save=sorted(saved),
+            trainable_token_indices=tokens,
             rslora=bool(config.get("use_rslora")),
             dora=bool(config.get("use_dora")),
         )
     except (KeyError, InputError) as error:
         raise InputError(f"{where} is not a configuration of LoRA: {error}") from error
+
+
+def _trained_tokens(where: Path, given: Any) -> list[int]:
+    """Return the tokens whose rows are trained, the same of all tables and in ascending order."""
+    tables = list(given.values()) if isinstance(given, dict) else [given or []]
+    if any(tokens != tables[0] or tokens != sorted(set(tokens)) for tokens in tables):
+        raise InputError(
+            f"{where}: trainable_token_indices must be the same ascending ids for all tables"
+        )
+    result: list[int] = tables[0]
+    return result

@@ -20,6 +20,11 @@ TARGETS = {
 MODULES_TO_SAVE = ("embeddings", "lm_head", "norms")
 """Parameters that can be trained next to adapters; norms: all gains."""
 
+TABLES = ("embeddings.weight", "lm_head.weight")
+"""Parameters with a row per token."""
+TOKEN_ROWS = "token_rows"
+"""Last name of the rows of a table that are trained, and replace those of the table."""
+
 
 @dataclass(frozen=True)
 class LoraConfig:
@@ -32,7 +37,10 @@ class LoraConfig:
     targets: list[str] = field(default_factory=list)
     """Matrices with an adapter: wq, wk, wv, wo, w1, w2, w3 (empty: all that the model has)."""
     modules_to_save: list[str] = field(default_factory=list)
-    """Parameters that are trained in full: embeddings and lm_head (for new tokens), norms."""
+    """Parameters that are trained in full: embeddings, lm_head, norms."""
+    trainable_token_indices: list[int] = field(default_factory=list)
+    """Tokens whose rows of the embedding and of the output head are trained, such as new special
+    tokens; the other rows are frozen."""
     rslora: bool = False
     """Multiply by alpha / sqrt(rank) instead (rsLoRA, arXiv:2312.03732)."""
     dora: bool = False
@@ -49,9 +57,19 @@ class LoraConfig:
                 )
             # In one order: configurations with the same set are equal.
             object.__setattr__(self, key, [name for name in known if name in getattr(self, key)])
-        given = [
-            key for key in ("targets", "modules_to_save", "rslora", "dora") if getattr(self, key)
-        ]
+        tokens = self.trainable_token_indices
+        require(
+            all(isinstance(token, int) and token >= 0 for token in tokens),
+            f"lora.trainable_token_indices {tokens} must be token ids, integers from 0",
+        )
+        object.__setattr__(self, "trainable_token_indices", sorted(set(tokens)))
+        require(
+            not tokens or not {"embeddings", "lm_head"} & set(self.modules_to_save),
+            "lora.modules_to_save trains all rows of embeddings or lm_head, "
+            "lora.trainable_token_indices some of them; remove one",
+        )
+        keys = ("targets", "modules_to_save", "trainable_token_indices", "rslora", "dora")
+        given = [key for key in keys if getattr(self, key)]
         require(
             self.rank > 0 or not given, f"lora.{''.join(given[:1])} needs adapters; set lora.rank"
         )
@@ -74,7 +92,7 @@ def adapter_shapes(
     """Return canonical name -> shape of the adapters of parameters of these shapes.
 
     For a matrix [out, in]: `lora_a` [rank, in], `lora_b` [out, rank], with DoRA `dora_magnitude`
-    [out].
+    [out]; for embedding and head: `token_rows` [trained tokens, dim].
     """
     result: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
@@ -84,12 +102,14 @@ def adapter_shapes(
             result[f"{module}.lora_b.weight"] = (shape[0], lora.rank)
             if lora.dora:
                 result[f"{module}.dora_magnitude"] = shape[:1]
+        elif name in TABLES and lora.trainable_token_indices:
+            result[f"{module}.{TOKEN_ROWS}"] = (len(lora.trainable_token_indices), shape[1])
     return result
 
 
 def is_adapter(name: str) -> bool:
     """Return whether a canonical name is that of an adapter's parameter."""
-    return name.endswith((".lora_a.weight", ".lora_b.weight", ".dora_magnitude"))
+    return name.endswith((".lora_a.weight", ".lora_b.weight", ".dora_magnitude", f".{TOKEN_ROWS}"))
 
 
 def frozen_parameters(

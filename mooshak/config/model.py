@@ -75,6 +75,11 @@ class ModelConfig:
         check_fields(self, "model")
         if isinstance(self.lora, Mapping):
             object.__setattr__(self, "lora", LoraConfig(**self.lora))
+        trained = self.lora.trainable_token_indices if self.lora else []
+        require(
+            max(trained, default=0) < self.vocab_size,
+            f"lora.trainable_token_indices {trained}: model.vocab_size is {self.vocab_size}",
+        )
         require(
             self.lora is None or not self.fuse_kernels,
             "an adapter is that of a single matrix; set model.fuse_kernels false",

@@ -11,6 +11,7 @@ import math
 
 import numpy as np
 
+from mooshak.config.lora import TOKEN_ROWS
 from mooshak.config.model import ModelConfig
 from mooshak.numerics.philox import random_words
 
@@ -62,9 +63,18 @@ def initial_weight(
 
     A gain or bias is a column. `gain_std` is the standard deviation of gains around one, and of
     biases and `lora_b` around zero; parity models need it, since gains of one hide faults. The
-    `dora_magnitude` of a matrix is the norm of its rows.
+    `dora_magnitude` of a matrix is the norm of its rows, `token_rows` are rows of their table (with
+    `gain_std` others).
     """
     shape = model.parameter_shapes()[name]
+    if name.endswith(f".{TOKEN_ROWS}") and not gain_std:
+        assert model.lora is not None
+        table = name.replace(TOKEN_ROWS, "weight")
+        tokens = model.lora.trainable_token_indices[rows]
+        parts = [
+            initial_weight(model, seed, table, slice(i, i + 1), columns, dtype) for i in tokens
+        ]
+        return np.concatenate([*parts, np.empty((0, len(range(shape[1])[columns])), dtype)])
     if name.endswith(".dora_magnitude"):
         weight = name.replace("dora_magnitude", "weight")
         return row_norms(initial_weight(model, seed, weight, rows, dtype=dtype)).astype(dtype)

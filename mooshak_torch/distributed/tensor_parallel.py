@@ -16,6 +16,7 @@ from torch.distributed.tensor import (
 
 from mooshak.config.lora import is_adapter
 from mooshak.config.sections import Config
+from mooshak.errors import require
 from mooshak_torch.model import MLP, Attention, Model, RMSNorm
 from mooshak_torch.ops.cross_entropy import FusedLinearCrossEntropy
 
@@ -47,6 +48,11 @@ def apply_tp(objective: nn.Module, mesh: DeviceMesh, config: Config) -> None:
     """
     model, loss = objective.model, objective.loss
     assert isinstance(model, Model) and isinstance(loss, FusedLinearCrossEntropy)
+    require(
+        not model.embeddings.token_ids,
+        "lora.trainable_token_indices: torch has no tensor parallelism of these rows; set the mesh "
+        "axis tensor to 1",
+    )
     replicated, last = Replicate(), Shard(-1)
     hidden: Placement = Shard(1) if config.parallel.sequence_parallel else replicated
     for path, module in model.named_modules():

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 from mooshak.data.packing import IGNORE_INDEX
+from mooshak_torch.lora import table_of
 from mooshak_torch.ops.matmul import matmul
 
 HEAD_ROWS = 2048
@@ -38,8 +39,7 @@ class FusedLinearCrossEntropy(nn.Module):
         temperature: float = 1.0,
     ) -> Tensor:
         """Return `cross_entropy` (a scalar), or `token_log_probs` [B, T], of the labels."""
-        weight_VD = self.head.weight
-        assert isinstance(weight_VD, Tensor)
+        weight_VD = table_of(self.head)
         if per_token:
             return token_log_probs(x_BTD, weight_VD, labels_BT, self.chunk, temperature)
         return cross_entropy(x_BTD, weight_VD, labels_BT, self.chunk)

@@ -51,15 +51,18 @@ def pack_weights_for_decode(model: _M, weights: Iterable[Tensor], n_rows: int, n
 
     `model` itself is returned where packing does not pay off or is not possible: few tokens, a
     GPU, an Intel CPU, weights or a computation of another dtype than float32, a sharded model,
-    layers that are compiled, recomputed or rescaled by DoRA, or weights of more than a quarter of
-    the machine's memory.
+    layers that are compiled, recomputed or rescaled by DoRA, a head with trained rows, or weights
+    of more than a quarter of the machine's memory.
     """
     weights = list(weights)
     few = n_tokens < (MIN_PACKED_TOKENS_OF_ONE_ROW if n_rows == 1 else MIN_PACKED_TOKENS)
     large = sum(w.nbytes for w in weights) > MAX_PACKED_BYTES
     # A compiled or recomputed layer has its own `forward`, which is bound to the layer itself.
     bound = any(
-        isinstance(m, FSDPModule) or "forward" in vars(m) or hasattr(m, "dora_magnitude")
+        isinstance(m, FSDPModule)
+        or "forward" in vars(m)
+        or hasattr(m, "dora_magnitude")
+        or hasattr(m, "token_rows")
         for m in model.modules()
     )
     if few or large or bound or model.dtype != "float32" or not _by_onednn(*weights):

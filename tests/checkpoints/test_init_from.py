@@ -151,7 +151,7 @@ def test_new_rows_are_means_with_equal_bits_in_both(
     recipe = resolved(config, [*options, "--train.dtype", "float32"])
     assert recipe.model == replace(MODEL, vocab_size=384)
     source = open_any(llama)
-    for name in init_from.VOCABULARY:
+    for name in init_from.TABLES:
         rows = source.read(name).astype(np.float64)
         new = init_from.init_checkpoint(recipe, source, extended).read(name).astype(np.float64)
         assert np.array_equal(new[:320], rows[:320])
@@ -208,7 +208,7 @@ def test_byte_level_tokenizer_is_extended(llama: Path, config: Path, tmp_path: P
     options = ["--init.from", str(there), "--tokenizer.path", str(path)]
     recipe = resolved(config, [*options, "--model.vocab_size", "384"])
     source = open_any(there)
-    for name in init_from.VOCABULARY:
+    for name in init_from.TABLES:
         rows = source.read(name).astype(np.float64)
         new = init_from.init_checkpoint(recipe, source, grown).read(name).astype(np.float64)
         assert np.array_equal(new[: old.vocab_size], rows[: old.vocab_size])

@@ -3,7 +3,7 @@
 import math
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 
@@ -14,13 +14,13 @@ from mooshak.errors import InputError
 
 
 def numbers() -> dict[str, tuple[Range | None, Any]]:
-    """Every key that holds a number: its range and its type."""
+    """Every key that holds a number, not a list of them: its range and its type."""
     sections = {**get_type_hints(Config), "data.sources[x]": SourceConfig}
     return {
         f"{name}.{one.name}": (one.metadata.get("range"), one.type)
         for name, section in sections.items()
         for one in fields(section)
-        if {int, float} & {one.type, *get_args(one.type)}
+        if {int, float} & {one.type, *get_args(one.type)} and get_origin(one.type) is not list
     }
 
 

@@ -17,6 +17,7 @@ from mooshak.config.lora import LoraConfig
 from mooshak.config.model import ModelConfig, model_from_json, model_to_json
 from mooshak.errors import InputError
 from mooshak_jax import params as jax_params
+from mooshak_torch.lora import disable_adapters
 from mooshak_torch.model import Model
 from mooshak_torch.params import initialize, load_params, numpy_dtype, to_numpy
 from tests.drawn_checkpoints import drawn_checkpoint
@@ -35,7 +36,10 @@ BASE = ModelConfig(
 )
 LORA = replace(BASE, lora=LoraConfig(rank=3, alpha=5, rslora=True))
 DORA = replace(BASE, lora=LoraConfig(rank=3, dora=True, targets=["wq", "wv", "wo", "w2"]))
+ROWS = replace(BASE, lora=LoraConfig(rank=3, trainable_token_indices=[63, 5, 17]))
+TIED = replace(ROWS, tie_embeddings=True)
 TOKENS_BT = np.random.default_rng(0).integers(0, 64, (2, 9))
+TOKENS_BT[:, 3] = 5, 17
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -64,7 +68,11 @@ def checkpoint_of(model: Model) -> Checkpoint:
     )
 
 
-@pytest.mark.parametrize("model", [LORA, DORA], ids=["rslora", "dora"])
+MODELS = {"rslora": LORA, "dora": DORA, "rows": ROWS, "tied rows": TIED}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 @pytest.mark.parametrize("scan", [False, True], ids=["layers", "scan"])
 def test_adapters_are_the_same_function(model: ModelConfig, scan: bool) -> None:
     ours = torch_logits(initialize(Model(model, "float64"), 3, 0.3))
@@ -78,7 +86,7 @@ def test_adapters_are_the_same_function(model: ModelConfig, scan: bool) -> None:
     assert np.abs(ours - without).max() > 1e-2 * np.abs(ours).max()
 
 
-@pytest.mark.parametrize("model", [LORA, DORA], ids=["rslora", "dora"])
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 def test_merged_is_unmerged(model: ModelConfig) -> None:
     adapted = initialize(Model(model, "float64"), 3, 0.3)
     if model is DORA:  # Magnitudes that are not the norms: a trained model's.
@@ -86,7 +94,7 @@ def test_merged_is_unmerged(model: ModelConfig) -> None:
             for name, parameter in adapted.named_parameters():
                 if name.endswith("dora_magnitude"):
                     parameter *= 1 + 0.2 * torch.sin(torch.arange(len(parameter)))
-    single = Model(BASE, "float64")
+    single = Model(replace(model, lora=None), "float64")
     load_params(dict(single.named_parameters()), merged(checkpoint_of(adapted)))
     ours, theirs = torch_logits(adapted), torch_logits(single)
     assert np.abs(theirs - ours).max() <= 1e-12 * np.abs(ours).max()
@@ -107,7 +115,7 @@ def test_merge_reports_what_rounding_loses() -> None:
         merged(drawn_checkpoint(BASE))
 
 
-@pytest.mark.parametrize("lora", [LORA.lora, DORA.lora], ids=["rslora", "dora"])
+@pytest.mark.parametrize("lora", [LORA.lora, DORA.lora, ROWS.lora], ids=["rslora", "dora", "rows"])
 def test_initial_adapters_do_not_change_the_model(lora: LoraConfig) -> None:
     base = drawn_checkpoint(BASE)
     adapted = Model(replace(BASE, lora=lora), "float64")
@@ -121,6 +129,7 @@ def test_initial_adapters_do_not_change_the_model(lora: LoraConfig) -> None:
     assert adapted.layers[1].attention.wq.lora_a.weight.std() > 0.05
 
 
+@pytest.mark.slow
 def test_bfloat16_stores_a_base_that_is_not_trained_in_bfloat16() -> None:
     model = initialize(Model(DORA, "bfloat16"), 3, 0.3)
     layer = model.layers[0]
@@ -161,3 +170,33 @@ def test_wrong_settings_are_named(settings: dict, message: str) -> None:
         LoraConfig(**settings)
     with pytest.raises(InputError, match="fuse_kernels false"):
         replace(LORA, fuse_kernels=True)
+
+
+def test_trained_rows_replace_those_of_their_tables() -> None:
+    model = initialize(Model(ROWS, "float64"), 3, 0.3)
+    ids = ROWS.lora.trainable_token_indices if ROWS.lora else []
+    assert ids == [5, 17, 63]
+    whole = merged(checkpoint_of(model))
+    for name, table in (("embeddings", model.embeddings), ("lm_head", model.lm_head)):
+        found = whole.read(f"{name}.weight")
+        np.testing.assert_array_equal(found[ids], table.token_rows.detach().numpy())
+        others = np.setdiff1d(np.arange(64), ids)
+        np.testing.assert_array_equal(found[others], table.weight.detach().numpy()[others])
+        assert np.abs(found[ids] - table.weight.detach().numpy()[ids]).min(1).max() > 0
+        np.testing.assert_array_equal(whole.read(f"{name}.weight", slice(10, 20)), found[10:20])
+    with disable_adapters(model):
+        off = torch_logits(model)
+    base = initialize(Model(BASE, "float64"), 3, 0.3)
+    np.testing.assert_array_equal(off, torch_logits(base))
+    assert np.abs(torch_logits(model) - off).max() > 0.01
+
+
+def test_trained_rows_that_cannot_be_are_refused() -> None:
+    with pytest.raises(InputError, match=r"\[64\]: model.vocab_size is 64"):
+        replace(BASE, lora=LoraConfig(rank=2, trainable_token_indices=[64]))
+    with pytest.raises(InputError, match="must be token ids"):
+        LoraConfig(rank=2, trainable_token_indices=[-1])
+    with pytest.raises(InputError, match="remove one"):
+        LoraConfig(rank=2, modules_to_save=["lm_head"], trainable_token_indices=[1])
+    with pytest.raises(InputError, match="needs adapters"):
+        LoraConfig(trainable_token_indices=[1])

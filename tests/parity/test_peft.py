@@ -27,7 +27,15 @@ transformers = pytest.importorskip("transformers")
 TOKENS_BT = torch.arange(3, 27).view(2, 12)
 LORAS = {
     "lora": LoraConfig(rank=3, alpha=5),
-    "dora": LoraConfig(3, 4.0, ["wq", "w2"], ["embeddings", "lm_head", "norms"], True, True),
+    "dora": LoraConfig(
+        rank=3,
+        alpha=4.0,
+        targets=["wq", "w2"],
+        modules_to_save=["embeddings", "lm_head", "norms"],
+        rslora=True,
+        dora=True,
+    ),
+    "rows": LoraConfig(rank=3, trainable_token_indices=[3, 9, 26]),
 }
 
 
@@ -80,7 +88,12 @@ def test_peft_loads_our_adapters(kind: str, exported: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize("kind", LORAS)
 def test_we_load_adapters_of_peft(kind: str, exported: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    settings = {"lora": {"target_modules": "all-linear"}, "dora": {"target_modules": ["v_proj"]}}
+    tokens = {"embed_tokens": [3, 9], "lm_head": [3, 9]}
+    settings: dict[str, dict[str, Any]] = {
+        "lora": {"target_modules": "all-linear"},
+        "dora": {"target_modules": ["v_proj"]},
+        "rows": {"target_modules": ["v_proj"], "trainable_token_indices": tokens},
+    }
     config = peft.LoraConfig(
         r=3,
         use_dora=kind == "dora",

@@ -134,9 +134,7 @@ CONVERSATIONS = [
     {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
     for question, answer in (
         ("What is the capital of India?", "The capital of India is New Delhi."),
-        ("Name a river.", "The Ganges."),
-        ("भारत की राजधानी?", "नई दिल्ली"),
-        ("What is 2 + 3?", "It is 5."),
+        ("Name a river.", "गंगा"),
     )
 ]
 PAIRS = [

@@ -29,6 +29,7 @@ LORA = replace(
     train=replace(CONFIG.train, gradient_accumulation_steps=2),
     lora=LoraConfig(rank=3, dora=True, modules_to_save=["lm_head", "norms"]),
 )
+ROWS = replace(CONFIG, lora=LoraConfig(rank=3, trainable_token_indices=[0, 7, 50, 191]))
 PARTIAL = replace(CONFIG, train=replace(CONFIG.train, freeze_embeddings=True, freeze_layers=1))
 
 Trees = dict[str, dict[str, np.ndarray]]
@@ -79,7 +80,7 @@ def check(ours: tuple[list[float], Trees], theirs: tuple[list[float], Trees]) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", [LORA, PARTIAL], ids=["lora", "partial"])
+@pytest.mark.parametrize("config", [LORA, ROWS, PARTIAL], ids=["lora", "rows", "partial"])
 def test_only_trained_parameters_change(config: Config) -> None:
     ours = torch_steps(config)
     before = jax_params.initialize(config.model, "float64", 0)
