@@ -5,11 +5,8 @@ Mirror: mooshak_torch/params.py.
 
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
-<<<<<<< HEAD
-from pathlib import Path
-=======
 from functools import cached_property
->>>>>>> main
+from pathlib import Path
 from typing import Any
 
 import jax
