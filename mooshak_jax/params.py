@@ -6,15 +6,17 @@ Mirror: mooshak_torch/params.py.
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
-from mooshak.checkpoints.base import FULL_SLICE
+from mooshak.checkpoints.base import FULL_SLICE, Checkpoint
 from mooshak.config.model import Dtype, ModelConfig
 from mooshak.errors import InputError
 from mooshak.numerics.init_weights import initial_weight
@@ -165,3 +167,20 @@ def initialize(
         abstract_params(model, dtype, parallel),
         lambda name: _Initial(model, seed, name, numpy_dtype, gain_std),
     )
+
+
+def gather_weights(params: Any, model: ModelConfig) -> Checkpoint:
+    """Return the weights under their canonical names, copied to the host of every process."""
+    leaves = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        several = jax.process_count() > 1
+        full = multihost_utils.process_allgather(leaf, tiled=True) if several else leaf
+        for tensor in canonical_tensors(path, leaf.shape):
+            leaves[tensor.name] = tensor, np.asarray(full)
+    tensors = {name: (leaf.dtype, tensor.shape) for name, (tensor, leaf) in leaves.items()}
+
+    def read(key: str, rows: slice = FULL_SLICE) -> np.ndarray:
+        tensor, leaf = leaves[key]
+        return tensor.canonical(leaf)[rows]
+
+    return Checkpoint(Path("(memory)"), "jax", model, None, tensors, read)
