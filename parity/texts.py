@@ -79,6 +79,8 @@ class Texts:
             f"JAX {MESH}": lambda dtype: mooshak_jax.load(path, dtype, mesh=MESH),
         }
         self.lm = cache(lambda name, dtype: self.load[name](dtype))
+        self.floors = dict[str, float]()
+        """Settings -> `noise_floor`."""
 
     def settings(self, values: Mapping[str, Any]) -> GenerateConfig:
         """Return the settings of a strategy; all texts have the same number of new tokens."""
@@ -119,15 +121,15 @@ class Texts:
             for row in range(len(rows_BT)):
                 yield logits_BTV[row, : len(texts[start + row])].astype(np.float64)
 
-    @cache  # noqa: B019 -- the object lives as long as the command.
-    def noise_floor(self) -> float:
-        """Return the largest error of a float32 logit, over the greedy texts of all prompts."""
-        texts = [
-            prompt + new
-            for prompt, new in zip(
-                self.prompts, self.generate("torch", "float64", self.settings({})), strict=True
-            )
-        ]
+    def noise_floor(self, settings: GenerateConfig) -> float:
+        """Return the largest error of a float32 logit, over the texts of all prompts.
+
+        Texts of other settings have other noise: sampled ones more than greedy ones.
+        """
+        if repr(settings) in self.floors:
+            return self.floors[repr(settings)]
+        new_texts = self.generate("torch", "float64", settings)
+        texts = [prompt + new for prompt, new in zip(self.prompts, new_texts, strict=True)]
         floor = 0.0
         for truth_TV, *found in zip(
             self.logits("torch", "float64", texts),
@@ -136,6 +138,7 @@ class Texts:
             strict=True,
         ):
             floor = max(floor, *(float(np.abs(one - truth_TV).max()) for one in found))
+        self.floors[repr(settings)] = floor
         return floor
 
     def without_cache(
@@ -171,7 +174,7 @@ class Texts:
             for token in before:
                 adjuster.push(token)
         uniform = noise(settings.seed, 0, self.tokens)[len(before)]
-        changes_CV = _changes(pair, logits_TV.shape[1]) * self.noise_floor()
+        changes_CV = _changes(pair, logits_TV.shape[1]) * self.noise_floor(settings)
         drawn = _draw(logits_TV[-1] + changes_CV, uniform, settings, adjusters)
         return set(pair) <= set(drawn)
 
@@ -215,7 +218,7 @@ def _result(
         t = next(t for t, (x, y) in enumerate(zip(a, b, strict=True)) if x != y)
         prompt = texts.prompts[row]
         if empty.dtype == "float32" and (
-            _scores_tie(texts, prompt, a, b)
+            _scores_tie(texts, prompt, a, b, settings)
             if settings.num_beams > 1
             else texts.is_tie(prompt, b[:t], (a[t], b[t]), settings)
         ):
@@ -225,11 +228,13 @@ def _result(
     return dataclasses.replace(empty, texts=len(ours), divergent=divergent, ties=ties, first=first)
 
 
-def _scores_tie(texts: Texts, prompt: list[int], a: list[int], b: list[int]) -> bool:
+def _scores_tie(
+    texts: Texts, prompt: list[int], a: list[int], b: list[int], settings: GenerateConfig
+) -> bool:
     """Return whether two texts of one length have the same total, but for the noise floor."""
     lm = texts.lm("torch", "float64")
     totals = [lm.score(prompt + new)[len(prompt) - 1 :].sum() for new in (a, b)]
-    return bool(abs(totals[0] - totals[1]) <= 2 * texts.noise_floor() * math.sqrt(len(a)))
+    return bool(abs(totals[0] - totals[1]) <= 2 * texts.noise_floor(settings) * math.sqrt(len(a)))
 
 
 def _changes(pair: tuple[int, int], n_tokens: int) -> np.ndarray:
