@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -174,9 +174,13 @@ class Texts:
             for token in before:
                 adjuster.push(token)
         uniform = noise(settings.seed, 0, self.tokens)[len(before)]
-        changes_CV = _changes(pair, logits_TV.shape[1]) * self.noise_floor(settings)
-        drawn = _draw(logits_TV[-1] + changes_CV, uniform, settings, adjusters)
-        return set(pair) <= set(drawn)
+        floor = self.noise_floor(settings)
+
+        def draw(change_V: np.ndarray, scale: float) -> int:
+            return _draw(logits_TV[-1:] + scale * floor * change_V, uniform, settings, adjusters)[0]
+
+        changes = [partial(draw, change_V) for change_V in _changes(pair, logits_TV.shape[1])]
+        return all(any(_reaches(token, one) for one in changes) for token in pair)
 
 
 def compare(texts: Texts, strategies: Mapping[str, Mapping[str, Any]]) -> Iterator[Result]:
@@ -252,6 +256,26 @@ def _changes(pair: tuple[int, int], n_tokens: int) -> np.ndarray:
         alone = np.where(np.arange(n_tokens) == token, 1.0, -1.0)
         changes += [alone, -alone]
     return np.array(changes)
+
+
+def _reaches(token: int, draw: Callable[[float], int]) -> bool:
+    """Return whether a scale from 0 to 1 draws a token. A draw moves one way, in large steps.
+
+    Bisection finds the tokens of little probability in between.
+    """
+    low, high = 0.0, 1.0
+    drawn_low, drawn_high = draw(low), draw(high)
+    while token not in (drawn_low, drawn_high):
+        middle = (low + high) / 2
+        is_between = min(drawn_low, drawn_high) < token < max(drawn_low, drawn_high)
+        if middle in (low, high) or not is_between:
+            return False
+        drawn = draw(middle)
+        if (drawn < token) == (drawn_low < token):
+            low, drawn_low = middle, drawn
+        else:
+            high, drawn_high = middle, drawn
+    return True
 
 
 def _draw(
