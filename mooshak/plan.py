@@ -168,10 +168,20 @@ def trained_count(config: Config) -> int:
     return sum(math.prod(shape) for name, shape in shapes.items() if name not in frozen)
 
 
-def text_arrays(config: Config) -> int:
-    """Return the number of arrays [B, T] of a batch: tokens and labels, of documents two more."""
-    is_packed = config.data.document_mask or config.data.format != "text"
-    return 4 if is_packed else 2
+def batch_arrays(config: Config, n_rows: int) -> dict[str, tuple[type, tuple[int, int]]]:
+    """Return field -> int or float, and shape, of the arrays of a batch."""
+    text: tuple[str, ...] = ("tokens", "labels")
+    if config.data.document_mask or config.data.format != "text":
+        text += ("segments", "positions")
+    arrays: dict[str, tuple[type, tuple[int, int]]]
+    arrays = dict.fromkeys(text, (int, (n_rows, config.T)))
+    if config.data.format == "preferences":
+        arrays["reference"] = (float, (n_rows, 2))
+    if config.data.format == "prompts":
+        of_tokens = ("reference", "weights", "old_log_probs")
+        arrays |= dict.fromkeys(of_tokens, (float, (n_rows, config.T)))
+        arrays["advantages"] = (float, (n_rows, 1))
+    return arrays
 
 
 def step_times(

@@ -5,6 +5,7 @@ Mirror: mooshak_torch/objectives.py. Shapes: B batch, T time, D model width.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,9 +15,11 @@ from jax import Array
 from jax.sharding import NamedSharding
 
 from mooshak.config.dpo import DPOConfig
+from mooshak.config.grpo import GRPOConfig
 from mooshak.config.model import ModelConfig
 from mooshak.config.sections import Config
 from mooshak.data.packing import IGNORE_INDEX, Batch
+from mooshak.numerics.grpo import Tokens, token_losses
 from mooshak.numerics.preference import Pairs, kto_losses, log_ratios, pair_losses
 from mooshak_jax.distributed.mesh import Parallel
 from mooshak_jax.model import Model
@@ -113,11 +116,68 @@ class PreferenceLM(CausalLM):
         return pairs, n_BS[:, ::2] > 0
 
 
+@dataclass(frozen=True)
+class PolicyLM(CausalLM):
+    """Sampled answers: a policy-gradient loss of `mooshak.numerics.grpo` for each token.
+
+    Each segment of a row is an answer with its prompt. The weights of the tokens in the batch make
+    the mean over the labels that of `grpo.loss_type`.
+    """
+
+    grpo: GRPOConfig
+
+    def __call__(self, params: Any, batch: Batch[Array]) -> Array:
+        """Return the summed loss of the tokens of some rows of the global batch."""
+        return self.measure(params, batch)[0]
+
+    def log_probs(self, params: Any, batch: Batch[Array]) -> Array:
+        """Return the log-probability [B, T] of each label at the sampling temperature."""
+        model: Model = merge(self.graphdef, params)
+        hidden_BTD = model.hidden_states(batch.tokens, **batch.context)
+        settings = self.chunk, self.grpo.temperature
+        return token_log_probs(hidden_BTD, model.head_DV, batch.labels, *settings)
+
+    def measure(self, params: Any, batch: Batch[Array]) -> tuple[Array, dict[str, Array]]:
+        tokens, weights_BT = self._tokens(self.log_probs(params, batch), batch)
+        mean = partial(segment_mean, batch=batch)
+        losses_BT, metrics = token_losses(tokens, self.grpo, jnp, mean)
+        is_label_BT = batch.labels != IGNORE_INDEX
+        sums = {name: jnp.sum(jnp.where(is_label_BT, v, 0)) for name, v in metrics.items()}
+        return jnp.sum(jnp.where(is_label_BT, weights_BT * losses_BT, 0)), sums
+
+    def _tokens(self, found_BT: Array, batch: Batch[Array]) -> tuple[Tokens, Array]:
+        """Return the tokens of the labels, zeros elsewhere, and their weights [B, T]."""
+        assert batch.old_log_probs is not None and batch.advantages is not None
+        assert batch.weights is not None and (batch.reference is not None or not self.grpo.beta)
+        advantages_BT = spread_segments(batch.advantages, batch)
+        reference_BT = found_BT if batch.reference is None else batch.reference
+        reference_BT = jax.lax.stop_gradient(reference_BT)
+        constants = (batch.old_log_probs, reference_BT, advantages_BT, batch.weights)
+        *tokens, weights_BT = (array_BT.astype(found_BT.dtype) for array_BT in constants)
+        return Tokens(found_BT, *tokens), weights_BT
+
+
 def sum_segments(values_BT: Array, batch: Batch[Array]) -> Array:
-    """Return the sum [B, S] of the values of each segment of a row, for S of `batch.reference`."""
-    assert batch.segments is not None and batch.reference is not None
-    is_in_BTS = batch.segments[..., None] == jnp.arange(1, batch.reference.shape[1] + 1)
-    return jnp.sum(jnp.where(is_in_BTS, values_BT[..., None], 0), axis=1)
+    """Return the sum [B, S] of the values of each segment of a row."""
+    return jnp.sum(jnp.where(_is_in(batch), values_BT[..., None], 0), axis=1)
+
+
+def spread_segments(values_BS: Array, batch: Batch[Array]) -> Array:
+    """Return the value of the segment of each token [B, T]; 0 for padding."""
+    return jnp.sum(jnp.where(_is_in(batch), values_BS[:, None], 0), axis=-1)
+
+
+def segment_mean(values_BT: Array, batch: Batch[Array]) -> Array:
+    """Return the mean [B, T] over the labels of the segment of each token."""
+    is_label_BT = batch.labels != IGNORE_INDEX
+    total_BS = sum_segments(jnp.where(is_label_BT, values_BT, 0), batch)
+    return spread_segments(total_BS / jnp.maximum(count_labels(batch), 1), batch)
+
+
+def _is_in(batch: Batch[Array]) -> Array:
+    """Return which tokens are in which segment, [B, T, S]."""
+    assert batch.segments is not None
+    return batch.segments[..., None] == jnp.arange(1, batch.n_segments + 1)
 
 
 def count_labels(batch: Batch[Array]) -> Array:
@@ -131,6 +191,8 @@ def make_objective(model: ModelConfig, config: Config) -> CausalLM:
     chunk = config.train.loss_chunk
     if config.data.format == "preferences":
         return PreferenceLM(graphdef, chunk, config.dpo)
+    if config.data.format == "prompts":
+        return PolicyLM(graphdef, chunk, config.grpo)
     return CausalLM(graphdef, chunk)
 
 

@@ -20,7 +20,14 @@ from mooshak.data.packing import Batch
 from mooshak.errors import InputError
 from mooshak.hardware import DEVICES, Device
 from mooshak.mesh import mesh_text
-from mooshak.plan import Plan, memory_traffic, ranked, step_flops, step_times, text_arrays
+from mooshak.plan import (
+    Plan,
+    batch_arrays,
+    memory_traffic,
+    ranked,
+    step_flops,
+    step_times,
+)
 from mooshak_jax.distributed.mesh import Parallel, make_parallel
 from mooshak_jax.hlo import Collective, collectives
 from mooshak_jax.model import PARAM_DTYPE
@@ -141,12 +148,13 @@ def lowered(config: Config, parallel: Parallel) -> Any:
 
 def abstract_batch(config: Config, n_rows: int, sharding: Any = None) -> Batch:
     """Return shapes, dtypes and sharding of a batch of `n_rows` rows."""
-    array_BT = jax.ShapeDtypeStruct((n_rows, config.T), jnp.int32, sharding=sharding)
-    batch = Batch(*[array_BT] * text_arrays(config))
-    if config.data.format == "preferences":
-        pair_BS = jax.ShapeDtypeStruct((n_rows, 2), jnp.float32, sharding=sharding)
-        batch = batch._replace(reference=pair_BS)
-    return batch
+    dtypes = {int: jnp.int32, float: jnp.float32}
+    return Batch(
+        **{
+            name: jax.ShapeDtypeStruct(shape, dtypes[kind], sharding=sharding)
+            for name, (kind, shape) in batch_arrays(config, n_rows).items()
+        }
+    )
 
 
 def shard_bytes(tree: Any) -> int:

@@ -1,6 +1,6 @@
-"""Reference of preference pairs: log-probabilities of their answers under the initial weights.
+"""Reference of an objective: log-probabilities of answers under the initial weights.
 
-Mirror: mooshak_torch/reference.py. Shapes: B batch, S segments of a row.
+Mirror: mooshak_torch/reference.py. Shapes: B batch, T time, S segments of a row.
 """
 
 from collections.abc import Callable
@@ -16,13 +16,13 @@ from mooshak.data.packing import Batch
 from mooshak.tokenizer.base import Tokenizer
 from mooshak_jax.checkpoint import load_init_weights
 from mooshak_jax.distributed.mesh import Parallel
-from mooshak_jax.objectives import CausalLM, PreferenceLM, compile_forward
+from mooshak_jax.objectives import CausalLM, PolicyLM, PreferenceLM, compile_forward
 from mooshak_jax.params import initialize, without_adapters
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The initial weights, frozen: the reference of preference pairs.
+    """The initial weights, frozen: the reference.
 
     With adapters they are those of the state, with the adapters left out.
     """
@@ -30,7 +30,7 @@ class Reference:
     params: Any
     """None with adapters."""
     sharded: Callable[[Any, Batch[Array]], Array]
-    """The compiled log-probabilities [B, S] of the segments, sharded by rows."""
+    """The compiled function of `make_log_probs`, sharded by rows."""
     replicated: Callable[[Any, Batch[Array]], Array]
     """The same, on every device."""
 
@@ -66,11 +66,11 @@ def make_log_probs(
 ) -> Callable[[Any, Batch[Array]], Array]:
     """Return the compiled function (params, batch) -> log-probability [B, S] of the segments.
 
-    `sharding` is that of the result.
+    Of sampled answers it is that of each label, [B, T]. `sharding` is that of the result.
     """
 
     def measure(objective: CausalLM, params: Any, batch: Batch[Array]) -> Array:
-        assert isinstance(objective, PreferenceLM)
+        assert isinstance(objective, PreferenceLM | PolicyLM)
         return objective.log_probs(params, batch)
 
     return compile_forward(measure, config, parallel, sharding)

@@ -21,14 +21,14 @@ from mooshak.checkpoints.resume import loss_scale_of, n_updates, skipped_steps
 from mooshak.config.sections import Config
 from mooshak.data.packing import Batch, pad_rows
 from mooshak.errors import InputError
-from mooshak.numerics.preference import metric_names
+from mooshak.numerics.metrics import objective_metrics
 from mooshak.tokenizer.base import Tokenizer
 from mooshak_jax.checkpoint import load_init_weights, open_checkpoint, restore, start_saving
 from mooshak_jax.distributed.mesh import Parallel, make_parallel
 from mooshak_jax.model import PARAM_DTYPE
 from mooshak_jax.objectives import CausalLM, compile_forward, make_objective
 from mooshak_jax.optimizer import adamw, clip_gradients
-from mooshak_jax.params import abstract_params, initialize, join, split_trained
+from mooshak_jax.params import abstract_params, gather_weights, initialize, join, split_trained
 from mooshak_jax.profile import profiled
 from mooshak_jax.reference import Reference, add_reference, make_log_probs, make_reference
 
@@ -108,9 +108,7 @@ class Trainer:
         stopping = self.processes.any_process(stop())
         metrics = {"loss": float(loss), "grad_norm": float(norm)}
         means = self.state.get("metrics", {})  # A compiled function sorts the names.
-        metrics |= {
-            name: float(means[name]) for name in metric_names(self.config.dpo) if name in means
-        }
+        metrics |= {name: float(means[name]) for name in objective_metrics(self.config)}
         if self.config.train.on_nonfinite == "skip":
             self._skipped += not all(map(math.isfinite, metrics.values()))
         return metrics, stopping
@@ -125,6 +123,13 @@ class Trainer:
         if self.reference is not None:
             params, log_probs = self.reference.params_of(params), self.reference.replicated
         return np.asarray(log_probs(params, global_batch), np.float64)
+
+    def token_log_probs(self, batch: Batch) -> np.ndarray:
+        global_batch = self.processes.shard_global_batch(batch)
+        return np.asarray(self._log_probs(self.state["params"], global_batch), np.float64)
+
+    def gather_weights(self) -> Checkpoint:
+        return gather_weights(self.state["params"], self.config.model)
 
     def start_saving(self, path: Path) -> Callable[[], None]:
         return start_saving({key: self.state[key] for key in ("params", *MOMENTS)}, path)
@@ -165,7 +170,7 @@ def abstract_state(config: Config, parallel: Parallel) -> State:
 
 def abstract_metrics(config: Config, parallel: Parallel) -> dict[str, Any]:
     """Return shapes and shardings of the metrics that the objective has next to the loss."""
-    names = metric_names(config.dpo) if config.data.format == "preferences" else ()
+    names = objective_metrics(config)
     dtype = PARAM_DTYPE[config.train.dtype]
     return {name: jax.ShapeDtypeStruct((), dtype, sharding=parallel.replicated) for name in names}
 

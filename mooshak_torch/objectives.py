@@ -3,15 +3,18 @@
 Mirror: mooshak_jax/objectives.py. Shapes: B batch, T time, D model width.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mooshak.config.dpo import DPOConfig
+from mooshak.config.grpo import GRPOConfig
 from mooshak.config.model import ModelConfig
 from mooshak.config.sections import Config
 from mooshak.data.packing import IGNORE_INDEX, Batch
+from mooshak.numerics.grpo import Tokens, token_losses
 from mooshak.numerics.preference import Pairs, kto_losses, log_ratios, pair_losses
 from mooshak_torch.distributed.activation_checkpoint import apply_ac
 from mooshak_torch.distributed.compile import apply_compile
@@ -111,12 +114,65 @@ class PreferenceLM(CausalLM):
         return pairs, n_BS[:, ::2] > 0
 
 
+class PolicyLM(CausalLM):
+    """Sampled answers: a policy-gradient loss of `mooshak.numerics.grpo` for each token.
+
+    Each segment of a row is an answer with its prompt. The weights of the tokens in the batch make
+    the mean over the labels that of `grpo.loss_type`.
+    """
+
+    def __init__(self, model: Model, chunk: int, grpo: GRPOConfig):
+        super().__init__(model, chunk)
+        self.grpo = grpo
+
+    def forward(self, batch: Batch[Tensor], log_probs: bool = False) -> Tensor:
+        """Return the summed loss of the tokens; or `log_probs` [B, T], that of each label."""
+        hidden_BTD = self.model.hidden_states(batch.tokens, **batch.context)
+        found_BT = self.loss(hidden_BTD, batch.labels, True, self.grpo.temperature)
+        if log_probs:
+            return found_BT
+        tokens, weights_BT = self._tokens(found_BT, batch)
+        mean = partial(segment_mean, batch=batch)
+        losses_BT, metrics = token_losses(tokens, self.grpo, torch, mean)
+        is_label_BT = batch.labels != IGNORE_INDEX
+        for name, value_BT in metrics.items():
+            total = value_BT.detach().where(is_label_BT, 0).sum()
+            self.metrics[name] = self.metrics.get(name, 0) + total
+        return (weights_BT * losses_BT).where(is_label_BT, 0).sum()
+
+    def _tokens(self, found_BT: Tensor, batch: Batch[Tensor]) -> tuple[Tokens, Tensor]:
+        """Return the tokens of the labels, zeros elsewhere, and their weights [B, T]."""
+        assert batch.old_log_probs is not None and batch.advantages is not None
+        assert batch.weights is not None and (batch.reference is not None or not self.grpo.beta)
+        advantages_BT = spread_segments(batch.advantages, batch)
+        reference_BT = found_BT.detach() if batch.reference is None else batch.reference
+        constants = (batch.old_log_probs, reference_BT, advantages_BT, batch.weights)
+        *tokens, weights_BT = (array_BT.to(found_BT.dtype) for array_BT in constants)
+        return Tokens(found_BT, *tokens), weights_BT
+
+
 def sum_segments(values_BT: Tensor, batch: Batch[Tensor]) -> Tensor:
-    """Return the sum [B, S] of the values of each segment of a row, for S of `batch.reference`."""
-    assert batch.segments is not None and batch.reference is not None
-    number_S = torch.arange(1, batch.reference.shape[1] + 1, device=values_BT.device)
-    is_in_BTS = batch.segments.unsqueeze(-1) == number_S
-    return values_BT.unsqueeze(-1).where(is_in_BTS, 0).sum(1)
+    """Return the sum [B, S] of the values of each segment of a row."""
+    return values_BT.unsqueeze(-1).where(_is_in(batch), 0).sum(1)
+
+
+def spread_segments(values_BS: Tensor, batch: Batch[Tensor]) -> Tensor:
+    """Return the value of the segment of each token [B, T]; 0 for padding."""
+    return values_BS.unsqueeze(1).where(_is_in(batch), 0).sum(-1)
+
+
+def segment_mean(values_BT: Tensor, batch: Batch[Tensor]) -> Tensor:
+    """Return the mean [B, T] over the labels of the segment of each token."""
+    is_label_BT = batch.labels != IGNORE_INDEX
+    total_BS = sum_segments(values_BT.where(is_label_BT, 0), batch)
+    return spread_segments(total_BS / count_labels(batch).clamp(min=1), batch)
+
+
+def _is_in(batch: Batch[Tensor]) -> Tensor:
+    """Return which tokens are in which segment, [B, T, S]."""
+    assert batch.segments is not None
+    number_S = torch.arange(1, batch.n_segments + 1, device=batch.segments.device)
+    return batch.segments.unsqueeze(-1) == number_S
 
 
 def count_labels(batch: Batch[Tensor]) -> Tensor:
@@ -134,6 +190,8 @@ def make_objective(model: ModelConfig, config: Config) -> CausalLM:
         objective = CausalLM(inner, chunk)
         if config.data.format == "preferences":
             objective = PreferenceLM(inner, chunk, config.dpo)
+        if config.data.format == "prompts":
+            objective = PolicyLM(inner, chunk, config.grpo)
     frozen = config.frozen
     for name, parameter in objective.model.named_parameters():
         parameter.requires_grad_(name not in frozen)

@@ -3,6 +3,8 @@
 Mirror: mooshak_jax/params.py.
 """
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -72,3 +74,22 @@ def local_shard(tensor: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
     (chunk,) = tensor.__create_chunk_list__()
     blocks = zip(chunk.offsets, chunk.sizes, strict=True)
     return tensor.to_local(), tuple(slice(start, start + size) for start, size in blocks)
+
+
+@torch.no_grad()
+def gather_weights(model: Model, is_main: bool) -> Checkpoint:
+    """Return the weights under their canonical names, copied to the host of the first process.
+
+    Tensors that are not sharded are not copied before they are read.
+    """
+    named = {name: p.detach() for name, p in model.named_parameters()}
+    for name, tensor in named.items():
+        if isinstance(tensor, DTensor):
+            full = tensor.full_tensor()
+            named[name] = full.cpu() if is_main else full.new_empty(0)
+    tensors = {name: (numpy_dtype(t.dtype), tuple(t.shape)) for name, t in named.items()}
+
+    def read(key: str, rows: slice = base.FULL_SLICE) -> np.ndarray:
+        return to_numpy(named[key][rows].cpu())
+
+    return Checkpoint(Path("(memory)"), "torch", model.config, None, tensors, read)

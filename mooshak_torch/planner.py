@@ -31,11 +31,11 @@ from mooshak.numerics.schedule import has_weight_decay
 from mooshak.plan import (
     STRATEGIES,
     Plan,
+    batch_arrays,
     memory_traffic,
     ranked,
     step_flops,
     step_times,
-    text_arrays,
 )
 from mooshak_torch.distributed.fsdp import apply_fsdp
 from mooshak_torch.distributed.tensor_parallel import apply_tp
@@ -323,9 +323,8 @@ def activation_bytes(config: Config, rows: int, sharded: bool) -> tuple[int, int
             # `memory_parts` counts gradients; here each is freed at once.
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)
-        batch = Batch(*[torch.zeros((rows, config.T), dtype=torch.long)] * text_arrays(config))
-        if config.data.format == "preferences":
-            batch = batch._replace(reference=torch.zeros(rows, 2))
+        arrays, dtypes = batch_arrays(config, rows).items(), {int: torch.long, float: torch.float32}
+        batch = Batch(**{k: torch.zeros(shape, dtype=dtypes[d]) for k, (d, shape) in arrays})
         tracker = MemTracker()
         tracker.track_external(objective)
         with tracker, warnings.catch_warnings():

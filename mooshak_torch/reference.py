@@ -1,6 +1,6 @@
-"""Reference of preference pairs: log-probabilities of their answers under the initial weights.
+"""Reference of an objective: log-probabilities of answers under the initial weights.
 
-Mirror: mooshak_jax/reference.py. Shapes: B batch, S segments of a row.
+Mirror: mooshak_jax/reference.py. Shapes: B batch, T time, S segments of a row.
 """
 
 import numpy as np
@@ -21,9 +21,9 @@ from mooshak_torch.params import initialize
 def make_reference(
     objective: nn.Module, config: Config, parallel: Parallel, tokenizer: Tokenizer
 ) -> nn.Module:
-    """Return the objective with the initial weights, frozen: the reference of preference pairs.
+    """Return the objective with the initial weights, frozen: the reference.
 
-    With adapters it is `objective` itself, which `reference_log_probs` calls with them turned off.
+    With adapters it is `objective` itself, which the trainer calls with them turned off.
     """
     if config.model.lora is not None:
         return objective
@@ -50,17 +50,18 @@ def add_reference(
 
 
 @torch.no_grad()
-def reference_log_probs(
+def compute_log_probs(
     objective: nn.Module, batch: Batch, config: Config, parallel: Parallel
 ) -> np.ndarray:
-    """Return the log-probability of each segment, float64 [B, S], of a batch.
+    """Return the log-probability of each segment of pairs, float64 [B, S].
 
-    Every process has the batch in full, and computes as many rows as of a batch of training.
+    Of sampled answers it is that of each label, [B, T]. Every process has the batch in full, and
+    computes as many rows as of a batch of training.
     """
-    assert batch.reference is not None
+    values = batch.labels if batch.reference is None else batch.reference
     rows = parallel.rows(len(batch.tokens))
     local = parallel.shard_local_batch(batch.rows(slice(rows.start, rows.stop)))
-    found_BS = torch.zeros(batch.reference.shape, dtype=torch.float64, device=parallel.device)
-    found_BS[rows.start : rows.stop] = unwrap(objective)(local, log_probs=True).double()
-    result: np.ndarray = parallel.sum(found_BS).cpu().numpy()
+    found = torch.zeros(values.shape, dtype=torch.float64, device=parallel.device)
+    found[rows.start : rows.stop] = unwrap(objective)(local, log_probs=True).double()
+    result: np.ndarray = parallel.sum(found).cpu().numpy()
     return result

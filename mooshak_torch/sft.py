@@ -4,7 +4,7 @@ python -m mooshak_torch.sft --config configs/sft-demo.yaml --init.from CHECKPOIN
 torchrun --nproc-per-node 2 -m mooshak_torch.sft --config configs/sft-demo.yaml --init.from HF_DIR
 """
 
-from mooshak.config.sections import Config, for_sft
+from mooshak.config.sections import Config, with_format
 from mooshak.errors import command
 from mooshak_torch.train import run_command, train
 
@@ -13,7 +13,7 @@ def sft(
     config: Config, resume: str = "auto", profile: bool = False, allow_data_change: bool = False
 ) -> None:
     """Fine-tune a model in PyTorch; arguments and errors are those of `train`."""
-    train(for_sft(config), resume, profile, allow_data_change)
+    train(with_format(config, "conversations"), resume, profile, allow_data_change)
 
 
 @command

@@ -34,9 +34,9 @@ from mooshak_torch.distributed.parallelize import parallelize
 from mooshak_torch.lora import disable_adapters
 from mooshak_torch.objectives import make_objective, model_of, unwrap
 from mooshak_torch.optimizer import LossScale, Optimizer
-from mooshak_torch.params import initialize
+from mooshak_torch.params import gather_weights, initialize
 from mooshak_torch.profile import profiled
-from mooshak_torch.reference import add_reference, make_reference, reference_log_probs
+from mooshak_torch.reference import add_reference, compute_log_probs, make_reference
 
 
 class Trainer:
@@ -95,9 +95,15 @@ class Trainer:
 
     def reference_log_probs(self, batch: Batch) -> np.ndarray:
         if self.reference is None:
-            return reference_log_probs(self.objective, batch, self.config, self.processes)
+            return compute_log_probs(self.objective, batch, self.config, self.processes)
         with disable_adapters(model_of(self.reference)):
-            return reference_log_probs(self.reference, batch, self.config, self.processes)
+            return compute_log_probs(self.reference, batch, self.config, self.processes)
+
+    def token_log_probs(self, batch: Batch) -> np.ndarray:
+        return compute_log_probs(self.objective, batch, self.config, self.processes)
+
+    def gather_weights(self) -> Checkpoint:
+        return gather_weights(model_of(self.objective), self.processes.is_main)
 
     def start_saving(self, path: Path) -> Callable[[], None]:
         return start_saving(self.optimizer.state(), path, self.processes.checkpoint_group)

@@ -216,6 +216,7 @@ FAULTS = {
     "document_mask": ("documents see each other",),
     "packing": ("documents see each other",),
     "preferences": ("chosen and rejected swapped",),
+    "grpo": ("old log-probabilities one token late",),
     "training": ("1e-6 added to the norm that clips", "learning rate of the next step"),
     "sft": ("end token without label",),
     "sft_packing": ("segments leaking",),

@@ -224,6 +224,7 @@ def test_truncated_checkpoint(
     assert contents(tmp_path) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_truncated_safetensors(
     framework: str, refused: Refused, run_of: Callable[[str], tuple[Path, Path]], tmp_path: Path

@@ -44,12 +44,13 @@ def with_adapters(source: Checkpoint, lora: LoraConfig, seed: int, dtype: np.dty
 def check_live_reference(config: Config, first: int) -> None:
     """Raise `InputError` where the model without its adapters is not the initial model.
 
-    A live reference of preference pairs turns the adapters off. `first` is the step to start from.
+    A live reference turns the adapters off. `first` is the step to start from.
     """
     lora = config.model.lora
     if lora is None:
         return
-    advice = "set dpo.precompute_reference true"
+    is_policy = config.data.format == "prompts"
+    advice = "set " + ("grpo.beta 0" if is_policy else "dpo.precompute_reference true")
     require(
         not lora.modules_to_save,
         f"lora.modules_to_save changes the base model, which is the live reference; {advice}",

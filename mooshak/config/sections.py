@@ -13,6 +13,7 @@ from typing import Literal
 
 from mooshak.config.dpo import DPOConfig
 from mooshak.config.fields import check_fields, number, path, usable_path
+from mooshak.config.grpo import GRPOConfig
 from mooshak.config.lora import LoraConfig, check_frozen, frozen_parameters
 from mooshak.config.model import Dtype, ModelConfig
 from mooshak.config.sft import SFTConfig
@@ -88,14 +89,17 @@ class SourceConfig:
         require(built_in or bool(self.path), f"{key} is empty; kind {self.kind} needs one")
 
 
+DataFormat = Literal["text", "conversations", "preferences", "prompts"]
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Text sources, token shards and batches."""
 
-    format: Literal["text", "conversations", "preferences"] = "text"
+    format: DataFormat = "text"
     """text: documents, for train; conversations: records with messages, a prompt and an answer, or
-    an instruction, for sft (docs/finetune.md); preferences: pairs of answers, for dpo
-    (docs/align.md)."""
+    an instruction, for sft (docs/finetune.md); preferences: pairs of answers, for dpo; prompts:
+    records with a prompt, for grpo (docs/align.md)."""
     dir: str = path("data/demo")
     """Directory of the token shards."""
     sources: list[SourceConfig] = field(
@@ -318,6 +322,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
     dpo: DPOConfig = field(default_factory=DPOConfig)
+    grpo: GRPOConfig = field(default_factory=GRPOConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -386,11 +391,6 @@ def with_absolute_paths(config: Config) -> Config:
     )
 
 
-def for_sft(config: Config) -> Config:
-    """Return the configuration of a supervised fine-tuning: its data are conversations."""
-    return replace(config, data=replace(config.data, format="conversations"))
-
-
-def for_dpo(config: Config) -> Config:
-    """Return the configuration of a preference optimization: its data are pairs of answers."""
-    return replace(config, data=replace(config.data, format="preferences"))
+def with_format(config: Config, format: DataFormat) -> Config:
+    """Return the configuration of a command whose data have this format."""
+    return replace(config, data=replace(config.data, format=format))

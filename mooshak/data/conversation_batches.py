@@ -224,7 +224,7 @@ class BucketedRows:
 
     def __init__(self, sizes: Sequence[int], T: int, B: int, seed: int) -> None:
         self.B, self.seed, sizes_N = B, seed, np.array(sizes)
-        lengths = sorted({min(T, -(-T // (part * 16)) * 16) for part in (4, 2, 1)})
+        lengths = row_lengths(T)
         bucket_N = np.searchsorted(lengths, sizes_N)
         self.buckets = [(length, np.flatnonzero(bucket_N == i)) for i, length in enumerate(lengths)]
         self.batches = [
@@ -244,6 +244,11 @@ class BucketedRows:
         within = shuffled(len(members), f"bucket {self.seed} {epoch} {number}")
         rows = [[int(i)] for i in members[within][start : start + self.B]]
         return T, rows + [[]] * (self.B - len(rows))
+
+
+def row_lengths(T: int) -> list[int]:
+    """Return the lengths that rows of at most T tokens are padded to: a quarter, a half, all."""
+    return sorted({min(T, -(-T // (part * 16)) * 16) for part in (4, 2, 1)})
 
 
 @lru_cache(maxsize=8)

@@ -52,7 +52,7 @@ class Conversation:
 
     def text(self) -> str:
         """Return the contents as one text, without roles."""
-        return "\n".join(map(_contents, (self.prompt, *self.answers)))
+        return "\n".join(map(contents, (self.prompt, *self.answers)))
 
 
 def conversations(source: SourceConfig, config: Config) -> Iterator[Conversation]:
@@ -70,7 +70,7 @@ def conversations(source: SourceConfig, config: Config) -> Iterator[Conversation
                 "source of each shape"
             )
         if config.data.normalize_nfc:
-            record = _normalized(record)
+            record = normalize(record)
         yield _parse(where, shape, record, str(record.get("language") or source.language))
 
 
@@ -101,11 +101,11 @@ def _parse(where: str, shape: str, record: Mapping[str, Any], language: str) -> 
         answer = [{"role": "assistant", "content": values[2]}]
         return Conversation(where, shape, asked, (answer,), language=language)
     keys = ("chosen", "rejected") if shape == "preference" else ("completion",)
-    answers = tuple(_either(where, key, record[key]) for key in keys)
+    answers = tuple(parse_text(where, key, record[key]) for key in keys)
     if record.get("prompt") is None:
         prompt, answers = _common(where, answers)
     else:
-        prompt = _either(where, "prompt", record["prompt"])
+        prompt = parse_text(where, "prompt", record["prompt"])
     if len({isinstance(one, str) for one in (prompt, *answers)}) > 1:
         raise InputError(
             f"{where}: prompt, {' and '.join(keys)} must be all texts, or all messages"
@@ -128,7 +128,8 @@ def _common(where: str, answers: tuple[Text, ...]) -> tuple[Text, tuple[Text, ..
     return answers[0][:n], tuple(one[n:] for one in answers)
 
 
-def _either(where: str, key: str, value: Any) -> Text:
+def parse_text(where: str, key: str, value: Any) -> Text:
+    """Return a prompt or an answer: a text, or messages. Raises `InputError` if it is neither."""
     return value if isinstance(value, str) else _messages(where, value, key)
 
 
@@ -166,14 +167,15 @@ def _messages(where: str, value: Any, key: str = "messages") -> list[dict[str, s
     return result
 
 
-def _normalized(value: Any) -> Any:
+def normalize(value: Any) -> Any:
     """Return a record with all texts in Unicode NFC."""
     if isinstance(value, str):
         return unicodedata.normalize("NFC", value)
     if isinstance(value, Mapping):
-        return {key: _normalized(one) for key, one in value.items()}
-    return [_normalized(one) for one in value] if isinstance(value, list) else value
+        return {key: normalize(one) for key, one in value.items()}
+    return [normalize(one) for one in value] if isinstance(value, list) else value
 
 
-def _contents(text: Text) -> str:
+def contents(text: Text) -> str:
+    """Return a prompt or an answer as one text, without roles."""
     return text if isinstance(text, str) else "\n".join(one["content"] for one in text)

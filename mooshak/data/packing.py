@@ -34,12 +34,17 @@ class Batch(NamedTuple, Generic[Array]):
     """Preference pairs: the log-probability [B, S] of each segment's labels under the reference.
 
     Segments 1, 3, ... are chosen answers with their prompts, 2, 4, ... the rejected ones; of KTO,
-    the answers, and answers to other prompts.
+    the answers, and answers to other prompts. Of sampled answers, that of each label [B, T].
     """
     weights: Array | None = None
-    """KTO: the weight [B, S / 2] of each answer, negative for undesirable ones; 0: no answer."""
+    """KTO: the weight [B, S / 2] of each answer, negative for undesirable ones; 0: no answer. Of
+    sampled answers, the weight [B, T] of each token."""
     baseline: Array | None = None
     """KTO: the reference point [B, 1], the same in all rows; set by the objective."""
+    advantages: Array | None = None
+    """Sampled answers: the advantage [B, S] of each segment, 0 where there is none."""
+    old_log_probs: Array | None = None
+    """Sampled answers: the log-probability [B, T] of each label under the model that sampled it."""
     noise_keys: Array | None = None
     """NEFTune: the key of the noise on each token's embedding."""
     noise_scales: Array | None = None
@@ -58,6 +63,12 @@ class Batch(NamedTuple, Generic[Array]):
         B = len(self.tokens)  # type: ignore[arg-type]  # an array has a length
         size = -(-B // n)
         return [self.rows(slice(start, start + size)) for start in range(0, B, size)]
+
+    @property
+    def n_segments(self) -> int:
+        """Segments of a row, where each has a value: preference pairs, sampled answers."""
+        values = self.reference if self.advantages is None else self.advantages
+        return int(values.shape[1])  # type: ignore[union-attr]
 
     @property
     def context(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from mooshak.data.conversation_batches import ConversationData
 from mooshak.data.manifest import shards_description
 from mooshak.data.packing import Batch
 from mooshak.data.preference_batches import PreferenceData
+from mooshak.data.prompt_batches import PromptData
 from mooshak.data.shards import load_or_prepare_shards
 from mooshak.tokenizer.base import Tokenizer
 
@@ -64,4 +65,6 @@ def open_training_data(config: Config) -> TrainingData:
     """Return the data of a configuration, prepared; `data.format` says of which kind."""
     if config.data.format == "preferences":
         return PreferenceData(config)
+    if config.data.format == "prompts":
+        return PromptData(config)
     return ConversationData(config) if config.data.format == "conversations" else TextData(config)

@@ -38,6 +38,8 @@ class Completion:
     """Number of tokens that the draft model has proposed, if there is one."""
     n_accepted: int | None = None
     """Number of those that are in the continuation, its end token included."""
+    end_token_id: int | None = None
+    """The end token that ended the text; None where something else did."""
 
     def __str__(self) -> str:
         return " ".join(map(str, self.token_ids)) if self.text is None else self.text
@@ -57,6 +59,7 @@ class Row:
     ):
         self.prompt, self.index, self.settings = prompt, index, settings
         self.done = False
+        self.end_token: int | None = None
         self.n_pushed = 0
         """Number of tokens up to the end, an end token included."""
         # Each decoding is of all tokens: without need, only `completion` decodes.
@@ -82,7 +85,7 @@ class Row:
             return ""
         self.n_pushed += 1
         if token in self.ends:
-            self.done = True
+            self.done, self.end_token = True, token
             return ""
         self.ids.append(token)
         if log_probs is not None and self.settings.logprobs:
@@ -131,4 +134,5 @@ class Row:
             top_logprobs=self.top_log_probs if has_top else None,
             prompt_logprobs=logprobs,
             prompt_top_logprobs=tops,
+            end_token_id=self.end_token,
         )

@@ -22,6 +22,7 @@ from mooshak.checkpoints.together import fail_together
 from mooshak.config.sections import Config
 from mooshak.data.packing import Batch
 from mooshak.data.preference_batches import PreferenceData
+from mooshak.data.prompt_batches import PromptData
 from mooshak.data.training_data import TrainingData, open_training_data
 from mooshak.errors import InputError
 from mooshak.evaluation.bits_per_byte import validation_metrics
@@ -32,6 +33,7 @@ from mooshak.training.agreement import check_agreement
 from mooshak.training.malloc import WARMUP_STEPS, retain_freed_memory
 from mooshak.training.metrics import RunLog, stop_request
 from mooshak.training.nonfinite import NonFiniteSteps, check_state
+from mooshak.training.rollouts import Rollouts
 from mooshak.training.run_lock import own_run
 
 PROFILED_STEP = 3
@@ -101,7 +103,7 @@ class Trainer(Protocol):
         ...
 
     def load_reference(self, tokenizer: Tokenizer) -> None:
-        """Load the initial weights as a frozen model, the reference of preference pairs.
+        """Load the initial weights as a frozen model: the reference of pairs or samples.
 
         `step` and `evaluate` then compute its log-probabilities; adapters are turned off instead.
         """
@@ -113,6 +115,17 @@ class Trainer(Protocol):
         That of the reference if it is loaded, else of the model. Every process has the batch in
         full.
         """
+        ...
+
+    def token_log_probs(self, batch: Batch) -> Any:
+        """Return the log-probability [B, T] of each label of sampled answers.
+
+        Every process has the batch in full.
+        """
+        ...
+
+    def gather_weights(self) -> Checkpoint:
+        """Return the current weights, complete in the first process; a collective."""
         ...
 
     def start_saving(self, path: Path) -> Callable[[], None]:
@@ -177,6 +190,10 @@ def train(
         first = start(config, trainer, data.tokenizer, resume, data.description, allow_data_change)
         if isinstance(data, PreferenceData) and config.dpo.has_reference:
             _set_reference(config, trainer, data, first)
+        if isinstance(data, PromptData):
+            data.sampler = Rollouts(config, trainer, data, first)
+            if config.grpo.beta:
+                _load_reference(config, trainer, data.tokenizer, first)
         step = _run(config, trainer, data, first, profile)
     if trainer.processes.is_main:
         saved = Path(config.run.dir) / "checkpoints"
@@ -197,10 +214,15 @@ def _set_reference(config: Config, trainer: Trainer, data: PreferenceData, first
     if config.dpo.precompute_reference:
         data.load_reference(is_main, first, trainer.reference_log_probs)
         return
+    _load_reference(config, trainer, data.tokenizer, first)
+    data.check_reference(is_main, first, trainer.reference_log_probs)
+
+
+def _load_reference(config: Config, trainer: Trainer, tokenizer: Tokenizer, first: int) -> None:
+    """Load the initial weights as the live reference."""
     with fail_together(trainer.processes):
         check_live_reference(config, first)
-    trainer.load_reference(data.tokenizer)
-    data.check_reference(is_main, first, trainer.reference_log_probs)
+    trainer.load_reference(tokenizer)
 
 
 def _validate(
@@ -244,10 +266,14 @@ def _run(config: Config, trainer: Trainer, data: TrainingData, first: int, profi
             if step - first == WARMUP_STEPS:
                 retain_freed_memory()
             metrics = {"loss": measured.pop("loss"), "learning_rate": rate, **measured}
+            metrics |= data.metrics if isinstance(data, PromptData) else {}
             metrics |= trainer.peak_memory()
             seconds = time.perf_counter() - began
             if validation and _is_due(step, last, config.evaluate.every):
                 metrics |= _validate(config, trainer, validation, token_bytes_V)
+            if isinstance(data, PromptData) and config.evaluate.every:
+                is_due = _is_due(step, last, config.evaluate.every)
+                metrics |= data.sampler.validate() if is_due else {}
             reason = nonfinite.check(step, metrics)
             if reason or _is_due(step, last, config.train.log_every):
                 with manager.defer_failure(f"step {step} could not be logged"):

@@ -58,31 +58,34 @@ def _cross_entropy_backward(
 cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def token_log_probs(x_BTD: Array, w_DV: Array, labels_BT: Array, chunk: int) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def token_log_probs(
+    x_BTD: Array, w_DV: Array, labels_BT: Array, chunk: int, temperature: float = 1.0
+) -> Array:
     """Return log p(label) [B, T] of every token in nats; 0 where the label is `IGNORE_INDEX`.
 
-    Arguments and dtype of the result are as in `cross_entropy`, whose value is the negated sum.
+    p is the softmax of the logits divided by `temperature`. Other arguments and dtype of the result
+    are as in `cross_entropy`, whose value is the negated sum at temperature 1.
     Differentiable once, for any gradient [B, T] of the result.
     """
-    return _log_probs_forward(x_BTD, w_DV, labels_BT, chunk)[0]
+    return _log_probs_forward(x_BTD, w_DV, labels_BT, chunk, temperature)[0]
 
 
 def _log_probs_forward(
-    x_BTD: Array, w_DV: Array, labels_BT: Array, chunk: int
+    x_BTD: Array, w_DV: Array, labels_BT: Array, chunk: int, temperature: float
 ) -> tuple[Array, tuple[Array, ...]]:
-    chunks = _Chunks(x_BTD, w_DV, labels_BT, chunk)
+    chunks = _Chunks(x_BTD, w_DV, labels_BT, chunk, temperature)
     log_z_BT, label_BT = chunks.log_z()
     log_probs_BT = jnp.where(chunks.is_label_BT, label_BT - log_z_BT, 0)
     return constrain(log_probs_BT, "batch", None), (x_BTD, w_DV, labels_BT, log_z_BT)
 
 
 def _log_probs_backward(
-    chunk: int, residuals: tuple[Array, ...], grad_BT: Array
+    chunk: int, temperature: float, residuals: tuple[Array, ...], grad_BT: Array
 ) -> tuple[Array, Array, None]:
     x_BTD, w_DV, labels_BT, log_z_BT = residuals
-    chunks = _Chunks(x_BTD, w_DV, labels_BT, chunk)
-    weights_BT = jnp.where(chunks.is_label_BT, -constrain(grad_BT, "batch", None), 0)
+    chunks = _Chunks(x_BTD, w_DV, labels_BT, chunk, temperature)
+    weights_BT = jnp.where(chunks.is_label_BT, -constrain(grad_BT, "batch", None), 0) / temperature
     return *chunks.gradients(log_z_BT, weights_BT), None
 
 
@@ -92,7 +95,14 @@ token_log_probs.defvjp(_log_probs_forward, _log_probs_backward)
 class _Chunks:
     """Logits in n chunks of the vocabulary, one chunk in memory at a time."""
 
-    def __init__(self, x_BTD: Array, w_DV: Array, labels_BT: Array, chunk: int):
+    def __init__(
+        self,
+        x_BTD: Array,
+        w_DV: Array,
+        labels_BT: Array,
+        chunk: int,
+        temperature: float = 1.0,
+    ):
         D, V = w_DV.shape
         S = shards("vocab", V)
         n = _count_chunks(V // S, -(-labels_BT.size // chunk))
@@ -100,12 +110,14 @@ class _Chunks:
         self.scanned = w_nDSC, jnp.arange(V).reshape(S, n, -1).swapaxes(0, 1)
         self.x_BTD = constrain(x_BTD, "batch", None, None)
         self.labels_BT, self.is_label_BT = labels_BT, labels_BT != IGNORE_INDEX
-        self.S, self.dtype = S, w_DV.dtype
+        self.S, self.dtype, self.temperature = S, w_DV.dtype, temperature
 
     def logits(self, w_DSC: Array, ids_SC: Array) -> tuple[Array, Array, Array]:
         """Return the chunk of the head, its logits, and a mask of the labels among them."""
         narrow_DSC = gather(w_DSC, self.x_BTD.dtype, ("embed", "vocab", None))
         logits_BTSC = einsum("BTD,DSC->BTSC", self.x_BTD, narrow_DSC)
+        if self.temperature != 1:
+            logits_BTSC /= self.temperature
         return narrow_DSC, logits_BTSC, self.labels_BT[..., None, None] == ids_SC
 
     def log_z(self) -> tuple[Array, Array]:

@@ -187,8 +187,9 @@ def check(config: Config) -> None:
             "parallel.strategy deepspeed trains all parameters; use fsdp for adapters and frozen "
             "parameters"
         )
-    if config.data.format == "preferences":
-        raise InputError("parallel.strategy deepspeed has no preference objective; use fsdp")
+    if config.data.format in ("preferences", "prompts"):
+        kind = "preference" if config.data.format == "preferences" else "policy"
+        raise InputError(f"parallel.strategy deepspeed has no {kind} objective; use fsdp")
     if config.train.on_nonfinite == "skip":
         raise InputError(
             "parallel.strategy deepspeed leaves out no step; train.on_nonfinite is stop"

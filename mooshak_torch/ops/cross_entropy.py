@@ -31,11 +31,18 @@ class FusedLinearCrossEntropy(nn.Module):
         super().__init__()
         self.head, self.chunk = head, chunk
 
-    def forward(self, x_BTD: Tensor, labels_BT: Tensor, per_token: bool = False) -> Tensor:
+    def forward(
+        self,
+        x_BTD: Tensor,
+        labels_BT: Tensor,
+        per_token: bool = False,
+        temperature: float = 1.0,
+    ) -> Tensor:
         """Return `cross_entropy` (a scalar), or `token_log_probs` [B, T], of the labels."""
         weight_VD = table_of(self.head)
-        compute = token_log_probs if per_token else cross_entropy
-        return compute(x_BTD, weight_VD, labels_BT, self.chunk)
+        if per_token:
+            return token_log_probs(x_BTD, weight_VD, labels_BT, self.chunk, temperature)
+        return cross_entropy(x_BTD, weight_VD, labels_BT, self.chunk)
 
 
 def cross_entropy(x_BTD: Tensor, w_VD: Tensor, labels_BT: Tensor, chunk: int) -> Tensor:
@@ -55,15 +62,18 @@ def cross_entropy(x_BTD: Tensor, w_VD: Tensor, labels_BT: Tensor, chunk: int) ->
     return _CrossEntropy.apply(x_BTD, w_VD, labels_BT, step, group, first, differentiate)
 
 
-def token_log_probs(x_BTD: Tensor, w_VD: Tensor, labels_BT: Tensor, chunk: int) -> Tensor:
+def token_log_probs(
+    x_BTD: Tensor, w_VD: Tensor, labels_BT: Tensor, chunk: int, temperature: float = 1.0
+) -> Tensor:
     """Return log p(label) [B, T] of every token in nats; 0 where the label is `IGNORE_INDEX`.
 
-    Arguments, dtype of the result and the gradients with a DTensor head are as in `cross_entropy`,
-    whose value is the negated sum. Differentiable once, for any gradient [B, T] of the result.
+    p is the softmax of the logits divided by `temperature`. Other arguments, dtype of the result
+    and the gradients with a DTensor head are as in `cross_entropy`, whose value is the negated sum
+    at temperature 1. Differentiable once, for any gradient [B, T] of the result.
     """
     w_VD, group, first = _local_head(w_VD)
     step = max(1, chunk // len(x_BTD))
-    return _TokenLogProbs.apply(x_BTD, w_VD, labels_BT, step, group, first)
+    return _TokenLogProbs.apply(x_BTD, w_VD, labels_BT, step, group, first, temperature)
 
 
 def _local_head(w_VD: Tensor) -> tuple[Tensor, dist.ProcessGroup | None, int]:
@@ -122,17 +132,18 @@ class _TokenLogProbs(torch.autograd.Function):
         step: int,
         group: dist.ProcessGroup | None,
         first: int,
+        temperature: float,
     ) -> Tensor:
         log_probs_BT, log_z_BT = w_VD.new_empty(2, *labels_BT.shape)
         narrow_VD = w_VD.to(x_BTD.dtype)
         for chunk in _chunks(x_BTD, w_VD, labels_BT, step, first):
-            logits_NV = matmul(chunk.x_ND, narrow_VD.T).to(w_VD.dtype)
+            logits_NV = _logits(chunk, narrow_VD, w_VD.dtype, temperature)
             log_probs_N1, log_z_N1 = _log_probs(logits_NV, chunk, group)
             log_probs_BT[:, chunk.positions] = log_probs_N1.view(len(x_BTD), -1)
             log_z_BT[:, chunk.positions] = log_z_N1.view(len(x_BTD), -1)
             del logits_NV  # Free it before the next chunk's logits.
         ctx.save_for_backward(x_BTD, w_VD, labels_BT, log_z_BT)
-        ctx.step, ctx.first = step, first
+        ctx.step, ctx.first, ctx.temperature = step, first, temperature
         return log_probs_BT
 
     @staticmethod
@@ -144,12 +155,12 @@ class _TokenLogProbs(torch.autograd.Function):
         narrow_VD = w_VD.to(x_BTD.dtype)
         for chunk in _chunks(x_BTD, w_VD, labels_BT, ctx.step, ctx.first):
             log_z_N1, grad_N1 = (a[:, chunk.positions].reshape(-1, 1) for a in (log_z_BT, grads[0]))
-            logits_NV = matmul(chunk.x_ND, narrow_VD.T).to(w_VD.dtype)
+            logits_NV = _logits(chunk, narrow_VD, w_VD.dtype, ctx.temperature)
             d_NV = _logit_gradients(logits_NV, log_z_N1, chunk)
-            d_NV.mul_(-grad_N1.where(chunk.is_label_N1, 0))
+            d_NV.mul_(-grad_N1.where(chunk.is_label_N1, 0) / ctx.temperature)
             _add_gradients(d_NV, narrow_VD, chunk, dx_BTD, dw_VD)
             del logits_NV, d_NV  # Free it before the next chunk's logits.
-        return dx_BTD, dw_VD, None, None, None, None
+        return dx_BTD, dw_VD, *[None] * 5
 
 
 class _Chunk(NamedTuple):
@@ -178,6 +189,12 @@ def _chunks(
         rows_N1 = rows_N1.where(is_here_N1, 0)
         x_ND = x_BTD[:, positions].flatten(0, 1)
         yield _Chunk(positions, x_ND, is_label_N1, rows_N1, is_here_N1)
+
+
+def _logits(chunk: _Chunk, narrow_VD: Tensor, dtype: torch.dtype, temperature: float) -> Tensor:
+    """Return the logits of a chunk, divided by the temperature."""
+    logits_NV = matmul(chunk.x_ND, narrow_VD.T).to(dtype)
+    return logits_NV if temperature == 1 else logits_NV.div_(temperature)
 
 
 def _log_probs(

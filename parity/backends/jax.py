@@ -101,6 +101,8 @@ class JaxBackend:
         graphdef, chunk = self.graphdef(config.train.dtype), config.train.loss_chunk
         if config.data.format == "preferences":
             return mooshak_jax.objectives.PreferenceLM(graphdef, chunk, config.dpo)
+        if config.data.format == "prompts":
+            return mooshak_jax.objectives.PolicyLM(graphdef, chunk, config.grpo)
         return mooshak_jax.objectives.CausalLM(graphdef, chunk)
 
     def log_probs(
@@ -128,6 +130,9 @@ class JaxBackend:
         abstract = mooshak_jax.params.abstract_params(config.model, config.train.dtype, parallel)
         params = mooshak_jax.params.load_params(abstract, self.source.read)
         state = mooshak_jax.step.initial_state(params)
+        metrics = mooshak_jax.step.abstract_metrics(config, parallel)
+        if metrics:
+            state["metrics"] = {name: jnp.zeros((), like.dtype) for name, like in metrics.items()}
         for step, batch in enumerate(batches):
             rate = learning_rate(config, step)
             state, loss, norm = update(state, parallel.shard_local_batch(batch), rate)

@@ -92,6 +92,8 @@ class TorchBackend:
         model, chunk = self.model(config.train.dtype), config.train.loss_chunk
         if config.data.format == "preferences":
             return mooshak_torch.objectives.PreferenceLM(model, chunk, config.dpo)
+        if config.data.format == "prompts":
+            return mooshak_torch.objectives.PolicyLM(model, chunk, config.grpo)
         return mooshak_torch.objectives.CausalLM(model, chunk)
 
     def log_probs(

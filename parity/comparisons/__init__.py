@@ -6,6 +6,7 @@ from parity.comparisons.case import Line, ParityCase
 from parity.comparisons.decoding import cache, decoding, engines, roll_back
 from parity.comparisons.documents import document_mask, packing
 from parity.comparisons.forward_backward import forward, gradients, log_probs, loss, padding
+from parity.comparisons.grpo import grpo
 from parity.comparisons.preferences import preferences
 from parity.comparisons.sft import sft, sft_packing
 from parity.comparisons.training import training
@@ -19,6 +20,7 @@ COMPARISONS: dict[str, Callable[[ParityCase], Iterator[Line]]] = {
     "document_mask": document_mask,
     "packing": packing,
     "preferences": preferences,
+    "grpo": grpo,
     "training": training,
     "sft": sft,
     "sft_packing": sft_packing,

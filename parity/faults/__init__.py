@@ -28,6 +28,7 @@ from parity.faults import model as m
 from parity.faults import sft
 from parity.faults import training as t
 from parity.faults.fault import Fault
+from parity.faults.grpo import GRPO
 from parity.faults.model import jm, tm
 from parity.faults.preferences import PREFERENCES
 
@@ -378,5 +379,6 @@ FAULTS = {
         architecture="llama",
     ),
     **PREFERENCES,
+    **GRPO,
 }
 """Name -> fault."""

@@ -54,8 +54,8 @@ def labels_one_late(module: ModuleType, roll: Any) -> list[Patch]:
     """Take the log-probability of each position for that of the token before."""
     original = module.token_log_probs
 
-    def late(x_BTD: Any, head: Any, labels_BT: Any, chunk: int) -> Any:
-        return original(x_BTD, head, roll(labels_BT, 1, 1), chunk)
+    def late(x_BTD: Any, head: Any, labels_BT: Any, *settings: Any) -> Any:
+        return original(x_BTD, head, roll(labels_BT, 1, 1), *settings)
 
     return [(module, "token_log_probs", late)]
 

@@ -218,6 +218,7 @@ def test_generation_ends_at_each_named_token(place: str, framework: str, tmp_pat
     assert load(tmp_path / "saved").generate([3, 5], max_new_tokens=20).token_ids == found.token_ids
 
 
+@pytest.mark.slow
 def test_conversion_works_next_to_nothing_writable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,7 +18,7 @@ COMMANDS = [
     *(
         f"mooshak_{framework}.{name}"
         for framework in ("torch", "jax")
-        for name in "train sft dpo generate serve evaluate exact_match plan".split()
+        for name in "train sft dpo grpo generate serve evaluate exact_match plan".split()
     ),
     "mooshak.data",
     "mooshak.tokenizer",
@@ -37,6 +37,7 @@ COMMANDS = [
     "benchmarks.conversion",
     "benchmarks.pack_weights",
     "scripts/api_docs.py",
+    "scripts/compare_rollouts.py",
     "scripts/libreoffice_help.py",
     "scripts/page_picture.py",
     "scripts/plot_run.py",
@@ -83,9 +84,10 @@ def test_commands_are_all_modules_with_a_parser() -> None:
                 parts = path.relative_to(ROOT).with_suffix("").parts
                 found.add(".".join(part for part in parts if part != "__main__"))
     # Started by parity.layouts on every rank, not by a user.
-    # The parser of both evaluate commands is made in mooshak/evaluation, that of sft and dpo in
-    # train.
-    shared = {f"mooshak_{f}.{c}" for f in ("torch", "jax") for c in ("evaluate", "sft", "dpo")}
+    # The parser of both evaluate commands is made in mooshak/evaluation, that of sft, dpo and
+    # grpo in train.
+    names = ("evaluate", "sft", "dpo", "grpo")
+    shared = {f"mooshak_{framework}.{name}" for framework in ("torch", "jax") for name in names}
     assert shared < {*programs} and found - {"parity.rank_worker"} == {*programs} - shared
 
 

@@ -283,6 +283,7 @@ def test_input_is_not_overwritten(
     assert "is read; name another file" in capsys.readouterr().err and file.read_text() == GOOD
 
 
+@pytest.mark.slow
 def test_error_during_generation_names_the_lines(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

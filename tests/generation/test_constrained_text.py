@@ -45,6 +45,7 @@ def is_json(text: str) -> bool:
     return type(a) is int and 0 <= a <= 9 and k in ("अ", "b") and not value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_fifty_json_texts_follow_the_schema(
     dtype: str, lms: dict[str, LM], float64: dict[str, LM]
@@ -101,6 +102,7 @@ def test_constrained_streams_and_chats(lm: LM) -> None:
     assert done.text in ("हाँ", "no") and done.finish_reason == "stop"
 
 
+@pytest.mark.slow
 def test_other_settings_act_with_a_constraint(lm: LM) -> None:
     values = {"regex": "[ab]{6}", "max_new_tokens": 12, "temperature": 1.0}
     (a,) = lm.encode("a")[1:]

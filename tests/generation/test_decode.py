@@ -48,6 +48,7 @@ def test_prompts_of_several_lengths_decode_as_alone(model: ModelConfig) -> None:
     assert np.array_equal(found, theirs)
 
 
+@pytest.mark.slow
 def test_caches_do_not_count_the_padding_of_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     model, lengths = MODELS["mooshak"], [len(prompt) for prompt in PROMPTS]
     seen = []

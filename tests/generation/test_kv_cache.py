@@ -136,6 +136,7 @@ def test_cache_rolls_back_exactly(
         assert decoder.lengths == [[t + new] * rows] * 2
 
 
+@pytest.mark.slow
 @frameworks
 @models
 def test_cache_truncates_each_row_to_its_length(framework: str, model: str) -> None:
@@ -203,6 +204,7 @@ def test_cache_takes_another_prompt(framework: str, model: str, truncated: bool)
         assert all(layer.written for layer in decoder.caches)
 
 
+@pytest.mark.slow
 @frameworks
 @models
 def test_padded_prompts_of_several_lengths_are_exact(framework: str, model: str) -> None:

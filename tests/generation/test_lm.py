@@ -64,6 +64,7 @@ def test_both_frameworks_complete_alike(settings: dict[str, Any], lms: dict[str,
     assert chats[0] == chats[1] and chats[0].token_ids
 
 
+@pytest.mark.slow
 def test_chat_is_a_completion_of_the_template(lm: LM) -> None:
     completion = lm.chat(MESSAGES, max_new_tokens=12, ignore_eos=True)
     tokenizer = lm.tokenizer
@@ -118,6 +119,7 @@ def test_text_is_decoded_once_without_a_stream(lm: LM, monkeypatch: pytest.Monke
     assert len(calls) == 2  # The prompt, and the prompt with its continuation.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompt", [HINDI, ENGLISH, [1, 234, 170]])
 @pytest.mark.parametrize("settings", [{}, SAMPLED], ids=["greedy", "sampled"])
 def test_stream_joins_to_the_text(prompt: Any, settings: dict[str, Any], lm: LM) -> None:

@@ -86,6 +86,7 @@ def test_engine_returns_the_log_probs_of_generate(tiny_checkpoint: Path) -> None
                     assert one is None or list(one) == list(other)
 
 
+@pytest.mark.slow
 def test_processed_log_probs_are_those_of_the_draw(lm: LM) -> None:
     settings: dict[str, Any] = {"temperature": 0.7, "top_k": 4, "logit_bias": {9: 2.0}}
     done = lm.generate(

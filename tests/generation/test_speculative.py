@@ -128,6 +128,7 @@ def test_stream_and_stop_texts_with_a_draft(lm: LM, tiny_checkpoint: Path) -> No
             assert ended.n_accepted == len(accepted)
 
 
+@pytest.mark.slow
 def test_drafts_that_do_not_fit_are_refused(
     lm: LM, lms: dict[str, LM], pair: tuple[LM, Path], tmp_path: Path
 ) -> None:

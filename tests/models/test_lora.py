@@ -71,6 +71,7 @@ def checkpoint_of(model: Model) -> Checkpoint:
 MODELS = {"rslora": LORA, "dora": DORA, "rows": ROWS, "tied rows": TIED}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 @pytest.mark.parametrize("scan", [False, True], ids=["layers", "scan"])
 def test_adapters_are_the_same_function(model: ModelConfig, scan: bool) -> None:
@@ -128,6 +129,7 @@ def test_initial_adapters_do_not_change_the_model(lora: LoraConfig) -> None:
     assert adapted.layers[1].attention.wq.lora_a.weight.std() > 0.05
 
 
+@pytest.mark.slow
 def test_bfloat16_stores_a_base_that_is_not_trained_in_bfloat16() -> None:
     model = initialize(Model(DORA, "bfloat16"), 3, 0.3)
     layer = model.layers[0]

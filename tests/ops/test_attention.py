@@ -64,6 +64,7 @@ def test_chunked_attention_equals_full_attention(
             np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.slow
 def test_attention_with_more_keys_than_queries() -> None:
     draw = np.random.default_rng(0).normal
     with jax.enable_x64(True):

@@ -110,6 +110,7 @@ def distances(found: list[np.ndarray], truth: list[np.ndarray]) -> list[float]:
     return [float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in pairs]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [1, 6, 14, 1000])
 def test_cross_entropy_and_gradients_equal_the_plain_loss(chunk: int) -> None:
     data = given()
@@ -206,6 +207,7 @@ def test_token_log_probs_in_low_precision_are_near_float64(dtype: str, allowed: 
     assert 0 < max(*ours, *theirs) < allowed, (ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["data=8", "fsdp=8", "tensor=4", "data=2,fsdp=2,tensor=2"])
 def test_token_log_probs_on_a_mesh_equal_one_device(mesh: str) -> None:
     data = given(8, 6, 16, 24)

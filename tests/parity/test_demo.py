@@ -158,6 +158,7 @@ def test_stage_is_rerun_only_when_its_inputs_change(copies: list[Stage], tmp_pat
     assert carry_out([changed, copies[1]], out, "another configuration") == 2
 
 
+@pytest.mark.slow
 def test_broken_stage_leaves_no_stamp(copies: list[Stage], tmp_path: Path) -> None:
     out = tmp_path / "out"
     carry_out(copies, out, "")

@@ -78,6 +78,7 @@ def tokenizer(exported: Path) -> Any:
     return transformers.AutoTokenizer.from_pretrained(exported)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_exported_model_is_the_same_function(attention: str, theirs: Any, exported: Path) -> None:
     source = open_any(exported)

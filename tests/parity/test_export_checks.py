@@ -187,6 +187,7 @@ def test_models_without_an_equal_are_refused(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["hf", "gguf"])
 @pytest.mark.parametrize(
     "options",
@@ -214,6 +215,7 @@ def test_models_of_every_setting_are_exported(
         assert theirs(text)["input_ids"] == bos + model.encode(text), text
 
 
+@pytest.mark.slow
 def test_settings_that_a_target_cannot_have(tmp_path: Path) -> None:
     """transformers has no prefix before a symbol of the user; llama.cpp no unknown characters."""
     llama(tmp_path / "hf")
@@ -280,6 +282,7 @@ def nfc_run(directory: Path, config: Config, tokenizer: Tokenizer, key: bool | N
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", [True, None])
 def test_prompts_are_normalised_as_the_text_of_the_run(
     key: bool | None, tiny_config: Config, tiny_tokenizer: Tokenizer, tmp_path: Path
@@ -311,6 +314,7 @@ def test_prompts_of_other_runs_are_left_alone(
     assert found is not None and found.encode("\u095c") == tiny_tokenizer.encode("\u095c")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["torch", "jax", "safetensors", "hf"])
 def test_checkpoint_of_an_older_run_takes_its_tokenizer_along(
     to: str,

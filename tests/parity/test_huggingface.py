@@ -115,6 +115,7 @@ def bits(checkpoint: Checkpoint) -> dict[str, tuple[str, bytes]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "dtype"),
     list(zip(GRID, (torch.float32, torch.bfloat16, torch.float16) * 2, strict=True)),
@@ -142,6 +143,7 @@ def test_round_trip_keeps_every_bit(case: str, dtype: torch.dtype, tmp_path: Pat
     assert model_from_hf(written, "here") == open_any(at).model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case, (kind, _) in GRID.items() if kind != "mistral"])
 def test_gguf_file_holds_the_model(case: str, tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
     kind, settings = GRID[case]

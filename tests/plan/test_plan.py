@@ -362,6 +362,7 @@ def alive() -> list[torch.Tensor]:
     return [thing for thing in gc.get_objects() if type(thing) is torch.Tensor]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 @pytest.mark.parametrize("rank", [0, 4])

@@ -168,6 +168,7 @@ def test_jax_compiles_nothing_after_the_start(checkpoints: dict[str, Path]) -> N
     assert compiled  # They are recorded.
 
 
+@pytest.mark.slow
 def test_prefixes_are_shared_by_samples_and_turns(scheduler: Scheduler) -> None:
     prompt = list(range(3, 43))  # Two chunks of 16 and a part of one.
     samples = generate(scheduler, prompt, max_new_tokens=8, n=3, temperature=1.0, ignore_eos=True)

@@ -126,6 +126,7 @@ def test_a_prompt_is_echoed(service: Service) -> None:
     assert "".join(event["choices"][0]["text"] for event in events) == HINDI + plain
 
 
+@pytest.mark.slow
 def test_log_probabilities_of_the_prompt_are_those_of_score(service: Service) -> None:
     text = "एक चूहा the lion"
     lm = service.parser.lm

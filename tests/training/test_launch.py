@@ -90,6 +90,7 @@ def test_user_without_a_home_trains(
     assert run("jax") == "" and len(losses(tmp_path / "run")) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 @pytest.mark.parametrize("key", ["run.dir", "data.dir"])
 def test_directory_that_is_a_file_is_named(

@@ -122,6 +122,7 @@ def set_row(framework: str, trainer: Any, row: int, value: float) -> None:
     trainer.state["params"]["embeddings"]["embedding"] = new
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_run_without_an_end_of_skipped_steps_stops(
     framework: str,
@@ -163,6 +164,7 @@ def test_no_clipping_leaves_the_gradients(framework: str, config: Config) -> Non
     assert all(map(math.isfinite, curves[0].values()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_save_is_finished_when_a_step_fails(
     framework: str, config: Config, monkeypatch: pytest.MonkeyPatch

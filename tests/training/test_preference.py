@@ -161,6 +161,7 @@ def torch_batch(batch: Batch) -> Batch:
     return torch_mesh.make_parallel(config(DPOConfig())).shard_local_batch(batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_are_those_of_enumeration(name: str, policy: Model, reference: Model) -> None:
     batch = rows(PACKED, reference)

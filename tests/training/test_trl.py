@@ -1,14 +1,17 @@
-"""Preference losses against TRL's own functions."""
+"""Losses of preferences and of GRPO against TRL's own functions."""
 
 from collections import defaultdict
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from mooshak.config.dpo import DPOConfig
+from mooshak.config.grpo import GRPOConfig
+from mooshak.numerics.grpo import Tokens, group_advantages, token_losses, token_weights
 from mooshak.numerics.preference import Pairs, pair_losses
 
 pytest.importorskip("trl")
@@ -91,3 +94,83 @@ def test_simpo_and_orpo_are_those_of_trl() -> None:
     theirs = -means[0] - ORPOTrainer.odds_ratio_loss(SimpleNamespace(**common), *means)[0]
     ours = our_losses(DPOConfig("orpo", beta=2.0))
     torch.testing.assert_close(ours, theirs.double(), rtol=1e-6, atol=1e-6)
+
+
+GRPO = {
+    "dapo": GRPOConfig(epsilon=0.2, epsilon_high=0.28),
+    "grpo": GRPOConfig(loss_type="grpo", beta=0.3),
+    "dr_grpo": GRPOConfig(loss_type="dr_grpo", max_completion_length=9),
+    "gspo": GRPOConfig(loss_type="grpo", importance_sampling_level="sequence", epsilon=0.1),
+}
+ADVANTAGES = (0.5, -1.2, 0.7, 1.1, -0.4, -0.7)
+
+
+@pytest.mark.parametrize("name", GRPO)
+def test_grpo_losses_are_those_of_trl(name: str) -> None:
+    from trl import GRPOTrainer
+
+    grpo, lengths = GRPO[name], torch.tensor(LENGTHS).ravel()
+    # Near each other: only some ratios are clipped.
+    new, old, reference = (token_log_probs(0) + 0.3 * token_log_probs(seed) for seed in (1, 2, 3))
+    accelerator = SimpleNamespace(
+        num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x, device="cpu"
+    )
+    trainer = SimpleNamespace(
+        model=SimpleNamespace(training=True),
+        accelerator=accelerator,
+        args=SimpleNamespace(use_bias_correction_kl=True, delta=None, steps_per_generation=1),
+        aux_loss_enabled=False,
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        importance_sampling_level=grpo.importance_sampling_level,
+        beta=grpo.beta,
+        epsilon_low=grpo.epsilon,
+        epsilon_high=grpo.clip_bounds[1] - 1,
+        loss_type=grpo.loss_type,
+        use_vllm=False,
+        vllm_importance_sampling_correction=False,
+        current_gradient_accumulation_steps=1,
+        max_completion_length=grpo.max_completion_length,
+        _entropy_bonus_enabled=False,
+        _metrics=defaultdict(lambda: defaultdict(list)),
+        _get_per_token_logps_and_entropies=lambda *_, **__: (new, torch.zeros(6, 7), None),
+    )
+    inputs = {
+        "prompt_ids": torch.zeros(6, 1).long(),
+        "prompt_mask": torch.ones(6, 1).long(),
+        "completion_ids": torch.zeros(6, 7).long(),
+        "completion_mask": mask().long(),
+        "advantages": torch.tensor(ADVANTAGES),
+        "old_per_token_logps": old,
+        "ref_per_token_logps": reference,
+        "num_items_in_batch": lengths.sum(),
+    }
+    theirs = GRPOTrainer._compute_loss(trainer, None, inputs)
+    tokens = Tokens(*(x.double() for x in (new, old, reference)), torch.tensor(ADVANTAGES)[:, None])
+    losses, metrics = token_losses(
+        tokens, grpo, torch, lambda x: (x.sum(1) / lengths)[:, None].expand(6, 7)
+    )
+    weights = torch.tensor(token_weights(lengths.tolist(), grpo))
+    ours = (losses * mask() * weights[:, None]).sum() / lengths.sum()
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
+    for key in ("clip_ratio/low_mean", "clip_ratio/high_mean"):
+        of_tokens = ((metrics[key] * mask()).sum() / lengths.sum()).item()
+        # Of sequences, TRL takes the mean over these.
+        of_samples = metrics[key][:, 0].mean().item()
+        mean = of_samples if name == "gspo" else of_tokens
+        assert mean == pytest.approx(trainer._metrics["train"][key][0])
+        assert mean < 1 and (key.endswith("low_mean") or mean > 0)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_advantages_are_those_of_trl(scale: str) -> None:
+    from trl.trainer.utils import nanstd
+
+    rewards = torch.tensor([[1.0, 0.0, 0.3], [0.2, 0.9, 0.0]])
+    theirs = rewards - rewards.mean(1, keepdim=True)
+    if scale == "group":
+        theirs = theirs / (nanstd(rewards, dim=1)[:, None] + 1e-4)
+    if scale == "batch":
+        theirs = theirs / (nanstd(rewards) + 1e-4)
+    ours = group_advantages(rewards.double().numpy(), GRPOConfig(scale_rewards=scale))
+    np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-6)
