@@ -21,14 +21,17 @@ from mooshak.errors import command, require
 from mooshak.files import locked
 from parity.stages import Stage, carry_out
 
+STEPS = ("sft", "dpo", "grpo")
+"""Kinds of training after that of the base model, each with its configuration."""
 PAIRS = "right_answer,asked_language"
 """Tasks of the preference pairs, of DPO and held out."""
 
 
 def stages(options: argparse.Namespace) -> list[Stage]:
     """Return the stages in order."""
+    # Longer than 60 lines: a table, one entry for each command.
     out, configs = options.out, options.configs
-    sft, dpo = (load_config(configs / f"demo-align-{name}.yaml") for name in ("sft", "dpo"))
+    sft, dpo, grpo = (load_config(configs / f"demo-align-{name}.yaml") for name in STEPS)
     half = sft.train.steps // 2
     seed = ("--run.seed", str(options.seed), "--run.progress", "false")
 
@@ -52,6 +55,7 @@ def stages(options: argparse.Namespace) -> list[Stage]:
     middle = out / "sft-torch/checkpoints" / str(half)
     tuned = out / "sft-jax/checkpoints" / str(sft.train.steps)
     aligned = out / "dpo/checkpoints" / str(dpo.train.steps)
+    rewarded = out / "grpo/checkpoints" / str(grpo.train.steps)
     name = "demo-align-sft"
     return [
         *found,
@@ -76,7 +80,13 @@ def stages(options: argparse.Namespace) -> list[Stage]:
             (out / "dpo", aligned),
         ),
         answer("dpo", "answers after DPO", aligned),
-        # Stages of GRPO, from `tuned`, come here.
+        Stage(
+            "grpo",
+            "GRPO in PyTorch, of the model after SFT",
+            train("mooshak_torch.grpo", "demo-align-grpo", "grpo", "--init.from", tuned),
+            (out / "grpo", rewarded),
+        ),
+        answer("grpo", "answers after GRPO", rewarded),
         Stage(
             "report",
             "write the report",
@@ -106,7 +116,7 @@ def _options() -> argparse.Namespace:
 
 def _inputs(options: argparse.Namespace) -> str:
     """Return what identifies the inputs of the demo: its configurations."""
-    names = ("demo", "demo-align-sft", "demo-align-dpo")
+    names = ("demo", *(f"demo-align-{name}" for name in STEPS))
     return "".join((options.configs / f"{name}.yaml").read_text("utf-8") for name in names)
 
 
