@@ -132,7 +132,7 @@ def main() -> None:
     start = time.perf_counter()
     try:
         with locked(options.out / ".lock"):
-            ran = carry_out(stages(options), options.out, str(options.count))
+            ran = carry_out(stages(options), options.out, "")
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command resumes here")
     seconds = time.perf_counter() - start
