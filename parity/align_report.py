@@ -48,7 +48,7 @@ class Goal:
 
     @property
     def passed(self) -> bool:
-        return self.measured >= self.wanted
+        return self.measured >= self.wanted - 1e-9  # Differences of shares are rounded.
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ def test_second_call_runs_only_the_report(configs: Path, demo: Path) -> None:
 def test_goals_decide_the_exit_code(demo: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(demo, out)
-    good = {"exact_match": 0.9, "questions": 3, "pairs": 3, "preference_accuracy": 1.0}
+    good = {"exact_match": 0.9, "questions": 300, "pairs": 3, "preference_accuracy": 1.0}
     for stage, share in (("sft", 0.9), ("dpo", 0.9), ("grpo", 1.0)):
         one = good | {"exact_match": share}
         text = json.dumps({"hi": one, "en": one})
