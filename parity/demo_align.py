@@ -21,20 +21,24 @@ from mooshak.errors import command, require
 from mooshak.files import locked
 from parity.stages import Stage, carry_out
 
+STEPS = ("sft", "dpo", "grpo")
+"""Kinds of training after that of the base model, each with its configuration."""
 PAIRS = "right_answer,asked_language"
 """Tasks of the preference pairs, of DPO and held out."""
 
 
 def stages(options: argparse.Namespace) -> list[Stage]:
     """Return the stages in order."""
+    # Longer than 60 lines: a table, one entry for each command.
     out, configs = options.out, options.configs
-    sft, dpo = (load_config(configs / f"demo-align-{name}.yaml") for name in ("sft", "dpo"))
+    sft, dpo, grpo = (load_config(configs / f"demo-align-{name}.yaml") for name in STEPS)
     half = sft.train.steps // 2
     seed = ("--run.seed", str(options.seed), "--run.progress", "false")
 
-    def train(module: str, name: str, run: str, *words: object) -> tuple[str, ...]:
-        here = ("--config", str(configs / f"{name}.yaml"), "--run.dir", str(out / run), *seed)
-        return (module, *here, *map(str, words))
+    def train(run: str, title: str, module: str, name: str, step: int, *words: object) -> Stage:
+        file, made = configs / f"{name}.yaml", (out / run, out / run / "checkpoints" / str(step))
+        here = ("--config", str(file), "--run.dir", str(out / run), *seed, *map(str, words))
+        return Stage(run, title, (module, *here), made, inputs=(file.read_text("utf-8"),))
 
     def answer(name: str, title: str, checkpoint: Path) -> Stage:
         rows, scores = out / f"answers-{name}.jsonl", out / f"answers-{name}.json"
@@ -44,39 +48,52 @@ def stages(options: argparse.Namespace) -> list[Stage]:
 
     found, base = [], options.base
     if base is None:
-        base = out / "base/checkpoints" / str(options.base_steps)
-        words = train("mooshak_torch.train", "demo", "base", "--train.steps", options.base_steps)
+        steps = options.base_steps
+        base = out / "base/checkpoints" / str(steps)
         title = "train the base model on the tales, in PyTorch"
-        found.append(Stage("base", title, words, (out / "base", base)))
-    start = ("--init.from", base)
+        found = [train("base", title, "mooshak_torch.train", "demo", steps, "--train.steps", steps)]
     middle = out / "sft-torch/checkpoints" / str(half)
     tuned = out / "sft-jax/checkpoints" / str(sft.train.steps)
     aligned = out / "dpo/checkpoints" / str(dpo.train.steps)
-    name = "demo-align-sft"
+    rewarded = out / "grpo/checkpoints" / str(grpo.train.steps)
     return [
         *found,
         answer("base", "answers of the base model", base),
-        Stage(
+        train(
             "sft-torch",
             "SFT, the first half in PyTorch",
-            train("mooshak_torch.sft", name, "sft-torch", *start, "--train.stop_after_step", half),
-            (out / "sft-torch", middle),
+            "mooshak_torch.sft",
+            "demo-align-sft",
+            half,
+            *("--init.from", base, "--train.stop_after_step", half),
         ),
-        Stage(
+        train(
             "sft-jax",
             "SFT, the second half in JAX",
-            train("mooshak_jax.sft", name, "sft-jax", *start, "--resume", middle),
-            (out / "sft-jax", tuned),
+            "mooshak_jax.sft",
+            "demo-align-sft",
+            sft.train.steps,
+            *("--init.from", base, "--resume", middle),
         ),
         answer("sft", "answers after SFT", tuned),
-        Stage(
+        train(
             "dpo",
             "DPO in PyTorch",
-            train("mooshak_torch.dpo", "demo-align-dpo", "dpo", "--init.from", tuned),
-            (out / "dpo", aligned),
+            "mooshak_torch.dpo",
+            "demo-align-dpo",
+            dpo.train.steps,
+            *("--init.from", tuned),
         ),
         answer("dpo", "answers after DPO", aligned),
-        # Stages of GRPO, from `tuned`, come here.
+        train(
+            "grpo",
+            "GRPO in PyTorch, of the model after SFT",
+            "mooshak_torch.grpo",
+            "demo-align-grpo",
+            grpo.train.steps,
+            *("--init.from", tuned),
+        ),
+        answer("grpo", "answers after GRPO", rewarded),
         Stage(
             "report",
             "write the report",
@@ -104,12 +121,6 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _inputs(options: argparse.Namespace) -> str:
-    """Return what identifies the inputs of the demo: its configurations."""
-    names = ("demo", "demo-align-sft", "demo-align-dpo")
-    return "".join((options.configs / f"{name}.yaml").read_text("utf-8") for name in names)
-
-
 @command
 def main() -> None:
     options = _options()
@@ -121,7 +132,7 @@ def main() -> None:
     start = time.perf_counter()
     try:
         with locked(options.out / ".lock"):
-            ran = carry_out(stages(options), options.out, _inputs(options))
+            ran = carry_out(stages(options), options.out, "")
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command resumes here")
     seconds = time.perf_counter() - start

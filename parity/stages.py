@@ -35,19 +35,21 @@ class Stage:
     """Output files and directories."""
     prints: Path | None = None
     """The output file that is the command's standard output."""
+    inputs: tuple[str, ...] = ()
+    """Contents of the files that the command reads, besides those of earlier stages."""
 
 
 def carry_out(stages: Sequence[Stage], out: Path, made_of: str) -> int:
     """Run the stages that are not complete. Returns how many were run.
 
-    `made_of` identifies every input of the demo. Ends the program with the exit code of the stage
+    `made_of` identifies the inputs of all stages. Ends the program with the exit code of the stage
     that fails; its files then have no stamp.
     """
     console = Console(highlight=False, soft_wrap=True)
     key, ran = made_of, 0
     for number, stage in enumerate(stages, 1):
         # The key includes those of all earlier stages: what follows a changed stage is run again.
-        key = hashlib.sha256(json.dumps([key, stage.words]).encode()).hexdigest()
+        key = hashlib.sha256(json.dumps([key, stage.words, *stage.inputs]).encode()).hexdigest()
         stamp = out / "stages" / f"{stage.name}.json"
         head = f"[bold]{number:2}/{len(stages)} {stage.title}[/]"
         if is_done(stage, stamp, key):

@@ -89,7 +89,8 @@ class PreferenceData:
 
         At most `evaluate.sequences` rows of a language (0: all), the same in every run.
         """
-        return {language: self._rows(rows) for language, rows in self._validation.items()}
+        limit = self.config.evaluate.sequences or None
+        return {language: self._rows(rows[:limit]) for language, rows in self._validation.items()}
 
     def _sizes(self, pairs: Sequence[int]) -> list[int]:
         return [sum(sample.size for sample in self._pairs[i]) for i in pairs]
@@ -99,7 +100,6 @@ class PreferenceData:
         result = {}
         for language, pairs in self._held_out.items():
             rows = best_fit(self._sizes(pairs), self.config.T)
-            rows = rows[: self.config.evaluate.sequences or None]
             result[language] = [[pairs[i] for i in row] for row in rows]
         return result
 

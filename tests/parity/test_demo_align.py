@@ -15,7 +15,8 @@ from parity.align_report import Goal, count_seen, read, summary
 
 pytestmark = pytest.mark.slow
 
-TASKS = {"sft": "questions", "dpo": "right_answer,asked_language"}
+TASKS = {"sft": "questions", "dpo": "right_answer,asked_language", "grpo": "known_answers"}
+MORE = {"grpo": "grpo: {num_generations: 2, max_completion_length: 4}\n"}
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,7 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "data:\n  validation_fraction: 0.3\n  sources:\n"
             + sources("tasks", tasks)
             + common
+            + MORE.get(name, "")
             + "train: {steps: 4, batch_size: 2, sequence_length: 400}\n"
             "checkpoint: {every: 2}\nevaluate: {every: 2, sequences: 2}\n"
         )
@@ -68,13 +70,14 @@ def demo(configs: Path) -> Path:
 
 def test_demo_runs_every_stage_and_reports(demo: Path) -> None:
     results = read(demo)
-    assert list(results.scores) == ["base", "sft", "dpo"]
+    assert list(results.scores) == ["base", "sft", "dpo", "grpo"]
     for found in results.scores.values():
         assert {tag: score["questions"] for tag, score in found.items()} == {"hi": 3, "en": 3}
         assert all(score["pairs"] == 3 for score in found.values())
     steps = [*results.curves["sft torch"], *results.curves["sft jax"]]
     assert steps == [1, 2, 3, 4] and list(results.curves["sft validation"]) == [2, 4]
     assert list(results.curves["dpo hi"]) == [2, 4]
+    assert list(results.curves["grpo reward"]) == [1, 2, 3, 4]
     assert results.seen == 0
     page = (demo / "report.html").read_text()
     assert page.count("<svg") == 1 and "#0102" not in page
@@ -93,23 +96,24 @@ def test_second_call_runs_only_the_report(configs: Path, demo: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (demo / "stages").iterdir()}
     words = ("--configs", configs, "--out", demo, "--base_steps", 2, "--count", 3)
     done = run("parity.demo_align", *words)
-    assert done.returncode == 1 and done.stdout.count("done before") == 7
+    assert done.returncode == 1 and done.stdout.count("done before") == 9
     assert before == {path: path.stat().st_mtime_ns for path in (demo / "stages").iterdir()}
 
 
 def test_goals_decide_the_exit_code(demo: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(demo, out)
-    good = {"exact_match": 0.9, "questions": 3, "pairs": 3, "preference_accuracy": 1.0}
-    for stage in ("sft", "dpo"):
-        text = json.dumps({"hi": good, "en": good})
+    good = {"exact_match": 0.9, "questions": 300, "pairs": 3, "preference_accuracy": 1.0}
+    for stage, share in (("sft", 0.9), ("dpo", 0.9), ("grpo", 1.0)):
+        one = good | {"exact_match": share}
+        text = json.dumps({"hi": one, "en": one})
         (out / f"answers-{stage}.json").write_text(text)
     lines = (out / "dpo/metrics.jsonl").read_text().splitlines()
     last = json.loads(lines[-1])
     last |= {f"validation_rewards/accuracies_{tag}": 0.95 for tag in ("hi", "en")}
     (out / "dpo/metrics.jsonl").write_text("\n".join([*lines[:-1], json.dumps(last)]))
     done = run("parity.align_report", out)
-    assert done.returncode == 0 and "all 6 goals are reached" in done.stdout
+    assert done.returncode == 0 and "all 8 goals are reached" in done.stdout
     assert "failed" not in (out / "report.html").read_text().split("</style>")[1]
     lost = good | {"exact_match": 0.87}
     (out / "answers-dpo.json").write_text(json.dumps({"hi": good, "en": lost}))

@@ -69,5 +69,6 @@ def test_plan_of_adapters_compiles_for_absent_tpus() -> None:
     trained = 4 * 8 * (3 * (256 + 256) + 3 * (256 + 1024))
     assert plan.fits and 2 * trained <= plan.memory["optimizer"] <= 8 * trained
     full = jax_planner.plan(replace(config, lora=LoraConfig(), model=BIG), "v5e:2x2")
-    assert plan.total < 0.6 * full.total
+    assert plan.memory["parameters"] < 0.7 * full.memory["parameters"]
+    assert plan.memory["optimizer"] < 0.1 * full.memory["optimizer"] and plan.total < full.total
     assert sum((plan.bytes_sent or {}).values()) < 0.7 * sum((full.bytes_sent or {}).values())
