@@ -164,7 +164,7 @@ data:
   sources: [{{name: a, kind: jsonl, path: "{tmp_path}/data.jsonl"}}]
 dpo: {{precompute_reference: false}}
 grpo: {{reward: "tests.training.reward_functions:odd", num_generations: 2, num_iterations: 5,
-  max_completion_length: 12, scale_rewards: none, loss_type: grpo, rollout_batch_size: 2, top_k: 20}}
+  max_completion_length: 12, top_k: 20, scale_rewards: none, loss_type: grpo}}
 optimizer: {{learning_rate: {"1.0e-3" if command == "dpo" else "1.0e-5"}, weight_decay: 0}}
 schedule: {{kind: constant, warmup_steps: 0}}
 train: {{steps: 5, batch_size: 2, sequence_length: 64}}
