@@ -151,8 +151,8 @@ ROWS = {"sft": CONVERSATIONS, "dpo": PAIRS, "grpo": PROMPTS}
 def test_trained_model_is_tuned_alike(command: str, smollm2: Path, tmp_path: Path) -> None:
     """Five steps on two rows of 64 tokens, in float32: of all parameters, of adapters for dpo.
 
-    Those of grpo are on one rollout, of probable tokens: in float32, rounding may decide between
-    the many that have a probability of 1e-6.
+    Those of grpo are on one rollout, sampled in torch: in float32, rounding may decide between the
+    many tokens that have a probability of 1e-6.
     """
     lines = map(json.dumps, ROWS[command])
     (tmp_path / "data.jsonl").write_text("\n".join(lines))
@@ -164,7 +164,7 @@ data:
   sources: [{{name: a, kind: jsonl, path: "{tmp_path}/data.jsonl"}}]
 dpo: {{precompute_reference: false}}
 grpo: {{reward: "tests.training.reward_functions:odd", num_generations: 2, num_iterations: 5,
-  max_completion_length: 12, top_k: 20, scale_rewards: none, loss_type: grpo}}
+  max_completion_length: 8, rollout_framework: torch, scale_rewards: none, loss_type: grpo}}
 optimizer: {{learning_rate: {"1.0e-3" if command == "dpo" else "1.0e-5"}, weight_decay: 0}}
 schedule: {{kind: constant, warmup_steps: 0}}
 train: {{steps: 5, batch_size: 2, sequence_length: 64}}
