@@ -177,6 +177,7 @@ GENERATE = {
 }
 ENGINE_TORCH, ENGINE_JAX = "our engine, torch", "our engine, JAX"
 DRAFT_TORCH, DRAFT_JAX = "ours, torch, with a draft", "ours, JAX, with a draft"
+PRODUCTS = "best products"
 PADDED, LLAMA_CPP = "HF padded", "llama.cpp"
 HF_SERVER, VLLM = "transformers serve", "vLLM"
 REQUESTS = {"batch_size": 16, "chunk": 128}
@@ -320,11 +321,16 @@ CASES = (
     Case(
         "decode-16",
         "Greedy decoding of 16 sequences at once",
-        GENERATE,
+        GENERATE | {PRODUCTS: "roofline:products_of_rows"},
         MEDIUM | {"batch_size": 16, "prompt": 16, "new_tokens": 32},
         TINY | {"batch_size": 3, "prompt": 4, "new_tokens": 4},
         work=_new_tokens,
-        targets=(Target(TORCH, HF, 2.0), Target(JAX, HF, 2.0)),
+        targets=(
+            Target(TORCH, HF, 2.0),
+            Target(JAX, HF, 2.0),
+            Target(TORCH, PRODUCTS, 0.8),
+            Target(JAX, PRODUCTS, 0.8),
+        ),
     ),
     Case(
         "engine",
@@ -367,7 +373,7 @@ CASES = (
             JAX: "jax_models:plain",
             DRAFT_JAX: "jax_models:speculative",
         },
-        {"checkpoint": "runs/demo/back-in-torch", "texts": 20, "prompt": 16}
+        {"checkpoint": "runs/demo/large/checkpoints/600", "texts": 20, "prompt": 16}
         | {"draft": "runs/demo/draft/checkpoints/1200", "new_tokens": 64, "draft_tokens": 4},
         TINY | {"vocab_size": 256, "texts": 2, "prompt": 4, "new_tokens": 4, "draft_tokens": 2},
         work=lambda size: size["texts"] * size["new_tokens"],

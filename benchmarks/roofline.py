@@ -1,13 +1,18 @@
 """The machine's limits: its fastest matrix products, and its memory bandwidth."""
 
+from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 
+import jax
+import jax.numpy as jnp
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.cases import Size, config, step_flops
 from benchmarks.worker import Repeat, timed
-from mooshak_torch.ops.matmul import linear
+from mooshak_torch.ops.matmul import ONEDNN, PACKED_FOR_ROWS, linear
 
 N = 2048
 """Rows and columns of the products."""
@@ -57,3 +62,38 @@ def read_weights(size: Size) -> Repeat:
     each = 4 * memory.numel()
     n_tokens = size["new_tokens"]
     return lambda: _best(lambda: torch.sum(memory)) * n_tokens * n_bytes / each
+
+
+@torch.no_grad()
+def products_of_rows(size: Size) -> Repeat:
+    """Time the matrix products of a decoded token of each sequence, each kind by its best library.
+
+    The libraries: PyTorch's (MKL on x86), oneDNN with plain and with packed weights, XLA.
+    """
+    model, n_rows, n_tokens = config(size).model, size["batch_size"], size["new_tokens"]
+    kinds = defaultdict[str, list[Tensor]](list)
+    for name, shape in model.parameter_shapes().items():
+        if len(shape) == 2 and "embeddings" not in name:
+            kinds[name.rpartition("layers.")[2].partition(".")[2] or name].append(torch.rand(shape))
+    libraries = [_by_library(torch.rand(n_rows, w[0].shape[1]), w) for w in kinds.values()]
+    return lambda: n_tokens * sum(min(map(_best, several)) for several in libraries)
+
+
+def _by_library(x: Tensor, weights: list[Tensor]) -> list[Callable[[], object]]:
+    """Return functions that multiply by each of the weights [O, I]."""
+
+    def multiply_by_onednn(packed: list[Tensor]) -> list[Tensor]:
+        return [torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "") for w in packed]
+
+    found: list[Callable[[], object]] = [lambda: [F.linear(x, w) for w in weights]]
+    if ONEDNN:
+        found.append(partial(multiply_by_onednn, weights))
+        for n_rows in {len(x), PACKED_FOR_ROWS}:
+            packed = [torch.ops.mkldnn._reorder_linear_weight(w, n_rows) for w in weights]
+            found.append(partial(multiply_by_onednn, packed))
+    x_jax, transposed = jnp.asarray(x.numpy()), [jnp.asarray(w.T.numpy()) for w in weights]
+    multiply = jax.jit(lambda x, ws: [x @ w for w in ws])
+    found.append(lambda: jax.block_until_ready(multiply(x_jax, transposed)))
+    for function in found:
+        function()
+    return found

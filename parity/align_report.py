@@ -10,7 +10,7 @@ python -m parity.align_report runs/seed-1
 import json
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -63,7 +63,7 @@ class Results:
     answers: dict[str, list[dict[str, Any]]]
     """Stage -> the held-out questions with its answers."""
     seen: int
-    """Held-out questions whose prompt is among those of the training."""
+    """Questions that are left out, because their prompt is among those of the training."""
 
     @property
     def goals(self) -> list[Goal]:
@@ -106,14 +106,18 @@ def read(directory: Path) -> Results:
         stamps = [json.loads(p.read_text("utf-8")) | {"name": p.stem}
                   for p in (directory / "stages").glob("*.json")]  # fmt: skip
         stages = {stamp["name"]: stamp for stamp in sorted(stamps, key=lambda s: s["number"])}
+        trained = trained_prompts(directory / run for run in ("sft-jax", "dpo", "grpo"))
         scores, answers = {}, {}
         for stage in NAMES:
             path = directory / f"answers-{stage}"
             scores[stage] = json.loads(path.with_suffix(".json").read_text("utf-8"))
             lines = path.with_suffix(".jsonl").read_text("utf-8").splitlines()
-            answers[stage] = [json.loads(line) for line in lines]
+            rows = [json.loads(line) for line in lines]
+            answers[stage] = [row for row in rows if _text(row) not in trained]
+            for tag, score in scores[stage].items():
+                score |= matched(answers[stage], tag)
+        seen = len(rows) - len(answers[stage])
         curves = read_curves(directory)
-        seen = count_seen(directory / "sft-jax", answers["sft"])
     except (FileNotFoundError, KeyError) as error:
         raise InputError(
             f"{directory} does not hold a complete run ({error}); run `python -m parity.demo_align`"
@@ -146,15 +150,22 @@ def read_curves(directory: Path) -> dict[str, Curve]:
     return curves
 
 
-def count_seen(run: Path, rows: list[dict[str, Any]]) -> int:
-    """Count the held-out questions whose prompt is among those that a run was trained on."""
-    sources = load_config(run / "config.yaml").data.sources
-    trained = {
-        json.dumps(record["prompt"], ensure_ascii=False)
-        for source in sources
-        for record in task_records(source)
-    }
-    return sum(json.dumps(row["prompt"], ensure_ascii=False) in trained for row in rows)
+def trained_prompts(runs: Iterable[Path]) -> set[str]:
+    """Return the prompts of all conversations that the runs were trained on."""
+    sources = [one for run in runs for one in load_config(run / "config.yaml").data.sources]
+    return {_text(record) for source in sources for record in task_records(source)}
+
+
+def _text(record: Mapping[str, Any]) -> str:
+    return json.dumps(record["prompt"], ensure_ascii=False)
+
+
+def matched(rows: Sequence[Mapping[str, Any]], tag: str) -> dict[str, float]:
+    """Return `exact_match` and `questions` of a language. Raises `KeyError` if it has none."""
+    own = [row["is_right"] for row in rows if row["language"] == tag]
+    if not own:
+        raise KeyError(f"questions in {tag}")
+    return {"exact_match": sum(own) / len(own), "questions": len(own)}
 
 
 def plot(curves: dict[str, Curve]) -> str:

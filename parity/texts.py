@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,8 @@ class Texts:
             f"JAX {MESH}": lambda dtype: mooshak_jax.load(path, dtype, mesh=MESH),
         }
         self.lm = cache(lambda name, dtype: self.load[name](dtype))
+        self.floors = dict[str, float]()
+        """Settings -> `noise_floor`."""
 
     def settings(self, values: Mapping[str, Any]) -> GenerateConfig:
         """Return the settings of a strategy; all texts have the same number of new tokens."""
@@ -119,15 +121,15 @@ class Texts:
             for row in range(len(rows_BT)):
                 yield logits_BTV[row, : len(texts[start + row])].astype(np.float64)
 
-    @cache  # noqa: B019 -- the object lives as long as the command.
-    def noise_floor(self) -> float:
-        """Return the largest error of a float32 logit, over the greedy texts of all prompts."""
-        texts = [
-            prompt + new
-            for prompt, new in zip(
-                self.prompts, self.generate("torch", "float64", self.settings({})), strict=True
-            )
-        ]
+    def noise_floor(self, settings: GenerateConfig) -> float:
+        """Return the largest error of a float32 logit, over the texts of all prompts.
+
+        Texts of other settings have other noise: sampled ones more than greedy ones.
+        """
+        if repr(settings) in self.floors:
+            return self.floors[repr(settings)]
+        new_texts = self.generate("torch", "float64", settings)
+        texts = [prompt + new for prompt, new in zip(self.prompts, new_texts, strict=True)]
         floor = 0.0
         for truth_TV, *found in zip(
             self.logits("torch", "float64", texts),
@@ -136,6 +138,7 @@ class Texts:
             strict=True,
         ):
             floor = max(floor, *(float(np.abs(one - truth_TV).max()) for one in found))
+        self.floors[repr(settings)] = floor
         return floor
 
     def without_cache(
@@ -171,9 +174,13 @@ class Texts:
             for token in before:
                 adjuster.push(token)
         uniform = noise(settings.seed, 0, self.tokens)[len(before)]
-        changes_CV = _changes(pair, logits_TV.shape[1]) * self.noise_floor()
-        drawn = _draw(logits_TV[-1] + changes_CV, uniform, settings, adjusters)
-        return set(pair) <= set(drawn)
+        floor = self.noise_floor(settings)
+
+        def draw(change_V: np.ndarray, scale: float) -> int:
+            return _draw(logits_TV[-1:] + scale * floor * change_V, uniform, settings, adjusters)[0]
+
+        changes = [partial(draw, change_V) for change_V in _changes(pair, logits_TV.shape[1])]
+        return all(any(_reaches(token, one) for one in changes) for token in pair)
 
 
 def compare(texts: Texts, strategies: Mapping[str, Mapping[str, Any]]) -> Iterator[Result]:
@@ -215,7 +222,7 @@ def _result(
         t = next(t for t, (x, y) in enumerate(zip(a, b, strict=True)) if x != y)
         prompt = texts.prompts[row]
         if empty.dtype == "float32" and (
-            _scores_tie(texts, prompt, a, b)
+            _scores_tie(texts, prompt, a, b, settings)
             if settings.num_beams > 1
             else texts.is_tie(prompt, b[:t], (a[t], b[t]), settings)
         ):
@@ -225,11 +232,13 @@ def _result(
     return dataclasses.replace(empty, texts=len(ours), divergent=divergent, ties=ties, first=first)
 
 
-def _scores_tie(texts: Texts, prompt: list[int], a: list[int], b: list[int]) -> bool:
+def _scores_tie(
+    texts: Texts, prompt: list[int], a: list[int], b: list[int], settings: GenerateConfig
+) -> bool:
     """Return whether two texts of one length have the same total, but for the noise floor."""
     lm = texts.lm("torch", "float64")
     totals = [lm.score(prompt + new)[len(prompt) - 1 :].sum() for new in (a, b)]
-    return bool(abs(totals[0] - totals[1]) <= 2 * texts.noise_floor() * math.sqrt(len(a)))
+    return bool(abs(totals[0] - totals[1]) <= 2 * texts.noise_floor(settings) * math.sqrt(len(a)))
 
 
 def _changes(pair: tuple[int, int], n_tokens: int) -> np.ndarray:
@@ -247,6 +256,26 @@ def _changes(pair: tuple[int, int], n_tokens: int) -> np.ndarray:
         alone = np.where(np.arange(n_tokens) == token, 1.0, -1.0)
         changes += [alone, -alone]
     return np.array(changes)
+
+
+def _reaches(token: int, draw: Callable[[float], int]) -> bool:
+    """Return whether a scale from 0 to 1 draws a token. A draw moves one way, in large steps.
+
+    Bisection finds the tokens of little probability in between.
+    """
+    low, high = 0.0, 1.0
+    drawn_low, drawn_high = draw(low), draw(high)
+    while token not in (drawn_low, drawn_high):
+        middle = (low + high) / 2
+        is_between = min(drawn_low, drawn_high) < token < max(drawn_low, drawn_high)
+        if middle in (low, high) or not is_between:
+            return False
+        drawn = draw(middle)
+        if (drawn < token) == (drawn_low < token):
+            low, drawn_low = middle, drawn
+        else:
+            high, drawn_high = middle, drawn
+    return True
 
 
 def _draw(

@@ -11,7 +11,7 @@ import pytest
 
 from mooshak.config.parse import load_config
 from mooshak.corpus.tasks import task_records
-from parity.align_report import Goal, count_seen, read, summary
+from parity.align_report import read, summary
 
 pytestmark = pytest.mark.slow
 
@@ -100,14 +100,27 @@ def test_second_call_runs_only_the_report(configs: Path, demo: Path) -> None:
     assert before == {path: path.stat().st_mtime_ns for path in (demo / "stages").iterdir()}
 
 
+def write_answers(out: Path, stage: str, shares: dict[str, float]) -> None:
+    """Write answers to 100 questions of each language, of which this share is right."""
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"{tag} {i}"}],
+            "answer": "a",
+            "language": tag,
+            "text": "b",
+            "is_right": i < 100 * share,
+        }
+        for tag, share in shares.items()
+        for i in range(100)
+    ]
+    (out / f"answers-{stage}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
 def test_goals_decide_the_exit_code(demo: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(demo, out)
-    good = {"exact_match": 0.9, "questions": 300, "pairs": 3, "preference_accuracy": 1.0}
-    for stage, share in (("sft", 0.9), ("dpo", 0.9), ("grpo", 1.0)):
-        one = good | {"exact_match": share}
-        text = json.dumps({"hi": one, "en": one})
-        (out / f"answers-{stage}.json").write_text(text)
+    for stage, share in (("base", 0.0), ("sft", 0.9), ("dpo", 0.88), ("grpo", 0.91)):
+        write_answers(out, stage, {"hi": share, "en": share})
     lines = (out / "dpo/metrics.jsonl").read_text().splitlines()
     last = json.loads(lines[-1])
     last |= {f"validation_rewards/accuracies_{tag}": 0.95 for tag in ("hi", "en")}
@@ -115,19 +128,28 @@ def test_goals_decide_the_exit_code(demo: Path, tmp_path: Path) -> None:
     done = run("parity.align_report", out)
     assert done.returncode == 0 and "all 8 goals are reached" in done.stdout
     assert "failed" not in (out / "report.html").read_text().split("</style>")[1]
-    lost = good | {"exact_match": 0.87}
-    (out / "answers-dpo.json").write_text(json.dumps({"hi": good, "en": lost}))
+    write_answers(out, "dpo", {"hi": 0.9, "en": 0.87})
+    write_answers(out, "grpo", {"hi": 0.9, "en": 0.95})
     done = run("parity.align_report", out)
     assert done.returncode == 1 and done.stdout == (
+        "missed: GRPO: exact match, Hindi: 90.0%, of 91.0%\n"
         "missed: DPO: exact match, English: 87.0%, of 88.0%\n"
     )
-    assert Goal("", 0.88, 0.88).passed
     (out / "dpo/metrics.jsonl").unlink()
     done = run("parity.align_report", out)
     assert done.returncode == 2 and done.stderr.startswith("error: ")
 
 
-def test_trained_prompts_are_counted(demo: Path) -> None:
-    source = load_config(demo / "sft-jax/config.yaml").data.sources[0]
-    rows = [{"prompt": next(task_records(source))["prompt"]}, {"prompt": [{"role": "user"}]}]
-    assert count_seen(demo / "sft-jax", rows) == 1
+def test_questions_of_the_training_are_left_out(demo: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(demo, out)
+    source = load_config(demo / "dpo/config.yaml").data.sources[0]
+    trained = next(task_records(source))["prompt"]
+    for stage in ("base", "sft", "dpo", "grpo"):
+        path = out / f"answers-{stage}.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows[0] |= {"prompt": trained, "is_right": True}
+        path.write_text("\n".join(map(json.dumps, rows)))
+    results = read(out)
+    assert results.seen == 1 and results.scores["sft"]["hi"]["questions"] == 2
+    assert results.scores["sft"]["hi"]["exact_match"] == 0.0

@@ -78,8 +78,9 @@ def test_only_tokens_at_a_border_are_ties(
         share = p[: drawn + 1].sum() / p.sum()
         # Earlier tokens fall by a factor, later ones rise: their odds have to become those of u.
         needed = np.log(share / (1 - share) * (1 - u) / u) / 2
-    for factor, expected in ((1.01, True), (0.99, False)):
-        monkeypatch.setattr(Texts, "noise_floor", lambda self: needed * factor)  # noqa: B023
+    # With a hundred times as much the draw passes over the second token.
+    for factor, expected in ((1.01, True), (0.99, False), (100, True)):
+        monkeypatch.setattr(Texts, "noise_floor", lambda self, settings: needed * factor)  # noqa: B023
         assert texts.is_tie(prompt, [], (drawn, other), settings) is expected
 
 
