@@ -25,8 +25,8 @@ def main() -> None:
     args = parser.parse_args()
     table = Table("step", "samples", "differing", "tokens before the first difference")
     for step, ours, theirs in rollouts_of_both(args.run, args.other):
-        places = [place for pair in zip(ours, theirs, strict=True)
-                  if (place := first_difference(*pair)) is not None]  # fmt: skip
+        found = [first_difference(*pair) for pair in zip(ours, theirs, strict=True)]
+        places = [place for place in found if place is not None]
         shown = ", ".join(map(str, sorted(places)[:8])) + (", ..." if len(places) > 8 else "")
         table.add_row(str(step), str(len(ours)), str(len(places)), shown)
     print_table(table)
