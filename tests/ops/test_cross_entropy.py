@@ -23,6 +23,7 @@ from mooshak.config.sections import Config, ParallelConfig
 from mooshak.data.packing import IGNORE_INDEX
 from mooshak_jax.distributed.mesh import make_parallel
 from mooshak_jax.ops import cross_entropy as jax_ops
+from mooshak_torch.model import Linear
 from mooshak_torch.ops import cross_entropy as torch_ops
 
 FUNCTIONS = ("cross_entropy", "token_log_probs")
@@ -170,7 +171,8 @@ def test_token_log_probs_sum_to_the_cross_entropy() -> None:
 
 def test_loss_module_returns_the_sum_or_token_log_probs() -> None:
     data = given()
-    head = torch.nn.Linear(5, 11, bias=False, dtype=torch.float64)
+    head = Linear(5, 11, torch.float64)
+    torch.nn.init.normal_(head.weight)
     loss = torch_ops.FusedLinearCrossEntropy(head, chunk=6)
     x, labels = torch.tensor(data.x_BTD), torch.tensor(data.labels_BT)
     log_probs_BT = loss(x, labels, per_token=True)
