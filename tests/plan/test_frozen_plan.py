@@ -66,13 +66,12 @@ def test_plan_of_adapters_compiles_for_absent_tpus() -> None:
     mesh = ParallelConfig(mesh="fsdp=4")
     config = Config(model=BIG, train=train, lora=LoraConfig(rank=8), data=data, parallel=mesh)
     plan = jax_planner.plan(config, "v5e:2x2")
-    trained = 4 * 8 * (3 * (256 + 256) + 3 * (256 + 1024))
-    assert plan.fits and 2 * trained <= plan.memory["optimizer"] <= 8 * trained
+    assert plan.fits
     full = jax_planner.plan(replace(config, lora=LoraConfig(), model=BIG), "v5e:2x2")
-    # Embedding, head and matrices are sharded; of the adapters those factors that have the sharded
-    # dimension: lora_a, of w2 lora_b.
-    sharded = 2 * 4 * (3 * 256 * 256 + 3 * 256 * 1024) + 4 * (2 * 2048 * 256 + 4 * 6 * 256 * 8)
-    replicated = 4 * (4 * 2 * 256 + 4 * 8 * (3 * 256 + 2 * 1024 + 1024))
-    assert plan.memory["parameters"] == sharded // 4 + replicated
-    assert plan.memory["optimizer"] < 0.1 * full.memory["optimizer"] and plan.total < full.total
+    # Of the adapters, the factors that have the sharded dimension are sharded: lora_a, of w2 lora_b.
+    adapters = 4 * 4 * 8 * (6 * 256 // 4 + 3 * 256 + 2 * 1024 + 1024)
+    frozen = 2 * 4 * (3 * 256 * 256 + 3 * 256 * 1024) + 4 * 2 * 2048 * 256
+    norms = 4 * 4 * 2 * 256
+    assert plan.memory["parameters"] == frozen // 4 + norms + adapters
+    assert plan.memory["optimizer"] == 2 * adapters and plan.total < full.total
     assert sum((plan.bytes_sent or {}).values()) < 0.7 * sum((full.bytes_sent or {}).values())
