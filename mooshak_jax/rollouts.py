@@ -18,6 +18,9 @@ from mooshak_jax.lm import LM
 from mooshak_jax.params import abstract_params, load_params
 from mooshak_jax.step import set_matmul_precision
 
+PREFILL_CHUNK = 32
+"""Tokens of a prompt that are read at once: the samples of a prompt share its complete chunks."""
+
 
 def make_scheduler(
     weights: Checkpoint, config: Config, tokenizer: Tokenizer, max_waiting: int
@@ -29,4 +32,5 @@ def make_scheduler(
     parallel, dtype = Parallel(Mesh(devices, AXES)), config.train.dtype
     params = load_params(abstract_params(weights.model, dtype, parallel), weights.read)
     lm = LM(weights.model, dtype, params, tokenizer, parallel)
-    return Scheduler(lm, Engine(lm, config.grpo.rollout_batch_size, config.T), max_waiting)
+    engine = Engine(lm, config.grpo.rollout_batch_size, config.T, PREFILL_CHUNK)
+    return Scheduler(lm, engine, max_waiting)

@@ -13,6 +13,9 @@ from mooshak_torch.lm import LM
 from mooshak_torch.model import Model
 from mooshak_torch.params import load_params
 
+PREFILL_CHUNK = 32
+"""Tokens of a prompt that are read at once: the samples of a prompt share its complete chunks."""
+
 
 def make_scheduler(
     weights: Checkpoint, config: Config, tokenizer: Tokenizer, max_waiting: int
@@ -21,4 +24,5 @@ def make_scheduler(
     model = Model(weights.model, config.train.dtype)
     load_params(dict(model.named_parameters()), weights)
     lm = LM(model.to(find_device(None)), tokenizer)
-    return Scheduler(lm, Engine(lm, config.grpo.rollout_batch_size, config.T), max_waiting)
+    engine = Engine(lm, config.grpo.rollout_batch_size, config.T, PREFILL_CHUNK)
+    return Scheduler(lm, engine, max_waiting)

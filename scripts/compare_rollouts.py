@@ -4,6 +4,7 @@ Runs of one seed sample the same texts until rounding decides a token: in float6
 now and then; from there on their curves differ.
 
 python scripts/compare_rollouts.py runs/grpo-torch runs/grpo-jax
+python scripts/compare_rollouts.py runs/grpo-torch runs/grpo-mixed
 """
 
 from collections.abc import Sequence
@@ -25,8 +26,8 @@ def main() -> None:
     args = parser.parse_args()
     table = Table("step", "samples", "differing", "tokens before the first difference")
     for step, ours, theirs in rollouts_of_both(args.run, args.other):
-        places = [place for pair in zip(ours, theirs, strict=True)
-                  if (place := first_difference(*pair)) is not None]  # fmt: skip
+        found = [first_difference(*pair) for pair in zip(ours, theirs, strict=True)]
+        places = [place for place in found if place is not None]
         shown = ", ".join(map(str, sorted(places)[:8])) + (", ..." if len(places) > 8 else "")
         table.add_row(str(step), str(len(ours)), str(len(places)), shown)
     print_table(table)

@@ -77,11 +77,12 @@ class Rollouts:
         path, text = Path(self.config.run.dir) / "rollouts" / f"{step}.jsonl", ""
         if step < self.first:
             with fail_together(processes):
-                text = self._saved(path) if processes.is_main else ""
+                text = self._saved(path, number) if processes.is_main else ""
             return parse_rollouts(processes.broadcast(text), path)
         samples = self._with_log_probs(self._draw(number))
-        if processes.is_main:
-            write_atomically(path, rollout_lines(samples))
+        with fail_together(processes):
+            if processes.is_main:
+                write_atomically(path, rollout_lines(samples))
         return samples
 
     def validate(self) -> dict[str, float]:
@@ -108,16 +109,17 @@ class Rollouts:
         }
         return {"validation_reward": float(rewards.mean()), **by_language}
 
-    def _saved(self, path: Path) -> str:
+    def _saved(self, path: Path, number: int) -> str:
         if not path.is_file():
             raise InputError(
                 f"{path} is missing: the run resumes among the updates on its samples; copy it "
                 "from the run that wrote the checkpoint, or resume from an earlier one"
             )
         text = path.read_text("utf-8")
-        wanted = self.data.n_prompts * self.config.grpo.num_generations
-        if len(parse_rollouts(text, path)) != wanted:
-            raise InputError(f"{path} does not have the {wanted} samples of this configuration")
+        wanted = [one.ids for _, one in self.data.prompts_of(number)]
+        found = [one.prompt_ids for one in parse_rollouts(text, path)]
+        if found != [ids for ids in wanted for _ in range(self.config.grpo.num_generations)]:
+            raise InputError(f"{path} has samples of other prompts than this run; start a new run")
         return text
 
     def _draw(self, number: int) -> list[Rollout]:
@@ -140,8 +142,8 @@ class Rollouts:
             for number, one in numbered
         ]
         groups = self._complete(weights, prompts, settings)
-        pairs = [(one, answer) for one, group in zip(prompts, groups, strict=True)
-                 for answer in group]  # fmt: skip
+        both = zip(prompts, groups, strict=True)
+        pairs = [(prompt, answer) for prompt, group in both for answer in group]
         rewards = call_reward(self.reward, grpo.reward, *zip(*pairs, strict=True))
         advantages = group_advantages(np.array(rewards).reshape(-1, G), grpo).ravel().tolist()
         rows = zip(pairs, rewards, advantages, strict=True)

@@ -143,20 +143,29 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize("command", ["sft", "dpo"])
+PROMPTS = [{"prompt": "Name an animal:", "n": 0}]
+ROWS = {"sft": CONVERSATIONS, "dpo": PAIRS, "grpo": PROMPTS}
+
+
+@pytest.mark.parametrize("command", ROWS)
 def test_trained_model_is_tuned_alike(command: str, smollm2: Path, tmp_path: Path) -> None:
-    """Five steps on two rows of 64 tokens, in float32: of all parameters, of adapters for dpo."""
-    rows = CONVERSATIONS if command == "sft" else PAIRS
-    lines = map(json.dumps, rows)
+    """Five steps on two rows of 64 tokens, in float32: of all parameters, of adapters for dpo.
+
+    Those of grpo are on one rollout, sampled in torch: in float32, rounding may decide between the
+    many tokens that have a probability of 1e-6.
+    """
+    lines = map(json.dumps, ROWS[command])
     (tmp_path / "data.jsonl").write_text("\n".join(lines))
     (tmp_path / "tune.yaml").write_text(f"""
 init: {{from: {smollm2}}}
-lora: {{rank: {0 if command == "sft" else 8}}}
+lora: {{rank: {8 if command == "dpo" else 0}}}
 data:
   validation_fraction: 0
   sources: [{{name: a, kind: jsonl, path: "{tmp_path}/data.jsonl"}}]
 dpo: {{precompute_reference: false}}
-optimizer: {{learning_rate: {"1.0e-5" if command == "sft" else "1.0e-3"}, weight_decay: 0}}
+grpo: {{reward: "tests.training.reward_functions:odd", num_generations: 2, num_iterations: 5,
+  max_completion_length: 8, rollout_framework: torch, scale_rewards: none, loss_type: grpo}}
+optimizer: {{learning_rate: {"1.0e-3" if command == "dpo" else "1.0e-5"}, weight_decay: 0}}
 schedule: {{kind: constant, warmup_steps: 0}}
 train: {{steps: 5, batch_size: 2, sequence_length: 64}}
 checkpoint: {{every: 0}}
@@ -175,7 +184,8 @@ run: {{progress: false, tensorboard: false}}
         assert done.returncode == 0, done.stderr[-2000:]
         found.append(read_metrics(run / "metrics.jsonl"))
     ours, theirs = ([line["loss"] for line in one] for one in found)
-    assert len(ours) == 5 and ours[-1] < 0.98 * ours[0]
-    np.testing.assert_allclose(theirs, ours, rtol=tolerances.CURVE_FLOAT32)
+    assert len(ours) == 5 and ours[-1] < ours[0] - 0.02 * abs(ours[0])
+    # The loss of grpo begins at 0 but for rounding, as its advantages do in a sample's mean.
+    np.testing.assert_allclose(theirs, ours, rtol=tolerances.CURVE_FLOAT32, atol=1e-6)
     norms = ([line["grad_norm"] for line in one] for one in found)
     np.testing.assert_allclose(*norms, rtol=1e-3)

@@ -13,7 +13,7 @@ import pytest
 
 from tests.distributed.test_jax_processes import finish, start
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiled_in_haste")]
 
 PROMPTS = [
     {"prompt": f"{i} + {j} = ", "answer": str(i + j), "n": i} for i in range(6) for j in range(6)

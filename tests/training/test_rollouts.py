@@ -162,6 +162,19 @@ def test_samples_end_in_a_trained_end_token(config: Config, tiny_tokenizer: Toke
     )
 
 
+def test_saved_samples_are_those_of_the_run(config: Config) -> None:
+    config = replace(config, grpo=replace(config.grpo, num_iterations=2))
+    trainer, data, rollouts = start(config, torch_step)
+    samples = rollouts.sample(0)
+    assert Rollouts(config, trainer, data, 1).sample(0) == samples
+    other = replace(config, run=replace(config.run, seed=7))
+    with pytest.raises(InputError, match="has samples of other prompts than this run"):
+        Rollouts(other, trainer, PromptData(other), 1).sample(0)
+    (Path(config.run.dir) / "rollouts" / "0.jsonl").unlink()
+    with pytest.raises(InputError, match="is missing: the run resumes among the updates"):
+        Rollouts(config, trainer, data, 1).sample(0)
+
+
 def test_prompts_are_seen_once_an_epoch(config: Config) -> None:
     data = PromptData(config)
     n = len(data.prompts)
