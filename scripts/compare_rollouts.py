@@ -4,7 +4,7 @@ Runs of one seed sample the same texts until rounding decides a token: in float6
 now and then; from there on their curves differ.
 
 python scripts/compare_rollouts.py runs/grpo-torch runs/grpo-jax
-python scripts/compare_rollouts.py runs/grpo runs/grpo-resumed
+python scripts/compare_rollouts.py runs/grpo-torch runs/grpo-mixed
 """
 
 from collections.abc import Sequence

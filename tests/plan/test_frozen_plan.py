@@ -68,7 +68,7 @@ def test_plan_of_adapters_compiles_for_absent_tpus() -> None:
     plan = jax_planner.plan(config, "v5e:2x2")
     assert plan.fits
     full = jax_planner.plan(replace(config, lora=LoraConfig(), model=BIG), "v5e:2x2")
-    # Of the adapters, the factors that have the sharded dimension are sharded: lora_a, of w2 lora_b.
+    # Of the adapters, the factors with the sharded dimension are sharded: lora_a, of w2 lora_b.
     adapters = 4 * 4 * 8 * (6 * 256 // 4 + 3 * 256 + 2 * 1024 + 1024)
     frozen = 2 * 4 * (3 * 256 * 256 + 3 * 256 * 1024) + 4 * 2 * 2048 * 256
     norms = 4 * 4 * 2 * 256
