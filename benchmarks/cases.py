@@ -374,7 +374,7 @@ CASES = (
             DRAFT_JAX: "jax_models:speculative",
         },
         {"checkpoint": "runs/demo/large/checkpoints/600", "texts": 20, "prompt": 16}
-        | {"draft": "runs/demo/draft/checkpoints/1200", "new_tokens": 64, "draft_tokens": 4},
+        | {"draft": "runs/demo/draft/checkpoints/1200", "new_tokens": 64, "draft_tokens": 3},
         TINY | {"vocab_size": 256, "texts": 2, "prompt": 4, "new_tokens": 4, "draft_tokens": 2},
         work=lambda size: size["texts"] * size["new_tokens"],
         targets=(Target(DRAFT_TORCH, TORCH, 1.3), Target(DRAFT_JAX, JAX, 1.3)),
