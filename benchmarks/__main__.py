@@ -23,7 +23,8 @@ import jinja2
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.cases import CASES, ROOFLINE, Case, Size, Target
+from benchmarks.case import Case, Size, Target
+from benchmarks.cases import CASES, ROOFLINE
 from mooshak.command_line import command_parser
 from mooshak.device import add_device_option, restrict_to
 from mooshak.errors import InputError, command

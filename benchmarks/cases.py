@@ -3,101 +3,16 @@
 A worker is a function of benchmarks/*.py that runs in a separate process. Its figure is the work of
 one repetition (`work`, in the case's unit) divided by its seconds. The roofline is the machine's
 limit: the same work at the speed of its fastest matrix product, or of its memory.
-
-Longer than 400 lines: one entry for each case.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from mooshak.config.model import ModelConfig
-from mooshak.config.sections import Config, EvaluateConfig, RunConfig, TrainConfig
-
-Size = dict[str, Any]
-"""Sizes of a case by the names of the configuration's fields."""
+from benchmarks.case import Case, Size, Target, new_tokens, requested_tokens, tokens, tuned_tokens
 
 TORCH, JAX = "ours, torch", "ours, JAX"
 HF, COMPILED, LITGPT, OPTAX = "HF eager", "HF compiled", "litgpt", "flax/optax loop"
 OURS_COMPILED, OURS_REMAT = "ours, torch compiled", "ours, torch remat dots"
 ROOFLINE, TRL = "roofline", "TRL"
-
-
-@dataclass(frozen=True)
-class Target:
-    """A bound on a figure, as a ratio to another worker's figure of the same run."""
-
-    ours: str
-    other: str | None
-    bound: float
-    quantity: Literal["speed", "memory", "seconds", "ratio"] = "speed"
-    """speed: at least `bound` times the other's; all others: at most. Without another worker, the
-    bound is on the figure itself."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """One comparison."""
-
-    name: str
-    title: str
-    workers: Mapping[str, str]
-    """Name -> module:function."""
-    full: Size
-    tiny: Size
-    """Sizes of the measurement, and sizes for the tests."""
-    unit: str = "tokens/s"
-    work: Callable[[Size], float] | None = None
-    """Work of one repetition, in the unit times seconds; None: the worker returns the figure."""
-    targets: tuple[Target, ...] = ()
-    repetitions: int = 5
-    grid: tuple[Size, ...] = ()
-    """Scaling: sizes that replace fields of `full`, one measurement each."""
-
-
-def config(size: Size) -> Config:
-    """Return the configuration of a case: a llama model, which peers can compute too."""
-    fields = {k: size[k] for k in ("vocab_size", "dim", "n_layers", "n_heads", "hidden_dim")}
-    T = size["sequence_length"]
-    model = ModelConfig(architecture="llama", max_seq_len=T, **fields, **size.get("model", {}))
-    train = TrainConfig(batch_size=size["batch_size"], **size.get("train", {}))
-    return Config(
-        model=model,
-        train=train,
-        evaluate=EvaluateConfig(every=0),
-        run=RunConfig(dir=size.get("dir", "unused"), progress=False, tensorboard=False),
-    )
-
-
-def step_flops(size: Size) -> float:
-    """Return the FLOPs of forward and backward on a batch, with full attention scores."""
-    tokens = size["batch_size"] * size["sequence_length"]
-    return float(config(size).model.flops_per_token(size["sequence_length"]) * tokens)
-
-
-def _tokens(size: Size) -> float:
-    return size["batch_size"] * size["sequence_length"]
-
-
-def _new_tokens(size: Size) -> float:
-    return size["batch_size"] * size["new_tokens"]
-
-
-def spread(bounds: Sequence[int], n: int) -> list[int]:
-    """Return `n` lengths, spread evenly between two bounds."""
-    low, high = bounds
-    return [round(low + (high - low) * i / max(n - 1, 1)) for i in range(n)]
-
-
-def tuned_tokens(size: Size) -> float:
-    """Return the tokens of all conversations, with BOS and EOS; of pairs, the prompt twice."""
-    n, answers = size["conversations"], 2 if size["format"] == "preferences" else 1
-    prompts, completions = (sum(spread(size[key], n)) for key in ("prompt", "completion"))
-    return float(answers * (prompts + completions + 2 * n))
-
-
-def _requested_tokens(size: Size) -> float:
-    return float(sum(spread(size["new_tokens"], size["batch_size"])))
 
 
 def _to_shards(name: str, title: str, text: str, documents: int) -> Case:
@@ -224,7 +139,7 @@ CASES = (
         },
         STEP,
         TINY,
-        work=_tokens,
+        work=tokens,
         targets=(
             Target(TORCH, HF, 1.15),
             Target(OURS_COMPILED, COMPILED, 1.15),
@@ -274,7 +189,7 @@ CASES = (
             "batch_size": 2,
         },
         TINY,
-        work=_tokens,
+        work=tokens,
         targets=(Target(TORCH, HF, 0.5, "memory"), Target(TORCH, HF, 1.0)),
         repetitions=3,
     ),
@@ -299,7 +214,7 @@ CASES = (
             "batch_size": 1,
         },
         TINY | {"vocab_size": 1, "n_layers": 1},
-        work=_tokens,
+        work=tokens,
         targets=(Target(TORCH, ROOFLINE, 0.9), Target(JAX, ROOFLINE, 0.85)),
     ),
     Case(
@@ -308,7 +223,7 @@ CASES = (
         GENERATE | {LLAMA_CPP: "llama_cpp:generate"},
         MEDIUM | {"batch_size": 1, "prompt": 16, "new_tokens": 64},
         TINY | {"vocab_size": 512, "batch_size": 1, "prompt": 4, "new_tokens": 4},
-        work=_new_tokens,
+        work=new_tokens,
         targets=(
             Target(TORCH, HF, 1.5),
             Target(OURS_COMPILED, COMPILED, 1.5),
@@ -324,7 +239,7 @@ CASES = (
         GENERATE | {PRODUCTS: "roofline:products_of_rows"},
         MEDIUM | {"batch_size": 16, "prompt": 16, "new_tokens": 32},
         TINY | {"batch_size": 3, "prompt": 4, "new_tokens": 4},
-        work=_new_tokens,
+        work=new_tokens,
         targets=(
             Target(TORCH, HF, 2.0),
             Target(JAX, HF, 2.0),
@@ -343,7 +258,7 @@ CASES = (
         },
         MEDIUM | REQUESTS | {"prompt": 16, "new_tokens": 32},
         TINY | {"batch_size": 3, "chunk": 4, "prompt": 4, "new_tokens": 4},
-        work=_new_tokens,
+        work=new_tokens,
         targets=(Target(ENGINE_JAX, ENGINE_TORCH, 0.8),),
     ),
     Case(
@@ -356,7 +271,7 @@ CASES = (
         },
         MEDIUM | REQUESTS | {"prompt": (16, 256), "new_tokens": (8, 128)},
         TINY | {"batch_size": 3, "chunk": 4, "prompt": (2, 6), "new_tokens": (2, 5)},
-        work=_requested_tokens,
+        work=requested_tokens,
         targets=(
             Target(ENGINE_TORCH, PADDED, 2.0),
             Target(ENGINE_JAX, PADDED, 2.0),
@@ -366,7 +281,7 @@ CASES = (
     ),
     Case(
         "speculative",
-        "Greedy decoding of tales with a draft and without: the demo's model, one sequence",
+        "Greedy decoding of tales with a draft and without, one sequence",
         {
             TORCH: "torch_models:plain",
             DRAFT_TORCH: "torch_models:speculative",
@@ -401,7 +316,7 @@ CASES = (
         {"ours": "pipeline:batches", "torch DataLoader": "pipeline:dataloader"},
         {"tokens": 2**25, "sequence_length": 1024, "batch_size": 8, "steps": 400, "workers": 2},
         {"tokens": 2**14, "sequence_length": 16, "batch_size": 4, "steps": 8, "workers": 2},
-        work=lambda size: _tokens(size) * size["steps"],
+        work=lambda size: tokens(size) * size["steps"],
         targets=(Target("ours", "torch DataLoader", 3.0),),
     ),
     Case(
@@ -462,7 +377,7 @@ CASES = (
         {TORCH: "torch_models:train", HF: "torch_models:hf_train"},
         STEP | {"n_layers": 2, "batch_size": 1},
         TINY,
-        work=_tokens,
+        work=tokens,
         repetitions=3,
         grid=(
             *({"sequence_length": T} for T in (256, 512, 1024, 2048, 4096, 8192)),

@@ -6,7 +6,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.cases import Size
+from benchmarks.case import Size
 from benchmarks.worker import Repeat
 from mooshak.errors import InputError
 from mooshak.training.metrics import read_metrics

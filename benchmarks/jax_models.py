@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 from jax import Array
 
-from benchmarks.cases import Size, config
+from benchmarks.case import Size, config
 from benchmarks.serving import decode_tales, engine_options, load_pair, serve
 from benchmarks.worker import Repeat, by_turns, timed
 from mooshak.checkpoints.base import MOMENTS
@@ -94,12 +94,12 @@ def engine_on_batch(size: Size) -> Repeat:
 
 
 def plain(size: Size) -> Repeat:
-    """Time greedy decoding of tales by the demo's model."""
+    """Time greedy decoding of tales."""
     return decode_tales(load_pair(size, load, _random_lm)[0], None, size)
 
 
 def speculative(size: Size) -> Repeat:
-    """Time greedy decoding of tales by the demo's model with a draft."""
+    """Time greedy decoding of tales with a draft."""
     return decode_tales(*load_pair(size, load, _random_lm), size)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.cases import Size
+from benchmarks.case import Size
 from benchmarks.serving import random_checkpoint
 from benchmarks.worker import Repeat, timed
 from parity import export_gguf

@@ -4,7 +4,6 @@ import ast
 import contextlib
 import json
 import sysconfig
-import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
@@ -14,8 +13,8 @@ from typing import Any
 import numpy as np
 import sentencepiece
 
-from benchmarks.cases import Size
-from benchmarks.worker import Repeat, timed
+from benchmarks.case import Size
+from benchmarks.worker import Repeat, temporary_directory, timed
 from mooshak.config.model import ModelConfig
 from mooshak.config.sections import Config, DataConfig, SourceConfig, TokenizerConfig, TrainConfig
 from mooshak.corpus.tales import documents
@@ -23,8 +22,6 @@ from mooshak.data.batches import train_batches
 from mooshak.data.packing import Batch
 from mooshak.data.shards import prepare
 from mooshak.tokenizer import train
-
-_temporary: list[tempfile.TemporaryDirectory] = []
 
 
 def batches(size: Size) -> Repeat:
@@ -34,7 +31,7 @@ def batches(size: Size) -> Repeat:
 
 def our_batches(size: Size) -> Iterator[Batch[np.ndarray]]:
     """Return our batches of random tokens."""
-    directory = _directory() / "random"
+    directory = temporary_directory() / "random"
     directory.mkdir()
     tokens = _tokens(size)
     np.save(directory / "train-00000.npy", tokens)
@@ -61,7 +58,7 @@ def dataloader(size: Size) -> Repeat:
     import torch
     from torch.utils.data import DataLoader, Dataset
 
-    path, T = _directory() / "tokens.bin", size["sequence_length"]
+    path, T = temporary_directory() / "tokens.bin", size["sequence_length"]
     _tokens(size).tofile(path)
 
     class Windows(Dataset):
@@ -129,7 +126,7 @@ def _time_steps(batches: Iterator[Any], size: Size) -> Repeat:
 
 def _text(size: Size) -> Config:
     """Write documents as a JSONL file. Returns the configuration of their tokenizer and data."""
-    directory = _directory()
+    directory = temporary_directory()
     path, n = directory / "text.jsonl", size["documents"]
     tales = (text for _, text in documents(0, n // 2, ("hi", "en")))
     with path.open("w", encoding="utf-8") as file:
@@ -160,8 +157,3 @@ def _docstrings() -> Iterator[str]:
 def _tokens(size: Size) -> np.ndarray:
     vocab_size = size.get("vocab_size", 64)
     return np.random.default_rng(0).integers(0, vocab_size, size["tokens"], np.uint16)
-
-
-def _directory() -> Path:
-    _temporary.append(tempfile.TemporaryDirectory())
-    return Path(_temporary[-1].name)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.cases import Size, config, step_flops
+from benchmarks.case import Size, config, step_flops
 from benchmarks.worker import Repeat, timed
 from mooshak_torch.ops.matmul import ONEDNN, PACKED_FOR_ROWS, linear
 

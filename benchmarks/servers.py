@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.cases import Size, spread
+from benchmarks.case import Size, spread
 from benchmarks.serving import random_checkpoint
 from benchmarks.worker import Repeat
 from mooshak.corpus.tales import tale

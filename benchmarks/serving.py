@@ -1,4 +1,4 @@
-"""What several workers decode: requests of unequal lengths, a checkpoint with a tokenizer."""
+"""Workloads of decoding: requests of unequal lengths, tales, a checkpoint with a tokenizer."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import sentencepiece
 
-from benchmarks.cases import Size, config, spread
+from benchmarks.case import Size, config, spread
 from benchmarks.worker import Repeat, timed
 from mooshak.checkpoints.base import FULL_SLICE, Checkpoint
 from mooshak.config.generate import GenerateConfig
@@ -47,7 +47,7 @@ def serve(lm: LM, engine: Engine, size: Size) -> Repeat:
 
 
 def load_pair(size: Size, load: Callable[[Path], LM], make: Callable[[Size], LM]) -> tuple[LM, LM]:
-    """Return the demo's model and its draft; where a size names none, a random model as both."""
+    """Return a trained model and its draft; if the size names none, a random model as both."""
     if "checkpoint" not in size:
         return (lm := make(size)), lm
     for path in (size["checkpoint"], size["draft"]):

@@ -6,7 +6,6 @@ byte-level tokenizer encodes as one token each. Ours packs them, TRL pads each b
 
 import json
 import math
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -17,8 +16,8 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from benchmarks.cases import Size, config, spread, tuned_tokens
-from benchmarks.worker import Repeat
+from benchmarks.case import Size, config, spread, tuned_tokens
+from benchmarks.worker import Repeat, temporary_directory
 from mooshak.config.lora import LoraConfig
 from mooshak.config.sections import Config, DataConfig, RunConfig, SourceConfig, TokenizerConfig
 from mooshak.data.conversation_batches import ConversationData
@@ -54,7 +53,7 @@ def trl_trainer(size: Size) -> Repeat:
 
     from benchmarks.torch_models import DEVICE, hf_llama
 
-    directory = Path(tempfile.mkdtemp())
+    directory = temporary_directory()
     write_tokenizer(directory)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=str(directory / "tokenizer.json"), **SPECIALS
@@ -148,7 +147,7 @@ def tuning_config(size: Size, directory: Path) -> Config:
 def _epochs(size: Size, make_trainer: Callable[[Config], loop.Trainer]) -> Repeat:
     """Time our steps on as many rows as an epoch has; the time of an epoch is scaled from it."""
     use_single_arena()  # As the trainer's command does.
-    directory = Path(tempfile.mkdtemp())
+    directory = temporary_directory()
     run = tuning_config(size, directory)
     trainer = make_trainer(run)
     is_dpo = size["format"] == "preferences"

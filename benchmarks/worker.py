@@ -15,6 +15,7 @@ import os
 import resource
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -89,6 +90,15 @@ def _other_cpu_seconds() -> float:
             if int(fields[3]) == session:
                 ticks -= sum(map(int, fields[11:15]))  # Its own and its ended children's.
     return ticks / os.sysconf("SC_CLK_TCK")
+
+
+_temporary: list["tempfile.TemporaryDirectory[str]"] = []
+
+
+def temporary_directory() -> Path:
+    """Return a new directory, which is removed when the process ends."""
+    _temporary.append(tempfile.TemporaryDirectory())
+    return Path(_temporary[-1].name)
 
 
 def timed(work: Callable[[], Any]) -> float:

@@ -13,17 +13,8 @@ import jax
 import pytest
 
 from benchmarks.__main__ import check_target
-from benchmarks.cases import (
-    CASES,
-    COMPILED,
-    JAX,
-    OURS_COMPILED,
-    TORCH,
-    Case,
-    Target,
-    config,
-    step_flops,
-)
+from benchmarks.case import Case, Target, config, step_flops
+from benchmarks.cases import CASES, COMPILED, JAX, OURS_COMPILED, TORCH
 from benchmarks.servers import VLLM_PYTHON
 
 ROOT = Path(__file__).parents[2]
