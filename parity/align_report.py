@@ -40,7 +40,7 @@ Scores = dict[str, dict[str, dict[str, float]]]
 
 @dataclass(frozen=True)
 class Goal:
-    """What a stage is to reach in a language."""
+    """The goal of a stage in a language."""
 
     text: str
     measured: float

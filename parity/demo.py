@@ -9,9 +9,7 @@ python -m parity.demo --config configs/demo.yaml --out runs/short --train.steps 
 
 import argparse
 import json
-import signal
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,8 +18,7 @@ from mooshak.config.parse import config_parser, dump_config, parse_config
 from mooshak.config.sections import Config
 from mooshak.corpus.readers import input_state
 from mooshak.errors import InputError, command
-from mooshak.files import locked
-from parity.stages import Stage, carry_out
+from parity.stages import Stage, run_demo
 
 # Beginnings of tales, which the model continues.
 PROMPTS = (
@@ -169,15 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     inputs = [input_state(source) for source in config.data.sources]
     made_of = dump_config(config) + json.dumps(inputs)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    start = time.perf_counter()
-    try:
-        with locked(options.out / ".lock"):
-            ran = carry_out(stages(config, settings, options.out), options.out, made_of)
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command resumes here")
-    seconds = time.perf_counter() - start
-    print(f"{options.out / 'report.html'}: {ran} stages run, {seconds:.0f} seconds")
+    run_demo(stages(config, settings, options.out), options.out, made_of)
 
 
 if __name__ == "__main__":

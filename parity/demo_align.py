@@ -9,17 +9,13 @@ python -m parity.demo_align --base runs/demo/jax/checkpoints/1200
 """
 
 import argparse
-import signal
-import sys
-import time
 from pathlib import Path
 
 from mooshak.checkpoints.formats import detect_format
 from mooshak.command_line import command_parser
 from mooshak.config.parse import load_config
 from mooshak.errors import command, require
-from mooshak.files import locked
-from parity.stages import Stage, carry_out
+from parity.stages import Stage, run_demo
 
 STEPS = ("sft", "dpo", "grpo")
 """Kinds of training after that of the base model, each with its configuration."""
@@ -128,15 +124,7 @@ def main() -> None:
     require(options.count > 0, f"--count {options.count} must be at least 1")
     if options.base is not None:
         detect_format(options.base)  # Raises an error for what is no checkpoint.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    start = time.perf_counter()
-    try:
-        with locked(options.out / ".lock"):
-            ran = carry_out(stages(options), options.out, "")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command resumes here")
-    seconds = time.perf_counter() - start
-    print(f"{options.out / 'report.html'}: {ran} stages run, {seconds:.0f} seconds")
+    run_demo(stages(options), options.out)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mooshak.files import write_atomically
+from mooshak.files import locked, write_atomically
 
 # Demos run on the CPU, which every machine has.
 CPU = {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"}
@@ -37,6 +38,22 @@ class Stage:
     """The output file that is the command's standard output."""
     inputs: tuple[str, ...] = ()
     """Contents of the files that the command reads, besides those of earlier stages."""
+
+
+def run_demo(stages: Sequence[Stage], out: Path, made_of: str = "") -> None:
+    """Carry out the stages while no other process does, and print where the report is.
+
+    An interrupt ends the program in one line.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    start = time.perf_counter()
+    try:
+        with locked(out / ".lock"):
+            ran = carry_out(stages, out, made_of)
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command resumes here")
+    seconds = time.perf_counter() - start
+    print(f"{out / 'report.html'}: {ran} stages run, {seconds:.0f} seconds")
 
 
 def carry_out(stages: Sequence[Stage], out: Path, made_of: str) -> int:

@@ -12,10 +12,11 @@ import mooshak_jax.objectives
 import mooshak_torch.objectives
 import mooshak_torch.ops.cross_entropy
 from mooshak.config.grpo import GRPOConfig
-from mooshak.data.packing import IGNORE_INDEX, Batch
+from mooshak.data.packing import Batch
 from mooshak.numerics.grpo import Tokens, kl_estimates
 from parity.faults.fault import Fault
 from parity.faults.model import Patch
+from parity.faults.sft import local_denominator_jax, local_denominator_torch
 
 to, jo = mooshak_torch.objectives, mooshak_jax.objectives
 
@@ -71,46 +72,6 @@ def padding_counted() -> tuple[list[Patch], list[Patch]]:
     return [(to.PolicyLM, "prepare", prepare)], [(jo.PolicyLM, "prepare", prepare)]
 
 
-def local_denominator_torch() -> list[Patch]:
-    """Divide each micro-batch by its own labels, and average the parts."""
-    prepare, original = to.PolicyLM.prepare, to.PolicyLM.forward
-    seen: list[tuple[int, int]] = []
-
-    def remember(self: Any, batch: Batch, parallel: Any) -> int:
-        count = prepare(self, batch, parallel)
-        seen[:] = [(count, len(batch.tokens))]
-        return count
-
-    def forward(self: Any, batch: Batch) -> torch.Tensor:
-        loss = original(self, batch)
-        if not seen:
-            return loss
-        (count, rows), here = seen[0], (batch.labels != IGNORE_INDEX).sum().clamp(min=1)
-        return loss / here * count * len(batch.tokens) / rows
-
-    return [(to.PolicyLM, "prepare", remember), (to.PolicyLM, "forward", forward)]
-
-
-def local_denominator_jax() -> list[Patch]:
-    """Divide each micro-batch by its own labels, and average the parts."""
-    prepare, original = jo.PolicyLM.prepare, jo.PolicyLM.measure
-    seen: list[tuple[Any, int]] = []
-
-    def remember(self: Any, batch: Batch) -> Any:
-        count = prepare(self, batch)
-        seen[:] = [(count, len(batch.tokens))]
-        return count
-
-    def measure(self: Any, params: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        loss, metrics = original(self, params, batch)
-        if not seen:
-            return loss, metrics
-        (count, rows), here = seen[0], jnp.maximum(1, jnp.sum(batch.labels != IGNORE_INDEX))
-        return loss / here * count * len(batch.tokens) / rows, metrics
-
-    return [(jo.PolicyLM, "prepare", remember), (jo.PolicyLM, "measure", measure)]
-
-
 GRPO = {
     "KL estimator without the ratio": Fault(
         "grpo",
@@ -139,8 +100,8 @@ GRPO = {
     "denominator of GRPO per micro-batch": Fault(
         "grpo",
         "^step 0: denominator of each micro-batch",
-        local_denominator_torch,
-        local_denominator_jax,
+        lambda: local_denominator_torch(to.PolicyLM),
+        lambda: local_denominator_jax(jo.PolicyLM, "measure"),
     ),
     "padding counted in the mean over tokens": Fault(
         "grpo",

@@ -59,9 +59,9 @@ def labels_jax(change: Any) -> list[Patch]:
     return [(jo.CausalLM, "__call__", call)]
 
 
-def local_denominator_torch() -> list[Patch]:
+def local_denominator_torch(objective: type[to.CausalLM] = to.CausalLM) -> list[Patch]:
     """Divide each micro-batch by its own labels, and average the parts."""
-    prepare, original = to.CausalLM.prepare, to.CausalLM.forward
+    prepare, original = objective.prepare, objective.forward
     seen: list[tuple[int, int]] = []
 
     def remember(self: Any, batch: Batch, parallel: Any) -> int:
@@ -76,12 +76,17 @@ def local_denominator_torch() -> list[Patch]:
         (count, rows), here = seen[0], (batch.labels != IGNORE_INDEX).sum().clamp(min=1)
         return loss / here * count * len(batch.tokens) / rows
 
-    return [(to.CausalLM, "prepare", remember), (to.CausalLM, "forward", forward)]
+    return [(objective, "prepare", remember), (objective, "forward", forward)]
 
 
-def local_denominator_jax() -> list[Patch]:
-    """Divide each micro-batch by its own labels, and average the parts."""
-    prepare, original = jo.CausalLM.prepare, jo.CausalLM.__call__
+def local_denominator_jax(
+    objective: type[jo.CausalLM] = jo.CausalLM, method: str = "__call__"
+) -> list[Patch]:
+    """Divide each micro-batch by its own labels, and average the parts.
+
+    `method` returns the loss, or the loss and metrics.
+    """
+    prepare, original = objective.prepare, getattr(objective, method)
     seen: list[tuple[Any, int]] = []
 
     def remember(self: Any, batch: Batch) -> Any:
@@ -89,11 +94,13 @@ def local_denominator_jax() -> list[Patch]:
         seen[:] = [(count, len(batch.tokens))]
         return count
 
-    def call(self: Any, params: Any, batch: Batch) -> jax.Array:
-        loss = original(self, params, batch)
+    def call(self: Any, params: Any, batch: Batch) -> Any:
+        result = original(self, params, batch)
         if not seen:
-            return loss
+            return result
+        loss, *metrics = result if isinstance(result, tuple) else (result,)
         (count, rows), here = seen[0], jnp.maximum(1, jnp.sum(batch.labels != IGNORE_INDEX))
-        return loss / here * count * len(batch.tokens) / rows
+        loss = loss / here * count * len(batch.tokens) / rows
+        return (loss, *metrics) if metrics else loss
 
-    return [(jo.CausalLM, "prepare", remember), (jo.CausalLM, "__call__", call)]
+    return [(objective, "prepare", remember), (objective, method, call)]
