@@ -1,9 +1,7 @@
 """Plans of adapters, conversations and pairs: FLOPs, memory and traffic of what is trained."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 
-import jax
 import pytest
 
 import mooshak_jax.planner as jax_planner
@@ -13,16 +11,6 @@ from mooshak.config.sections import Config, DataConfig, ParallelConfig, TrainCon
 from mooshak.plan import executed_flops
 from mooshak_torch import planner as torch_planner
 from tests.plan.test_plan import BIG
-
-
-@pytest.fixture(autouse=True)
-def _as_a_command_starts() -> Iterator[None]:
-    """Other tests compute in float64, and a program is another one then."""
-    cached = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    with jax.enable_x64(False):
-        yield
-    jax.config.update("jax_enable_compilation_cache", cached)
 
 
 def test_recomputed_flops_are_those_of_the_window() -> None:

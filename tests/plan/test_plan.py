@@ -4,11 +4,10 @@ import gc
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import jax
 import pytest
 import torch
 
@@ -85,16 +84,6 @@ def test_two_cpu_processes_start_next_to_libtpu() -> None:
     finally:
         for process in processes:
             process.kill()
-
-
-@pytest.fixture(autouse=True)
-def _as_a_command_starts() -> Iterator[None]:
-    """Other tests here compute in float64, and a program is another one then."""
-    cached = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    with jax.enable_x64(False):
-        yield
-    jax.config.update("jax_enable_compilation_cache", cached)
 
 
 PROGRAMS = """

@@ -25,13 +25,12 @@ from mooshak.numerics.grpo import (
 )
 from mooshak_jax import objectives as jax_objectives
 from mooshak_jax import params as jax_params
-from mooshak_jax import step as jax_step
-from mooshak_torch import step as torch_step
 from mooshak_torch.distributed import mesh as torch_mesh
 from mooshak_torch.model import Model
 from mooshak_torch.objectives import PolicyLM
 from mooshak_torch.params import initialize
 from parity.backends.jax import canonical
+from tests.training.curves import jax_curve, torch_curve
 
 V, T = 4, 22
 MODEL = ModelConfig(vocab_size=V, dim=16, n_layers=1, n_heads=2, hidden_dim=24, max_seq_len=T)
@@ -271,33 +270,6 @@ def test_equal_rewards_have_no_advantage() -> None:
         found = group_advantages(rewards, replace(BASE, scale_rewards=scale))
         assert not found[0].any() and abs(found[1].sum()) < 1e-12
     assert list(found[1]) == [0.5, -0.5, 0.0]
-
-
-Curve = list[tuple[float, ...]]
-
-
-def torch_curve(settings: Config, batch: Batch, steps: int = 3) -> Curve:
-    """Loss and gradient norm of each step on one batch."""
-    parallel, curve = torch_mesh.make_parallel(settings), []
-    objective, optimizer = torch_step.make_state(settings, parallel, None, None)
-    local = parallel.shard_local_batch(batch)
-    for _ in range(steps):
-        loss, norm = torch_step.train_step(objective, optimizer, local, 1e-2, settings, parallel)
-        curve.append((loss.item(), norm.item(), *map(float, objective.metrics.values())))
-    return curve
-
-
-def jax_curve(settings: Config, batch: Batch, steps: int = 3) -> Curve:
-    trainer = jax_step.Trainer(settings)
-    trainer.state = jax_step.initial_state(
-        jax_params.initialize(MODEL, "float64", 0, parallel=trainer.processes)
-    )
-    trainer._skipped, curve = 0, []
-    trainer._add_metrics()
-    for _ in range(steps):
-        metrics, _ = trainer.step(batch, 1e-2, lambda: False)
-        curve.append(tuple(metrics.values()))
-    return curve
 
 
 @pytest.mark.parametrize("parts", [2, 8])

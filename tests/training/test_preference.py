@@ -20,7 +20,6 @@ from mooshak.errors import InputError
 from mooshak.numerics.preference import METRICS
 from mooshak_jax import objectives as jax_objectives
 from mooshak_jax import params as jax_params
-from mooshak_jax import step as jax_step
 from mooshak_torch import reference as torch_reference
 from mooshak_torch import step as torch_step
 from mooshak_torch.distributed import mesh as torch_mesh
@@ -28,6 +27,7 @@ from mooshak_torch.model import Model
 from mooshak_torch.objectives import PreferenceLM
 from mooshak_torch.params import initialize
 from parity.backends.jax import canonical
+from tests.training.curves import Curve, jax_curve, torch_curve
 
 V, T = 4, 22
 MODEL = ModelConfig(vocab_size=V, dim=16, n_layers=1, n_heads=2, hidden_dim=24, max_seq_len=T)
@@ -186,33 +186,6 @@ def test_losses_are_those_of_enumeration(name: str, policy: Model, reference: Mo
     for key, grad in canonical(grads).items():
         ours = dict(policy.named_parameters())[key].grad.numpy()
         assert np.abs(grad - ours).max() <= 1e-12 * np.abs(ours).max(), key
-
-
-Curve = list[tuple[float, ...]]
-
-
-def torch_curve(settings: Config, batch: Batch, steps: int = 3) -> Curve:
-    """Loss and gradient norm of each step on one batch."""
-    parallel, curve = torch_mesh.make_parallel(settings), []
-    objective, optimizer = torch_step.make_state(settings, parallel, None, None)
-    local = parallel.shard_local_batch(batch)
-    for _ in range(steps):
-        loss, norm = torch_step.train_step(objective, optimizer, local, 1e-2, settings, parallel)
-        curve.append((loss.item(), norm.item(), *map(float, objective.metrics.values())))
-    return curve
-
-
-def jax_curve(settings: Config, batch: Batch, steps: int = 3) -> Curve:
-    trainer = jax_step.Trainer(settings)
-    trainer.state = jax_step.initial_state(
-        jax_params.initialize(MODEL, "float64", 0, parallel=trainer.processes)
-    )
-    trainer._skipped, curve = 0, []
-    trainer._add_metrics()
-    for _ in range(steps):
-        metrics, _ = trainer.step(batch, 1e-2, lambda: False)
-        curve.append(tuple(metrics.values()))
-    return curve
 
 
 KTO = DPOConfig("kto", beta=0.8, desirable_weight=1.5, undesirable_weight=0.5)
