@@ -171,12 +171,12 @@ def initialize(
 
 def gather_weights(params: Any, model: ModelConfig) -> Checkpoint:
     """Return the weights under their canonical names, copied to the host of every process."""
-    leaves = {}
+    leaves, several = {}, jax.process_count() > 1
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        several = jax.process_count() > 1
         full = multihost_utils.process_allgather(leaf, tiled=True) if several else leaf
+        array = np.asarray(full)
         for tensor in canonical_tensors(path, leaf.shape):
-            leaves[tensor.name] = tensor, np.asarray(full)
+            leaves[tensor.name] = tensor, array
     tensors = {name: (leaf.dtype, tensor.shape) for name, (tensor, leaf) in leaves.items()}
 
     def read(key: str, rows: slice = FULL_SLICE) -> np.ndarray:

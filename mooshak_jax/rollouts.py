@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mooshak.checkpoints.base import Checkpoint
+from mooshak.config.grpo import PREFILL_CHUNK
 from mooshak.config.sections import Config
 from mooshak.mesh import AXES
 from mooshak.serving.scheduler import Scheduler
@@ -17,9 +18,6 @@ from mooshak_jax.engine import Engine
 from mooshak_jax.lm import LM
 from mooshak_jax.params import abstract_params, load_params
 from mooshak_jax.step import set_matmul_precision
-
-PREFILL_CHUNK = 32
-"""Tokens of a prompt that are read at once: the samples of a prompt share its complete chunks."""
 
 
 def make_scheduler(

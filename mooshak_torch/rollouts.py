@@ -4,6 +4,7 @@ Mirror: mooshak_jax/rollouts.py.
 """
 
 from mooshak.checkpoints.base import Checkpoint
+from mooshak.config.grpo import PREFILL_CHUNK
 from mooshak.config.sections import Config
 from mooshak.serving.scheduler import Scheduler
 from mooshak.tokenizer.base import Tokenizer
@@ -12,9 +13,6 @@ from mooshak_torch.engine import Engine
 from mooshak_torch.lm import LM
 from mooshak_torch.model import Model
 from mooshak_torch.params import load_params
-
-PREFILL_CHUNK = 32
-"""Tokens of a prompt that are read at once: the samples of a prompt share its complete chunks."""
 
 
 def make_scheduler(

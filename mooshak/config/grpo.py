@@ -6,6 +6,9 @@ from typing import Literal
 from mooshak.config.fields import check_fields, number
 from mooshak.config.generate import MAX_TOP_K, MIN_TEMPERATURE
 
+PREFILL_CHUNK = 32
+"""Tokens of a prompt that are read at once: the samples of a prompt share its complete chunks."""
+
 
 @dataclass(frozen=True)
 class GRPOConfig:

@@ -226,10 +226,14 @@ def _load_reference(config: Config, trainer: Trainer, tokenizer: Tokenizer, firs
 
 
 def _validate(
-    config: Config, trainer: Trainer, validation: Mapping[str, Batch], token_bytes_V: np.ndarray
+    trainer: Trainer, data: TrainingData, validation: Mapping[str, Batch], token_bytes_V: np.ndarray
 ) -> dict[str, float]:
-    """Return the metrics of the validation rows."""
-    if config.data.format == "preferences":
+    """Return the metrics of the validation rows, or of answers to held-out prompts."""
+    if isinstance(data, PromptData):
+        return data.sampler.validate()
+    if not validation:
+        return {}
+    if isinstance(data, PreferenceData):
         return preference_metrics(trainer.evaluate, validation)
     return validation_metrics(
         lambda batch: trainer.evaluate(batch)["loss"], validation, token_bytes_V
@@ -269,11 +273,8 @@ def _run(config: Config, trainer: Trainer, data: TrainingData, first: int, profi
             metrics |= data.metrics if isinstance(data, PromptData) else {}
             metrics |= trainer.peak_memory()
             seconds = time.perf_counter() - began
-            if validation and _is_due(step, last, config.evaluate.every):
-                metrics |= _validate(config, trainer, validation, token_bytes_V)
-            if isinstance(data, PromptData) and config.evaluate.every:
-                is_due = _is_due(step, last, config.evaluate.every)
-                metrics |= data.sampler.validate() if is_due else {}
+            if config.evaluate.every and _is_due(step, last, config.evaluate.every):
+                metrics |= _validate(trainer, data, validation, token_bytes_V)
             reason = nonfinite.check(step, metrics)
             if reason or _is_due(step, last, config.train.log_every):
                 with manager.defer_failure(f"step {step} could not be logged"):
