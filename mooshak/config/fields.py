@@ -26,7 +26,7 @@ class Range:
     lowest: float
     highest: float
     is_open: tuple[bool, bool] = (False, False)
-    """Whether the lowest and the highest number themselves are excluded."""
+    """True if the lowest and the highest number themselves are excluded."""
 
     def __contains__(self, value: Any) -> bool:
         above: bool = self.lowest < value if self.is_open[0] else self.lowest <= value

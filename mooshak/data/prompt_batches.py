@@ -47,7 +47,7 @@ class Prompt:
 
 
 class Sampler(Protocol):
-    """What samples answers, with the weights of a step."""
+    """Source of sampled answers, with the weights of a step."""
 
     def sample(self, number: int) -> Sequence[Rollout]:
         """Return the samples of a rollout, all of them in every process; a collective."""

@@ -19,7 +19,7 @@ from mooshak.generation.adjustments import RowAdjustments, stack_adjustments
 from mooshak.generation.cached_model import CachedModel
 
 Stopped = Callable[[list[int]], bool]
-"""Whether the text of new tokens of a prompt contains a stop text."""
+"""Function that says if the text of new tokens of a prompt contains a stop text."""
 
 
 @dataclass(frozen=True)

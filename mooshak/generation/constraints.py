@@ -54,7 +54,7 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Constraint:
-    """What may follow the tokens of a row. It does not change: `after` returns another one."""
+    """The tokens that may follow a row. It does not change: `after` returns another one."""
 
     name: str
     """Setting of the constraint."""

@@ -23,7 +23,7 @@ class Tokenizer(Protocol):
     bos_id: int
     """The token before a document; that of `eos_id` if there is no BOS token."""
     nfc: bool
-    """Whether a text is brought to Unicode NFC before it is encoded."""
+    """True if a text is brought to Unicode NFC before it is encoded."""
     special_texts: dict[str, str]
     """Texts of the special tokens for chat templates: bos, eos, pad and others -> token."""
     eos_id: int

@@ -54,11 +54,11 @@ class TokenizerMetadata:
     add_eos: bool | None = None
     add_prefix_space: bool | None = None
     legacy: bool = False
-    """Whether a space precedes the text after each added token, as in older Llama tokenizers."""
+    """True if a space precedes the text after each added token, as in older Llama tokenizers."""
     is_hf: bool = False
-    """Whether there is a tokenizer_config.json."""
+    """True if there is a tokenizer_config.json."""
     nfc: bool = False
-    """Whether texts are brought to Unicode NFC before they are encoded."""
+    """True if texts are brought to Unicode NFC before they are encoded."""
 
 
 def read_metadata(directory: Path) -> TokenizerMetadata:

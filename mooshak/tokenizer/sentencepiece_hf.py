@@ -28,7 +28,7 @@ class HFSentencePieceTokenizer(SentencePieceTokenizer):
         proto = parse_proto(self._model.serialized_model_proto())
         normalizer = proto.normalizer_spec
         self.prefix = normalizer.add_dummy_prefix and metadata.add_prefix_space is not False
-        """Whether a space precedes a text."""
+        """True if a space precedes a text."""
         normalizer.add_dummy_prefix = False
         model = proto.SerializeToString()
         self._model_inside = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -49,7 +49,7 @@ class HFSentencePieceTokenizer(SentencePieceTokenizer):
         pad_id = self._special("pad", self._model.pad_id())
         self.pad_id = pad_id if pad_id >= 0 else self.eos_id
         self.adds_bos = self.has_bos and metadata.add_bos is not False
-        """Whether a prompt begins with BOS."""
+        """True if a prompt begins with BOS."""
         self.special_texts = self.special_texts | dict(metadata.names)
 
     def _place(self) -> dict[int, AddedToken]:

@@ -33,7 +33,7 @@ from mooshak.training.rewards import call_reward, load_reward
 
 
 class Policy(Protocol):
-    """What rollouts need of a `Trainer`."""
+    """The part of a `Trainer` that rollouts use."""
 
     framework: str
 
