@@ -76,6 +76,29 @@ class CachedModel:
                 self.graphdef, self.params, tokens, positions, index, self.caches
             )
 
+    def propose(
+        self,
+        tokens_BN: np.ndarray,
+        positions_BN: np.ndarray,
+        uniform_BM: np.ndarray,
+        last_B: np.ndarray,
+        settings: GenerateConfig,
+    ) -> np.ndarray:
+        if settings.temperature == 0:  # In one program: a call costs more than a small model.
+            arrays = (a.astype(np.int32) for a in (tokens_BN, positions_BN, last_B))
+            with jax.enable_x64():
+                drawn_BM, self.caches = _propose(
+                    self.graphdef, self.params, *arrays, self.caches, uniform_BM.shape[1]
+                )
+                return np.asarray(drawn_BM)
+        drawn: list[np.ndarray] = []
+        for uniform_B in uniform_BM.T:
+            self.extend(tokens_BN, positions_BN, n_logits=1)
+            tokens_BN = self.sample(uniform_B[:, None], settings)
+            positions_BN = np.minimum(positions_BN[:, -1:] + 1, last_B[:, None])
+            drawn.append(tokens_BN)
+        return np.concatenate(drawn, axis=1)
+
     def select(self, rows: Sequence[int]) -> None:
         with jax.enable_x64():
             self.caches = _select(self.caches, np.asarray(rows, np.int32))
@@ -134,6 +157,35 @@ def _forward(
     model = merge(graphdef, params)
     hidden_BND = model.hidden_states(tokens_BN, positions_BN, caches)
     return model.logits(jnp.take_along_axis(hidden_BND, index_BM[..., None], axis=1)), caches
+
+
+@partial(jax.jit, static_argnums=(0, 6), donate_argnums=5)
+def _propose(
+    graphdef: nnx.GraphDef,
+    params: Any,
+    tokens_BN: Array,
+    positions_BN: Array,
+    last_B: Array,
+    caches: list[KVCache],
+    n: int,
+) -> tuple[Array, list[KVCache]]:
+    """Return the next `n` greedy tokens of each row, [B, M], and the updated caches."""
+    index_B1 = jnp.full((len(tokens_BN), 1), tokens_BN.shape[1] - 1)
+    logits_B1V, caches = _forward(graphdef, params, tokens_BN, positions_BN, index_B1, caches)
+
+    def read(carry: tuple[Array, Array, list[KVCache]], _: None) -> tuple[Any, Array]:
+        token_B1, position_B1, caches = carry
+        position_B1 = jnp.minimum(position_B1 + 1, last_B[:, None])
+        logits_B1V, caches = _forward(
+            graphdef, params, token_B1, position_B1, jnp.zeros_like(position_B1), caches
+        )
+        token_B1 = jnp.argmax(logits_B1V, -1)
+        return (token_B1, position_B1, caches), token_B1[:, 0]
+
+    token_B1 = jnp.argmax(logits_B1V, -1)
+    first = (token_B1, positions_BN[:, -1:], caches)
+    (_, _, caches), drawn_MB = jax.lax.scan(read, first, length=n - 1)
+    return jnp.concatenate([token_B1, drawn_MB.T], axis=1), caches
 
 
 @jax.jit

@@ -65,6 +65,22 @@ class CachedModel:
         rows_B1 = torch.arange(len(tokens), device=self.device).unsqueeze(1)
         self.logits_BMV = self.model.logits(hidden_BND[rows_B1, index])
 
+    def propose(
+        self,
+        tokens_BN: np.ndarray,
+        positions_BN: np.ndarray,
+        uniform_BM: np.ndarray,
+        last_B: np.ndarray,
+        settings: GenerateConfig,
+    ) -> np.ndarray:
+        drawn: list[np.ndarray] = []
+        for uniform_B in uniform_BM.T:
+            self.extend(tokens_BN, positions_BN, n_logits=1)
+            tokens_BN = self.sample(uniform_B[:, None], settings)
+            positions_BN = np.minimum(positions_BN[:, -1:] + 1, last_B[:, None])
+            drawn.append(tokens_BN)
+        return np.concatenate(drawn, axis=1)
+
     @torch.no_grad()
     def select(self, rows: Sequence[int]) -> None:
         for cache in self.caches:

@@ -41,6 +41,20 @@ class CachedModel(Protocol):
         A row may be padded by copies of its last token, at the same position.
         """
 
+    def propose(
+        self,
+        tokens_BN: np.ndarray,
+        positions_BN: np.ndarray,
+        uniform_BM: np.ndarray,
+        last_B: np.ndarray,
+        settings: GenerateConfig,
+    ) -> np.ndarray:
+        """Draw the next M tokens of each row, int64 [B, M]: `extend` and `sample` in turns.
+
+        All but the last one are read, too. No token is read at a position beyond `last_B`: what
+        follows there is not to be used.
+        """
+
     def select(self, rows: Sequence[int]) -> None:
         """Reorder the caches: row i becomes the old row rows[i]."""
 

@@ -175,21 +175,32 @@ class Speculation:
 
     def _propose(self) -> list[Adjustments | None]:
         """Draft tokens; return the adjustments of every drafted token, and of the one after."""
+        # If all drafted tokens were accepted, the draft model has not read the last two.
+        texts = np.array([[*row.prompt[-1:], *row.ids[-2:]][-2:] for row in self.rows])
+        places = np.array([[row.position - 1, row.position] for row in self.rows])
+        if any(row.adjuster is not None for row in self.rows):
+            return self._propose_adjusted(texts, places)
+        if any(row.limit for row in self.rows):
+            n = min(self.settings.draft_tokens, self.settings.max_new_tokens - 1)
+            uniform_BM = np.stack([row.uniform(np.arange(n)) for row in self.rows])
+            last_B = np.array([row.position + row.limit for row in self.rows])
+            drawn_BM = self.draft.propose(texts, places, uniform_BM, last_B, self.settings)
+            for row, drawn in zip(self.rows, drawn_BM.tolist(), strict=True):
+                for token in drawn:
+                    row.propose(token)
+        return [None]
+
+    def _propose_adjusted(self, texts: np.ndarray, places: np.ndarray) -> list[Adjustments | None]:
+        """Draft tokens in turns with the adjustments, which depend on them."""
         steps = [self._adjustments()]
         while any(len(row.drafted) < row.limit for row in self.rows):
-            i = len(steps) - 1
-            if i == 0:
-                # If all drafted tokens were accepted, the draft model has not read the last two.
-                texts = [[*row.prompt[-1:], *row.ids[-2:]][-2:] for row in self.rows]
-                places = [[row.position - 1, row.position] for row in self.rows]
-            else:
-                texts = [[row.ids[-1], *row.drafted][-1:] for row in self.rows]
-                places = [[row.position + len(row.drafted)] for row in self.rows]
-            self.draft.extend(np.array(texts), np.array(places), n_logits=1)
-            uniform_B1 = np.stack([row.uniform(np.array([i])) for row in self.rows])
+            self.draft.extend(texts, places, n_logits=1)
+            uniform_B1 = np.stack([row.uniform(np.array([len(steps) - 1])) for row in self.rows])
             drawn_B1 = self.draft.sample(uniform_B1, self.settings, steps[-1])
             for row, token in zip(self.rows, drawn_B1[:, 0].tolist(), strict=True):
                 row.propose(token)
+            texts = np.array([[row.ids[-1], *row.drafted][-1:] for row in self.rows])
+            places = np.array([[row.position + len(row.drafted)] for row in self.rows])
             steps.append(self._adjustments())
         return steps
 

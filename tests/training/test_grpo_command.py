@@ -103,6 +103,32 @@ def test_run_learns_from_its_samples(whole: Path) -> None:
     assert steps[0]["reward"] == steps[1]["reward"] != steps[2]["reward"]
 
 
+def test_rewarded_tokens_become_frequent(
+    config: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    options = {
+        "grpo.num_iterations": 1,
+        "grpo.temperature": 1.0,
+        "grpo.top_p": 1.0,
+        "grpo.num_generations": 16,
+        "grpo.rollout_batch_size": 64,
+        "optimizer.learning_rate": 3e-2,
+        "schedule.kind": "constant",
+        "train.steps": 14,
+        "train.batch_size": 64,
+        "train.dtype": "float32",
+        "checkpoint.every": 14,
+        "evaluate.every": 14,
+    }
+    words = [f"--{name}={value}" for name, value in options.items()]
+    grpo("torch", config, tmp_path, "--init.from", tiny_checkpoint, *words)
+    steps = lines(tmp_path)
+    rewards = [line["reward"] for line in steps]
+    # Half of the tokens are odd at first. The most that 7 tokens can have is 7 / 8.
+    assert max(rewards[:3]) < 0.6 and min(rewards[-3:]) > 0.8, rewards
+    assert steps[-1]["validation_reward"] > 0.8
+
+
 def test_resume_among_updates_is_exact(
     config: Path, tiny_checkpoint: Path, whole: Path, tmp_path: Path
 ) -> None:
