@@ -129,7 +129,7 @@ class JaxBackend:
         update = mooshak_jax.step.make_train_step(config, parallel)
         abstract = mooshak_jax.params.abstract_params(config.model, config.train.dtype, parallel)
         params = mooshak_jax.params.load_params(abstract, self.source.read)
-        state = mooshak_jax.step.initial_state(params)
+        state = mooshak_jax.step.initial_state(params, config.frozen)
         metrics = mooshak_jax.step.abstract_metrics(config, parallel)
         if metrics:
             state["metrics"] = {name: jnp.zeros((), like.dtype) for name, like in metrics.items()}

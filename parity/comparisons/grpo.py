@@ -11,10 +11,11 @@ from mooshak.data.packing import IGNORE_INDEX, Batch
 from mooshak.data.samples import make_rows
 from mooshak.numerics import grpo as formulas
 from parity.backends import ForwardBackward
-from parity.comparisons.case import STEPS, Line, ParityCase
+from parity.comparisons.case import Line, ParityCase
 from parity.comparisons.places import worst_gradient
 from parity.comparisons.sft import conversation_rows
-from parity.distance import difference, worst_tensor
+from parity.comparisons.steps import compare_steps
+from parity.distance import difference
 from parity.tolerances import FLOAT64
 
 GRPO = GRPOConfig(temperature=0.7, beta=0.3, epsilon=0.3, epsilon_high=0.6, loss_type="grpo")
@@ -39,7 +40,14 @@ def grpo(q: ParityCase) -> Iterator[Line]:
     apart, worst = worst_gradient(theirs.gradients, ours.gradients)
     name = "every gradient of GRPO, the worst"
     yield Line(name, "float64", apart, FLOAT64, where=where or worst)
-    yield _steps(q, config, batches, where)
+    yield compare_steps(
+        (q.torch, q.jax),
+        config,
+        batches,
+        "of GRPO",
+        where,
+        lambda k, ours, theirs: _denominator(batches[k], k, theirs.loss / ours.loss),
+    )
 
 
 def sampled_rows(tokens_BS: np.ndarray, number: int, config: Config) -> Batch[np.ndarray]:
@@ -63,22 +71,11 @@ def sampled_rows(tokens_BS: np.ndarray, number: int, config: Config) -> Batch[np
     )
 
 
-def _steps(q: ParityCase, config: Config, batches: list[Batch[np.ndarray]], where: str) -> Line:
-    """Compare the losses, norms and parameters of the steps in lockstep."""
-    worst, fault = 0.0, where
-    pairs = zip(q.torch.steps(config, batches), q.jax.steps(config, batches), strict=True)
-    for k, (ours, theirs) in enumerate(pairs):
-        apart = difference(theirs.loss, ours.loss)
-        if not fault and not apart <= FLOAT64:
-            n_labels = int((batches[k].labels != IGNORE_INDEX).sum())
-            share = n_labels / batches[k].labels.size
-            ratio = theirs.loss / ours.loss
-            is_padding = min(abs(ratio - share), abs(1 / ratio - share)) < 1e-9
-            fault = DENOMINATOR["padding" if is_padding else "micro-batches"].format(k)
-        parameters = worst_tensor(theirs.params, ours.params)[1]
-        worst = max(worst, apart, difference(theirs.norm, ours.norm), parameters)
-    name = f"losses, norms and parameters of {STEPS} steps of GRPO, the worst"
-    return Line(name, "float64", worst, FLOAT64, where=fault)
+def _denominator(batch: Batch[np.ndarray], k: int, ratio: float) -> str:
+    """Return the mistake in the denominator of losses that have this ratio."""
+    share = int((batch.labels != IGNORE_INDEX).sum()) / batch.labels.size
+    is_padding = min(abs(ratio - share), abs(1 / ratio - share)) < 1e-9
+    return DENOMINATOR["padding" if is_padding else "micro-batches"].format(k)
 
 
 def _diagnosis(batch: Batch[np.ndarray], ours: ForwardBackward, theirs: ForwardBackward) -> str:

@@ -8,9 +8,10 @@ from mooshak.data.packing import IGNORE_INDEX, Batch
 from mooshak.data.samples import Sample, make_rows
 from parity.backends import Backend, ForwardBackward
 from parity.backends.base import count_labels
-from parity.comparisons.case import STEPS, Line, ParityCase
+from parity.comparisons.case import Line, ParityCase
 from parity.comparisons.places import worst_gradient
-from parity.distance import difference, worst_tensor
+from parity.comparisons.steps import compare_steps
+from parity.distance import difference
 from parity.tolerances import FLOAT64
 
 
@@ -28,7 +29,15 @@ def sft(q: ParityCase) -> Iterator[Line]:
     apart, worst = worst_gradient(theirs.gradients, ours.gradients)
     name = "every gradient of conversations, the worst"
     yield Line(name, "float64", apart, FLOAT64, where=where or worst)
-    yield _steps(q, where)
+    batches = [make_rows(conversation_rows(tokens_BS), config.T) for tokens_BS in q.tokens_nBS]
+    yield compare_steps(
+        (q.torch, q.jax),
+        config,
+        batches,
+        "on conversations",
+        where,
+        lambda k, *_: _denominator(q, batches[k], k),
+    )
 
 
 def sft_packing(q: ParityCase) -> Iterator[Line]:
@@ -61,26 +70,6 @@ def conversation_rows(tokens_BS: np.ndarray) -> list[list[Sample]]:
             start += size
         rows.append(row)
     return rows
-
-
-def _steps(q: ParityCase, where: str) -> Line:
-    """Compare the losses, norms and parameters of the steps in lockstep."""
-    config = q.config("float64")
-    batches = [make_rows(conversation_rows(tokens_BS), config.T) for tokens_BS in q.tokens_nBS]
-    worst, fault = 0.0, where
-    pairs = zip(q.torch.steps(config, batches), q.jax.steps(config, batches), strict=True)
-    for k, (ours, theirs) in enumerate(pairs):
-        apart = difference(theirs.loss, ours.loss)
-        if not fault and not apart <= FLOAT64:
-            fault = _denominator(q, batches[k], k)
-        worst = max(
-            worst,
-            apart,
-            difference(theirs.norm, ours.norm),
-            worst_tensor(theirs.params, ours.params)[1],
-        )
-    name = f"losses, norms and parameters of {STEPS} steps on conversations, the worst"
-    return Line(name, "float64", worst, FLOAT64, where=fault)
 
 
 def _denominator(q: ParityCase, batch: Batch[np.ndarray], k: int) -> str:

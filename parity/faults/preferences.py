@@ -14,6 +14,9 @@ import mooshak_torch.ops.cross_entropy
 from mooshak.numerics.preference import Pairs
 from parity.faults.fault import Fault
 from parity.faults.model import Patch, jm, tm
+from parity.faults.sft import local_denominator_jax, local_denominator_torch
+
+to, jo = mooshak_torch.objectives, mooshak_jax.objectives
 
 
 def answers_swapped(objectives: ModuleType) -> list[Patch]:
@@ -70,36 +73,47 @@ def scale_doubled(model: ModuleType) -> list[Patch]:
     return [(model, "add_adapter", doubled)]
 
 
+def count_pairs(objectives: ModuleType) -> Any:
+    """Return the function that counts the pairs of some rows."""
+    return lambda batch: (objectives.count_labels(batch)[:, ::2] > 0).sum()
+
+
 PREFERENCES = {
     "chosen and rejected swapped": Fault(
         "preferences",
         "^chosen and rejected$",
-        lambda: answers_swapped(mooshak_torch.objectives),
-        lambda: answers_swapped(mooshak_jax.objectives),
+        lambda: answers_swapped(to),
+        lambda: answers_swapped(jo),
     ),
     "reference is the model that is trained": Fault(
         "preferences",
         "^the reference",
-        lambda: reference_is_trained(mooshak_torch.objectives, torch.Tensor.detach),
-        lambda: reference_is_trained(mooshak_jax.objectives, jax.lax.stop_gradient),
+        lambda: reference_is_trained(to, torch.Tensor.detach),
+        lambda: reference_is_trained(jo, jax.lax.stop_gradient),
     ),
     "prompt counts in the length of an answer": Fault(
         "preferences",
         "^log-probabilities of the answers$",
-        lambda: prompt_counts(mooshak_torch.objectives),
-        lambda: prompt_counts(mooshak_jax.objectives),
+        lambda: prompt_counts(to),
+        lambda: prompt_counts(jo),
     ),
     "log-probabilities of answers one late": Fault(
         "preferences",
         "^log-probabilities of the answers$",
         lambda: labels_one_late(mooshak_torch.ops.cross_entropy, torch.roll),
-        lambda: labels_one_late(mooshak_jax.objectives, jnp.roll),
+        lambda: labels_one_late(jo, jnp.roll),
     ),
     "scale of adapters doubled": Fault(
         "preferences",
         "^log-probabilities of the answers$",
         lambda: scale_doubled(tm),
         lambda: scale_doubled(jm),
+    ),
+    "denominator of pairs per micro-batch": Fault(
+        "preferences",
+        "^step 0: pairs of each micro-batch in the denominator",
+        lambda: local_denominator_torch(to.PreferenceLM, count_pairs(to)),
+        lambda: local_denominator_jax(jo.PreferenceLM, "measure", count_pairs(jo)),
     ),
 }
 """Name -> fault."""

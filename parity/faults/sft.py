@@ -59,8 +59,15 @@ def labels_jax(change: Any) -> list[Patch]:
     return [(jo.CausalLM, "__call__", call)]
 
 
-def local_denominator_torch(objective: type[to.CausalLM] = to.CausalLM) -> list[Patch]:
-    """Divide each micro-batch by its own labels, and average the parts."""
+def count_labels(batch: Batch) -> Any:
+    """Return the number of labels of some rows."""
+    return (batch.labels != IGNORE_INDEX).sum()
+
+
+def local_denominator_torch(
+    objective: type[to.CausalLM] = to.CausalLM, count_local: Any = count_labels
+) -> list[Patch]:
+    """Divide each micro-batch by its own labels, or `count_local`, and average the parts."""
     prepare, original = objective.prepare, objective.forward
     seen: list[tuple[int, int]] = []
 
@@ -73,16 +80,18 @@ def local_denominator_torch(objective: type[to.CausalLM] = to.CausalLM) -> list[
         loss = original(self, batch)
         if not seen:
             return loss
-        (count, rows), here = seen[0], (batch.labels != IGNORE_INDEX).sum().clamp(min=1)
+        (count, rows), here = seen[0], count_local(batch).clamp(min=1)
         return loss / here * count * len(batch.tokens) / rows
 
     return [(objective, "prepare", remember), (objective, "forward", forward)]
 
 
 def local_denominator_jax(
-    objective: type[jo.CausalLM] = jo.CausalLM, method: str = "__call__"
+    objective: type[jo.CausalLM] = jo.CausalLM,
+    method: str = "__call__",
+    count_local: Any = count_labels,
 ) -> list[Patch]:
-    """Divide each micro-batch by its own labels, and average the parts.
+    """Divide each micro-batch by its own labels, or `count_local`, and average the parts.
 
     `method` returns the loss, or the loss and metrics.
     """
@@ -99,7 +108,7 @@ def local_denominator_jax(
         if not seen:
             return result
         loss, *metrics = result if isinstance(result, tuple) else (result,)
-        (count, rows), here = seen[0], jnp.maximum(1, jnp.sum(batch.labels != IGNORE_INDEX))
+        (count, rows), here = seen[0], jnp.maximum(1, count_local(batch))
         loss = loss / here * count * len(batch.tokens) / rows
         return (loss, *metrics) if metrics else loss
 
