@@ -189,7 +189,7 @@ def plot(curves: dict[str, Curve]) -> str:
         bottom.set_ylim(0, 1.03)
         bottom.set_ylabel("DPO: reward accuracy")
         bottom.legend(frameon=False, loc="lower right")
-        last.plot(*_xy(curves["grpo reward"]), color=COLORS["torch"], linewidth=0.6, alpha=0.6)
+        last.plot(*_xy(curves["grpo reward"]), color=COLORS["jax"], linewidth=0.6, alpha=0.6)
         last.set_ylim(0, 1.03)
         last.set_ylabel("GRPO: reward")
         last.set_xlabel("step")

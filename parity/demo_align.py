@@ -1,7 +1,8 @@
 """Fine-tune and align a small model on questions about the tales: SFT, DPO, GRPO, on two cores.
 
-SFT begins in PyTorch and continues in JAX. Each stage is a command that can be run by hand; a
-stage that is complete is not run again. `parity.align_report` writes the page.
+SFT begins in PyTorch and continues in JAX; DPO runs in PyTorch and GRPO in JAX. Each stage is a
+command that can be run by hand; a stage that is complete is not run again. `parity.align_report`
+writes the page.
 
 python -m parity.demo_align
 python -m parity.demo_align --out runs/seed-1 --seed 1
@@ -83,8 +84,8 @@ def stages(options: argparse.Namespace) -> list[Stage]:
         answer("dpo", "answers after DPO", aligned),
         train(
             "grpo",
-            "GRPO in PyTorch, of the model after SFT",
-            "mooshak_torch.grpo",
+            "GRPO in JAX, of the model after SFT",
+            "mooshak_jax.grpo",
             "demo-align-grpo",
             grpo.train.steps,
             *("--init.from", tuned),
