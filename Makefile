@@ -2,6 +2,8 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+# Every start of Python would compile what it imports: ten seconds with both frameworks.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup smollm2 demo demo-align picture accelerator-report test test-fast mutants benchmark vllm lint format clean
 help: ## list the targets

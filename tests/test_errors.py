@@ -21,6 +21,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_closed_output_ends_the_command_quietly() -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", CODE], stdout=subprocess.PIPE, stderr=subprocess.PIPE

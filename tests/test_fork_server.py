@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [["-m", "there"], ["there.py"]], ids=["module", "file"])
 def test_command_runs_in_the_directory_of_its_caller(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -67,6 +67,7 @@ def test_adjective_agrees_with_its_noun(noun: str, hindi: str):
     assert tales.adjective(tales.Actor(found, None, None), "hi") == ""
 
 
+@pytest.mark.slow
 def test_tale_is_the_same_in_another_process():
     """Pinned: corpora and graded questions made from the tales must not move by themselves."""
     script = "import mooshak.corpus.tales as t; d = t._Draw(3, 5); print(d.bits % 10**12)"
@@ -211,6 +212,7 @@ def test_unknown_language_is_refused():
         list(tales.documents(0, 1, ("fr",)))
 
 
+@pytest.mark.slow
 def test_tales_command_prints_both_languages():
     run = subprocess.run(
         [sys.executable, "-m", "mooshak.corpus.tales", "--count", "2"],

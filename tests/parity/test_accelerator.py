@@ -80,6 +80,7 @@ def test_parts_share_the_time_the_first_ones_first() -> None:
     assert part_seconds(PARTS, 3, 8) == 3 and part_seconds(PARTS, -1, 8) == 0
 
 
+@pytest.mark.slow
 def test_part_whose_process_fails_is_a_row(tmp_path: Path) -> None:
     broken = replace(PARTS[0], name="no such part")
     (row,) = measure(broken, _setup(tmp_path), 60, os.environ)

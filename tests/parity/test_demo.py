@@ -173,6 +173,7 @@ def test_broken_stage_leaves_no_stamp(copies: list[Stage], tmp_path: Path) -> No
     assert carry_out(copies, out, "") == 1
 
 
+@pytest.mark.slow
 def test_stage_without_its_files_fails(copies: list[Stage], tmp_path: Path) -> None:
     out = tmp_path / "out"
     stage = Stage("first", "first", copies[0].words, (*copies[0].makes, out / "more"))

@@ -19,6 +19,7 @@ def test_recomputed_flops_are_those_of_the_window() -> None:
     assert executed_flops(dots) - executed_flops(none) == 8 * 64 * 4 * 2 * 24 * 16
 
 
+@pytest.mark.slow
 def test_frozen_parameters_have_no_gradient_and_no_moments() -> None:
     train = TrainConfig(batch_size=8, dtype="bfloat16")
     model = replace(BIG, scan_layers=False)

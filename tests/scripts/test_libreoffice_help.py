@@ -137,6 +137,7 @@ def packages(tmp_path: Path) -> tuple[Path, Path]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deb", [False, True], ids=["directories", "packages"])
 def test_extracted_text(packages: tuple[Path, Path], tmp_path: Path, deb: bool) -> None:
     result = run(*(map(packed, packages) if deb else packages), "--out", tmp_path / "out")
@@ -146,6 +147,7 @@ def test_extracted_text(packages: tuple[Path, Path], tmp_path: Path, deb: bool) 
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["en.jsonl", "hi.jsonl"]
 
 
+@pytest.mark.slow
 def test_printed_figures(packages: tuple[Path, Path], tmp_path: Path) -> None:
     output = run(*packages, "--out", tmp_path / "out").stdout
     hindi, english = (line for line in output.splitlines() if line[2:4] in ("hi", "en"))
@@ -157,6 +159,7 @@ def test_printed_figures(packages: tuple[Path, Path], tmp_path: Path) -> None:
     assert english.split("│")[2:4] == [" " * 5 + "3 ", " " * 10 + "2 "]
 
 
+@pytest.mark.slow
 def test_repeats_are_kept_when_asked(packages: tuple[Path, Path], tmp_path: Path) -> None:
     assert run(*packages, "--out", tmp_path / "out", "--keep-repeats").returncode == 0
     documents = dict(read(tmp_path / "out" / "hi.jsonl"))

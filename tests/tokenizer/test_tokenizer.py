@@ -254,6 +254,7 @@ def test_command_line(
     assert "'seven' is not a token id" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_needs_no_framework():
     code = (
         "import sys, mooshak.tokenizer, mooshak.data.shards, mooshak.corpus.readers;"

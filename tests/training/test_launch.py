@@ -49,6 +49,7 @@ def run(
     return main
 
 
+@pytest.mark.slow
 def test_one_process_without_a_launcher_trains(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

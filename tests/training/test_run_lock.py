@@ -53,6 +53,7 @@ def owner(run: Path) -> "subprocess.Popen[str]":
     return process
 
 
+@pytest.mark.slow
 def test_second_command_is_refused_until_the_first_ends(
     tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
