@@ -44,7 +44,7 @@ def pair_losses(pairs: Pairs, dpo: DPOConfig, xp: Any) -> tuple[Any, dict[str, A
     losses = LOSSES[dpo.loss](chosen, rejected, dpo, xp)
     rewards = dpo.beta * chosen, dpo.beta * rejected
     margins = rewards[0] - rewards[1]
-    return losses, dict(zip(METRICS, (*rewards, margins, 1.0 * (margins > 0)), strict=True))
+    return losses, dict(zip(METRICS, (*rewards, margins, _is_positive(margins, xp)), strict=True))
 
 
 def log_ratios(pairs: Pairs, dpo: DPOConfig) -> tuple[Any, Any]:
@@ -71,7 +71,12 @@ def kto_losses(
     margins = dpo.beta * sign * (answer - baseline)
     losses = weights * sign * xp.exp(log_sigmoid(-margins, xp))
     kl = xp.zeros_like(answer) + baseline
-    return losses, dict(zip(KTO_METRICS, (kl, 1.0 * (margins > 0)), strict=True))
+    return losses, dict(zip(KTO_METRICS, (kl, _is_positive(margins, xp)), strict=True))
+
+
+def _is_positive(x: Any, xp: Any) -> Any:
+    """Return 1 where x > 0, else 0, in the dtype of x."""
+    return xp.where(x > 0, xp.ones_like(x), xp.zeros_like(x))
 
 
 def log_sigmoid(x: Any, xp: Any) -> Any:

@@ -17,7 +17,7 @@ from mooshak.config.sections import Config, DataConfig, OptimizerConfig, TrainCo
 from mooshak.data.packing import IGNORE_INDEX, Batch
 from mooshak.data.samples import Sample, make_rows
 from mooshak.errors import InputError
-from mooshak.numerics.preference import METRICS
+from mooshak.numerics.preference import METRICS, Pairs, kto_losses, pair_losses
 from mooshak_jax import objectives as jax_objectives
 from mooshak_jax import params as jax_params
 from mooshak_torch import reference as torch_reference
@@ -253,6 +253,14 @@ def test_jax_takes_the_same_steps(parts: int, mesh: str, reference: Model) -> No
     settings = replace(settings, parallel=replace(settings.parallel, mesh=mesh))
     truth = torch_curve(config(LOSSES["sigmoid"]), rows(PADDED, reference))
     np.testing.assert_allclose(jax_curve(settings, rows(PACKED, reference)), truth, rtol=1e-12)
+
+
+def test_float32_metrics_stay_float32_next_to_float64() -> None:
+    with jax.enable_x64(True):
+        pairs = Pairs(*jax.numpy.arange(6, dtype="float32"))
+        found = pair_losses(pairs, DPOConfig(), jax.numpy)[1]
+        found |= kto_losses(pairs, pairs.n_chosen, pairs.chosen, DPOConfig("kto"), jax.numpy)[1]
+    assert {value.dtype.name for value in found.values()} == {"float32"}
 
 
 def test_first_loss_of_dpo_is_ln_2() -> None:
