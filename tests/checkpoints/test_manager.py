@@ -209,3 +209,8 @@ def test_failed_save_is_raised_by_the_next(manager: Manager) -> None:
     with pytest.raises(InputError, match="the checkpoint of step 3 could not be saved: No space"):
         save(saving, 4)
     assert complete_steps(saving.directory) == []
+    # Once: the run may go on.
+    assert not saving.failed
+    save(saving, 5)
+    saving.finish()
+    assert complete_steps(saving.directory) == [5]

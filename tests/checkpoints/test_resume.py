@@ -90,6 +90,8 @@ def test_resume_continues_the_same_run(tiny_config: Config) -> None:
     state = json.loads(json.dumps(state))
     longer = replace(tiny_config, train=replace(tiny_config.train, steps=99, dtype="bfloat16"))
     assert check_resume(longer, source_of(tiny_config, state), "t") == 3
+    done = replace(tiny_config, train=replace(tiny_config.train, steps=3))
+    assert check_resume(done, source_of(tiny_config, state), "t") == 3
     del state["validation_step"]  # As older versions wrote it.
     assert check_resume(tiny_config, source_of(tiny_config, state), "t") == 3
 
