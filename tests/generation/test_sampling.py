@@ -189,6 +189,13 @@ def test_draws_follow_the_distribution(framework: str) -> None:
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_greedy_token_is_the_first_of_the_largest(framework: str) -> None:
+    logits_BV = np.array([[0.0, 2.0, 2.0, 1.0], [3.0, 0.0, -1.0, 3.0], [-9.0, -9.0, -9.0, -8.0]])
+    found = draw(framework, logits_BV, np.zeros(3), *[GenerateConfig(temperature=0.0)] * 3)
+    assert found.tolist() == [1, 0, 3]
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_greedy_and_sampled_rows_share_a_batch(framework: str) -> None:
     rows = GenerateConfig(), GenerateConfig(temperature=1.0), GenerateConfig(temperature=1.0)
     uniform_B = np.array([0.9999999, 0.0, 1 - 2.0**-53])
