@@ -189,6 +189,34 @@ def test_draws_follow_the_distribution(framework: str) -> None:
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_temperature_divides_the_logits(framework: str) -> None:
+    for temperature in (0.5, 2.0):
+        found = filtered(framework, LOGITS[None], GenerateConfig(temperature=temperature))
+        np.testing.assert_array_equal(found, LOGITS[None] / temperature)
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_token_is_the_first_whose_sum_exceeds_the_share(framework: str) -> None:
+    uniform_B = np.array([0.0, 0.25, 0.5, 0.75, 0.75 - 2.0**-53])
+    rows = [GenerateConfig(temperature=1.0)] * 5
+    assert draw(framework, np.zeros((5, 4)), uniform_B, *rows).tolist() == [0, 1, 2, 3, 2]
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_log_probabilities_are_these_numbers(framework: str) -> None:
+    array: Any = torch.from_numpy if framework == "torch" else jax.numpy.asarray
+    module = mooshak_torch.sampling if framework == "torch" else mooshak_jax.sampling
+    logits_BV = array(np.stack([LOGITS, LOGITS[::-1].copy() + 3.0]))
+    top_BN, log_p_BN = map(np.asarray, module.most_probable(logits_BV))
+    # Equal ones by id.
+    assert top_BN.tolist() == [[3, 0, 5, 1, 2, 4], [2, 0, 5, 4, 1, 3]]
+    sorted_N = np.log([0.4, 0.2, 0.2, 0.1, 0.05, 0.05])
+    np.testing.assert_allclose(log_p_BN, np.stack([sorted_N, sorted_N]), rtol=1e-14)
+    found_B = np.asarray(module.token_log_prob(logits_BV, array(np.array([1, 1]))))
+    np.testing.assert_allclose(found_B, np.log([0.1, 0.05]), rtol=1e-14)
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_greedy_token_is_the_first_of_the_largest(framework: str) -> None:
     logits_BV = np.array([[0.0, 2.0, 2.0, 1.0], [3.0, 0.0, -1.0, 3.0], [-9.0, -9.0, -9.0, -8.0]])
     found = draw(framework, logits_BV, np.zeros(3), *[GenerateConfig(temperature=0.0)] * 3)
