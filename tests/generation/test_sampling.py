@@ -199,7 +199,8 @@ def test_temperature_divides_the_logits(framework: str) -> None:
 def test_token_is_the_first_whose_sum_exceeds_the_share(framework: str) -> None:
     uniform_B = np.array([0.0, 0.25, 0.5, 0.75, 0.75 - 2.0**-53])
     rows = [GenerateConfig(temperature=1.0)] * 5
-    assert draw(framework, np.zeros((5, 4)), uniform_B, *rows).tolist() == [0, 1, 2, 3, 2]
+    logits_BV = np.full((5, 4), 500.0)  # exp(1000) would be infinite.
+    assert draw(framework, logits_BV, uniform_B, *rows).tolist() == [0, 1, 2, 3, 2]
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
