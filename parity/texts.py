@@ -89,10 +89,8 @@ class Texts:
 
     def generate(self, name: str, dtype: Dtype, settings: GenerateConfig) -> list[list[int]]:
         """Return the new tokens of each prompt, by `LM.generate`."""
-        given = {
-            field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)
-        }
-        found: list[Completion] = self.lm(name, dtype).generate(list(self.prompts), **given)
+        lm = self.lm(name, dtype)
+        found: list[Completion] = lm.generate(list(self.prompts), **vars(settings))
         return [one.token_ids for one in found]
 
     def serve(self, name: str, dtype: Dtype, settings: GenerateConfig) -> list[list[int]]:
@@ -148,14 +146,14 @@ class Texts:
 
         The first that differs from `found` is the one at which the texts diverge.
         """
-        uniform_T = noise(settings.seed, 0, self.tokens)
+        lm, uniform_T = self.lm("torch", "float64"), noise(settings.seed, 0, self.tokens)
         texts = [prompt + new for prompt, new in zip(self.prompts, found, strict=True)]
         drawn = []
         for prompt, new, logits_TV in zip(
             self.prompts, found, self.logits(name, dtype, texts), strict=True
         ):
             rows_TV = logits_TV[len(prompt) - 1 :]
-            adjusters = self.lm("torch", "float64").adjusters([prompt], settings, set())
+            adjusters = lm.adjusters([prompt], settings, lm.ends(settings))
             tokens = []
             for t, token in enumerate(new):
                 tokens.append(_draw(rows_TV[t : t + 1], uniform_T[t], settings, adjusters)[0])
@@ -169,7 +167,8 @@ class Texts:
     ) -> bool:
         """Return whether logits within the noise floor of float64's give either of two tokens."""
         (logits_TV,) = self.logits("torch", "float64", [prompt + before])
-        adjusters = self.lm("torch", "float64").adjusters([prompt], settings, set())
+        lm = self.lm("torch", "float64")
+        adjusters = lm.adjusters([prompt], settings, lm.ends(settings))
         for adjuster in adjusters:
             for token in before:
                 adjuster.push(token)

@@ -42,6 +42,15 @@ def test_every_way_gives_the_same_texts(texts: Texts) -> None:
     assert markdown(found).count("| sampled | 0 | 0 | 0 |") == 2
 
 
+def test_end_tokens_are_banned_without_a_cache_too(texts: Texts) -> None:
+    """Without the minimum nearly every token would be the end of text, 2."""
+    values = {"temperature": 1.0, "min_new_tokens": 4, "logit_bias": {2: 12.0}}
+    settings = texts.settings(values)
+    found = texts.generate("torch", "float64", settings)
+    assert all(2 not in ids[:4] and ids[4:] == [2, 2] for ids in found)
+    assert texts.without_cache("torch", "float64", settings, found) == found
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "different"),
