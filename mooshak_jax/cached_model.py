@@ -77,27 +77,13 @@ class CachedModel:
             )
 
     def propose(
-        self,
-        tokens_BN: np.ndarray,
-        positions_BN: np.ndarray,
-        uniform_BM: np.ndarray,
-        last_B: np.ndarray,
-        settings: GenerateConfig,
+        self, tokens_BN: np.ndarray, positions_BN: np.ndarray, last_B: np.ndarray, n: int
     ) -> np.ndarray:
-        if settings.temperature == 0:  # In one program: a call costs more than a small model.
-            arrays = (a.astype(np.int32) for a in (tokens_BN, positions_BN, last_B))
-            with jax.enable_x64():
-                drawn_BM, self.caches = _propose(
-                    self.graphdef, self.params, *arrays, self.caches, uniform_BM.shape[1]
-                )
-                return np.asarray(drawn_BM)
-        drawn: list[np.ndarray] = []
-        for uniform_B in uniform_BM.T:
-            self.extend(tokens_BN, positions_BN, n_logits=1)
-            tokens_BN = self.sample(uniform_B[:, None], settings)
-            positions_BN = np.minimum(positions_BN[:, -1:] + 1, last_B[:, None])
-            drawn.append(tokens_BN)
-        return np.concatenate(drawn, axis=1)
+        # In one program: a call costs more than a small model.
+        arrays = (a.astype(np.int32) for a in (tokens_BN, positions_BN, last_B))
+        with jax.enable_x64():
+            drawn_BM, self.caches = _propose(self.graphdef, self.params, *arrays, self.caches, n)
+            return np.asarray(drawn_BM)
 
     def select(self, rows: Sequence[int]) -> None:
         with jax.enable_x64():

@@ -65,21 +65,18 @@ class CachedModel:
         rows_B1 = torch.arange(len(tokens), device=self.device).unsqueeze(1)
         self.logits_BMV = self.model.logits(hidden_BND[rows_B1, index])
 
+    @torch.no_grad()
     def propose(
-        self,
-        tokens_BN: np.ndarray,
-        positions_BN: np.ndarray,
-        uniform_BM: np.ndarray,
-        last_B: np.ndarray,
-        settings: GenerateConfig,
+        self, tokens_BN: np.ndarray, positions_BN: np.ndarray, last_B: np.ndarray, n: int
     ) -> np.ndarray:
-        drawn: list[np.ndarray] = []
-        for uniform_B in uniform_BM.T:
-            self.extend(tokens_BN, positions_BN, n_logits=1)
-            tokens_BN = self.sample(uniform_B[:, None], settings)
-            positions_BN = np.minimum(positions_BN[:, -1:] + 1, last_B[:, None])
-            drawn.append(tokens_BN)
-        return np.concatenate(drawn, axis=1)
+        tokens, positions, last_B1 = map(self._tensor, (tokens_BN, positions_BN, last_B[:, None]))
+        drawn_B1: list[Tensor] = []
+        for _ in range(n):
+            hidden_BND = self.model.hidden_states(tokens, positions, self.caches)
+            tokens = self.model.logits(hidden_BND[:, -1:]).argmax(-1)
+            positions = last_B1.minimum(positions[:, -1:] + 1)
+            drawn_B1.append(tokens)
+        return torch.cat(drawn_B1, 1).cpu().numpy()
 
     @torch.no_grad()
     def select(self, rows: Sequence[int]) -> None:

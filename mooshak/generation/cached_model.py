@@ -42,17 +42,12 @@ class CachedModel(Protocol):
         """
 
     def propose(
-        self,
-        tokens_BN: np.ndarray,
-        positions_BN: np.ndarray,
-        uniform_BM: np.ndarray,
-        last_B: np.ndarray,
-        settings: GenerateConfig,
+        self, tokens_BN: np.ndarray, positions_BN: np.ndarray, last_B: np.ndarray, n: int
     ) -> np.ndarray:
-        """Draw the next M tokens of each row, int64 [B, M]: `extend` and `sample` in turns.
+        """Return the next `n` greedy tokens of each row, int64 [B, M], without adjustments.
 
-        All but the last one are read, too. No token is read at a position beyond `last_B`: what
-        follows there is not to be used.
+        The tokens are read as by `extend`, then all new ones but the last, none at a position
+        beyond `last_B`: what follows there is not to be used.
         """
 
     def select(self, rows: Sequence[int]) -> None:

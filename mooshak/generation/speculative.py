@@ -178,21 +178,9 @@ class Speculation:
         # If all drafted tokens were accepted, the draft model has not read the last two.
         texts = np.array([[*row.prompt[-1:], *row.ids[-2:]][-2:] for row in self.rows])
         places = np.array([[row.position - 1, row.position] for row in self.rows])
-        if any(row.adjuster is not None for row in self.rows):
-            return self._propose_adjusted(texts, places)
-        if any(row.limit for row in self.rows):
-            n = min(self.settings.draft_tokens, self.settings.max_new_tokens - 1)
-            uniform_BM = np.stack([row.uniform(np.arange(n)) for row in self.rows])
-            last_B = np.array([row.position + row.limit for row in self.rows])
-            drawn_BM = self.draft.propose(texts, places, uniform_BM, last_B, self.settings)
-            for row, drawn in zip(self.rows, drawn_BM.tolist(), strict=True):
-                for token in drawn:
-                    row.propose(token)
-        return [None]
-
-    def _propose_adjusted(self, texts: np.ndarray, places: np.ndarray) -> list[Adjustments | None]:
-        """Draft tokens in turns with the adjustments, which depend on them."""
         steps = [self._adjustments()]
+        if self.settings.temperature == 0 and steps[0] is None:
+            self._propose_at_once(texts, places)
         while any(len(row.drafted) < row.limit for row in self.rows):
             self.draft.extend(texts, places, n_logits=1)
             uniform_B1 = np.stack([row.uniform(np.array([len(steps) - 1])) for row in self.rows])
@@ -203,6 +191,17 @@ class Speculation:
             places = np.array([[row.position + len(row.drafted)] for row in self.rows])
             steps.append(self._adjustments())
         return steps
+
+    def _propose_at_once(self, texts: np.ndarray, places: np.ndarray) -> None:
+        """Draft greedy tokens in one call, always as many: JAX compiles one program."""
+        if not any(row.limit for row in self.rows):
+            return
+        n = min(self.settings.draft_tokens, self.settings.max_new_tokens - 1)
+        last_B = np.array([row.position + row.limit for row in self.rows])
+        drawn_BM = self.draft.propose(texts, places, last_B, n)
+        for row, drawn in zip(self.rows, drawn_BM.tolist(), strict=True):
+            for token in drawn:
+                row.propose(token)
 
     def _accept(self, n: int, adjustments: Adjustments | None) -> None:
         """Draw the next `n` tokens of each row from the model's logits, and append some of them."""
